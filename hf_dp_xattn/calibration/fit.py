@@ -1,0 +1,325 @@
+r"""Fitting a `Calibration` to PUBLIC contexts: geometry, then sketch basis, then one plan per epsilon.
+
+*Geometry*: centres, balancing maps and scales from first and second moments.
+*Basis*: principal directions of the public contexts' kernel sums in the metric of the output error. With output
+N/D + c, an error dS of a head's sums moves the output by about phi(q)^T dS / D, so its mean square over public queries is
+tr(dS^T Q dS) / D^2 with Q = E phi(q) phi(q)^T; the normaliser's column weighs |out|^2. Each layer's errors are divided by that layer's
+output variance: the metric is the sum over layers of the fraction of unexplained variance (FVU).
+*Plan*: number of directions, noise allocation and clipping bound with the least predicted FVU at (epsilon, delta), on
+public contexts that the basis has not seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm.auto import tqdm
+
+from ..config import DPXAttnConfig
+from ..errors import ConfigError
+from ..mechanisms.contributions import LayerEncoder, lattice_exponent, unit_contribution, unit_rows
+from ..mechanisms.features import FeatureMap, make_features
+from ..mechanisms.geometry import HeadGeometry, balance
+from ..mechanisms.release import LayerSpec
+from ..mechanisms.sketch import SketchBasis, integer_analysis, sketch_units
+from ..privacy.units import NeighboringRelation, sensitivity_factor
+from .calibration import BOUND_FIELDS, Calibration, PlanEntry
+from .moments import Moments
+
+Rows = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]  # keys, values per layer: [H, n, d], [H, n, dv]
+
+
+@dataclass(frozen=True)
+class PublicQueries:
+    """Public queries per layer, [H, m, d], and how much a head's output channel moves the layer's output, [H]."""
+
+    queries: Sequence[torch.Tensor]
+    gains: Sequence[torch.Tensor]
+
+
+def fit_calibration(
+    config: DPXAttnConfig,
+    specs: Sequence[LayerSpec],
+    contexts: Callable[[], Iterable[Rows]],
+    public_queries: PublicQueries,
+    *,
+    count: int,
+    epsilons: Sequence[float],
+    rank: int = 128,
+    groups: torch.Tensor | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Fits everything; `contexts()` is called several times and yields the same `count` public contexts.
+
+    Args:
+        rank: directions of the sketch; 0 fits geometry and bounds only.
+        groups: [n] public grouping of the rows, for unit="group".
+
+    Raises:
+        ConfigError: too few contexts.
+    """
+    if count < 8:
+        raise ConfigError(f"A calibration needs at least 8 public contexts, got {count}.")
+
+    def stream(label: str) -> Iterable[Rows]:
+        return tqdm(contexts(), total=count, desc=label, disable=not progress, leave=False)
+
+    geometries, n = _fit_geometry(config, specs, stream("moments"), public_queries)
+    features = [
+        make_features(
+            config.features, g.projected_dim, degree=config.degree, num_features=config.num_features, seed=config.feature_seed
+        )
+        for g in geometries
+    ]
+    units = unit_rows(config.unit, n, groups)
+    clip_norm = _unit_norm(geometries, features, stream("clipping bound"), units, limit=64)
+    encoders = [LayerEncoder(g, f, lattice_exponent(clip_norm)) for g, f in zip(geometries, features, strict=True)]
+    settings = {name: getattr(config, name) for name in BOUND_FIELDS}
+    result = Calibration(
+        layers=tuple(s.name for s in specs),
+        geometries=tuple(geometries),
+        settings=settings,
+        clip_norm=clip_norm,
+        contexts=count,
+        units=len(units),
+    )
+    if rank == 0:
+        return result
+    metric = _fit_metric(encoders, public_queries, stream("metric"), limit=32)
+    used = max(4, count * 3 // 4)
+    basis, total_variance = _fit_basis(encoders, metric, stream("sketch basis"), used, min(rank, used - 1), len(units))
+    sketches = _sketch_contexts(encoders, basis, stream("plans"), used, units)
+    plans = tuple(_fit_plan(config, float(e), sketches, total_variance) for e in epsilons)
+    return Calibration(**{**_fields(result), "basis": basis, "plans": plans})
+
+
+def _fields(calibration: Calibration) -> dict[str, object]:
+    names = ("layers", "geometries", "settings", "clip_norm", "contexts", "units")
+    return {name: getattr(calibration, name) for name in names}
+
+
+def _fit_geometry(
+    config: DPXAttnConfig, specs: Sequence[LayerSpec], contexts: Iterable[Rows], public: PublicQueries
+) -> tuple[list[HeadGeometry], int]:
+    keys, values = [Moments() for _ in specs], [Moments() for _ in specs]
+    ranges = [torch.zeros(s.heads, dtype=torch.float64) for s in specs]
+    n = 0
+    for layer_keys, layer_values in contexts:
+        n = layer_keys[0].shape[1]
+        for i, (k, v) in enumerate(zip(layer_keys, layer_values, strict=True)):
+            keys[i].add(k)
+            values[i].add(v)
+            ranges[i] = torch.maximum(ranges[i], k.double().abs().amax((1, 2)).cpu())
+    geometries = []
+    for i, spec in enumerate(specs):
+        queries = Moments()
+        queries.add(public.queries[i])
+        key_map, query_map, _ = balance(keys[i].covariance, queries.covariance, spec.scale, config.projection_dim)
+        ones = torch.ones(spec.heads, dtype=torch.float64)
+        variance = values[i].covariance.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(1e-12)  # [H] E|v - c|^2
+        # a head's share of the joint norm follows its effect on the layer's output; layers count alike
+        effect = (public.gains[i].double() * variance).sum().clamp_min(1e-30)
+        radius = ones * math.sqrt(config.logit_bound)
+        geometries.append(
+            HeadGeometry(
+                key_center=keys[i].mean.cpu(),
+                query_center=queries.mean.cpu(),
+                key_map=key_map.cpu(),
+                query_map=query_map.cpu(),
+                weight_map=(queries.mean * spec.scale).cpu(),
+                key_radius=radius,
+                query_radius=radius,
+                value_center=values[i].mean.cpu(),
+                value_scale=(public.gains[i].double() / effect).sqrt().clamp_min(1e-12).cpu(),
+                normalizer_weight=(variance.sqrt() / spec.value_dim**0.25).cpu(),
+                key_range=2.0 * ranges[i] + keys[i].mean.abs().amax(-1).cpu() + 1e-6,
+                scale=spec.scale,
+            )
+        )
+    return geometries, n
+
+
+def _unit_norm(
+    geometries: Sequence[HeadGeometry],
+    features: Sequence[FeatureMap],
+    contexts: Iterable[Rows],
+    units: Sequence[torch.Tensor],
+    limit: int,
+) -> float:
+    """95 % quantile of the public units' joint norms: the clipping bound without a sketch."""
+    encoders = [LayerEncoder(g, f, lattice_exponent(64.0)) for g, f in zip(geometries, features, strict=True)]
+    norms = []
+    for i, (keys, values) in enumerate(contexts):
+        if i == limit:
+            break
+        for unit in units:
+            parts = unit_contribution(encoders, keys, values, unit)
+            norms.append(math.sqrt(sum(float(p.square().sum()) for p in parts)))
+    return float(torch.tensor(norms).quantile(0.95)) * 2.0 ** -lattice_exponent(64.0)
+
+
+@dataclass(frozen=True)
+class _LayerMetric:
+    root: torch.Tensor  # [H, r, r] symmetric square root of the (scaled) second moment of query features
+    column: torch.Tensor  # [H, dv + 1]
+
+
+def _fit_metric(
+    encoders: Sequence[LayerEncoder], public: PublicQueries, contexts: Iterable[Rows], limit: int
+) -> list[_LayerMetric]:
+    mean_sums = [torch.zeros(1) for _ in encoders]
+    seen = 0
+    variance: list[torch.Tensor] = []
+    feats = [_query_features(e, q) for e, q in zip(encoders, public.queries, strict=True)]
+    moments: list[list[torch.Tensor]] = [[] for _ in encoders]
+    for i, (keys, values) in enumerate(contexts):
+        if i == limit:
+            break
+        parts = unit_contribution(encoders, keys, values, torch.arange(keys[0].shape[1]))
+        for j, (part, encoder) in enumerate(zip(parts, encoders, strict=True)):
+            scaled = part * 2.0**-encoder.exponent
+            mean_sums[j] = mean_sums[j] + scaled if seen else scaled
+            out, _ = _output(encoder, feats[j], scaled)
+            moments[j].append(torch.stack([out.mean(1), out.square().mean(1)]))
+        seen += 1
+    result = []
+    for j, (encoder, feat) in enumerate(zip(encoders, feats, strict=True)):
+        g = encoder.geometry
+        _, normalizer = _output(encoder, feat, mean_sums[j] / seen)
+        stacked = torch.stack(moments[j])  # [N, 2, H, dv]
+        out_square = stacked[:, 1].mean(0).sum(-1)  # [H]
+        # variance over contexts and queries of the centred output
+        variance_h = (stacked[:, 1].mean(0) - stacked[:, 0].mean(0).square()).sum(-1).clamp_min(1e-12)
+        gain = public.gains[j].double().cpu()
+        weight = gain / (gain * variance_h).sum()  # [H], so that a layer's metric is its FVU
+        feature = feat / normalizer.clamp_min(1e-6).unsqueeze(-1)
+        second = feature.mT @ feature / feature.shape[1] * weight[:, None, None]
+        values_, vectors = torch.linalg.eigh(second)
+        root = (vectors * values_.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT
+        inverse = 1.0 / g.value_scale
+        column = torch.cat(
+            [inverse[:, None].expand(-1, g.value_dim), (inverse / g.normalizer_weight * out_square.sqrt())[:, None]], dim=-1
+        )
+        result.append(_LayerMetric(root, column))
+        variance.append(variance_h)
+    return result
+
+
+def _query_features(encoder: LayerEncoder, query: torch.Tensor) -> torch.Tensor:
+    """[H, m, r] folded features of public queries, float64 on the CPU."""
+    g = encoder.geometry
+    centred = (query.double().cpu() - g.query_center[:, None]) @ g.query_map.mT
+    norm = centred.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    centred = centred * (g.query_radius[:, None, None] / norm).clamp_max(1.0)
+    table = encoder.features.query_table().double()
+    return encoder.features.query_features(centred, table) * encoder.features.query_fold()
+
+
+def _output(encoder: LayerEncoder, feats: torch.Tensor, sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(centred output [H, m, dv], normaliser [H, m]) of one context's sums in encoded units."""
+    g = encoder.geometry
+    result = feats @ sums.cpu()
+    normalizer = result[..., -1] / (g.value_scale * g.normalizer_weight)[:, None]
+    return result[..., :-1] / g.value_scale[:, None, None] / normalizer.clamp_min(1e-6).unsqueeze(-1), normalizer
+
+
+def _fit_basis(
+    encoders: Sequence[LayerEncoder],
+    metric: Sequence[_LayerMetric],
+    contexts: Iterable[Rows],
+    used: int,
+    rank: int,
+    units: int,
+) -> tuple[SketchBasis, float]:
+    raw: list[list[torch.Tensor]] = [[] for _ in encoders]
+    for i, (keys, values) in enumerate(contexts):
+        if i == used:
+            break
+        parts = unit_contribution(encoders, keys, values, torch.arange(keys[0].shape[1]))
+        for j, (part, encoder) in enumerate(zip(parts, encoders, strict=True)):
+            raw[j].append((part * 2.0**-encoder.exponent).to(torch.float32).cpu())
+    stacked = [torch.stack(r) for r in raw]  # per layer [N, H, r, dv + 1]
+    means = [s.mean(0) for s in stacked]
+    stacked = [s - m for s, m in zip(stacked, means, strict=True)]
+    whitened = [m.root.float() @ s * m.column.float()[:, None] for s, m in zip(stacked, metric, strict=True)]
+    gram = sum((w.flatten(1).double() @ w.flatten(1).double().T for w in whitened), torch.zeros(used, used, dtype=torch.float64))
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    order = torch.argsort(eigenvalues, descending=True)[:rank]
+    mix = (vectors[:, order] / eigenvalues[order].clamp_min(1e-12 * eigenvalues.max()).sqrt()).to(torch.float32)  # [N, R]
+    analysis, synthesis = [], []
+    for s, w, m in zip(stacked, whitened, metric, strict=True):
+        direction = torch.einsum("nhrc,nk->hrck", w, mix)
+        dual = torch.einsum("hrs,hsck->hrck", m.root.float(), direction) * m.column.float()[:, None, :, None]
+        analysis.append(dual.contiguous())
+        synthesis.append(torch.einsum("nhrc,nk->hrck", s, mix).contiguous())
+    basis = SketchBasis(tuple(analysis), tuple(synthesis), tuple(m / units for m in means))
+    return basis, float(eigenvalues.sum()) / used
+
+
+def _sketch_contexts(
+    encoders: Sequence[LayerEncoder],
+    basis: SketchBasis,
+    contexts: Iterable[Rows],
+    used: int,
+    units: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """[N, U, R] sketches of the units of the public contexts that the basis has not seen."""
+    matrices = [integer_analysis(a) for a in basis.analysis]
+    return torch.stack(
+        [sketch_units(encoders, k, v, units, matrices) for i, (k, v) in enumerate(contexts) if i >= used]
+    )
+
+
+def _fit_plan(config: DPXAttnConfig, epsilon: float, sketches: torch.Tensor, total_variance: float) -> PlanEntry:
+    """Grid search over the number of directions, the noise allocation and the clipping bound."""
+    from ..privacy.accountant import gaussian_sigma_squared
+
+    contexts, _, rank = sketches.shape
+    unit = 1 << 20
+    factor = sensitivity_factor(NeighboringRelation(config.neighboring))
+    noise = math.sqrt(gaussian_sigma_squared(epsilon, config.delta, factor * unit)) / unit  # sigma for C = 1
+    center = sketches.flatten(0, 1).mean(0)
+    centred = sketches - center
+    energy = centred.square().flatten(0, 1).mean(0).clamp_min(1e-30)
+    z = sketches.sum(1)
+    z = z - z.mean(0)
+    best: PlanEntry | None = None
+    for k in sorted({min(rank, k) for k in (4, 8, 16, 32, 64, 128, 256, rank)}):
+        for gamma in (0.0, 0.25, 0.5):
+            weight = energy[:k] ** (-gamma / 2)
+            weighted = centred[..., :k] * weight
+            norms = weighted.norm(dim=-1).flatten()
+            for quantile in (0.3, 0.5, 0.7, 0.85, 0.95, 1.0):
+                clip = float(torch.quantile(norms[:: max(1, norms.numel() // 100000)], quantile)) * 1.0001 + 1e-12
+                clipped = weighted * (clip / weighted.norm(dim=-1, keepdim=True).clamp_min(1e-30)).clamp_max(1.0)
+                y = clipped.sum(1)
+                mean_y = y.mean(0)
+                y = y - mean_y
+                shrink = k / max(1, contexts - 1)  # few contexts: a little ridge against overfitting
+                cov_y = y.mT @ y / contexts
+                cov_y = cov_y + shrink * 0.1 * cov_y.diagonal().mean() * torch.eye(k, dtype=torch.float64)
+                cov_zy = z.mT @ y / contexts
+                inverse = torch.linalg.inv(cov_y + (noise * clip) ** 2 * torch.eye(k, dtype=torch.float64))
+                explained = float((cov_zy @ inverse * cov_zy).sum())
+                # degrees of freedom used by the fit are charged, so that many directions must earn their keep
+                penalty = float((cov_y @ inverse).trace()) / contexts
+                fvu = 1.0 - explained / total_variance + penalty
+                if best is None or fvu < best.predicted_fvu:
+                    best = PlanEntry(
+                        epsilon=epsilon,
+                        delta=config.delta,
+                        clip_norm=clip,
+                        weight=weight,
+                        center=center[:k].contiguous(),
+                        mean_a=mean_y / sketches.shape[1],
+                        cov_y=cov_y,
+                        cov_zy=cov_zy,
+                        predicted_fvu=fvu,
+                    )
+    assert best is not None
+    return best
+
+

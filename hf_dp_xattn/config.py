@@ -1,0 +1,159 @@
+"""`DPXAttnConfig`: everything that decides a guarantee, validated once, saved with a schema version."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+from .privacy.units import NeighboringRelation, Unit
+
+CONFIG_NAME = "dp_xattn_config.json"
+SCHEMA_VERSION = 1
+MECHANISMS = ("kernel_sum", "none")
+FEATURES = ("taylor", "positive_random")
+
+
+def _require_number(name: str, value: Any, *, low: float, high: float, open_low: bool = True) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{name} must be a number, got {type(value).__name__}.")
+    bad_low = value <= low if open_low else value < low
+    if math.isnan(value) or bad_low or value >= high:
+        bracket = "(" if open_low else "["
+        raise ConfigError(f"{name} must lie in {bracket}{low:g}, {high:g}), got {value!r}.")
+
+
+def _require_integer(name: str, value: Any, *, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{name} must be an integer from {low} to {high}, got {value!r}.")
+
+
+@dataclass(frozen=True)
+class DPXAttnConfig:
+    """What is released, and at which price.
+
+    Raises:
+        ConfigError: a field is out of range, or a key or value is unknown. Unknown keys are refused,
+            never dropped: a dropped key may weaken a guarantee.
+    """
+
+    mechanism: str = field(
+        default="kernel_sum",
+        metadata={"help": "kernel_sum: one joint Gaussian release. none: exact attention, NOT private."},
+    )
+    epsilon: float = field(default=8.0, metadata={"help": "privacy loss of one release, in total"})
+    delta: float = field(default=1e-5, metadata={"help": "failure probability of the guarantee, in (0, 1)"})
+    unit: str = field(default="row", metadata={"help": "what one neighbouring step changes: row|group|context"})
+    neighboring: str = field(
+        default="replace_one", metadata={"help": "replace_one (n is public) or add_or_remove_one"}
+    )
+    features: str = field(
+        default="taylor", metadata={"help": "kernel features: taylor (degree) or positive_random (FAVOR+)"}
+    )
+    degree: int = field(default=2, metadata={"help": "degree of the Taylor polynomial of exp, 0 to 4"})
+    num_features: int = field(default=256, metadata={"help": "number of positive random features per head"})
+    feature_seed: int = field(default=0, metadata={"help": "public seed of the random feature directions"})
+    logit_bound: float = field(
+        default=1.0,
+        metadata={"help": "centred logits are clipped to [-b, b]; the Taylor error is stated on that range"},
+    )
+    value_bound: float = field(
+        default=1.0,
+        metadata={"help": "declared root-mean-square of a value's channels; used without a calibration"},
+    )
+    projection_dim: int = field(
+        default=16,
+        metadata={"help": "directions per head in which q.k is kept (hosts; 0 keeps all of them)"},
+    )
+    normalizer_floor: float = field(
+        default=0.1,
+        metadata={"help": "public floor under the normaliser, as a fraction of its public expectation"},
+    )
+    schema_version: int = field(default=SCHEMA_VERSION, metadata={"help": "schema of this file"})
+
+    def __post_init__(self) -> None:
+        _require_integer("schema_version", self.schema_version, low=1, high=10**6)
+        if self.schema_version != SCHEMA_VERSION:
+            raise ConfigError(
+                f"This config has schema version {self.schema_version}, this package reads {SCHEMA_VERSION}. "
+                "Upgrade hf_dp_xattn (pip install -U hf_dp_xattn) or write the config anew."
+            )
+        for name, known in (
+            ("mechanism", MECHANISMS),
+            ("features", FEATURES),
+            ("unit", tuple(u.value for u in Unit)),
+            ("neighboring", tuple(r.value for r in NeighboringRelation)),
+        ):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"Unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}.")
+        _require_number("epsilon", self.epsilon, low=0.0, high=math.inf)
+        _require_number("delta", self.delta, low=0.0, high=1.0)
+        _require_integer("degree", self.degree, low=0, high=4)
+        _require_integer("num_features", self.num_features, low=1, high=65536)
+        _require_integer("feature_seed", self.feature_seed, low=0, high=2**63 - 1)
+        _require_integer("projection_dim", self.projection_dim, low=0, high=512)
+        _require_number("logit_bound", self.logit_bound, low=0.0, high=16.0)
+        _require_number("value_bound", self.value_bound, low=0.0, high=1e6)
+        _require_number("normalizer_floor", self.normalizer_floor, low=0.0, high=1.0)
+
+    @property
+    def is_private(self) -> bool:
+        return self.mechanism != "none"
+
+    def replace(self, **changes: Any) -> DPXAttnConfig:
+        """A copy with fields changed; unknown fields raise `ConfigError`."""
+        return self.from_dict({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DPXAttnConfig:
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            version = values.get("schema_version")
+            newer = isinstance(version, int) and version > SCHEMA_VERSION
+            hint = f" It was written by a newer version (schema {version})." if newer else ""
+            raise ConfigError(f"Unknown config key(s): {', '.join(unknown)}.{hint} Known: {', '.join(sorted(known))}.")
+        return cls(**values)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
+        """Writes `dp_xattn_config.json`; returns its path."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / CONFIG_NAME
+        path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+        return path
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **hub_kwargs: Any) -> DPXAttnConfig:
+        """Reads a config from a folder, or from a Hub repository (`revision`, `token`, `subfolder`, ...).
+
+        Every key must be present: a missing key is an error, because a default may be weaker than what was meant.
+        """
+        folder = Path(name_or_path)
+        if folder.is_dir():
+            path = folder / CONFIG_NAME
+        else:
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(str(name_or_path), CONFIG_NAME, **hub_kwargs))
+        if not path.is_file():
+            raise ConfigError(f"No {CONFIG_NAME} in {folder}.")
+        try:
+            values = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not valid JSON ({error}); it may be damaged or truncated.") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} must hold a JSON object.")
+        config = cls.from_dict(values)
+        missing = sorted({f.name for f in dataclasses.fields(cls)} - set(values))
+        if missing:
+            raise ConfigError(f"{path} lacks the key(s) {', '.join(missing)}.")
+        return config

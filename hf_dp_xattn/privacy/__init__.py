@@ -1,0 +1,1 @@
+"""Privacy core: units and clipping, lattice, discrete noise, accountant, ledger. Knows no model."""

@@ -1,0 +1,31 @@
+"""Privacy units and neighbouring relations: what one neighbouring step changes, and what that costs."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Unit(str, Enum):
+    """What one neighbouring step changes."""
+
+    ROW = "row"
+    GROUP = "group"
+    CONTEXT = "context"
+
+
+class NeighboringRelation(str, Enum):
+    """How it changes: a unit's rows become any other rows (counts are public), or the unit appears or disappears."""
+
+    REPLACE_ONE = "replace_one"
+    ADD_OR_REMOVE_ONE = "add_or_remove_one"
+
+
+def sensitivity_factor(neighboring: NeighboringRelation | str) -> int:
+    """Sensitivity of a sum of contributions of norm <= C, in multiples of C.
+
+    replace_one: 2, since |a - a'| <= |a| + |a'| <= 2 C. add_or_remove_one: 1.
+
+    Raises:
+        ValueError: unknown relation.
+    """
+    return 2 if NeighboringRelation(neighboring) is NeighboringRelation.REPLACE_ONE else 1

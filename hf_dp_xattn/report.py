@@ -1,0 +1,102 @@
+"""Guarantees in words and numbers. Never more than what is proven; always what is NOT covered."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """What one release promises.
+
+    Attributes:
+        epsilon, delta: of this release (epsilon = inf for `mechanism="none"`).
+        sensitivity, sigma: l2 sensitivity of the summed contributions and noise, both in lattice units' common scale.
+        private_noise: False when a seeded sampler was used (tests): then nothing is promised.
+    """
+
+    mechanism: str
+    epsilon: float
+    delta: float
+    unit: str
+    neighboring: str
+    rows: int
+    units: int
+    clip_norm: float
+    sensitivity: float
+    sigma: float
+    sampling_distance: float
+    private_noise: bool
+    calibrated: bool
+    clipping: str = ""
+
+    @property
+    def is_private(self) -> bool:
+        return self.mechanism != "none" and self.private_noise and math.isfinite(self.epsilon)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        values["epsilon"] = self.epsilon if math.isfinite(self.epsilon) else None
+        return {**values, "is_private": self.is_private}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Guarantee:
+        known = dict(values)
+        known.pop("is_private", None)
+        if known.get("epsilon") is None:
+            known["epsilon"] = math.inf
+        return cls(**known)
+
+    def sentence(self) -> str:
+        if self.mechanism == "none":
+            return "NOT PRIVATE: mechanism='none' is exact attention; nothing is promised."
+        if not self.private_noise:
+            return "NOT PRIVATE: the noise came from a seeded generator (for tests); nothing is promised."
+        unit = {"row": "one row (embedding)", "group": "one group of rows", "context": "the whole context"}[self.unit]
+        change = "replaced by any other" if self.neighboring == "replace_one" else "added or removed"
+        return (
+            f"({self.epsilon:g}, {self.delta:g})-differentially private when {unit} of the private context is {change}; "
+            "every query, layer, step and image reads only this release."
+        )
+
+
+@dataclass(frozen=True)
+class PrivacyReport:
+    """What was promised, spent and left open by a protected host. str(), to_dict(), to_json()."""
+
+    host: str
+    layers: int
+    heads: int
+    config: dict[str, Any]
+    releases: tuple[dict[str, Any], ...] = ()
+    public: tuple[str, ...] = ()
+    not_covered: tuple[str, ...] = ()
+    ledger: str = ""
+    warnings: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self)))
+
+    def to_json(self, **kwargs: Any) -> str:
+        return json.dumps(self.to_dict(), **{"indent": 2, "sort_keys": True, **kwargs})
+
+    def __str__(self) -> str:
+        lines = [f"Privacy report: {self.host}, {self.layers} cross-attention layers, {self.heads} heads"]
+        lines += [f"  {w}" for w in self.warnings]
+        if not self.releases:
+            lines.append("  nothing has been released yet")
+        for i, release in enumerate(self.releases):
+            lines.append(f"  release {i + 1} [{release['name']}]: {release['guarantee_text']}")
+            lines.append(
+                f"      charges on this context: {release['charges']}, spent in total: epsilon {release['spent_epsilon']} "
+                f"at delta {release['delta']:g}"
+            )
+            lines.append(f"      {release['details']}")
+        lines.append("  public: " + "; ".join(self.public))
+        lines.append("  NOT covered:")
+        lines += [f"    - {item}" for item in self.not_covered]
+        lines.append(f"  ledger: {self.ledger}")
+        return "\n".join(lines)
