@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
+from ..mechanisms.contributions import lattice_exponent
 from ..mechanisms.geometry import HeadGeometry
 from ..mechanisms.release import LayerSpec
 from ..mechanisms.sketch import SketchBasis, SketchPlan
@@ -45,6 +46,17 @@ class PlanEntry:
 
     TENSORS = ("weight", "center", "mean_a", "cov_y", "cov_zy")
     NUMBERS = ("epsilon", "delta", "clip_norm", "predicted_fvu")
+
+
+def sketch_plan(entry: PlanEntry, basis: SketchBasis, units: int) -> SketchPlan:
+    """The sketch that a plan entry describes, for contexts of about `units` units."""
+    return SketchPlan(
+        basis=basis,
+        exponent=lattice_exponent(entry.clip_norm),
+        clip_norm=entry.clip_norm,
+        units=units,
+        **{name: getattr(entry, name) for name in PlanEntry.TENSORS},
+    )
 
 
 @dataclass(frozen=True)
@@ -84,15 +96,7 @@ class Calibration:
         # Any plan is private at any epsilon (the noise is always set for the config); the nearest one is the most useful.
         entry = min(self.plans, key=lambda p: abs(math.log(p.epsilon / config.epsilon)))
         if entry.epsilon not in self._cache:
-            from ..mechanisms.contributions import lattice_exponent
-
-            self._cache[entry.epsilon] = SketchPlan(
-                basis=self.basis,
-                exponent=lattice_exponent(entry.clip_norm),
-                clip_norm=entry.clip_norm,
-                units=self.units,
-                **{name: getattr(entry, name) for name in PlanEntry.TENSORS},
-            )
+            self._cache[entry.epsilon] = sketch_plan(entry, self.basis, self.units)
         return self._cache[entry.epsilon]
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:

@@ -11,6 +11,7 @@ public contexts that the basis has not seen.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,14 +21,20 @@ from tqdm.auto import tqdm
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
-from ..mechanisms.contributions import LayerEncoder, lattice_exponent, unit_contribution, unit_rows
+from ..mechanisms.contributions import (
+    LayerEncoder,
+    joint_norm_squared,
+    lattice_exponent,
+    unit_contribution,
+    unit_rows,
+)
 from ..mechanisms.features import FeatureMap, make_features
 from ..mechanisms.geometry import HeadGeometry, balance
 from ..mechanisms.release import LayerSpec
 from ..mechanisms.sketch import SketchBasis, integer_analysis, sketch_units
-from ..privacy.units import NeighboringRelation, sensitivity_factor
-from .calibration import BOUND_FIELDS, Calibration, PlanEntry
+from .calibration import BOUND_FIELDS, Calibration
 from .moments import Moments
+from .plans import HeldOut, Probe, fit_plan
 
 Rows = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]  # keys, values per layer: [H, n, d], [H, n, dv]
 
@@ -89,16 +96,15 @@ def fit_calibration(
     if rank == 0:
         return result
     metric = _fit_metric(encoders, public_queries, stream("metric"), limit=32)
-    used = max(4, count * 3 // 4)
-    basis, total_variance = _fit_basis(encoders, metric, stream("sketch basis"), used, min(rank, used - 1), len(units))
-    sketches = _sketch_contexts(encoders, basis, stream("plans"), used, units)
-    plans = tuple(_fit_plan(config, float(e), sketches, total_variance) for e in epsilons)
-    return Calibration(**{**_fields(result), "basis": basis, "plans": plans})
-
-
-def _fields(calibration: Calibration) -> dict[str, object]:
-    names = ("layers", "geometries", "settings", "clip_norm", "contexts", "units")
-    return {name: getattr(calibration, name) for name in names}
+    used = max(4, count * 2 // 3)
+    basis = _fit_basis(encoders, metric, stream("sketch basis"), used, min(rank, used - 1), len(units))
+    held_out = _sketch_held_out(encoders, metric, basis, stream("held-out contexts"), used, units, public_queries, 24)
+    probe = Probe(encoders, basis, [q.cpu() for q in public_queries.queries], [g.cpu() for g in public_queries.gains])
+    plans = tuple(
+        fit_plan(config, float(e), held_out, probe)
+        for e in tqdm(epsilons, desc="plans", disable=not progress, leave=False)
+    )
+    return dataclasses.replace(result, basis=basis, plans=plans)
 
 
 def _fit_geometry(
@@ -155,10 +161,14 @@ def _unit_norm(
     for i, (keys, values) in enumerate(contexts):
         if i == limit:
             break
+        if len(units) == keys[0].shape[1]:  # unit = row
+            factors = [e.factors(k, v) for e, k, v in zip(encoders, keys, values, strict=True)]
+            norms.append(joint_norm_squared(factors).sqrt())
+            continue
         for unit in units:
             parts = unit_contribution(encoders, keys, values, unit)
-            norms.append(math.sqrt(sum(float(p.square().sum()) for p in parts)))
-    return float(torch.tensor(norms).quantile(0.95)) * 2.0 ** -lattice_exponent(64.0)
+            norms.append(sum(p.square().sum() for p in parts).sqrt().reshape(1))
+    return float(torch.cat(norms).quantile(0.95)) * 2.0 ** -lattice_exponent(64.0)
 
 
 @dataclass(frozen=True)
@@ -233,7 +243,7 @@ def _fit_basis(
     used: int,
     rank: int,
     units: int,
-) -> tuple[SketchBasis, float]:
+) -> SketchBasis:
     raw: list[list[torch.Tensor]] = [[] for _ in encoders]
     for i, (keys, values) in enumerate(contexts):
         if i == used:
@@ -255,71 +265,38 @@ def _fit_basis(
         dual = torch.einsum("hrs,hsck->hrck", m.root.float(), direction) * m.column.float()[:, None, :, None]
         analysis.append(dual.contiguous())
         synthesis.append(torch.einsum("nhrc,nk->hrck", s, mix).contiguous())
-    basis = SketchBasis(tuple(analysis), tuple(synthesis), tuple(m / units for m in means))
-    return basis, float(eigenvalues.sum()) / used
+    return SketchBasis(tuple(analysis), tuple(synthesis), tuple(m / units for m in means))
 
 
-def _sketch_contexts(
+def _sketch_held_out(
     encoders: Sequence[LayerEncoder],
+    metric: Sequence[_LayerMetric],
     basis: SketchBasis,
     contexts: Iterable[Rows],
     used: int,
     units: Sequence[torch.Tensor],
-) -> torch.Tensor:
-    """[N, U, R] sketches of the units of the public contexts that the basis has not seen."""
+    public: PublicQueries,
+    simulated: int,
+) -> HeldOut:
     matrices = [integer_analysis(a) for a in basis.analysis]
-    return torch.stack(
-        [sketch_units(encoders, k, v, units, matrices) for i, (k, v) in enumerate(contexts) if i >= used]
-    )
+    sketches, totals = [], []
+    outputs: list[list[torch.Tensor]] = []
+    for i, (keys, values) in enumerate(contexts):
+        if i < used:
+            continue
+        if len(outputs) < simulated:
+            scales = [e.geometry.scale for e in encoders]
+            outputs.append([_exact(q, k, v, s) for q, k, v, s in zip(public.queries, keys, values, scales, strict=True)])
+        sketches.append(sketch_units(encoders, keys, values, units, matrices))
+        parts = unit_contribution(encoders, keys, values, torch.arange(keys[0].shape[1]))
+        total = torch.zeros((), dtype=torch.float64)
+        for part, encoder, mean, m in zip(parts, encoders, basis.mean_sums, metric, strict=True):
+            deviation = part.cpu() * 2.0**-encoder.exponent - mean * len(units)
+            total = total + (m.root @ deviation * m.column[:, None]).square().sum()
+        totals.append(total)
+    return HeldOut(torch.stack(sketches).cpu(), torch.stack(totals), outputs)
 
 
-def _fit_plan(config: DPXAttnConfig, epsilon: float, sketches: torch.Tensor, total_variance: float) -> PlanEntry:
-    """Grid search over the number of directions, the noise allocation and the clipping bound."""
-    from ..privacy.accountant import gaussian_sigma_squared
-
-    contexts, _, rank = sketches.shape
-    unit = 1 << 20
-    factor = sensitivity_factor(NeighboringRelation(config.neighboring))
-    noise = math.sqrt(gaussian_sigma_squared(epsilon, config.delta, factor * unit)) / unit  # sigma for C = 1
-    center = sketches.flatten(0, 1).mean(0)
-    centred = sketches - center
-    energy = centred.square().flatten(0, 1).mean(0).clamp_min(1e-30)
-    z = sketches.sum(1)
-    z = z - z.mean(0)
-    best: PlanEntry | None = None
-    for k in sorted({min(rank, k) for k in (4, 8, 16, 32, 64, 128, 256, rank)}):
-        for gamma in (0.0, 0.25, 0.5):
-            weight = energy[:k] ** (-gamma / 2)
-            weighted = centred[..., :k] * weight
-            norms = weighted.norm(dim=-1).flatten()
-            for quantile in (0.3, 0.5, 0.7, 0.85, 0.95, 1.0):
-                clip = float(torch.quantile(norms[:: max(1, norms.numel() // 100000)], quantile)) * 1.0001 + 1e-12
-                clipped = weighted * (clip / weighted.norm(dim=-1, keepdim=True).clamp_min(1e-30)).clamp_max(1.0)
-                y = clipped.sum(1)
-                mean_y = y.mean(0)
-                y = y - mean_y
-                shrink = k / max(1, contexts - 1)  # few contexts: a little ridge against overfitting
-                cov_y = y.mT @ y / contexts
-                cov_y = cov_y + shrink * 0.1 * cov_y.diagonal().mean() * torch.eye(k, dtype=torch.float64)
-                cov_zy = z.mT @ y / contexts
-                inverse = torch.linalg.inv(cov_y + (noise * clip) ** 2 * torch.eye(k, dtype=torch.float64))
-                explained = float((cov_zy @ inverse * cov_zy).sum())
-                # degrees of freedom used by the fit are charged, so that many directions must earn their keep
-                penalty = float((cov_y @ inverse).trace()) / contexts
-                fvu = 1.0 - explained / total_variance + penalty
-                if best is None or fvu < best.predicted_fvu:
-                    best = PlanEntry(
-                        epsilon=epsilon,
-                        delta=config.delta,
-                        clip_norm=clip,
-                        weight=weight,
-                        center=center[:k].contiguous(),
-                        mean_a=mean_y / sketches.shape[1],
-                        cov_y=cov_y,
-                        cov_zy=cov_zy,
-                        predicted_fvu=fvu,
-                    )
-    assert best is not None
-    return best
-
-
+def _exact(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """[H, m, dv] exact attention on the CPU."""
+    return (torch.softmax(query.float() @ key.float().mT * scale, -1) @ value.float()).cpu()

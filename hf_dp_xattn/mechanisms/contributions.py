@@ -162,16 +162,17 @@ def sum_rows(
     per_row = sum(e.geometry.heads * (e.features.size + e.geometry.value_dim + 1) for e in encoders)
     for rows in _chunks(n, _rows_per_chunk(encoders, per_row, chunk_size)):
         factors = [e.factors(k[:, rows], v[:, rows]) for e, k, v in zip(encoders, keys, values, strict=True)]
-        factor = clip_factor(_joint(factors), bound)[None, :, None]
+        factor = clip_factor(joint_norm_squared(factors), bound)[None, :, None]
         clipped = [(torch.trunc(phi.mul_(factor)), value) for phi, value in factors]
-        verify_clipped(_joint(clipped), bound)
+        verify_clipped(joint_norm_squared(clipped), bound)
         for total, (phi, value) in zip(totals, clipped, strict=True):
             product = exact_matmul(phi.mT, value, phi.shape[1] * 4.0**ENTRY_BITS)
             total += product.to(torch.int64)
     return totals
 
 
-def _joint(factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+def joint_norm_squared(factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """[n] |c(row)|^2 over all layers and heads, in lattice units."""
     return sequential_sum(torch.stack([_row_norm_squared(phi, value) for phi, value in factors], dim=-1))
 
 

@@ -25,6 +25,7 @@ import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
+from ..privacy.accountant import Event, GaussianEvent, gaussian_sigma_squared
 from ..privacy.bits import Entropy, SystemEntropy
 from ..privacy.noise import discrete_gaussian, sampling_distance
 from ..privacy.units import NeighboringRelation, sensitivity_factor
@@ -38,7 +39,6 @@ from .structure import KernelSumStructure
 
 if TYPE_CHECKING:
     from ..calibration.calibration import Calibration
-    from ..privacy.accountant import Event
 
 def declared_clip_norm(geometries: Sequence[HeadGeometry], features: Sequence[FeatureMap], value_bound: float) -> float:
     """C such that no row within the declared bounds is clipped: C^2 = sum_h |phi|^2 (|v|^2 + beta^2)."""
@@ -97,7 +97,7 @@ class PreparedKernelSum:
             sums = [(t + self._noise(t.shape, entropy, t.device)).to(torch.float64) * 2.0**-exponent for t in totals]
         public_rows = n if self._n_is_public() else None
         structures = tuple(
-            _structure(encoder, part, public_rows, self.config.normalizer_floor)
+            layer_structure(encoder, part, public_rows, self.config.normalizer_floor)
             for encoder, part in zip(self.encoders, sums, strict=True)
         )
         exponent = self.sketch.exponent if self.sketch is not None else self.encoders[0].exponent
@@ -135,7 +135,7 @@ class PreparedKernelSum:
         )
 
 
-def _structure(
+def layer_structure(
     encoder: LayerEncoder, sums: torch.Tensor, public_rows: int | None, floor_fraction: float
 ) -> KernelSumStructure:
     """Post-processing of one layer's noised sums [H, r, dv + 1] (float64, scaled) into what queries read."""
@@ -172,8 +172,6 @@ def prepare_kernel_sum(
     Raises:
         ConfigError: the calibration does not fit, or the release would be too large.
     """
-    from ..privacy.accountant import GaussianEvent, gaussian_sigma_squared
-
     if calibration is not None:
         calibration.check(config, specs)
     geometries = [s.geometry(config) for s in specs] if calibration is None else list(calibration.geometries)
