@@ -22,8 +22,8 @@ Attacks on Differential Privacy Systems" (IEEE S&P 2022) recover discrete noise 
 one-at-a-time samplers, whose loops run longer for larger values. Here every element of a batch goes through
 the same vector instructions whatever its value; what depends on the random draws is how many candidates a
 block rejects (a number shared by up to 65536 outputs) and the rare exact settlements (about one in 10^9
-draws, a few microseconds each). That is NOT constant time. A release must draw its noise as a whole, off
-the query path, and must not report how long the drawing took.
+draws, some tens of microseconds each). That is NOT constant time. A release must draw its noise as a whole,
+off the query path, and must not report how long the drawing took.
 """
 
 from __future__ import annotations
