@@ -1,0 +1,86 @@
+"""Differentially private cross-attention for Hugging Face models: release a private context once, serve every query from it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .calibration import Calibration, calibrate
+    from .config import DPXAttnConfig
+    from .errors import (
+        BudgetExceededError,
+        ConfigError,
+        ContextError,
+        DPXAttnError,
+        LedgerError,
+        ProtectionLostError,
+        ReleaseError,
+        UnsupportedModelError,
+    )
+    from .hosts.processor import DPAttnProcessor
+    from .hosts.protect import protect, unprotect
+    from .hosts.release import Release
+    from .mechanisms.release import release_attention
+    from .privacy.ledger import Budget, Ledger
+    from .report import Guarantee, PrivacyReport
+
+__version__ = "0.1.0"
+
+# Where each public name lives. Imported when first used, so that `import hf_dp_xattn` does not load torch or diffusers.
+_HOMES = {
+    "config": ("DPXAttnConfig",),
+    "errors": (
+        "BudgetExceededError",
+        "ConfigError",
+        "ContextError",
+        "DPXAttnError",
+        "LedgerError",
+        "ProtectionLostError",
+        "ReleaseError",
+        "UnsupportedModelError",
+    ),
+    "report": ("Guarantee", "PrivacyReport"),
+    "calibration.calibration": ("Calibration",),
+    "calibration": ("calibrate",),
+    "hosts.processor": ("DPAttnProcessor",),
+    "hosts.protect": ("protect", "unprotect"),
+    "hosts.release": ("Release",),
+    "mechanisms.release": ("release_attention",),
+    "privacy.ledger": ("Budget", "Ledger"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BudgetExceededError",
+    "Budget",
+    "Calibration",
+    "ConfigError",
+    "ContextError",
+    "DPAttnProcessor",
+    "DPXAttnConfig",
+    "DPXAttnError",
+    "Guarantee",
+    "Ledger",
+    "LedgerError",
+    "PrivacyReport",
+    "ProtectionLostError",
+    "Release",
+    "ReleaseError",
+    "UnsupportedModelError",
+    "__version__",
+    "calibrate",
+    "protect",
+    "release_attention",
+    "unprotect",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})

@@ -1,0 +1,53 @@
+"""Gates: the text encoder of a protected pipeline runs only for our own encoding, or for what the caller declares public."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ProtectionLostError
+
+CLOSED = (
+    "The text encoder belongs to a protected pipeline and may not run on its own: its output would enter the UNet as public rows. Protect every "
+    "pipeline that shares it (dpx.protect(other_pipe, config)), or, if this text is public, use `with protected.public():`."
+)
+
+
+class Access(threading.local):
+    """What this thread may do: `public` > 0 inside `protected.public()`, `encoding` > 0 while we encode."""
+
+    public = 0
+    encoding = 0
+
+    @contextmanager
+    def enter(self, what: str) -> Iterator[None]:
+        setattr(self, what, getattr(self, what) + 1)
+        try:
+            yield
+        finally:
+            setattr(self, what, getattr(self, what) - 1)
+
+
+class TextGate:
+    """A forward pre-hook on a text encoder that raises `ProtectionLostError` unless `access` is open in this thread."""
+
+    def __init__(self, encoder: nn.Module, access: Access) -> None:
+        # Never traced: under torch.compile it breaks the graph (or, with fullgraph, fails), so the gate stays closed.
+        @torch.compiler.disable
+        def gate(module: nn.Module, args: Any) -> None:
+            if not (access.encoding or access.public):
+                raise ProtectionLostError(CLOSED)
+
+        self.encoder = encoder
+        self._hook = encoder.register_forward_pre_hook(gate)
+
+    def installed(self) -> bool:
+        return self._hook.id in self.encoder._forward_pre_hooks
+
+    def remove(self) -> None:
+        self._hook.remove()

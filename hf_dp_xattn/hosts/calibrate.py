@@ -1,0 +1,163 @@
+"""`calibrate`: public statistics of a Stable Diffusion pipeline's cross-attention, from public prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..calibration.calibration import Calibration
+from ..calibration.fit import PublicQueries, Rows, fit_calibration
+from ..config import DPXAttnConfig
+from ..errors import ConfigError
+from .access import Access
+from .architectures import check_pipeline_class, find_layers
+from .rows import layer_specs, project_rows, split_heads
+from .text import TextSide
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+    from diffusers.models.attention_processor import Attention
+
+EPSILONS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+
+
+def calibrate(
+    pipe: StableDiffusionPipeline,
+    public_contexts: Sequence[str] | torch.Tensor,
+    config: DPXAttnConfig,
+    *,
+    epsilons: Sequence[float] = EPSILONS,
+    rank: int = 128,
+    query_prompts: int = 8,
+    query_steps: int = 6,
+    queries_per_step: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> Calibration:
+    """Fits centres, balancing maps, clipping bounds, a sketch basis, priors and one plan per epsilon to PUBLIC prompts.
+
+    Nothing private may be among `public_contexts`: a calibration is not noised and not counted. The pipeline must not be
+    protected; its weights and random state are left alone.
+
+    Args:
+        public_contexts: prompts, or embeddings [N, n, C] of which all rows are used (for contexts released as embeddings).
+        rank: directions of the joint sketch (see `mechanisms/sketch.py`); 0 fits geometry and bounds only.
+        query_prompts, query_steps, queries_per_step: public denoising runs from which queries are taken.
+
+    Raises:
+        ConfigError: too few contexts, wrong type. UnsupportedModelError: not a supported pipeline.
+    """
+    from .processor import DPAttnProcessor
+
+    check_pipeline_class(pipe)
+    if any(isinstance(p, DPAttnProcessor) for p in pipe.unet.attn_processors.values()):
+        raise ConfigError("Calibrate before `protect` (or after `unprotect`): a protected pipeline has no exact queries.")
+    layers = find_layers(pipe.unet)
+    text = TextSide(pipe, Access())
+    private, whole = _encode(text, public_contexts, progress)
+    specs = layer_specs(layers, pipe.unet.dtype)
+
+    @torch.no_grad()
+    def contexts() -> Iterator[Rows]:
+        for rows in private:
+            pairs = [project_rows(attn, rows) for attn in layers.values()]
+            yield [k for k, _ in pairs], [v for _, v in pairs]
+
+    chosen = torch.stack([whole[i] for i in range(min(query_prompts, len(whole)))])
+    queries = _public_queries(pipe, layers, text, chosen, query_steps, queries_per_step, seed, progress)
+    return fit_calibration(
+        config,
+        specs,
+        contexts,
+        PublicQueries(queries, [output_gain(attn) for attn in layers.values()]),
+        count=len(private),
+        epsilons=epsilons,
+        rank=rank,
+        progress=progress,
+    )
+
+
+def _encode(
+    text: TextSide, public: Sequence[str] | torch.Tensor, progress: bool
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """(rows that a release would treat as private, whole encodings) of the public contexts."""
+    if isinstance(public, torch.Tensor):
+        if public.ndim != 3 or not public.is_floating_point() or not bool(torch.isfinite(public).all()):
+            raise ConfigError("Public embeddings must be a finite floating-point tensor [N, n, C].")
+        return list(public), list(public)
+    if isinstance(public, str) or not all(isinstance(t, str) for t in public):
+        raise ConfigError("public_contexts must be a list of prompts or a tensor of embeddings [N, n, C].")
+    whole = [text.encode(*text.tokenize(t)) for t in tqdm(public, desc="encoding", disable=not progress, leave=False)]
+    return [rows[1:] if text.first_row_is_public else rows for rows in whole], whole
+
+
+def output_gain(attn: Attention) -> torch.Tensor:
+    """[H] mean squared gain from a head's output channel to the layer's output."""
+    weight = getattr(attn.to_out[0], "base_layer", attn.to_out[0]).weight.detach().to("cpu", torch.float64)
+    per_head = weight.reshape(weight.shape[0], attn.heads, -1)
+    return per_head.square().sum((0, 2)) / per_head.shape[2]
+
+
+@contextmanager
+def _capture(layers: Iterable[Attention], per_step: int, seed: int) -> Iterator[list[list[torch.Tensor]]]:
+    """Collects `per_step` queries a call from each layer's `to_q`."""
+    gen = torch.Generator().manual_seed(seed)
+    hooks, store = [], []
+    for attn in layers:
+        seen: list[torch.Tensor] = []
+
+        def hook(module: Any, args: Any, output: torch.Tensor, attn: Any = attn, seen: list[torch.Tensor] = seen) -> None:
+            query = split_heads(output, attn.heads)
+            if attn.norm_q is not None:
+                query = attn.norm_q(query)
+            index = torch.randperm(query.shape[2], generator=gen)[:per_step].to(query.device)
+            seen.append(query[:, :, index].transpose(0, 1).flatten(1, 2).to("cpu", torch.float32))
+
+        hooks.append(attn.to_q.register_forward_hook(hook))
+        store.append(seen)
+    try:
+        yield store
+    finally:
+        for h in hooks:
+            h.remove()
+
+
+@torch.no_grad()
+def _public_queries(
+    pipe: StableDiffusionPipeline,
+    layers: dict[str, Attention],
+    text: TextSide,
+    embeddings: torch.Tensor,
+    steps: int,
+    per_step: int,
+    seed: int,
+    progress: bool,
+) -> list[torch.Tensor]:
+    """Queries [H, m, d] of each layer along public denoising runs (guided, from noise), with a scheduler of our own."""
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    device, unet = pipe._execution_device, pipe.unet
+    scheduler.set_timesteps(steps, device=device)
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    gen = torch.Generator().manual_seed(seed)
+    shape = (len(embeddings), pipe.vae.config.latent_channels, height, width)
+    sample = torch.randn(shape, generator=gen).to(device, unet.dtype) * scheduler.init_noise_sigma
+    if text.available:
+        empty = text.encode(*text.tokenize("")).unsqueeze(0).expand_as(embeddings)
+    else:
+        empty = torch.zeros_like(embeddings)
+    both = torch.cat([empty, embeddings]).to(device, unet.dtype)
+    with _capture(layers.values(), per_step, seed) as store:
+        for t in tqdm(scheduler.timesteps, desc="public queries", disable=not progress, leave=False):
+            model_input = scheduler.scale_model_input(torch.cat([sample, sample]), t)
+            if unet.config.in_channels != model_input.shape[1]:  # inpainting: an empty mask and image
+                extra = unet.config.in_channels - model_input.shape[1]
+                model_input = torch.cat([model_input, model_input.new_zeros(model_input.shape[0], extra, height, width)], 1)
+            uncond, cond = unet(model_input, t, encoder_hidden_states=both).sample.chunk(2)
+            sample = scheduler.step(uncond + 3.0 * (cond - uncond), t, sample).prev_sample
+    # the unconditional half of each call comes from the empty prompt: its queries are as public as the others
+    return [torch.cat(seen, dim=1) for seen in store]

@@ -1,0 +1,107 @@
+"""Private contexts before their release: validated and named (for the ledger), not yet encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import ContextError, DPXAttnError
+from .placeholder import read_tags
+from .text import TextSide, as_texts
+
+Rows = tuple[torch.Tensor, torch.Tensor]  # private [n, C], exact public [p, C]
+
+
+@dataclass(frozen=True)
+class PrivateContext:
+    """One context. `name` is what the ledger digests; `load` encodes and may be called only after the charge.
+
+    rows counts all rows of the placeholder, public ones included; private_rows those that are released.
+    """
+
+    rows: int
+    private_rows: int
+    name: tuple[bytes, ...] = field(repr=False)
+    load: Callable[[], Rows] = field(repr=False, compare=False)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise DPXAttnError("A private context cannot be pickled or copied.")
+
+    def groups(self, groups: torch.Tensor | None) -> torch.Tensor | None:
+        """Groups of the private rows, from groups of all rows or of the private ones."""
+        if groups is None:
+            return None
+        if not isinstance(groups, torch.Tensor) or groups.ndim != 1 or groups.shape[0] not in (self.rows, self.private_rows):
+            raise ContextError(f"`groups` must be an integer tensor [{self.private_rows}] (or [{self.rows}], all rows).")
+        return groups[groups.shape[0] - self.private_rows :]
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().cpu().numpy().tobytes()
+
+
+def from_ids(ids: torch.Tensor, mask: torch.Tensor | None, text: TextSide) -> PrivateContext:
+    """A context given by padded token ids [length]."""
+
+    def load() -> Rows:
+        return text.private_rows(ids, mask)
+
+    rows = ids.shape[0]
+    name = (b"token ids", _bytes(ids.to(torch.int64)))
+    return PrivateContext(rows, rows - int(text.first_row_is_public), name, load)
+
+
+def from_embeddings(rows: torch.Tensor, channels: int) -> PrivateContext:
+    """A context given by embeddings [n, C]; all n rows are private.
+
+    Raises:
+        ContextError: wrong rank or channels, no rows, NaN or Inf.
+    """
+    if rows.ndim != 2 or rows.shape[-1] != channels:
+        raise ContextError(f"Embeddings must be [n, {channels}] or [B, n, {channels}], got {list(rows.shape)} per context.")
+    if rows.shape[0] == 0:
+        raise ContextError("The context has no rows (n = 0): there is nothing to release.")
+    if not bool(torch.isfinite(rows).all()):
+        raise ContextError("The embeddings hold NaN or Inf; nothing was spent.")
+    kept = rows.detach()
+
+    def load() -> Rows:
+        return kept, kept[:0]
+
+    return PrivateContext(rows.shape[0], rows.shape[0], (b"embeddings", _bytes(kept.to(torch.float32))), load)
+
+
+def name_contexts(context: Any, text: TextSide | None, channels: int) -> list[PrivateContext]:
+    """Validates and names `context`: a string, list of strings, token ids [n] / [B, n], or embeddings [n, C] / [B, n, C].
+
+    Raises:
+        ContextError, ConfigError: it is none of these, or not valid. Nothing was spent.
+    """
+    if isinstance(context, torch.Tensor):
+        if context.ndim == 0 or context.shape[0] == 0:
+            raise ContextError(f"The context is empty: shape {list(context.shape)}.")
+        if context.is_floating_point():
+            if context.ndim not in (2, 3):
+                raise ContextError(f"Embeddings must be [n, C] or [B, n, C], got {list(context.shape)}.")
+            batch = context if context.ndim == 3 else context.unsqueeze(0)
+            if any(tag is not None for tag in read_tags(batch)):
+                raise ContextError("This is a placeholder of a release, not a context; pass it as prompt_embeds.")
+            return [from_embeddings(rows, channels) for rows in batch]
+        if context.ndim not in (1, 2):
+            raise ContextError(f"Token ids must be [n] or [B, n], got {list(context.shape)}.")
+        ids = context if context.ndim == 2 else context.unsqueeze(0)
+        side = _require(text)
+        return [from_ids(side.pad_ids(row), None, side) for row in ids]
+    texts = as_texts(context, "context")
+    side = _require(text)
+    return [from_ids(*side.tokenize(t), side) for t in texts]
+
+
+def _require(text: TextSide | None) -> TextSide:
+    if text is None:
+        raise ContextError("This host has no text encoder: release embeddings [n, C] or [B, n, C] instead of text or ids.")
+    text.require()
+    return text

@@ -1,0 +1,73 @@
+"""A public sketch of the projections that a release was made with, to tell whether a host still fits it.
+
+Each layer's `to_k` and `to_v` are applied to fixed random signs and the result is projected to 16 x 16 numbers (Johnson-Lindenstrauss):
+the relative distance of two sketches is that of the effective weights, LoRA included. Unlike a hash, this forgives what does not matter
+(the rounding of a cast to float16, an adapter that was fused or fused and unfused) and sees what does (another adapter, another model).
+Nothing about privacy rests on it: a release is post-processed by whatever reads it. It prevents pictures that mean nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
+
+SIZE = 16
+# relative distance that rounding alone may cause, by the coarser of the two dtypes
+TOLERANCE = {"bfloat16": 8e-3}
+DEFAULT_TOLERANCE = 1.5e-3
+
+
+@lru_cache(maxsize=64)
+def _signs(purpose: str, length: int) -> torch.Tensor:
+    """[SIZE, length] of +-1 from SHAKE-256: the same for ever, on every machine."""
+    raw = hashlib.shake_256(f"hf_dp_xattn fingerprint {purpose} {length}".encode()).digest(SIZE * length)
+    return (torch.frombuffer(bytearray(raw), dtype=torch.uint8) & 1).to(torch.float32).reshape(SIZE, length) * 2 - 1
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """layers: (name, heads, channels in, channels out). sketch: [L, 2, SIZE, SIZE] float32. dtype: of the weights."""
+
+    layers: tuple[tuple[str, int, int, int], ...]
+    sketch: torch.Tensor
+    dtype: str
+
+    def difference(self, other: Fingerprint) -> str | None:
+        """What differs, in words, or None when both fit one release."""
+        if self.layers != other.layers:
+            return "its cross-attention layers have other names or shapes"
+        tolerance = max(TOLERANCE.get(d, DEFAULT_TOLERANCE) for d in (self.dtype, other.dtype))
+        norm = self.sketch.double().square().sum((-1, -2)).sqrt().clamp_min(1e-12)
+        distance = (self.sketch.double() - other.sketch.double()).square().sum((-1, -2)).sqrt() / norm
+        worst = float(distance.max())
+        if not math.isfinite(worst) or worst > tolerance:
+            where = int(distance.amax(-1).argmax())
+            return f"the weights of {self.layers[where][0]} differ (an adapter was loaded, removed or scaled, or it is another model)"
+        return None
+
+
+def _sketch(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    base = getattr(module, "base_layer", module)
+    device = next(module.parameters()).device
+    probe = _signs("in", base.in_features).to(torch.device("cpu") if device.type == "meta" else device, dtype)
+    out = module(probe.unsqueeze(0))[0].to("cpu", torch.float32)
+    return out @ _signs("out", base.out_features).mT / base.out_features**0.5
+
+
+@torch.no_grad()
+def fingerprint(layers: dict[str, Attention], dtype: torch.dtype) -> Fingerprint:
+    """The sketch of the layers as they are now. Costs sixteen rows through each projection."""
+    return Fingerprint(
+        layers=tuple((n, a.heads, a.cross_attention_dim, a.inner_dim) for n, a in layers.items()),
+        sketch=torch.stack([torch.stack([_sketch(a.to_k, dtype), _sketch(a.to_v, dtype)]) for a in layers.values()]),
+        dtype=str(dtype).removeprefix("torch."),
+    )

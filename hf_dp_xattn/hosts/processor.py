@@ -1,0 +1,152 @@
+"""`DPAttnProcessor`: diffusers attention that reads a released structure where the text is private."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import DPXAttnError, ProtectionLostError
+from ..mechanisms.structure import AttentionStructure
+from ..ops.merge import exact_partial, merge
+from .placeholder import is_marked, match_tags
+from .rows import split_heads
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
+
+NO_COPY = (
+    "A protected host cannot be pickled or deep-copied: the copy would lose its gates. Call dpx.unprotect first and protect the copy, "
+    "or save with save_pretrained (which holds no release)."
+)
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """What one layer may read in the current call. A is the number of active bindings; all of it is released or public.
+
+    allow_public: bool [], whether a batch without any placeholder may pass (only inside `protected.public()`).
+    tags: float32 [A, TAG_DIGITS]. structure: the released structures, batch A; None when nothing is active.
+    public_key, public_value: [A, H, P, d] exact public rows of each binding, public_bias [A, 1, 1, P]; None without any.
+    """
+
+    allow_public: torch.Tensor
+    tags: torch.Tensor | None = None
+    structure: AttentionStructure | None = None
+    public_key: torch.Tensor | None = None
+    public_value: torch.Tensor | None = None
+    public_bias: torch.Tensor | None = None
+
+
+class DPAttnProcessor:
+    """Replaces `AttnProcessor2_0` on the cross-attention layers of a protected host; `dpx.protect` registers it.
+
+    Batch elements whose text is a placeholder attend to the released structure it names, merged by log-sum-exp with that binding's exact public
+    rows. Other elements (the negative prompt) attend exactly, as in `AttnProcessor2_0`. There is no branch on tensor values, so
+    `torch.compile(fullgraph=True)` works and denoising steps share one graph. What is not proven fit is NaN: an unknown placeholder, a
+    placeholder with a mask, a batch without any placeholder outside `protected.public()`.
+
+    *Formal guarantee.* The output is a function of the release, of public rows and of the image's hidden states; the placeholder holds
+    no private content, so nothing is spent here however often it runs.
+
+    Set by hand, without `protect`, it has no release to read and raises `ProtectionLostError` at every call.
+    """
+
+    def __init__(self) -> None:
+        self.table: LayerTable | None = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise DPXAttnError(NO_COPY)
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """hidden_states [B, m, C] or [B, C, h, w], encoder_hidden_states [B, n, C'] -> the shape of hidden_states.
+
+        Raises:
+            ProtectionLostError: no release is at hand, or the layer was given no context or an image prompt beside it.
+        """
+        if self.table is None:
+            raise ProtectionLostError(
+                "DPAttnProcessor has no release to read. Install it with dpx.protect(pipe, config), not by hand; after a reset of the "
+                "processors call dpx.unprotect(pipe) and protect again."
+            )
+        if not isinstance(encoder_hidden_states, torch.Tensor):
+            raise ProtectionLostError(
+                "DPAttnProcessor needs encoder_hidden_states as one tensor: this layer is used as self-attention, or with an image prompt."
+            )
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        input_ndim = hidden_states.ndim
+        if input_ndim == 4:
+            batch, channel, height, width = hidden_states.shape
+            hidden_states = hidden_states.view(batch, channel, height * width).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        query = split_heads(attn.to_q(hidden_states), attn.heads)
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+
+        marked = is_marked(encoder_hidden_states)
+        public = self._attend_public(attn, query, encoder_hidden_states, attention_mask)
+        private = self._attend_private(self.table, query, encoder_hidden_states, attention_mask)
+        allowed = marked.any() | self.table.allow_public.to(marked.device)
+        public = torch.where(allowed, public, torch.full_like(public, torch.nan))
+        hidden_states = torch.where(marked[:, None, None, None], private.to(query.dtype), public)
+
+        hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
+        hidden_states = attn.to_out[0](hidden_states)
+        hidden_states = attn.to_out[1](hidden_states)
+        if input_ndim == 4:
+            hidden_states = hidden_states.transpose(-1, -2).reshape(batch, channel, height, width)
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        return hidden_states / attn.rescale_output_factor
+
+    @staticmethod
+    def _attend_public(
+        attn: Attention, query: torch.Tensor, states: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[B, H, m, dv]: exact attention to the rows as given. A placeholder's rows are NaN and stay NaN."""
+        if attention_mask is not None:
+            batch, length, _ = states.shape
+            attention_mask = attn.prepare_attention_mask(attention_mask, length, batch)
+            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+        if attn.norm_cross is not None:
+            states = attn.norm_encoder_hidden_states(states)
+        key = split_heads(attn.to_k(states), attn.heads)
+        value = split_heads(attn.to_v(states), attn.heads)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=0.0, is_causal=False)
+
+    @staticmethod
+    def _attend_private(
+        table: LayerTable, query: torch.Tensor, states: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[B, H, m, dv]: attention to the release that each batch element names; NaN where it names none of the active ones.
+
+        Of `states` only the marker is read.
+        """
+        if table.structure is None or table.tags is None or attention_mask is not None:
+            return torch.full_like(query, torch.nan)
+        match = match_tags(states, table.tags.to(states.device))
+        index = match.to(torch.int64).argmax(dim=1)
+        structure = table.structure.select(index)
+        out, lse = structure.partial(query)
+        if table.public_key is not None and table.public_value is not None and table.public_bias is not None:
+            scale = query.shape[-1] ** -0.5
+            key, value = table.public_key.index_select(0, index), table.public_value.index_select(0, index)
+            out_public, lse_public = exact_partial(query, key, value, scale, table.public_bias.index_select(0, index))
+            out, _ = merge(out, lse, out_public, lse_public)
+        return torch.where(match.any(dim=1)[:, None, None, None], out, torch.full_like(out, torch.nan))

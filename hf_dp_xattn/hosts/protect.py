@@ -1,0 +1,106 @@
+"""`protect` and `unprotect`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..config import DPXAttnConfig
+from ..errors import ConfigError
+from .architectures import check_pipeline_class, refuse_host, unwrap
+from .handle import HANDLE_ATTRIBUTE, ProtectedPipeline
+
+if TYPE_CHECKING:
+    from ..calibration.calibration import Calibration
+    from ..privacy.bits import Entropy
+    from ..privacy.ledger import Budget, Ledger
+
+
+def _unet_of(host: Any) -> tuple[Any, Any]:
+    """(unet, pipeline or None). Raises UnsupportedModelError for anything that is not in the table."""
+    from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+    if isinstance(host, DiffusionPipeline):
+        unet = unwrap(getattr(host, "unet", None))
+        if type(unet) is not UNet2DConditionModel:
+            raise refuse_host(host)
+        return unet, host
+    if type(unwrap(host)) is UNet2DConditionModel:
+        return unwrap(host), None
+    raise refuse_host(host)
+
+
+def handle_of(host: Any) -> ProtectedPipeline | None:
+    """The handle of a protected pipeline or UNet, or None."""
+    unet = unwrap(getattr(host, "unet", host))
+    return getattr(unet, "__dict__", {}).get(HANDLE_ATTRIBUTE)
+
+
+def protect(
+    host: Any,
+    config: DPXAttnConfig,
+    *,
+    calibration: Calibration | None = None,
+    ledger: Ledger | None = None,
+    budget: Budget | None = None,
+    entropy: Entropy | None = None,
+) -> ProtectedPipeline:
+    """Patches a Stable Diffusion pipeline (text-to-image, img2img, inpaint) or a bare UNet in place.
+
+    From then on prompts and prompt_embeds given to the pipeline are private: each is released once under `config`, and the UNet receives a
+    placeholder. Protecting again with the same settings returns the same handle; another pipeline that shares the UNet joins it.
+
+    Args:
+        host: a supported pipeline, or a `UNet2DConditionModel`.
+        config: what is released, and at which price.
+        calibration: public statistics from `dpx.calibrate`.
+        ledger: what was spent, and on which context; in memory by default. Give it a path where a restart must not forget.
+        budget: total per context; by default one release at (config.epsilon, config.delta).
+        entropy: source of the noise, the operating system's by default. A seeded one (tests) makes every release NOT private.
+
+    Raises:
+        UnsupportedModelError: the host is not in the table, or its text has ways around cross-attention.
+        ConfigError: the host is protected with other settings, or the calibration does not fit.
+        ProtectionLostError: the host is protected and something was replaced since.
+        In each case nothing was patched.
+    """
+    if not isinstance(config, DPXAttnConfig):
+        raise ConfigError(f"config must be a DPXAttnConfig, got {type(config).__name__}.")
+    unet, pipe = _unet_of(host)
+    handle = handle_of(unet)
+    if handle is not None:
+        _check_same(handle, config, calibration, ledger, budget, entropy)
+        handle.check_thoroughly()
+        if pipe is not None and not handle.has(pipe):
+            check_pipeline_class(pipe)
+            handle.join(pipe)
+        return handle
+    if pipe is not None:
+        check_pipeline_class(pipe)
+    handle = ProtectedPipeline(
+        unet, config, calibration=calibration, ledger=ledger, budget=budget, entropy=entropy
+    )
+    try:
+        handle.install()
+        if pipe is not None:
+            handle.join(pipe)
+    except BaseException:
+        handle.unprotect()
+        raise
+    return handle
+
+
+def _check_same(handle: ProtectedPipeline, config: DPXAttnConfig, *others: Any) -> None:
+    own = (handle.calibration, handle.ledger, handle.budget, handle.entropy)
+    same = all(o is None or o is mine or o == mine for o, mine in zip(others, own, strict=True))
+    if config != handle.config or not same:
+        raise ConfigError(
+            "This host is protected with other settings already. Call dpx.unprotect(host) first, then protect it anew; what was spent "
+            "stays in the ledger, so pass the same one."
+        )
+
+
+def unprotect(host: Any) -> None:
+    """Restores a protected host (and every pipeline that joined it) to what it was. Does nothing where there is no protection."""
+    handle = handle_of(host)
+    if handle is not None:
+        handle.unprotect()

@@ -1,0 +1,160 @@
+"""`Release`: what was released of one or several contexts. DP artefacts and public data only."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..config import DPXAttnConfig
+from ..errors import ConfigError, DPXAttnError, ReleaseError
+from ..mechanisms.structure import AttentionStructure
+from ..report import Guarantee
+from .fingerprint import Fingerprint
+from .placeholder import Tag, new_tag
+
+if TYPE_CHECKING:
+    from .handle import ProtectedPipeline
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ReleasedContext:
+    """One context's release: a structure (batch 1) per layer, and the exact public rows [p, C] that stand beside it.
+
+    rows: length of the placeholder. tag: names the release in placeholders.
+    """
+
+    structures: tuple[AttentionStructure, ...]
+    guarantee: Guarantee
+    public_rows: torch.Tensor
+    rows: int
+    fingerprint: Fingerprint
+    tag: Tag = field(default_factory=new_tag)
+
+    def __repr__(self) -> str:
+        g = self.guarantee
+        return f"ReleasedContext(rows={g.rows}, mechanism={g.mechanism!r}, epsilon={g.epsilon:g}, layers={len(self.structures)})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Binding:
+    """What a placeholder names: a release, and all exact public rows of this call."""
+
+    context: ReleasedContext
+    public_rows: torch.Tensor
+    tag: Tag
+
+
+class Release:
+    """One release per context; every query, layer, step and image that uses it is post-processing.
+
+    *Formal guarantee.* `guarantees[i]` states what was released of context i; for `mechanism="none"` that is nothing private.
+    Made by `protected.release(...)`, saved and loaded with `save_pretrained` / `from_pretrained`.
+    """
+
+    def __init__(self, contexts: Sequence[ReleasedContext], config: DPXAttnConfig, handle: ProtectedPipeline) -> None:
+        self._contexts = tuple(contexts)
+        self.config = config
+        self._handle = weakref.ref(handle)
+
+    def __len__(self) -> int:
+        return len(self._contexts)
+
+    def __repr__(self) -> str:
+        c = self.config
+        return f"Release(contexts={len(self)}, mechanism={c.mechanism!r}, epsilon={c.epsilon:g}, delta={c.delta:g}, unit={c.unit!r})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise DPXAttnError("A release is not pickled or deep-copied; use release.save_pretrained(directory), or share the object.")
+
+    @property
+    def contexts(self) -> tuple[ReleasedContext, ...]:
+        return self._contexts
+
+    @property
+    def guarantees(self) -> tuple[Guarantee, ...]:
+        """What is promised, one per context."""
+        return tuple(c.guarantee for c in self._contexts)
+
+    def inputs(self, prompt: str | Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """Keyword arguments for the host: placeholders [len(self), rows, C] without private content.
+
+        Args:
+            prompt: public text (or one per context) whose exact rows join the private structure under one softmax.
+
+        Returns:
+            {"prompt_embeds": ...} for a pipeline, {"encoder_hidden_states": ...} for a bare UNet. They name this release only while its
+            host stays protected.
+
+        Raises:
+            ReleaseError: the host is no longer protected, or its weights are no longer those of the release.
+        """
+        handle = self._handle()
+        if handle is None or not handle.active:
+            raise ReleaseError(
+                "The host of this release is no longer protected. Protect it again, and load the release from disk or make a new one "
+                "(a new one is charged)."
+            )
+        return handle.inputs(self, prompt)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
+        """Writes JSON and safetensors: the structures, the guarantee, the config, the fingerprint of the model.
+
+        Raises:
+            ReleaseError: mechanism "none" holds the private rows themselves and is never written.
+        """
+        from .storage import save_release
+
+        return save_release(self, Path(directory))
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], *, host: Any, **hub_kwargs: Any) -> Release:
+        """Loads a release (a folder or a Hub repository) for `host`, which is protected with the release's config if it is not yet.
+
+        Raises:
+            ReleaseError: damaged, truncated, of another schema, or made for another model.
+        """
+        from .protect import handle_of, protect
+        from .storage import find_folder, load_release
+
+        contexts, config = load_release(find_folder(name_or_path, **hub_kwargs))
+        existing = handle_of(host)
+        handle = protect(host, config) if existing is None else existing
+        try:
+            release = cls(contexts, config, handle)
+            handle.verify(release.contexts)
+        except DPXAttnError:
+            if existing is None:
+                handle.unprotect()
+            raise
+        return release
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Uploads the files of `save_pretrained` to a Hub repository; returns the commit's address."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a DP attention release"))
+
+    def public_texts(self, prompt: str | Sequence[str] | None) -> list[str | None]:
+        """`prompt` as one entry per context."""
+        if prompt is None:
+            return [None] * len(self)
+        from .text import as_texts
+
+        texts = as_texts(prompt, "prompt")
+        if len(texts) == 1:
+            texts = list(texts) * len(self)
+        if len(texts) != len(self):
+            raise ConfigError(f"Got {len(texts)} public prompts for {len(self)} contexts.")
+        return list(texts)

@@ -1,0 +1,86 @@
+"""The privacy report of a protected diffusers host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..report import Guarantee, PrivacyReport
+from .text import TextSide
+
+if TYPE_CHECKING:
+    from .handle import ProtectedPipeline
+
+NOT_COVERED = (
+    "words: a text encoder mixes its rows, so unit='row' protects one embedding row, never a word, and a prompt that differs in one word "
+    "may differ in every row; unit='context' protects the whole prompt and costs accordingly",
+    "what can be learned from the release at this epsilon, by anyone who sees it or many pictures made from it",
+    "that a prompt was repeated: the same prompt reads the same release, and a ledger refuses a second one, so two requests can be seen "
+    "to be equal; give each customer a handle and a ledger of their own",
+    "the initial image and the mask of img2img and inpainting, negative prompts, public prompts, and anything inside protected.public()",
+    "weights: a LoRA or a model that was trained on private data (the text encoder's too) reveals it on its own",
+    "the release under another name: the ledger counts token ids, embeddings and other encodings of one text as different contexts",
+    "timing, memory, and the number of requests; the safety checker sees the finished picture only",
+    "prompts that the surrounding program logs, keeps or shows in tracebacks; callbacks and hooks that the operator installs",
+)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """One release that was made: the ledger's (keyed) name of its context, and what was promised."""
+
+    digest: str
+    guarantee: Guarantee
+
+
+def _public(handle: ProtectedPipeline, text: TextSide | None) -> tuple[str, ...]:
+    items = ["the model's weights and the shapes of its layers", "the number of rows of a context"]
+    if text is not None and text.available:
+        items[1] = f"the number of rows of a prompt (always {text.length}, padded)"
+        if text.first_row_is_public:
+            items.append("the first row of a prompt's encoding (BOS: the causal encoder makes it from no word)")
+    if handle.calibration is not None:
+        items.append("the calibration")
+    items += ["the negative prompt and public prompts", "guidance, steps, seeds and sizes of the pictures"]
+    return tuple(items)
+
+
+def _entry(handle: ProtectedPipeline, index: int, spent: Spent) -> dict[str, Any]:
+    g = spent.guarantee
+    charges = handle.ledger.charges(spent.digest) if g.mechanism != "none" else ()
+    total = handle.ledger.spent(spent.digest, g.delta) if charges else None
+    return {
+        "name": f"context {index + 1}",
+        "guarantee": g.to_dict(),
+        "guarantee_text": g.sentence(),
+        "epsilon": g.to_dict()["epsilon"],
+        "delta": g.delta,
+        "unit": g.unit,
+        "neighboring": g.neighboring,
+        "charges": len(charges),
+        "spent_epsilon": "unbounded" if total is None else total,
+        "details": g.clipping or f"{g.rows} rows, exact attention",
+    }
+
+
+def build_report(handle: ProtectedPipeline, spent: Sequence[Spent], text: TextSide | None) -> PrivacyReport:
+    """The report; `releases` has one entry per release made by this handle, in order."""
+    numbers: dict[str, int] = {}
+    for s in spent:
+        numbers.setdefault(s.digest, len(numbers))
+    notes = list(handle.prepared_warnings)
+    if any(not s.guarantee.is_private for s in spent) or not handle.config.is_private:
+        notes.insert(0, "NOT PRIVATE: at least one release promises nothing, see below.")
+    persistent = "persistent" if handle.ledger.persistent else "in memory only: it forgets what was spent when the process ends"
+    return PrivacyReport(
+        host=type(handle.unet).__name__,
+        layers=len(handle.layers),
+        heads=sum(a.heads for a in handle.layers.values()),
+        config=handle.config.to_dict(),
+        releases=tuple(_entry(handle, numbers[s.digest], s) for s in spent),
+        public=_public(handle, text),
+        not_covered=NOT_COVERED,
+        ledger=f"{persistent}; budget per context: epsilon {handle.budget.epsilon:g} at delta {handle.budget.delta:g}",
+        warnings=tuple(dict.fromkeys(notes)),
+    )

@@ -1,0 +1,69 @@
+"""From rows of a context to one layer's keys and values, through the host's own modules."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..mechanisms.release import LayerSpec
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
+
+
+def split_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, n, heads * d] -> [B, heads, n, d]."""
+    return states.view(states.shape[0], -1, heads, states.shape[-1] // heads).transpose(1, 2)
+
+
+def _home(module: nn.Module, default: torch.device) -> torch.device:
+    """Where a projection's input must be; an offloaded module (meta weights) moves its input by itself."""
+    device = next(module.parameters()).device
+    return default if device.type == "meta" else device
+
+
+def project_rows(attn: Attention, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [H, n, d] of rows [n, C]; `to_k` and `to_v` are called as modules, so LoRA takes part."""
+    states = rows.unsqueeze(0).to(_home(attn.to_k, rows.device))
+    if attn.norm_cross is not None:
+        states = attn.norm_encoder_hidden_states(states)
+    key = split_heads(attn.to_k(states), attn.heads)
+    value = split_heads(attn.to_v(states), attn.heads)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
+    return key[0], value[0]
+
+
+@torch.no_grad()
+def effective_weight(module: nn.Module, heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """[H, d, channels] float32 CPU: the linear map that a projection applies, with its adapters."""
+    if type(module) is nn.Linear and module.weight.device.type != "meta":
+        weight = module.weight.detach()
+    else:
+        base = getattr(module, "base_layer", module)
+        device = _home(module, torch.device("cpu"))
+        identity = torch.eye(base.in_features, dtype=dtype, device=device).unsqueeze(0)
+        weight = (module(identity) - module(torch.zeros_like(identity[:, :1])))[0].mT
+    weight = weight.to("cpu", torch.float32)
+    return weight.reshape(heads, -1, weight.shape[-1])
+
+
+def layer_specs(layers: dict[str, Attention], dtype: torch.dtype) -> list[LayerSpec]:
+    """Public shapes and weights of the layers, for `prepare_release` and calibration."""
+    specs = []
+    for name, attn in layers.items():
+        head_dim = attn.inner_dim // attn.heads
+        specs.append(
+            LayerSpec(
+                name=name,
+                heads=attn.heads,
+                key_dim=head_dim,
+                value_dim=head_dim,
+                scale=head_dim**-0.5,
+                query_weight=effective_weight(attn.to_q, attn.heads, dtype),
+                key_weight=effective_weight(attn.to_k, attn.heads, dtype),
+            )
+        )
+    return specs

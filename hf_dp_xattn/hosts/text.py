@@ -1,0 +1,117 @@
+"""The text side of a Stable Diffusion pipeline: tokens, private and public encodings, and which rows are public.
+
+Private prompts are tokenised and encoded here, not by `pipe.encode_prompt`: that one logs the words which it truncates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import ConfigError, ContextError
+from .access import Access
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+# Two public texts; a row that is the same for both does not depend on the prompt.
+_PROBES = ("", "a photograph of a red apple")
+
+
+class TextSide:
+    """Tokenizer and text encoder of one pipeline.
+
+    first_row_is_public: with a causal encoder the first row (BOS) sees no word of the prompt, so it need not be released.
+    Found out by a probe with two public texts.
+    """
+
+    def __init__(self, pipe: StableDiffusionPipeline, access: Access) -> None:
+        self.pipe = pipe
+        self.encoder = pipe.text_encoder
+        self.tokenizer = pipe.tokenizer
+        self._access = access
+        self.first_row_is_public = False
+        if self.available:
+            ids, masks = zip(*(self.tokenize(p) for p in _PROBES), strict=True)
+            same_token = bool(ids[0][0] == ids[1][0])
+            rows = [self.encode(i, m)[0] for i, m in zip(ids, masks, strict=True)]
+            self.first_row_is_public = same_token and torch.equal(rows[0], rows[1])
+            self._first_token = int(ids[0][0])
+
+    @property
+    def available(self) -> bool:
+        return self.encoder is not None and self.tokenizer is not None
+
+    @property
+    def length(self) -> int:
+        return int(self.tokenizer.model_max_length)
+
+    def require(self) -> None:
+        if not self.available:
+            raise ConfigError("This pipeline has no text encoder or tokenizer; release embeddings instead of text.")
+
+    def tokenize(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids and mask [length], padded and truncated without a word in the logs."""
+        try:
+            if hasattr(self.pipe, "maybe_convert_prompt"):  # textual inversion
+                text = self.pipe.maybe_convert_prompt(text, self.tokenizer)
+            tokens = self.tokenizer(
+                [text], padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+            )
+        except Exception as error:  # the tokenizer's own message may quote the text
+            raise ContextError(f"The tokenizer failed on a prompt ({type(error).__name__}); nothing was spent.") from None
+        return tokens.input_ids[0], tokens.attention_mask[0]
+
+    def pad_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """Checks token ids [n] and pads them to the public length.
+
+        Raises:
+            ContextError: wrong dtype, rank, length or range, or another first token than the one that is public.
+        """
+        if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ContextError(f"Token ids must be an integer tensor [n] or [B, n], got {ids.dtype} {list(ids.shape)}.")
+        if not 0 < ids.shape[0] <= self.length:
+            raise ContextError(f"Got {ids.shape[0]} token ids; this text encoder takes 1 to {self.length}.")
+        ids = ids.to("cpu", torch.int64)
+        vocabulary = self.encoder.get_input_embeddings().num_embeddings
+        if bool(((ids < 0) | (ids >= vocabulary)).any()):
+            raise ContextError(f"Token ids must lie in [0, {vocabulary}).")
+        if self.first_row_is_public and int(ids[0]) != self._first_token:
+            raise ContextError(f"Token ids must start with the tokenizer's first token (id {self._first_token}), which is public.")
+        pad = self.tokenizer.pad_token_id
+        return torch.nn.functional.pad(ids, (0, self.length - ids.shape[0]), value=0 if pad is None else pad)
+
+    @torch.no_grad()
+    def encode(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """ids [length] -> rows [length, C]. Each prompt is encoded by itself, so that no other one can change its rounding."""
+        self.require()
+        device = self.pipe._execution_device
+        use_mask = getattr(self.encoder.config, "use_attention_mask", None)
+        attention_mask = mask.unsqueeze(0).to(device) if use_mask and mask is not None else None
+        with self._access.enter("encoding"):
+            return self.encoder(ids.unsqueeze(0).to(device), attention_mask=attention_mask)[0][0]
+
+    def private_rows(self, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(private rows, exact public rows): the first row comes from a public text, never from the private encoding."""
+        rows = self.encode(ids, mask)
+        if not self.first_row_is_public:
+            return rows, rows[:0]
+        return rows[1:], self.encode(*self.tokenize(_PROBES[0]))[:1]
+
+    def public_rows(self, text: str) -> torch.Tensor:
+        """Rows [p, C] of a public text, encoded by itself: its words and its end, not the padding."""
+        ids, mask = self.tokenize(text)
+        start = 1 if self.first_row_is_public else 0
+        ends = (ids[1:] == self.tokenizer.eos_token_id).nonzero()
+        stop = int(ends[0]) + 2 if ends.numel() else int(mask.sum())
+        return self.encode(ids, mask)[start:stop]
+
+
+def as_texts(prompt: Any, name: str) -> Sequence[str]:
+    """A string or list of strings as a list; the message names types only."""
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) for t in texts):
+        raise ConfigError(f"`{name}` must be a string or a non-empty list of strings, got {type(prompt).__name__}.")
+    return texts
