@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .calibration import Calibration, calibrate
+    from .calibration.calibration import Calibration
     from .config import DPXAttnConfig
     from .errors import (
         BudgetExceededError,
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ReleaseError,
         UnsupportedModelError,
     )
+    from .hosts.calibrate import calibrate
     from .hosts.processor import DPAttnProcessor
     from .hosts.protect import protect, unprotect
     from .hosts.release import Release
@@ -42,7 +43,7 @@ _HOMES = {
     ),
     "report": ("Guarantee", "PrivacyReport"),
     "calibration.calibration": ("Calibration",),
-    "calibration": ("calibrate",),
+    "hosts.calibrate": ("calibrate",),
     "hosts.processor": ("DPAttnProcessor",),
     "hosts.protect": ("protect", "unprotect"),
     "hosts.release": ("Release",),
@@ -52,8 +53,8 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "BudgetExceededError",
     "Budget",
+    "BudgetExceededError",
     "Calibration",
     "ConfigError",
     "ContextError",

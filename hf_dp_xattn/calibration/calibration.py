@@ -47,6 +47,11 @@ class PlanEntry:
     TENSORS = ("weight", "center", "mean_a", "cov_y", "cov_zy")
     NUMBERS = ("epsilon", "delta", "clip_norm", "predicted_fvu")
 
+    @classmethod
+    def from_parts(cls, numbers: dict[str, Any], tensors: dict[str, Any]) -> PlanEntry:
+        """Raises TypeError on a missing or unknown part."""
+        return cls(**numbers, **tensors)
+
 
 def sketch_plan(entry: PlanEntry, basis: SketchBasis, units: int) -> SketchPlan:
     """The sketch that a plan entry describes, for contexts of about `units` units."""
@@ -85,9 +90,13 @@ class Calibration:
                     "Calibrate again, or change the config."
                 )
         shapes = [(s.name, s.heads, s.key_dim, s.value_dim) for s in specs]
-        own = [(n, g.heads, g.key_dim, g.value_dim) for n, g in zip(self.layers, self.geometries, strict=True)]
+        own = [
+            (n, g.heads, g.key_dim, g.value_dim) for n, g in zip(self.layers, self.geometries, strict=True)
+        ]
         if shapes != own:
-            raise ConfigError("The calibration is for another model: layer names or shapes differ. Calibrate for this one.")
+            raise ConfigError(
+                "The calibration is for another model: layer names or shapes differ. Calibrate for this one."
+            )
 
     def plan(self, config: DPXAttnConfig) -> SketchPlan | None:
         """The sketch to release at config.epsilon, or None where there is none (no basis, or n not public)."""
@@ -137,12 +146,29 @@ class Calibration:
         except (OSError, ValueError) as error:
             raise ConfigError(f"No readable calibration in {folder}: {type(error).__name__}.") from None
         if not isinstance(header, dict) or header.get("schema_version") != SCHEMA_VERSION:
-            raise ConfigError(f"The calibration in {folder} has another schema version than {SCHEMA_VERSION}; upgrade or redo it.")
+            raise ConfigError(
+                f"The calibration in {folder} has another schema version than {SCHEMA_VERSION}; upgrade or redo it."
+            )
         if hashlib.sha256(payload).hexdigest() != header.get("sha256"):
-            raise ConfigError(f"The calibration's tensors in {folder} do not match their checksum: damaged or truncated.")
-        expected = {"schema_version", "layers", "scales", "settings", "clip_norm", "contexts", "units", "has_basis", "plans", "sha256"}
+            raise ConfigError(
+                f"The calibration's tensors in {folder} do not match their checksum: damaged or truncated."
+            )
+        expected = {
+            "schema_version",
+            "layers",
+            "scales",
+            "settings",
+            "clip_norm",
+            "contexts",
+            "units",
+            "has_basis",
+            "plans",
+            "sha256",
+        }
         if set(header) != expected:
-            raise ConfigError(f"Unknown or missing keys in {folder / _JSON}: {sorted(set(header) ^ expected)}.")
+            raise ConfigError(
+                f"Unknown or missing keys in {folder / _JSON}: {sorted(set(header) ^ expected)}."
+            )
         try:
             tensors = load_file(folder / _TENSORS)
             names = [f.name for f in dataclasses.fields(HeadGeometry) if f.name != "scale"]
@@ -154,14 +180,19 @@ class Calibration:
             if header["has_basis"]:
                 count = range(len(header["layers"]))
                 basis = SketchBasis(
-                    **{n: tuple(tensors[f"basis.{i}.{n}"] for i in count) for n in ("analysis", "synthesis", "mean_sums")}
+                    **{
+                        n: tuple(tensors[f"basis.{i}.{n}"] for i in count)
+                        for n in ("analysis", "synthesis", "mean_sums")
+                    }
                 )
             plans = tuple(
-                PlanEntry(**numbers, **{n: tensors[f"plan.{i}.{n}"] for n in PlanEntry.TENSORS})
+                PlanEntry.from_parts(numbers, {n: tensors[f"plan.{i}.{n}"] for n in PlanEntry.TENSORS})
                 for i, numbers in enumerate(header["plans"])
             )
         except (KeyError, TypeError, SafetensorError) as error:
-            raise ConfigError(f"The calibration in {folder} is incomplete or damaged ({type(error).__name__}).") from None
+            raise ConfigError(
+                f"The calibration in {folder} is incomplete or damaged ({type(error).__name__})."
+            ) from None
         return cls(
             layers=tuple(header["layers"]),
             geometries=geometries,

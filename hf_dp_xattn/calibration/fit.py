@@ -77,13 +77,19 @@ def fit_calibration(
     geometries, n = _fit_geometry(config, specs, stream("moments"), public_queries)
     features = [
         make_features(
-            config.features, g.projected_dim, degree=config.degree, num_features=config.num_features, seed=config.feature_seed
+            config.features,
+            g.projected_dim,
+            degree=config.degree,
+            num_features=config.num_features,
+            seed=config.feature_seed,
         )
         for g in geometries
     ]
     units = unit_rows(config.unit, n, groups)
     clip_norm = _unit_norm(geometries, features, stream("clipping bound"), units, limit=64)
-    encoders = [LayerEncoder(g, f, lattice_exponent(clip_norm)) for g, f in zip(geometries, features, strict=True)]
+    encoders = [
+        LayerEncoder(g, f, lattice_exponent(clip_norm)) for g, f in zip(geometries, features, strict=True)
+    ]
     settings = {name: getattr(config, name) for name in BOUND_FIELDS}
     result = Calibration(
         layers=tuple(s.name for s in specs),
@@ -98,8 +104,12 @@ def fit_calibration(
     metric = _fit_metric(encoders, public_queries, stream("metric"), limit=32)
     used = max(4, count * 2 // 3)
     basis = _fit_basis(encoders, metric, stream("sketch basis"), used, min(rank, used - 1), len(units))
-    held_out = _sketch_held_out(encoders, metric, basis, stream("held-out contexts"), used, units, public_queries, 24)
-    probe = Probe(encoders, basis, [q.cpu() for q in public_queries.queries], [g.cpu() for g in public_queries.gains])
+    held_out = _sketch_held_out(
+        encoders, metric, basis, stream("held-out contexts"), used, units, public_queries, 24
+    )
+    probe = Probe(
+        encoders, basis, [q.cpu() for q in public_queries.queries], [g.cpu() for g in public_queries.gains]
+    )
     plans = tuple(
         fit_plan(config, float(e), held_out, probe)
         for e in tqdm(epsilons, desc="plans", disable=not progress, leave=False)
@@ -123,7 +133,9 @@ def _fit_geometry(
     for i, spec in enumerate(specs):
         queries = Moments()
         queries.add(public.queries[i])
-        key_map, query_map, _ = balance(keys[i].covariance, queries.covariance, spec.scale, config.projection_dim)
+        key_map, query_map, _ = balance(
+            keys[i].covariance, queries.covariance, spec.scale, config.projection_dim
+        )
         ones = torch.ones(spec.heads, dtype=torch.float64)
         variance = values[i].covariance.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(1e-12)  # [H] E|v - c|^2
         # a head's share of the joint norm follows its effect on the layer's output; layers count alike
@@ -167,7 +179,7 @@ def _unit_norm(
             continue
         for unit in units:
             parts = unit_contribution(encoders, keys, values, unit)
-            norms.append(sum(p.square().sum() for p in parts).sqrt().reshape(1))
+            norms.append(torch.stack([p.square().sum() for p in parts]).sum().sqrt().reshape(1))
     return float(torch.cat(norms).quantile(0.95)) * 2.0 ** -lattice_exponent(64.0)
 
 
@@ -211,7 +223,11 @@ def _fit_metric(
         root = (vectors * values_.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT
         inverse = 1.0 / g.value_scale
         column = torch.cat(
-            [inverse[:, None].expand(-1, g.value_dim), (inverse / g.normalizer_weight * out_square.sqrt())[:, None]], dim=-1
+            [
+                inverse[:, None].expand(-1, g.value_dim),
+                (inverse / g.normalizer_weight * out_square.sqrt())[:, None],
+            ],
+            dim=-1,
         )
         result.append(_LayerMetric(root, column))
         variance.append(variance_h)
@@ -228,12 +244,16 @@ def _query_features(encoder: LayerEncoder, query: torch.Tensor) -> torch.Tensor:
     return encoder.features.query_features(centred, table) * encoder.features.query_fold()
 
 
-def _output(encoder: LayerEncoder, feats: torch.Tensor, sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _output(
+    encoder: LayerEncoder, feats: torch.Tensor, sums: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(centred output [H, m, dv], normaliser [H, m]) of one context's sums in encoded units."""
     g = encoder.geometry
     result = feats @ sums.cpu()
     normalizer = result[..., -1] / (g.value_scale * g.normalizer_weight)[:, None]
-    return result[..., :-1] / g.value_scale[:, None, None] / normalizer.clamp_min(1e-6).unsqueeze(-1), normalizer
+    return result[..., :-1] / g.value_scale[:, None, None] / normalizer.clamp_min(1e-6).unsqueeze(
+        -1
+    ), normalizer
 
 
 def _fit_basis(
@@ -255,10 +275,15 @@ def _fit_basis(
     means = [s.mean(0) for s in stacked]
     stacked = [s - m for s, m in zip(stacked, means, strict=True)]
     whitened = [m.root.float() @ s * m.column.float()[:, None] for s, m in zip(stacked, metric, strict=True)]
-    gram = sum((w.flatten(1).double() @ w.flatten(1).double().T for w in whitened), torch.zeros(used, used, dtype=torch.float64))
+    gram = sum(
+        (w.flatten(1).double() @ w.flatten(1).double().T for w in whitened),
+        torch.zeros(used, used, dtype=torch.float64),
+    )
     eigenvalues, vectors = torch.linalg.eigh(gram)
     order = torch.argsort(eigenvalues, descending=True)[:rank]
-    mix = (vectors[:, order] / eigenvalues[order].clamp_min(1e-12 * eigenvalues.max()).sqrt()).to(torch.float32)  # [N, R]
+    mix = (vectors[:, order] / eigenvalues[order].clamp_min(1e-12 * eigenvalues.max()).sqrt()).to(
+        torch.float32
+    )  # [N, R]
     analysis, synthesis = [], []
     for s, w, m in zip(stacked, whitened, metric, strict=True):
         direction = torch.einsum("nhrc,nk->hrck", w, mix)
@@ -286,7 +311,9 @@ def _sketch_held_out(
             continue
         if len(outputs) < simulated:
             scales = [e.geometry.scale for e in encoders]
-            outputs.append([_exact(q, k, v, s) for q, k, v, s in zip(public.queries, keys, values, scales, strict=True)])
+            outputs.append(
+                [_exact(q, k, v, s) for q, k, v, s in zip(public.queries, keys, values, scales, strict=True)]
+            )
         sketches.append(sketch_units(encoders, keys, values, units, matrices))
         parts = unit_contribution(encoders, keys, values, torch.arange(keys[0].shape[1]))
         total = torch.zeros((), dtype=torch.float64)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..config import DPXAttnConfig
-from ..mechanisms.contributions import LayerEncoder, lattice_exponent
+from ..mechanisms.contributions import LayerEncoder
 from ..mechanisms.kernel_sum import layer_structure
 from ..mechanisms.sketch import SketchBasis, clip_sketch
 from ..privacy.accountant import gaussian_sigma_squared
@@ -67,7 +67,10 @@ def simulate_fvu(
     means = [torch.stack([o[j] for o in held_out.outputs]).mean(0) for j in range(layers)]
     rows = units if config.unit == "row" and config.neighboring == "replace_one" else None
     for i in range(count):
-        y = clip_sketch(held_out.sketches[i], plan.weight, plan.center, plan.exponent, bound).sum(0) * 2.0**-plan.exponent
+        y = (
+            clip_sketch(held_out.sketches[i], plan.weight, plan.center, plan.exponent, bound).sum(0)
+            * 2.0**-plan.exponent
+        )
         y = y + sigma * torch.randn(y.shape, generator=gen, dtype=torch.float64)
         for j, sums in enumerate(plan.reconstruct(y, units, sigma)):
             structure = layer_structure(probe.encoders[j], sums, rows, config.normalizer_floor)
@@ -90,7 +93,7 @@ def _search(config: DPXAttnConfig, epsilon: float, held_out: HeldOut, folds: int
     """Grid search over the number of directions, the noise allocation and the clipping bound; a candidate's linear FVU is
     cross-validated, so that directions and decoder coefficients that the public data cannot support lose."""
     sketches = held_out.sketches
-    contexts, units, rank = sketches.shape
+    _, units, rank = sketches.shape
     noise = _noise(config, epsilon)
     center = sketches.flatten(0, 1).mean(0)
     centred = sketches - center
@@ -105,7 +108,9 @@ def _search(config: DPXAttnConfig, epsilon: float, held_out: HeldOut, folds: int
             norms = weighted.norm(dim=-1, keepdim=True)
             flat = norms.flatten()
             for quantile in (0.3, 0.6, 0.8, 0.95, 1.0):
-                clip = float(torch.quantile(flat[:: max(1, flat.numel() // 100_000)], quantile)) * 1.0001 + 1e-12
+                clip = (
+                    float(torch.quantile(flat[:: max(1, flat.numel() // 100_000)], quantile)) * 1.0001 + 1e-12
+                )
                 y = (weighted * (clip / norms.clamp_min(1e-30)).clamp_max(1.0)).sum(1)
                 error = sum(_validate(z, y, noise * clip, fold, folds) for fold in range(folds))
                 fvu = float((error + outside) / held_out.total.sum())
@@ -126,7 +131,9 @@ def _search(config: DPXAttnConfig, epsilon: float, held_out: HeldOut, folds: int
     return best
 
 
-def _regression(z: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _regression(
+    z: torch.Tensor, y: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Means and second moments of the decoder; a ridge of 1/N of the mean variance stands for the few contexts."""
     n, k = y.shape
     dy, dz = y - y.mean(0), z - z.mean(0)

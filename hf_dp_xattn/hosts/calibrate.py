@@ -19,14 +19,13 @@ from .rows import layer_specs, project_rows, split_heads
 from .text import TextSide
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
     from diffusers.models.attention_processor import Attention
 
 EPSILONS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
 
 def calibrate(
-    pipe: StableDiffusionPipeline,
+    pipe: Any,
     public_contexts: Sequence[str] | torch.Tensor,
     config: DPXAttnConfig,
     *,
@@ -55,7 +54,9 @@ def calibrate(
 
     check_pipeline_class(pipe)
     if any(isinstance(p, DPAttnProcessor) for p in pipe.unet.attn_processors.values()):
-        raise ConfigError("Calibrate before `protect` (or after `unprotect`): a protected pipeline has no exact queries.")
+        raise ConfigError(
+            "Calibrate before `protect` (or after `unprotect`): a protected pipeline has no exact queries."
+        )
     layers = find_layers(pipe.unet)
     text = TextSide(pipe, Access())
     private, whole = _encode(text, public_contexts, progress)
@@ -91,13 +92,17 @@ def _encode(
         return list(public), list(public)
     if isinstance(public, str) or not all(isinstance(t, str) for t in public):
         raise ConfigError("public_contexts must be a list of prompts or a tensor of embeddings [N, n, C].")
-    whole = [text.encode(*text.tokenize(t)) for t in tqdm(public, desc="encoding", disable=not progress, leave=False)]
+    whole = [
+        text.encode(*text.tokenize(t))
+        for t in tqdm(public, desc="encoding", disable=not progress, leave=False)
+    ]
     return [rows[1:] if text.first_row_is_public else rows for rows in whole], whole
 
 
 def output_gain(attn: Attention) -> torch.Tensor:
     """[H] mean squared gain from a head's output channel to the layer's output."""
-    weight = getattr(attn.to_out[0], "base_layer", attn.to_out[0]).weight.detach().to("cpu", torch.float64)
+    projection: Any = getattr(attn.to_out[0], "base_layer", attn.to_out[0])
+    weight = projection.weight.detach().to("cpu", torch.float64)
     per_head = weight.reshape(weight.shape[0], attn.heads, -1)
     return per_head.square().sum((0, 2)) / per_head.shape[2]
 
@@ -110,7 +115,9 @@ def _capture(layers: Iterable[Attention], per_step: int, seed: int) -> Iterator[
     for attn in layers:
         seen: list[torch.Tensor] = []
 
-        def hook(module: Any, args: Any, output: torch.Tensor, attn: Any = attn, seen: list[torch.Tensor] = seen) -> None:
+        def hook(
+            module: Any, args: Any, output: torch.Tensor, attn: Any = attn, seen: list[torch.Tensor] = seen
+        ) -> None:
             query = split_heads(output, attn.heads)
             if attn.norm_q is not None:
                 query = attn.norm_q(query)
@@ -128,7 +135,7 @@ def _capture(layers: Iterable[Attention], per_step: int, seed: int) -> Iterator[
 
 @torch.no_grad()
 def _public_queries(
-    pipe: StableDiffusionPipeline,
+    pipe: Any,
     layers: dict[str, Attention],
     text: TextSide,
     embeddings: torch.Tensor,
@@ -156,7 +163,9 @@ def _public_queries(
             model_input = scheduler.scale_model_input(torch.cat([sample, sample]), t)
             if unet.config.in_channels != model_input.shape[1]:  # inpainting: an empty mask and image
                 extra = unet.config.in_channels - model_input.shape[1]
-                model_input = torch.cat([model_input, model_input.new_zeros(model_input.shape[0], extra, height, width)], 1)
+                model_input = torch.cat(
+                    [model_input, model_input.new_zeros(model_input.shape[0], extra, height, width)], 1
+                )
             uncond, cond = unet(model_input, t, encoder_hidden_states=both).sample.chunk(2)
             sample = scheduler.step(uncond + 3.0 * (cond - uncond), t, sample).prev_sample
     # the unconditional half of each call comes from the empty prompt: its queries are as public as the others

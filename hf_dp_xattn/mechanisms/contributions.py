@@ -54,7 +54,9 @@ class LayerEncoder:
 
     def __post_init__(self) -> None:
         norms = feature_norm(self.features, self.geometry)
-        object.__setattr__(self, "_phi_exponents", [ENTRY_BITS - math.ceil(math.log2(float(v))) for v in norms])
+        object.__setattr__(
+            self, "_phi_exponents", [ENTRY_BITS - math.ceil(math.log2(float(v))) for v in norms]
+        )
 
     @property
     def size(self) -> int:
@@ -69,17 +71,25 @@ class LayerEncoder:
         centred = quantize(key.to(torch.float64) - g.key_center.to(device)[:, None], scale, 2**20)
         # the maps' largest entry gets 22 bits; |partial sums| <= d 2^20 2^22
         largest = g.key_map.abs().amax((-1, -2)).clamp_min(1e-30)
-        map_scale = power_of_two([21 - math.ceil(math.log2(float(v))) for v in largest], device)[:, None, None]
-        mapped = exact_matmul(centred, quantize(g.key_map.to(device), map_scale, 2**22).mT, g.key_dim * 2.0**42)
+        map_scale = power_of_two([21 - math.ceil(math.log2(float(v))) for v in largest], device)[
+            :, None, None
+        ]
+        mapped = exact_matmul(
+            centred, quantize(g.key_map.to(device), map_scale, 2**22).mT, g.key_dim * 2.0**42
+        )
         mapped = mapped / (scale * map_scale)
         radius = g.key_radius.to(device)[:, None, None]
         # clip |k'| to the radius: integers, so that the sum of squares is exact in any order
         units = quantize(mapped, 2.0**18 / radius, 2**21)
-        norm = exact_matmul(units.square(), units.new_ones(units.shape[-1], 1), units.shape[-1] * 2.0**42).sqrt()
+        norm = exact_matmul(
+            units.square(), units.new_ones(units.shape[-1], 1), units.shape[-1] * 2.0**42
+        ).sqrt()
         clipped = units * torch.clamp(2.0**18 / norm.clamp_min(1.0), max=1.0) * (radius * 2.0**-18)
         if not bool(g.weight_map.any()):
             return clipped, torch.ones_like(clipped[..., :1])
-        weight_scale = power_of_two([21 - math.ceil(math.log2(float(v.abs().max().clamp_min(1e-30)))) for v in g.weight_map], device)
+        weight_scale = power_of_two(
+            [21 - math.ceil(math.log2(float(v.abs().max().clamp_min(1e-30)))) for v in g.weight_map], device
+        )
         weights = quantize(g.weight_map.to(device), weight_scale[:, None], 2**22).unsqueeze(-1)
         logs = exact_matmul(centred, weights, g.key_dim * 2.0**42) / (scale * weight_scale[:, None, None])
         return clipped, exact_exp(logs, MAX_LOG_WEIGHT)
@@ -97,14 +107,18 @@ class LayerEncoder:
         return quantize(phi, phi_scale), quantize(scaled, value_scale)
 
 
-def check_rows(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], encoders: Sequence[LayerEncoder]) -> int:
+def check_rows(
+    keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], encoders: Sequence[LayerEncoder]
+) -> int:
     """The public number of rows; raises before anything is computed.
 
     Raises:
         ConfigError: shapes do not fit the layers. ContextError: no rows, too many rows, NaN or Inf.
     """
     if len(keys) != len(encoders) or len(values) != len(encoders) or not encoders:
-        raise ConfigError(f"Expected keys and values of {len(encoders)} layers, got {len(keys)} and {len(values)}.")
+        raise ConfigError(
+            f"Expected keys and values of {len(encoders)} layers, got {len(keys)} and {len(values)}."
+        )
     n = keys[0].shape[-2]
     for key, value, encoder in zip(keys, values, encoders, strict=True):
         encoder.geometry.check(key, value)
@@ -115,7 +129,9 @@ def check_rows(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], enc
     if n > MAX_ROWS:
         raise ContextError(f"The context has {n} rows; at most {MAX_ROWS} can be summed exactly.")
     if sum(e.size for e in encoders) > MAX_COORDINATES:
-        raise ConfigError("The release would have more than 2^28 coordinates; lower degree or projection_dim.")
+        raise ConfigError(
+            "The release would have more than 2^28 coordinates; lower degree or projection_dim."
+        )
     for tensor in (*keys, *values):
         if not bool(torch.isfinite(tensor).all()):
             raise ContextError("The context's keys or values hold NaN or Inf; nothing was released.")
@@ -156,7 +172,9 @@ def sum_rows(
     """
     n = check_rows(keys, values, encoders)
     totals = [
-        torch.zeros(e.geometry.heads, e.features.size, e.geometry.value_dim + 1, dtype=torch.int64, device=k.device)
+        torch.zeros(
+            e.geometry.heads, e.features.size, e.geometry.value_dim + 1, dtype=torch.int64, device=k.device
+        )
         for e, k in zip(encoders, keys, strict=True)
     ]
     per_row = sum(e.geometry.heads * (e.features.size + e.geometry.value_dim + 1) for e in encoders)
@@ -184,7 +202,9 @@ def unit_rows(unit: str, n: int, groups: torch.Tensor | None) -> list[torch.Tens
     """
     if unit == "group":
         if groups is None or groups.ndim != 1 or groups.shape[0] != n or groups.is_floating_point():
-            raise ConfigError(f"unit='group' needs `groups`: an integer tensor [n = {n}] that names each row's group.")
+            raise ConfigError(
+                f"unit='group' needs `groups`: an integer tensor [n = {n}] that names each row's group."
+            )
         order = torch.argsort(groups.cpu(), stable=True)
         _, counts = torch.unique(groups.cpu(), return_counts=True)
         return list(torch.split(order, counts.tolist()))
@@ -194,17 +214,20 @@ def unit_rows(unit: str, n: int, groups: torch.Tensor | None) -> list[torch.Tens
 
 
 def unit_contribution(
-    encoders: Sequence[LayerEncoder], keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], rows: torch.Tensor
+    encoders: Sequence[LayerEncoder],
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    rows: torch.Tensor,
 ) -> list[torch.Tensor]:
     """One unit's exact contribution: integer-valued float64 [H, r, dv + 1] per layer (sum over its rows)."""
     result = []
     for encoder, key, value in zip(encoders, keys, values, strict=True):
-        total = 0
+        g = encoder.geometry
+        total = key.new_zeros(g.heads, encoder.features.size, g.value_dim + 1, dtype=torch.int64)
         for part in rows.to(key.device).split(ROWS_PER_CHUNK // 2):
             phi, u = encoder.factors(key[:, part], value[:, part])
-            total = total + exact_matmul(phi.mT, u, part.shape[0] * 4.0**ENTRY_BITS)
-        assert isinstance(total, torch.Tensor)
-        result.append(total)
+            total += exact_matmul(phi.mT, u, part.shape[0] * 4.0**ENTRY_BITS).to(torch.int64)
+        result.append(total.to(torch.float64))  # above 2^53 (huge units) rounded elementwise, still integers
     return result
 
 

@@ -24,6 +24,7 @@ from ..errors import ConfigError
 from ..privacy.lattice import exact_exp, exact_matmul, quantize
 
 MAX_FEATURES = 2**17
+QUERY_BLOCK = 256
 
 
 def taylor_relative_error(bound: float, degree: int) -> float:
@@ -31,6 +32,7 @@ def taylor_relative_error(bound: float, degree: int) -> float:
 
     P_s(x) e^-x has the derivative -x^s e^-x / s!, so it is monotone on each side of 0 and the largest error is at an end.
     """
+
     def error(x: float) -> float:
         return abs(sum(x**j / math.factorial(j) for j in range(degree + 1)) / math.exp(x) - 1.0)
 
@@ -110,6 +112,40 @@ class TaylorFeatures:
         """[..., p] -> [..., r]: the bare monomials; the coefficients are folded into the structure."""
         return self.monomials(query)
 
+    def query_sums(self, query: torch.Tensor, table: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+        """query_features(query) @ sums: [..., m, p], [..., r, c] -> [..., m, c].
+
+        Outside of a trace, the monomials of a few hundred queries at a time are written feature-major into one buffer that
+        stays in the cache; `query_features` would write m r numbers to memory in p pieces.
+        """
+        if torch.compiler.is_compiling() or self.degree < 2 or query.requires_grad:
+            return self.query_features(query, table) @ sums
+        batch = torch.broadcast_shapes(query.shape[:-2], sums.shape[:-2])
+        x = query.expand(*batch, *query.shape[-2:]).flatten(0, -3).mT.contiguous()  # [G, p, m]
+        folded = sums.expand(*batch, *sums.shape[-2:]).flatten(0, -3).mT  # [G, c, r]
+        out = x.new_empty(x.shape[0], folded.shape[1], x.shape[2])
+        buffer = x.new_empty(x.shape[0], self.size, min(QUERY_BLOCK, x.shape[2]))
+        buffer[:, 0] = 1.0
+        for start in range(0, x.shape[2], QUERY_BLOCK):
+            block = x[:, :, start : start + QUERY_BLOCK]
+            features = buffer[:, :, : block.shape[2]]
+            self._write_monomials(block, features)
+            out[:, :, start : start + QUERY_BLOCK] = torch.bmm(folded, features)
+        return out.mT.unflatten(0, batch)
+
+    def _write_monomials(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """x [G, p, m] -> out [G, r, m] (row 0, the constant, is there already)."""
+        stop = 1 + self.dim
+        out[:, 1:stop] = x
+        for j in range(2, self.degree + 1):
+            position = stop
+            for i in range(self.dim):
+                length = math.comb(self.dim - i + j - 2, j - 1)
+                target = out[:, position : position + length]
+                torch.mul(out[:, stop - length : stop], x[:, i : i + 1], out=target)
+                position += length
+            stop = position
+
     def query_fold(self) -> torch.Tensor:
         """[r] factor by which the released structure's rows are multiplied once."""
         return self.coefficients()
@@ -126,7 +162,9 @@ def _orthogonal_directions(dim: int, count: int, seed: int) -> torch.Tensor:
     while left > 0:
         gaussian = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
         orthogonal, upper = torch.linalg.qr(gaussian)
-        orthogonal = orthogonal * upper.diagonal().sign()  # Haar-distributed, so that each direction is Gaussian
+        orthogonal = (
+            orthogonal * upper.diagonal().sign()
+        )  # Haar-distributed, so that each direction is Gaussian
         lengths = torch.randn(dim, dim, generator=generator, dtype=torch.float64).norm(dim=1)
         blocks.append((orthogonal * lengths[:, None])[: min(left, dim)])
         left -= dim
@@ -164,6 +202,10 @@ class PositiveRandomFeatures:
     def query_features(self, query: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         logits = query @ table.T
         return torch.exp((logits - 0.5 * query.square().sum(-1, keepdim=True)).clamp(-8.0, 8.0))
+
+    def query_sums(self, query: torch.Tensor, table: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+        """query_features(query) @ sums: [..., m, p], [..., r, c] -> [..., m, c]."""
+        return self.query_features(query, table) @ sums
 
     def query_fold(self) -> torch.Tensor:
         return torch.full((self.count,), 1.0 / math.sqrt(self.count), dtype=torch.float64)

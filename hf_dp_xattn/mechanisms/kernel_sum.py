@@ -40,7 +40,10 @@ from .structure import KernelSumStructure
 if TYPE_CHECKING:
     from ..calibration.calibration import Calibration
 
-def declared_clip_norm(geometries: Sequence[HeadGeometry], features: Sequence[FeatureMap], value_bound: float) -> float:
+
+def declared_clip_norm(
+    geometries: Sequence[HeadGeometry], features: Sequence[FeatureMap], value_bound: float
+) -> float:
     """C such that no row within the declared bounds is clipped: C^2 = sum_h |phi|^2 (|v|^2 + beta^2)."""
     total = 0.0
     for geometry, feature in zip(geometries, features, strict=True):
@@ -86,7 +89,7 @@ class PreparedKernelSum:
         if self.sketch is not None:
             total = sum_sketch(self.encoders, keys, values, self.bound, units, self.sketch)
             noisy = total + self._noise(total.shape, entropy, total.device)
-            scaled = noisy.to(torch.float64) * 2.0 ** -self.sketch.exponent
+            scaled = noisy.to(torch.float64) * 2.0**-self.sketch.exponent
             sums = self.sketch.reconstruct(scaled, len(units), self._sigma(self.sketch.exponent))
         else:
             if self.config.unit == "row":
@@ -94,7 +97,10 @@ class PreparedKernelSum:
             else:
                 totals = sum_units(self.encoders, keys, values, self.bound, units)
             exponent = self.encoders[0].exponent
-            sums = [(t + self._noise(t.shape, entropy, t.device)).to(torch.float64) * 2.0**-exponent for t in totals]
+            sums = [
+                (t + self._noise(t.shape, entropy, t.device)).to(torch.float64) * 2.0**-exponent
+                for t in totals
+            ]
         public_rows = n if self._n_is_public() else None
         structures = tuple(
             layer_structure(encoder, part, public_rows, self.config.normalizer_floor)
@@ -107,7 +113,9 @@ class PreparedKernelSum:
         return self.config.unit == "row" and self.config.neighboring == NeighboringRelation.REPLACE_ONE.value
 
     def _noise(self, shape: torch.Size, entropy: Entropy, device: torch.device) -> torch.Tensor:
-        return torch.from_numpy(discrete_gaussian(tuple(shape), self.sigma_squared, entropy=entropy)).to(device)
+        return torch.from_numpy(discrete_gaussian(tuple(shape), self.sigma_squared, entropy=entropy)).to(
+            device
+        )
 
     def _sigma(self, exponent: int) -> float:
         return math.sqrt(self.sigma_squared) * 2.0**-exponent
@@ -141,12 +149,17 @@ def layer_structure(
     """Post-processing of one layer's noised sums [H, r, dv + 1] (float64, scaled) into what queries read."""
     g, features, device = encoder.geometry, encoder.features, sums.device
     scale = g.value_scale.to(device)[:, None, None]
-    sums = torch.cat([sums[..., :-1] / scale, sums[..., -1:] / (scale * g.normalizer_weight.to(device)[:, None, None])], dim=-1)
+    sums = torch.cat(
+        [sums[..., :-1] / scale, sums[..., -1:] / (scale * g.normalizer_weight.to(device)[:, None, None])],
+        dim=-1,
+    )
     sums = sums * features.query_fold().to(device)[:, None]
     unweighted = ~g.weight_map.abs().amax(-1).gt(0).to(device)
     if public_rows is not None and features.has_constant:
         # Without row weights, the constant feature of the normaliser counts the rows, which replace_one makes public.
-        sums[:, 0, -1] = torch.where(unweighted, torch.full_like(sums[:, 0, -1], float(public_rows)), sums[:, 0, -1])
+        sums[:, 0, -1] = torch.where(
+            unweighted, torch.full_like(sums[:, 0, -1], float(public_rows)), sums[:, 0, -1]
+        )
     zero = sums.new_zeros(1, g.projected_dim)
     table = features.query_table().to(device)
     at_centre = features.query_features(zero, table.to(zero)) @ sums[..., -1:]
@@ -186,9 +199,15 @@ def prepare_kernel_sum(
         for g in geometries
     ]
     plan = None if calibration is None else calibration.plan(config)
-    encoding_norm = declared_clip_norm(geometries, features, config.value_bound) if calibration is None else calibration.clip_norm
+    encoding_norm = (
+        declared_clip_norm(geometries, features, config.value_bound)
+        if calibration is None
+        else calibration.clip_norm
+    )
     clip_norm = encoding_norm if plan is None else plan.clip_norm
-    if not (math.isfinite(clip_norm) and clip_norm > 0 and math.isfinite(encoding_norm) and encoding_norm > 0):
+    if not (
+        math.isfinite(clip_norm) and clip_norm > 0 and math.isfinite(encoding_norm) and encoding_norm > 0
+    ):
         raise ConfigError(f"The clipping bound must be positive and finite, got {clip_norm!r}.")
     exponent = lattice_exponent(encoding_norm)
     bound = math.floor(clip_norm * 2.0 ** (exponent if plan is None else plan.exponent))

@@ -1,13 +1,14 @@
 r"""Public linear sketch: release K numbers that carry what varies between contexts, for all layers and heads at once.
 
-All layers' keys and values are functions of the same rows, so their kernel sums vary together. A calibration on public contexts gives
-K directions e_k in the space of the joint contributions (principal directions of the sums, in the metric of the attention's
-output error over public queries). A unit then contributes only
+All layers' keys and values are functions of the same rows, so their kernel sums vary together. A calibration on public
+contexts gives K directions e_k in the space of the joint contributions (principal directions of the sums, in the metric of
+the attention's output error over public queries). A unit then contributes only
 
     a(u) = clip(w * (E^T c(u) - m), C)  in R^K,
 
-and the release is sum_u a(u) + N_Z(0, sigma^2 I_K). E, w, m, C are public, so the sensitivity argument of privacy/clipping.py holds word for word
-with K coordinates in place of D; directions that queries never look at, or that do not vary, cost no noise.
+and the release is sum_u a(u) + N_Z(0, sigma^2 I_K). E, w, m and C are
+public, so the sensitivity argument of privacy/clipping.py holds word for word with K coordinates in place of D; directions that
+queries never look at, or that do not vary, cost no noise.
 The decoder (post-processing) is the linear posterior mean under the public prior.
 """
 
@@ -45,7 +46,7 @@ class SketchPlan:
     """What is released for one unit and epsilon, and how it is decoded. All public.
 
     center, mean_a [K]: the public mean of a unit's sketch before and after clipping. weight [K]: noise allocation.
-    cov_y [K, K] and cov_zy [R, K]: over public contexts of `units` units, z being the context's coordinates in all R directions of the basis.
+    cov_y [K, K] and cov_zy [R, K]: over public contexts of `units` units; z is the context in all R directions.
     """
 
     basis: SketchBasis
@@ -57,7 +58,9 @@ class SketchPlan:
     cov_y: torch.Tensor
     cov_zy: torch.Tensor
     units: int
-    _matrices: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list, repr=False, compare=False)
+    _matrices: list[tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=list, repr=False, compare=False
+    )
 
     @property
     def rank(self) -> int:
@@ -74,7 +77,10 @@ class SketchPlan:
         ratio = (units / self.units) ** 2
         device = y.device
         cov_y = self.cov_y.to(device) * ratio
-        gain = torch.linalg.solve(cov_y + sigma**2 * torch.eye(self.rank, dtype=torch.float64, device=device), self.cov_zy.to(device).mT * ratio).mT
+        gain = torch.linalg.solve(
+            cov_y + sigma**2 * torch.eye(self.rank, dtype=torch.float64, device=device),
+            self.cov_zy.to(device).mT * ratio,
+        ).mT
         shift = (gain @ (y - units * self.mean_a.to(device))).to(torch.float32)
         return [
             (mean.to(device) * units + synthesis.to(device) @ shift).to(torch.float64)
@@ -125,12 +131,16 @@ def _sketch_rows(
     for encoder, key, value in zip(encoders, keys, values, strict=True):
         index = rows.to(key.device)
         phi, u = encoder.factors(key[:, index], value[:, index])
-        flat.append((phi.transpose(0, 1).unsqueeze(-1) * u.transpose(0, 1).unsqueeze(-2)).reshape(len(rows), -1))
+        flat.append(
+            (phi.transpose(0, 1).unsqueeze(-1) * u.transpose(0, 1).unsqueeze(-2)).reshape(len(rows), -1)
+        )
     return _apply(flat, encoders, matrices)
 
 
 def _apply(
-    flat: Sequence[torch.Tensor], encoders: Sequence[LayerEncoder], matrices: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    flat: Sequence[torch.Tensor],
+    encoders: Sequence[LayerEncoder],
+    matrices: Sequence[tuple[torch.Tensor, torch.Tensor]],
 ) -> torch.Tensor:
     total: torch.Tensor | None = None
     for unit, encoder, (matrix, inverse) in zip(flat, encoders, matrices, strict=True):

@@ -113,7 +113,7 @@ class KernelSumStructure:
         norm = centred.square().sum(-1, keepdim=True).sqrt()
         radius = self.query_radius.to(q)[:, None, None]
         centred = centred * (radius / norm.clamp_min(1e-30)).clamp_max(1.0)
-        result = self.features.query_features(centred, self.table.to(q)) @ self.sums.to(q)
+        result = self.features.query_sums(centred, self.table.to(q), self.sums.to(q))
         normalizer = torch.maximum(result[..., -1], self.floor.to(q))
         out = result[..., :-1] / normalizer.unsqueeze(-1) + self.value_center.to(q)[:, None]
         shift = (q @ self.key_center.to(q).unsqueeze(-1)).squeeze(-1)
@@ -123,7 +123,12 @@ class KernelSumStructure:
         return self.partial(query)[0].to(query.dtype)
 
     def attend_with(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, bias: torch.Tensor | None = None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The private structure and exact PUBLIC rows (key, value) under one softmax."""
         out, lse = self.partial(query)
@@ -140,7 +145,9 @@ class KernelSumStructure:
         return self._with(**{name: getattr(self, name).index_select(0, index) for name in self._BATCHED})
 
     def _with(self, **changes: torch.Tensor) -> KernelSumStructure:
-        return KernelSumStructure(features=self.features, queries_per_chunk=self.queries_per_chunk, **{**self.tensors(), **changes})
+        return KernelSumStructure(
+            features=self.features, queries_per_chunk=self.queries_per_chunk, **{**self.tensors(), **changes}
+        )
 
 
 def stack(structures: Sequence[AttentionStructure]) -> AttentionStructure:
@@ -151,18 +158,28 @@ def stack(structures: Sequence[AttentionStructure]) -> AttentionStructure:
     """
     first = structures[0]
     if any(type(s) is not type(first) for s in structures):
-        raise ReleaseError("Releases of different mechanisms cannot be batched; call the pipeline once for each.")
+        raise ReleaseError(
+            "Releases of different mechanisms cannot be batched; call the pipeline once for each."
+        )
     if isinstance(first, ExactStructure):
         exact = [s for s in structures if isinstance(s, ExactStructure)]
         if len({s.key.shape[2] for s in exact}) > 1:
-            raise ReleaseError("Contexts of different lengths cannot be batched; call the pipeline once for each.")
-        return ExactStructure(torch.cat([s.key for s in exact]), torch.cat([s.value for s in exact]), first.scale)
+            raise ReleaseError(
+                "Contexts of different lengths cannot be batched; call the pipeline once for each."
+            )
+        return ExactStructure(
+            torch.cat([s.key for s in exact]), torch.cat([s.value for s in exact]), first.scale
+        )
     assert isinstance(first, KernelSumStructure)
     sums = [s for s in structures if isinstance(s, KernelSumStructure)]
     for s in sums[1:]:
         same = s.features == first.features and all(
-            torch.equal(getattr(s, name), getattr(first, name)) for name in first._TENSORS if name not in first._BATCHED
+            torch.equal(getattr(s, name), getattr(first, name))
+            for name in first._TENSORS
+            if name not in first._BATCHED
         )
         if not same:
-            raise ReleaseError("These releases were made with different configs or calibrations; batch only like ones.")
+            raise ReleaseError(
+                "These releases were made with different configs or calibrations; batch only like ones."
+            )
     return first._with(sums=torch.cat([s.sums for s in sums]), floor=torch.cat([s.floor for s in sums]))

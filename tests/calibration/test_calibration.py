@@ -36,7 +36,11 @@ def fvu(config: DPXAttnConfig, calibration: Calibration | None, contexts: int = 
         released = prepared.run(keys, values, entropy=SeededEntropy(i))
         pairs = list(zip(released.structures, MODEL.queries, keys, values, MODEL.specs, strict=True))
         outs.append(torch.cat([s.attend(q[None])[0].flatten() for s, q, *_ in pairs]))
-        exacts.append(torch.cat([(torch.softmax(q @ k.mT * spec.scale, -1) @ v).flatten() for _, q, k, v, spec in pairs]))
+        exacts.append(
+            torch.cat(
+                [(torch.softmax(q @ k.mT * spec.scale, -1) @ v).flatten() for _, q, k, v, spec in pairs]
+            )
+        )
     exact = torch.stack(exacts)
     return float((torch.stack(outs) - exact).square().sum() / (exact - exact.mean(0)).square().sum())
 
@@ -88,7 +92,9 @@ def test_sensitivity_of_the_sketch_exact(seed: int, size: float, epsilon: float)
     y = x.clone()
     y[seed % ROWS] = size * torch.randn(x.shape[1], generator=torch.Generator().manual_seed(seed))
     units = unit_rows("row", ROWS, None)
-    a, b = (sum_sketch(prepared.encoders, *MODEL.rows(t), prepared.bound, units, prepared.sketch) for t in (x, y))
+    a, b = (
+        sum_sketch(prepared.encoders, *MODEL.rows(t), prepared.bound, units, prepared.sketch) for t in (x, y)
+    )
     assert sum(int(v) ** 2 for v in (a - b).tolist()) <= (2 * prepared.bound) ** 2
 
 
@@ -111,9 +117,20 @@ def test_sketch_is_bit_identical_in_any_order() -> None:
     matrices = prepared.sketch.matrices()
     units = unit_rows("row", ROWS, None)
     whole = sketch_units(prepared.encoders, keys, values, units, matrices)
-    shuffled = sketch_units(prepared.encoders, [k[:, order] for k in keys], [v[:, order] for v in values], units, matrices)
+    shuffled = sketch_units(
+        prepared.encoders, [k[:, order] for k in keys], [v[:, order] for v in values], units, matrices
+    )
     assert torch.equal(whole[order], shuffled)
-    alone = [sketch_units(prepared.encoders, [k[:, i : i + 1] for k in keys], [v[:, i : i + 1] for v in values], units[:1], matrices) for i in range(ROWS)]
+    alone = [
+        sketch_units(
+            prepared.encoders,
+            [k[:, i : i + 1] for k in keys],
+            [v[:, i : i + 1] for v in values],
+            units[:1],
+            matrices,
+        )
+        for i in range(ROWS)
+    ]
     assert torch.equal(torch.cat(alone), whole), "a row's sketch depends on other rows"
 
 
@@ -121,13 +138,19 @@ def test_sketch_equals_a_float_twin() -> None:
     prepared = prepare_release(CONFIG, MODEL.specs, CALIBRATION)
     assert isinstance(prepared, PreparedKernelSum) and prepared.sketch is not None
     keys, values = MODEL.rows(MODEL.contexts(1, seed=3)[0])
-    got = sketch_units(prepared.encoders, keys, values, unit_rows("row", ROWS, None), prepared.sketch.matrices())
+    got = sketch_units(
+        prepared.encoders, keys, values, unit_rows("row", ROWS, None), prepared.sketch.matrices()
+    )
     expected = torch.zeros(ROWS, prepared.sketch.rank, dtype=torch.float64)
-    for encoder, k, v, analysis in zip(prepared.encoders, keys, values, CALIBRATION.basis.analysis, strict=True):  # type: ignore[union-attr]
+    for encoder, k, v, analysis in zip(
+        prepared.encoders, keys, values, CALIBRATION.basis.analysis, strict=True
+    ):  # type: ignore[union-attr]
         phi, u = encoder.factors(k, v)
         for i in range(ROWS):
             outer = phi[:, i].unsqueeze(-1) * u[:, i].unsqueeze(-2) * 2.0**-encoder.exponent
-            expected[i] += (outer.unsqueeze(-1) * analysis.double()[..., : prepared.sketch.rank]).sum((0, 1, 2))
+            expected[i] += (outer.unsqueeze(-1) * analysis.double()[..., : prepared.sketch.rank]).sum(
+                (0, 1, 2)
+            )
     assert float((got - expected).norm() / expected.norm()) < 1e-3
 
 
@@ -142,14 +165,19 @@ def test_save_and_load(tmp_path: Path) -> None:
     loaded = Calibration.from_pretrained(tmp_path)
     keys, values = MODEL.rows(MODEL.contexts(1, seed=3)[0])
     outs = [
-        prepare_release(CONFIG, MODEL.specs, c).run(keys, values, entropy=SeededEntropy(0)).structures[0].attend(MODEL.queries[0][None])
+        prepare_release(CONFIG, MODEL.specs, c)
+        .run(keys, values, entropy=SeededEntropy(0))
+        .structures[0]
+        .attend(MODEL.queries[0][None])
         for c in (CALIBRATION, loaded)
     ]
     assert torch.equal(*outs)
     assert not list(tmp_path.glob("*.pkl")) and not list(tmp_path.glob("*.pt"))
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "schema", "unknown key", "missing key", "no tensors", "not json"])
+@pytest.mark.parametrize(
+    "damage", ["truncate", "flip", "schema", "unknown key", "missing key", "no tensors", "not json"]
+)
 def test_damaged_files_are_refused(tmp_path: Path, damage: str) -> None:
     CALIBRATION.save_pretrained(tmp_path)
     header, tensors = tmp_path / "dp_xattn_calibration.json", tmp_path / "dp_xattn_calibration.safetensors"

@@ -57,12 +57,23 @@ def naive_sum(
     for unit in units:
         parts: list[list[torch.Tensor]] | None = None
         for i in unit:
-            row = [naive_contribution(g, degree, k[:, i], v[:, i]) for g, k, v in zip(layers, keys, values, strict=True)]
-            parts = row if parts is None else [[a + b for a, b in zip(p, r, strict=True)] for p, r in zip(parts, row, strict=True)]
+            row = [
+                naive_contribution(g, degree, k[:, i], v[:, i])
+                for g, k, v in zip(layers, keys, values, strict=True)
+            ]
+            parts = (
+                row
+                if parts is None
+                else [[a + b for a, b in zip(p, r, strict=True)] for p, r in zip(parts, row, strict=True)]
+            )
         norm = math.sqrt(sum(float((m * m).sum()) for layer in parts for m in layer))
         factor = min(1.0, clip_norm / norm)
         scaled = [[m * factor for m in layer] for layer in parts]
-        totals = scaled if totals is None else [[a + b for a, b in zip(t, s, strict=True)] for t, s in zip(totals, scaled, strict=True)]
+        totals = (
+            scaled
+            if totals is None
+            else [[a + b for a, b in zip(t, s, strict=True)] for t, s in zip(totals, scaled, strict=True)]
+        )
     return totals
 
 

@@ -28,7 +28,9 @@ def setup(n: int, *, clip_norm: float, degree: int = 2, kind: str = "taylor", se
     geometries = [random_geometry(h, d, dv, seed=i + seed) for i, (h, d, dv) in enumerate(LAYERS)]
     exponent = lattice_exponent(clip_norm)
     encoders = [
-        LayerEncoder(g, make_features(kind, g.projected_dim, degree=degree, num_features=32, seed=1), exponent)
+        LayerEncoder(
+            g, make_features(kind, g.projected_dim, degree=degree, num_features=32, seed=1), exponent
+        )
         for g in geometries
     ]
     rows = [random_rows(h, n, d, dv, seed=10 * seed + i) for i, (h, d, dv) in enumerate(LAYERS)]
@@ -60,19 +62,29 @@ def test_sum_units_equals_the_naive_twin(unit: str) -> None:
         assert float((layer.double() * 2.0**-exponent - reference).norm() / reference.norm()) < 2e-3
 
 
-@given(st.integers(1, 40), st.integers(1, 45), st.integers(0, 10**6), st.sampled_from(["taylor", "positive_random"]))
+@given(
+    st.integers(1, 40),
+    st.integers(1, 45),
+    st.integers(0, 10**6),
+    st.sampled_from(["taylor", "positive_random"]),
+)
 @settings(max_examples=40, deadline=None)
 def test_sum_is_bit_identical_in_any_order_and_chunk_size(n: int, chunk: int, seed: int, kind: str) -> None:
     _, encoders, keys, values, bound, _ = setup(n, clip_norm=5.0, kind=kind, seed=seed % 50)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     whole = sum_rows(encoders, keys, values, bound)
-    shuffled = sum_rows(encoders, [k[:, order] for k in keys], [v[:, order] for v in values], bound, chunk_size=chunk)
+    shuffled = sum_rows(
+        encoders, [k[:, order] for k in keys], [v[:, order] for v in values], bound, chunk_size=chunk
+    )
     assert all(torch.equal(a, b) for a, b in zip(whole, shuffled, strict=True))
     parts = [
-        sum_rows(encoders, [k[:, i : i + 1] for k in keys], [v[:, i : i + 1] for v in values], bound) for i in range(n)
+        sum_rows(encoders, [k[:, i : i + 1] for k in keys], [v[:, i : i + 1] for v in values], bound)
+        for i in range(n)
     ]
     summed = [torch.stack(layer).sum(0) for layer in zip(*parts, strict=True)]
-    assert all(torch.equal(a, b) for a, b in zip(whole, summed, strict=True)), "a row's integers depend on other rows"
+    assert all(torch.equal(a, b) for a, b in zip(whole, summed, strict=True)), (
+        "a row's integers depend on other rows"
+    )
 
 
 def test_a_float_sum_would_fail_the_bit_identity() -> None:
@@ -103,10 +115,14 @@ def test_replacing_one_unit_moves_the_release_by_at_most_2c(seed: int, size: flo
         v[:, changed] = -torch.randn(v[:, changed].shape, generator=gen) * size
 
     def total(ks: list[torch.Tensor], vs: list[torch.Tensor]) -> list[torch.Tensor]:
-        return sum_rows(encoders, ks, vs, bound) if unit == "row" else sum_units(encoders, ks, vs, bound, units)
+        return (
+            sum_rows(encoders, ks, vs, bound) if unit == "row" else sum_units(encoders, ks, vs, bound, units)
+        )
 
     before, after = total(keys, values), total(other_keys, other_values)
-    distance = sum(int(d) ** 2 for a, b in zip(before, after, strict=True) for d in (a - b).flatten().tolist())
+    distance = sum(
+        int(d) ** 2 for a, b in zip(before, after, strict=True) for d in (a - b).flatten().tolist()
+    )
     assert distance <= (2 * bound) ** 2
 
 
@@ -146,7 +162,12 @@ def test_bad_rows_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("unit", "groups"),
-    [("group", None), ("group", torch.zeros(4)), ("group", torch.zeros(3, dtype=torch.long)), ("row", torch.zeros(4, dtype=torch.long))],
+    [
+        ("group", None),
+        ("group", torch.zeros(4)),
+        ("group", torch.zeros(3, dtype=torch.long)),
+        ("row", torch.zeros(4, dtype=torch.long)),
+    ],
     ids=["missing", "float", "length", "superfluous"],
 )
 def test_bad_groups_are_refused(unit: str, groups: torch.Tensor | None) -> None:

@@ -42,6 +42,17 @@ def test_inner_product_is_the_taylor_polynomial(degree: int) -> None:
 
 
 @pytest.mark.parametrize("degree", range(5))
+@pytest.mark.parametrize("queries", [1, 255, 600], ids="m{}".format)
+def test_query_sums_equal_the_plain_product(queries: int, degree: int) -> None:
+    gen = torch.Generator().manual_seed(0)
+    f = TaylorFeatures(5, degree)
+    q = torch.randn(2, 3, queries, 5, generator=gen)
+    sums = torch.randn(1, 3, f.size, 4, generator=gen)
+    plain = f.query_features(q, f.query_table()) @ sums
+    torch.testing.assert_close(f.query_sums(q, f.query_table(), sums), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("degree", range(5))
 @pytest.mark.parametrize("bound", [0.1, 0.5, 1.0, 2.0, 4.0])
 def test_relative_error_over_the_whole_declared_range(bound: float, degree: int) -> None:
     """|P_s(x)/e^x - 1| <= eps_s on a dense grid, attained at an end; the attention ratio stays within 2 eps_s/(1 - eps_s)."""
@@ -99,7 +110,9 @@ def test_random_directions_are_orthogonal_in_blocks() -> None:
     w = PositiveRandomFeatures(8, 20, 0).directions()
     unit = torch.nn.functional.normalize(w, dim=-1)
     for block in (unit[:8], unit[8:16], unit[16:]):
-        torch.testing.assert_close(block @ block.mT, torch.eye(len(block), dtype=torch.float64), atol=1e-10, rtol=0)
+        torch.testing.assert_close(
+            block @ block.mT, torch.eye(len(block), dtype=torch.float64), atol=1e-10, rtol=0
+        )
 
 
 def test_too_many_features_are_refused() -> None:

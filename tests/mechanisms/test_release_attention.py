@@ -21,10 +21,14 @@ from .naive_kernel_sum import naive_attend, naive_sum
 LOUD = DPXAttnConfig(epsilon=1e6, logit_bound=1.0)  # so little noise that the approximation itself is seen
 
 
-def rows(b: int, h: int, n: int, d: int, dv: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def rows(
+    b: int, h: int, n: int, d: int, dv: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     gen = torch.Generator().manual_seed(seed)
     key = torch.randn(b, h, n, d, generator=gen)
-    key = key / key.norm(dim=-1, keepdim=True) * d**0.25 * 0.9  # inside the declared range: nothing is clipped
+    key = (
+        key / key.norm(dim=-1, keepdim=True) * d**0.25 * 0.9
+    )  # inside the declared range: nothing is clipped
     query = torch.randn(b, h, 9, d, generator=gen)
     query = query / query.norm(dim=-1, keepdim=True) * d**0.25 * 0.9
     value = torch.rand(b, h, n, dv, generator=gen)
@@ -37,7 +41,11 @@ def quiet(*args, **kwargs):  # type: ignore[no-untyped-def]
         return release_attention(*args, **kwargs)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 5, 4, 3), (2, 3, 77, 8, 8), (1, 2, 300, 16, 4)], ids=lambda s: "B{}H{}n{}d{}dv{}".format(*s))
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 5, 4, 3), (2, 3, 77, 8, 8), (1, 2, 300, 16, 4)],
+    ids=lambda s: "B{}H{}n{}d{}dv{}".format(*s),
+)
 @pytest.mark.parametrize("degree", [1, 2, 3, 4])
 def test_attend_is_within_the_papers_relative_error(shape: tuple[int, ...], degree: int) -> None:
     key, value, query = rows(*shape)
@@ -58,7 +66,11 @@ def test_structure_equals_the_naive_twin(unit: str, degree: int) -> None:
     gen = torch.Generator().manual_seed(1)
     key, value = torch.randn(2, 8, 4, generator=gen), torch.randn(2, 8, 3, generator=gen)
     groups = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2]) if unit == "group" else None
-    units = {"row": [[i] for i in range(8)], "group": [[0, 1], [2, 3, 4], [5, 6, 7]], "context": [list(range(8))]}[unit]
+    units = {
+        "row": [[i] for i in range(8)],
+        "group": [[0, 1], [2, 3, 4], [5, 6, 7]],
+        "context": [list(range(8))],
+    }[unit]
 
     class Spec(LayerSpec):
         def geometry(self, config: DPXAttnConfig):  # type: ignore[no-untyped-def, override]
@@ -106,15 +118,23 @@ def test_noise_is_what_the_accountant_says() -> None:
 def test_add_or_remove_needs_half_the_noise_and_does_not_use_n() -> None:
     replace = prepare_release(DPXAttnConfig(), [LayerSpec("a", 1, 4, 4, 0.5)])
     remove = prepare_release(DPXAttnConfig(neighboring="add_or_remove_one"), [LayerSpec("a", 1, 4, 4, 0.5)])
-    assert isinstance(replace, kernel_sum.PreparedKernelSum) and isinstance(remove, kernel_sum.PreparedKernelSum)
+    assert isinstance(replace, kernel_sum.PreparedKernelSum) and isinstance(
+        remove, kernel_sum.PreparedKernelSum
+    )
     assert math.isclose(math.sqrt(replace.sigma_squared / remove.sigma_squared), 2.0, rel_tol=1e-5)
     key, value, _ = rows(1, 1, 30, 4, 4)
     counts = {
-        name: float(quiet(key, value, DPXAttnConfig(neighboring=name), entropy=SeededEntropy(1)).structure.sums[0, 0, 0, -1])
+        name: float(
+            quiet(key, value, DPXAttnConfig(neighboring=name), entropy=SeededEntropy(1)).structure.sums[
+                0, 0, 0, -1
+            ]
+        )
         for name in ("replace_one", "add_or_remove_one")
     }
     assert counts["replace_one"] == 30.0, "n is public under replace_one"
-    assert counts["add_or_remove_one"] != 30.0, "n is private under add_or_remove_one: the count must be noised"
+    assert counts["add_or_remove_one"] != 30.0, (
+        "n is private under add_or_remove_one: the count must be noised"
+    )
 
 
 def test_torch_seed_does_not_fix_the_noise() -> None:
@@ -173,7 +193,10 @@ def test_stack_and_select() -> None:
     both = quiet(key, value, LOUD).structure
     swapped = both.select(torch.tensor([1, 0]))
     torch.testing.assert_close(swapped.attend(query.flip(0)), both.attend(query).flip(0))
-    torch.testing.assert_close(stack([swapped.select(torch.tensor([1])), swapped.select(torch.tensor([0]))]).attend(query), both.attend(query))
+    torch.testing.assert_close(
+        stack([swapped.select(torch.tensor([1])), swapped.select(torch.tensor([0]))]).attend(query),
+        both.attend(query),
+    )
     exact = ExactStructure(key, value, 0.5)
     torch.testing.assert_close(exact.select(torch.tensor([1])).attend(query[1:]), exact.attend(query)[1:])
 
@@ -193,7 +216,13 @@ def test_without_calibration_a_warning_says_what_it_would_gain() -> None:
 
 @pytest.mark.parametrize(
     ("key_shape", "value_shape"),
-    [((2, 5, 4), (2, 5, 4)), ((1, 2, 0, 4), (1, 2, 0, 4)), ((1, 2, 5, 4), (1, 2, 6, 4)), ((1, 2, 5, 4), (1, 3, 5, 4)), ((1, 2, 5, 0), (1, 2, 5, 4))],
+    [
+        ((2, 5, 4), (2, 5, 4)),
+        ((1, 2, 0, 4), (1, 2, 0, 4)),
+        ((1, 2, 5, 4), (1, 2, 6, 4)),
+        ((1, 2, 5, 4), (1, 3, 5, 4)),
+        ((1, 2, 5, 0), (1, 2, 5, 4)),
+    ],
     ids=["rank", "n=0", "n differs", "heads differ", "d=0"],
 )
 def test_bad_shapes(key_shape: tuple[int, ...], value_shape: tuple[int, ...]) -> None:

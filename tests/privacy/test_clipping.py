@@ -26,7 +26,9 @@ def test_clipped_norm_is_within_the_bound_exactly(vector: list[int], bound: int)
 
 @given(vectors, vectors, st.integers(1, 2**35))
 @settings(max_examples=300, deadline=None)
-def test_replacing_one_unit_moves_the_sum_by_at_most_twice_the_bound(a: list[int], b: list[int], bound: int) -> None:
+def test_replacing_one_unit_moves_the_sum_by_at_most_twice_the_bound(
+    a: list[int], b: list[int], bound: int
+) -> None:
     n = max(len(a), len(b))
     x, y = clip(a + [0] * (n - len(a)), bound), clip(b + [0] * (n - len(b)), bound)
     factor = sensitivity_factor(NeighboringRelation.REPLACE_ONE)

@@ -1,0 +1,47 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One thread per process where several run side by side: more only fight for the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),2) --dist loadfile -q
+
+.PHONY: demo test test-slow lint format install bench utility clean help
+
+help:
+	@echo "make demo       draw a private prompt at several epsilons and print the privacy report"
+	@echo "make test       all fast tests      make test-slow  the long ones      make lint  ruff and mypy"
+	@echo "make utility    the README's table (300 captions)                      make bench speed ratios"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py --out out/demo
+
+test: $(STAMP)
+	$(PYTEST) -m "not slow" tests
+
+test-slow: $(STAMP)
+	$(PYTEST) -m slow tests
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+utility: $(STAMP)
+	$(BIN)/python examples/shapes/sweep.py -n 300 --out docs/shapes
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run.py --out docs/benchmarks
+
+clean:
+	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
