@@ -14,7 +14,7 @@ class Unit(str, Enum):
 
 
 class NeighboringRelation(str, Enum):
-    """How it changes: a unit's rows become any other rows (counts are public), or the unit appears or disappears."""
+    """How it changes: a unit becomes any other one (counts are public), or it appears or disappears."""
 
     REPLACE_ONE = "replace_one"
     ADD_OR_REMOVE_ONE = "add_or_remove_one"
