@@ -16,7 +16,6 @@ from ..errors import UnsupportedModelError
 from .placeholder import CODE_CHANNELS
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, UNet2DConditionModel
     from diffusers.models.attention_processor import Attention
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
@@ -62,7 +61,7 @@ def refuse_host(host: Any) -> UnsupportedModelError:
     return UnsupportedModelError(f"{name} cannot be protected: {reason}. {SUPPORTED} Nothing was patched.")
 
 
-def check_pipeline_class(pipe: DiffusionPipeline) -> None:
+def check_pipeline_class(pipe: Any) -> None:
     """Raises UnsupportedModelError unless `pipe` is in the table and its prompt flows through the methods that we know."""
     import diffusers
 
@@ -85,7 +84,7 @@ def _refuse_unet(reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"This UNet2DConditionModel cannot be protected: {reason}. Nothing was patched.")
 
 
-def find_layers(unet: UNet2DConditionModel) -> dict[str, Attention]:
+def find_layers(unet: Any) -> dict[str, Attention]:
     """The text cross-attention layers by module name, in module order.
 
     Every attention layer of the model must be `attn1` or `attn2` of a plain `BasicTransformerBlock`, so each layer that
@@ -123,7 +122,7 @@ def find_layers(unet: UNet2DConditionModel) -> dict[str, Attention]:
     return layers
 
 
-def check_side_channels(unet: UNet2DConditionModel) -> None:
+def check_side_channels(unet: Any) -> None:
     """Raises UnsupportedModelError where text or an image prompt has a way around `attn2`."""
     config = unet.config
     if config.addition_embed_type is not None:
@@ -140,7 +139,7 @@ def check_side_channels(unet: UNet2DConditionModel) -> None:
         raise _refuse_unet(f"cross_attention_dim must be one number, at least {CODE_CHANNELS}")
 
 
-def _check_layer(name: str, attn: Attention, channels: int) -> None:
+def _check_layer(name: str, attn: Any, channels: int) -> None:
     processor = type(attn.processor).__name__
     if processor not in PLAIN_PROCESSORS:
         raise _refuse_unet(f"{name} has the processor {processor}; restore the default one first")
@@ -156,7 +155,7 @@ def _check_layer(name: str, attn: Attention, channels: int) -> None:
         raise _refuse_unet(f"{name}: {reason}")
 
 
-def rowwise_reason(attn: Attention) -> str | None:
+def rowwise_reason(attn: Any) -> str | None:
     """Why a row's key and value may depend on other rows (then the sensitivity of one row is not bounded), or None.
 
     Plain linear layers and PEFT's LoRA on them act on each row alone; quantised ones may scale by the whole tensor's maximum.

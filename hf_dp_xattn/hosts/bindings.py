@@ -46,7 +46,12 @@ class Bindings:
 
 
 def build_table(
-    layer: int, attn: Attention, bindings: Sequence[Binding], allow_public: torch.Tensor, device: torch.device
+    layer: int,
+    attn: Attention,
+    bindings: Sequence[Binding],
+    allow_public: torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> LayerTable:
     """One layer's table for the active bindings: stacked structures, and keys and values of exact PUBLIC rows."""
     if not bindings:
@@ -60,18 +65,13 @@ def build_table(
     for b in bindings:
         count = b.public_rows.shape[0]
         padded = torch.nn.functional.pad(b.public_rows, (0, 0, 0, longest - count))
-        key, value = project_rows(attn, padded.to(attn_dtype(attn)))
+        key, value = project_rows(attn, padded.to(dtype))
         bias = torch.zeros(1, 1, longest, device=device)
         bias[..., count:] = -torch.inf
         keys.append(key.to(device))
         values.append(value.to(device))
         biases.append(bias)
     return LayerTable(allow_public, tags, structure, torch.stack(keys), torch.stack(values), torch.stack(biases))
-
-
-def attn_dtype(attn: Attention) -> torch.dtype:
-    base = getattr(attn.to_k, "base_layer", attn.to_k)
-    return base.weight.dtype
 
 
 def unique(tags: Iterable[Tag | None]) -> tuple[Tag, ...]:

@@ -12,7 +12,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -56,7 +56,7 @@ class Fingerprint:
 
 
 def _sketch(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    base = getattr(module, "base_layer", module)
+    base: Any = getattr(module, "base_layer", module)
     device = next(module.parameters()).device
     probe = _signs("in", base.in_features).to(torch.device("cpu") if device.type == "meta" else device, dtype)
     out = module(probe.unsqueeze(0))[0].to("cpu", torch.float32)

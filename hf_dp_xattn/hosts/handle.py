@@ -30,8 +30,6 @@ from .rows import layer_specs, project_rows
 from .text import TextSide
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
-
     from ..calibration.calibration import Calibration
     from ..privacy.bits import Entropy
 
@@ -51,7 +49,7 @@ class ProtectedPipeline:
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        unet: Any,  # a UNet2DConditionModel; mypy does not see through its mixins
         config: DPXAttnConfig,
         *,
         calibration: Calibration | None = None,
@@ -79,6 +77,7 @@ class ProtectedPipeline:
         self._seen: tuple[weakref.ref[torch.Tensor], int] | None = None
         self._fingerprint = self._current_fingerprint()
         self._prepared = self._prepare(self._fingerprint)
+        self._hook: Any = None
         self.active = False
 
     # ---- installing and removing -------------------------------------------------------------------------------------------
@@ -86,7 +85,7 @@ class ProtectedPipeline:
     def install(self) -> None:
         """Registers the processors and the UNet's gate; undone by `unprotect`."""
         for message in self._prepared.warnings:
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, stacklevel=3)
         self.active = True
         setattr(self.unet, HANDLE_ATTRIBUTE, self)
         current = self.unet.attn_processors
@@ -120,7 +119,8 @@ class ProtectedPipeline:
         for name, attn in self.layers.items():
             if isinstance(attn.processor, DPAttnProcessor):  # one that was replaced since is the caller's own choice
                 attn.set_processor(self._originals[name])
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
         for gate in self._gates:
             gate.remove()
         for patch in self._patches:
@@ -153,7 +153,7 @@ class ProtectedPipeline:
         lost: str | None = None
         if not self.active:
             lost = "it was unprotected"
-        elif self._hook.id not in self.unet._forward_pre_hooks or self.unet.__dict__.get(HANDLE_ATTRIBUTE) is not self:
+        elif self._hook is None or self._hook.id not in self.unet._forward_pre_hooks or self.unet.__dict__.get(HANDLE_ATTRIBUTE) is not self:
             lost = "the gate of the UNet was removed"
         elif self.unet.encoder_hid_proj is not None:
             lost = "an IP-Adapter (encoder_hid_proj) was loaded"
@@ -170,8 +170,8 @@ class ProtectedPipeline:
             lost = "the gate of the text encoder was removed"
         if lost is not None:
             raise ProtectionLostError(
-                f"The protection is no longer in place: {lost}. Nothing was run. Undo that change (unload the adapter, disable slicing or "
-                "xformers), call dpx.unprotect(pipe), and protect again."
+                f"The protection is no longer in place: {lost}. Nothing was run. Undo that change (unload the adapter, disable slicing "
+                "or xformers), call dpx.unprotect(pipe), and protect again."
             )
 
     def check_thoroughly(self) -> None:
@@ -210,8 +210,8 @@ class ProtectedPipeline:
         if not tags:
             if not self.access.public:
                 raise ProtectionLostError(
-                    "This UNet is protected and was called with embeddings of which none is a placeholder. Pass release.inputs(), or declare "
-                    "the text public with `with protected.public():`."
+                    "This UNet is protected and was called with embeddings of which none is a placeholder. Pass release.inputs(), or "
+                    "declare the text public with `with protected.public():`."
                 )
             return
         for name in ("encoder_attention_mask", "added_cond_kwargs"):
@@ -334,7 +334,7 @@ class ProtectedPipeline:
         rows = {c.rows for c in release.contexts}
         if len(rows) != 1:
             raise ReleaseError("Contexts of different lengths cannot be batched; release them one by one.")
-        tags = []
+        tags: list[Tag] = []
         for context, text in zip(release.contexts, release.public_texts(prompt), strict=True):
             if text is None:
                 tags += self.bind_contexts([context])
@@ -369,7 +369,9 @@ class ProtectedPipeline:
         bindings = self._bindings.find(self._tags)
         allow = torch.tensor(self.access.public > 0, device=self._device)
         for i, (name, attn) in enumerate(self.layers.items()):
-            self._processors[name].table = build_table(i, attn, bindings, allow, self._device)
+            self._processors[name].table = build_table(
+                i, attn, bindings, allow, self._device, self.unet.dtype
+            )
 
     # ---- report ------------------------------------------------------------------------------------------------------------
 

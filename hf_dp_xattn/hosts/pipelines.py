@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from .handle import ProtectedPipeline
 
 NO_CLIP_SKIP = (
-    "clip_skip is not supported on a protected pipeline (diffusers itself fails on it with current transformers). Encode the prompt as you need it "
-    "and pass it as prompt_embeds, which are private too."
+    "clip_skip is not supported on a protected pipeline (diffusers itself fails on it with current transformers). Encode the prompt as you "
+    "need it and pass it as prompt_embeds, which are private too."
 )
 
 

@@ -43,8 +43,8 @@ class LayerTable:
 class DPAttnProcessor:
     """Replaces `AttnProcessor2_0` on the cross-attention layers of a protected host; `dpx.protect` registers it.
 
-    Batch elements whose text is a placeholder attend to the released structure it names, merged by log-sum-exp with that binding's exact public
-    rows. Other elements (the negative prompt) attend exactly, as in `AttnProcessor2_0`. There is no branch on tensor values, so
+    Batch elements whose text is a placeholder attend to the released structure it names, merged by log-sum-exp with that binding's
+    exact public rows. Other elements (the negative prompt) attend exactly, as in `AttnProcessor2_0`. There is no branch on tensor values, so
     `torch.compile(fullgraph=True)` works and denoising steps share one graph. What is not proven fit is NaN: an unknown placeholder, a
     placeholder with a mask, a batch without any placeholder outside `protected.public()`.
 

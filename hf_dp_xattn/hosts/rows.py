@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -42,7 +42,7 @@ def effective_weight(module: nn.Module, heads: int, dtype: torch.dtype) -> torch
     if type(module) is nn.Linear and module.weight.device.type != "meta":
         weight = module.weight.detach()
     else:
-        base = getattr(module, "base_layer", module)
+        base: Any = getattr(module, "base_layer", module)
         device = _home(module, torch.device("cpu"))
         identity = torch.eye(base.in_features, dtype=dtype, device=device).unsqueeze(0)
         weight = (module(identity) - module(torch.zeros_like(identity[:, :1])))[0].mT

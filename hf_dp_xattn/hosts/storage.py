@@ -42,8 +42,9 @@ def _structure_meta(structure: AttentionStructure) -> dict[str, Any]:
 def _build_structure(meta: dict[str, Any], tensors: dict[str, torch.Tensor]) -> AttentionStructure:
     if meta["kind"] != "kernel_sum":
         raise ReleaseError(f"Unknown structure {meta['kind']!r}; upgrade hf_dp_xattn.")
-    arguments = dict(meta["features"])
-    return KernelSumStructure(features=_FEATURES[arguments.pop("kind")](**arguments), **tensors)
+    features = dict(meta["features"])
+    arguments: dict[str, Any] = {**tensors, "features": _FEATURES[features.pop("kind")](**features)}
+    return KernelSumStructure(**arguments)
 
 
 def save_release(release: Release, folder: Path) -> Path:

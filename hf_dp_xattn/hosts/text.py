@@ -5,16 +5,14 @@ Private prompts are tokenised and encoded here, not by `pipe.encode_prompt`: tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from ..errors import ConfigError, ContextError
 from .access import Access
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
 
 # Two public texts; a row that is the same for both does not depend on the prompt.
 _PROBES = ("", "a photograph of a red apple")
@@ -27,7 +25,7 @@ class TextSide:
     Found out by a probe with two public texts.
     """
 
-    def __init__(self, pipe: StableDiffusionPipeline, access: Access) -> None:
+    def __init__(self, pipe: Any, access: Access) -> None:
         self.pipe = pipe
         self.encoder = pipe.text_encoder
         self.tokenizer = pipe.tokenizer
@@ -55,11 +53,12 @@ class TextSide:
     def tokenize(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """ids and mask [length], padded and truncated without a word in the logs."""
         try:
-            if hasattr(self.pipe, "maybe_convert_prompt"):  # textual inversion
-                text = self.pipe.maybe_convert_prompt(text, self.tokenizer)
-            tokens = self.tokenizer(
-                [text], padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-            )
+            with _without_length_warning(self.tokenizer):
+                if hasattr(self.pipe, "maybe_convert_prompt"):  # textual inversion
+                    text = self.pipe.maybe_convert_prompt(text, self.tokenizer)
+                tokens = self.tokenizer(
+                    [text], padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+                )
         except Exception as error:  # the tokenizer's own message may quote the text
             raise ContextError(f"The tokenizer failed on a prompt ({type(error).__name__}); nothing was spent.") from None
         return tokens.input_ids[0], tokens.attention_mask[0]
@@ -107,6 +106,19 @@ class TextSide:
         ends = (ids[1:] == self.tokenizer.eos_token_id).nonzero()
         stop = int(ends[0]) + 2 if ends.numel() else int(mask.sum())
         return self.encode(ids, mask)[start:stop]
+
+
+@contextmanager
+def _without_length_warning(tokenizer: Any) -> Iterator[None]:
+    """Keeps transformers from logging how long a private text is; it warns once per tokenizer, by this flag."""
+    flags = getattr(tokenizer, "deprecation_warnings", {})
+    before = dict(flags)
+    flags["sequence-length-is-longer-than-the-specified-maximum"] = True
+    try:
+        yield
+    finally:
+        flags.clear()
+        flags.update(before)
 
 
 def as_texts(prompt: Any, name: str) -> Sequence[str]:
