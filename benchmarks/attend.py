@@ -1,0 +1,83 @@
+"""`attend` against exact attention (torch SDPA) for n = 77 ... 262,144 rows, head dim 64, in one run.
+
+Correctness is checked first: with next to no noise and logits inside the declared range, the structure must agree with
+exact attention within the Taylor bound, else no time is printed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from hf_dp_xattn import DPXAttnConfig, release_attention
+from hf_dp_xattn.mechanisms.features import attention_relative_error, taylor_relative_error
+
+ROWS = (77, 256, 1024, 2048, 4096, 16384, 65536, 262144)
+HEADS, QUERIES, DIM = 2, 1024, 64
+
+
+def best_of(function: Callable[[], object], repeats: int) -> float:
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def inside(shape: tuple[int, ...], gen: torch.Generator) -> torch.Tensor:
+    x = torch.randn(shape, generator=gen)
+    return x / x.norm(dim=-1, keepdim=True) * DIM**0.25
+
+
+def check(degree: int, gen: torch.Generator) -> float:
+    """Relative error against exact attention; raises when it is above the bound."""
+    query, key = inside((1, 1, 64, DIM), gen), inside((1, 1, 200, DIM), gen)
+    value = torch.rand(1, 1, 200, DIM, generator=gen)
+    out = release_attention(key, value, DPXAttnConfig(epsilon=1e9, degree=degree)).attend(query)
+    exact = torch.softmax(query @ key.mT / math.sqrt(DIM), -1) @ value
+    error = float(((out - exact).abs() / exact).max())
+    bound = attention_relative_error(taylor_relative_error(1.0, degree)) + 1e-3
+    if not error <= bound:
+        raise SystemExit(f"attend is wrong (relative error {error:.3g} > {bound:.3g}): no times are printed.")
+    return error
+
+
+@torch.no_grad()
+def measure(rows: tuple[int, ...] = ROWS, degree: int = 2) -> dict[str, object]:
+    """Seconds per call of both, and their ratio, for each n; the structure is the same size at every n."""
+    warnings.simplefilter("ignore")
+    gen = torch.Generator().manual_seed(0)
+    error = check(degree, gen)
+    query = torch.randn(1, HEADS, QUERIES, DIM, generator=gen)
+    results = []
+    for n in rows:
+        key = torch.randn(1, HEADS, n, DIM, generator=gen)
+        value = torch.randn(1, HEADS, n, DIM, generator=gen)
+        start = time.perf_counter()
+        structure = release_attention(key, value, DPXAttnConfig(degree=degree)).structure
+        release_s = time.perf_counter() - start
+        repeats = 7 if n <= 16384 else 2
+        sdpa = best_of(
+            lambda k=key, v=value: torch.nn.functional.scaled_dot_product_attention(query, k, v), repeats
+        )  # type: ignore[misc]
+        attend = best_of(lambda s=structure: s.attend(query), 7)  # type: ignore[misc]
+        results.append(
+            {"n": n, "attend_s": attend, "sdpa_s": sdpa, "speedup": sdpa / attend, "release_s": release_s}
+        )
+    memory = sum(t.numel() * t.element_size() for t in structure.tensors().values())
+    return {
+        "degree": degree,
+        "head_dim": DIM,
+        "heads": HEADS,
+        "queries": QUERIES,
+        "threads": torch.get_num_threads(),
+        "relative_error_checked": error,
+        "structure_bytes": memory,
+        "rows": results,
+    }
