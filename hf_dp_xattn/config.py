@@ -48,7 +48,9 @@ class DPXAttnConfig:
     )
     epsilon: float = field(default=8.0, metadata={"help": "privacy loss of one release, in total"})
     delta: float = field(default=1e-5, metadata={"help": "failure probability of the guarantee, in (0, 1)"})
-    unit: str = field(default="row", metadata={"help": "what one neighbouring step changes: row|group|context"})
+    unit: str = field(
+        default="row", metadata={"help": "what one neighbouring step changes: row|group|context"}
+    )
     neighboring: str = field(
         default="replace_one", metadata={"help": "replace_one (n is public) or add_or_remove_one"}
     )
@@ -90,7 +92,9 @@ class DPXAttnConfig:
             ("neighboring", tuple(r.value for r in NeighboringRelation)),
         ):
             if getattr(self, name) not in known:
-                raise ConfigError(f"Unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}.")
+                raise ConfigError(
+                    f"Unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}."
+                )
         _require_number("epsilon", self.epsilon, low=0.0, high=math.inf)
         _require_number("delta", self.delta, low=0.0, high=1.0)
         _require_integer("degree", self.degree, low=0, high=4)
@@ -120,7 +124,9 @@ class DPXAttnConfig:
             version = values.get("schema_version")
             newer = isinstance(version, int) and version > SCHEMA_VERSION
             hint = f" It was written by a newer version (schema {version})." if newer else ""
-            raise ConfigError(f"Unknown config key(s): {', '.join(unknown)}.{hint} Known: {', '.join(sorted(known))}.")
+            raise ConfigError(
+                f"Unknown config key(s): {', '.join(unknown)}.{hint} Known: {', '.join(sorted(known))}."
+            )
         return cls(**values)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
@@ -149,7 +155,9 @@ class DPXAttnConfig:
         try:
             values = json.loads(path.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not valid JSON ({error}); it may be damaged or truncated.") from None
+            raise ConfigError(
+                f"{path} is not valid JSON ({error}); it may be damaged or truncated."
+            ) from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path} must hold a JSON object.")
         config = cls.from_dict(values)

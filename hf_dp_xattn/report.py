@@ -55,7 +55,9 @@ class Guarantee:
             return "NOT PRIVATE: mechanism='none' is exact attention; nothing is promised."
         if not self.private_noise:
             return "NOT PRIVATE: the noise came from a seeded generator (for tests); nothing is promised."
-        unit = {"row": "one row (embedding)", "group": "one group of rows", "context": "the whole context"}[self.unit]
+        unit = {"row": "one row (embedding)", "group": "one group of rows", "context": "the whole context"}[
+            self.unit
+        ]
         change = "replaced by any other" if self.neighboring == "replace_one" else "added or removed"
         return (
             f"({self.epsilon:g}, {self.delta:g})-differentially private when {unit} of the private context is {change}; "

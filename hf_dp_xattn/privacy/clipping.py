@@ -43,4 +43,6 @@ def verify_clipped(norm_squared: torch.Tensor, bound: int) -> None:
         DPXAttnError: the bound does not hold (an internal error; nothing leaves).
     """
     if not bool((norm_squared.to(torch.float64) <= float(bound) ** 2 * (1.0 - SLACK / 4)).all()):
-        raise DPXAttnError("A clipped contribution exceeds its bound: refusing to release. Please report this.")
+        raise DPXAttnError(
+            "A clipped contribution exceeds its bound: refusing to release. Please report this."
+        )

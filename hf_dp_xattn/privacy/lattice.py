@@ -40,7 +40,9 @@ def exact_matmul(a: torch.Tensor, b: torch.Tensor, bound: float) -> torch.Tensor
         ConfigError: bound >= 2^53, so exactness could not be promised.
     """
     if not bound < EXACT_LIMIT:
-        raise ConfigError(f"A product of up to {bound:.3g} is not exact in float64; use fewer features or dimensions.")
+        raise ConfigError(
+            f"A product of up to {bound:.3g} is not exact in float64; use fewer features or dimensions."
+        )
     return torch.matmul(a, b)
 
 
@@ -52,7 +54,9 @@ def exact_exp(x: torch.Tensor, limit: float = 8.0) -> torch.Tensor:
     """
     y = x.to(torch.float64).clamp(-limit, limit) * 2.0**-6
     total = torch.ones_like(y)
-    for k in range(13, 0, -1):  # Horner form of the Taylor polynomial; |y| <= 1/8 leaves a remainder below 2^-80
+    for k in range(
+        13, 0, -1
+    ):  # Horner form of the Taylor polynomial; |y| <= 1/8 leaves a remainder below 2^-80
         total = total * (y * (1.0 / k)) + 1.0
     for _ in range(6):
         total = total * total
