@@ -24,7 +24,7 @@ from ..errors import ConfigError
 from ..privacy.lattice import exact_exp, exact_matmul, quantize
 
 MAX_FEATURES = 2**17
-QUERY_BLOCK = 256
+QUERY_BLOCK = 512
 
 
 def taylor_relative_error(bound: float, degree: int) -> float:
@@ -113,15 +113,15 @@ class TaylorFeatures:
         return self.monomials(query)
 
     def query_sums(self, query: torch.Tensor, table: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-        """query_features(query) @ sums: [..., m, p], [..., r, c] -> [..., m, c].
+        """Feature-major product: query [..., p, m], sums [..., r, c] -> [..., c, m].
 
-        Outside of a trace, the monomials of a few hundred queries at a time are written feature-major into one buffer that
-        stays in the cache; `query_features` would write m r numbers to memory in p pieces.
+        Outside of a trace, the monomials of a few hundred queries at a time are written into one buffer that stays in the
+        cache; `query_features` would write m r numbers to memory in p pieces.
         """
         if torch.compiler.is_compiling() or self.degree < 2 or query.requires_grad:
-            return self.query_features(query, table) @ sums
+            return (self.query_features(query.mT, table) @ sums).mT
         batch = torch.broadcast_shapes(query.shape[:-2], sums.shape[:-2])
-        x = query.expand(*batch, *query.shape[-2:]).flatten(0, -3).mT.contiguous()  # [G, p, m]
+        x = query.expand(*batch, *query.shape[-2:]).flatten(0, -3)  # [G, p, m]
         folded = sums.expand(*batch, *sums.shape[-2:]).flatten(0, -3).mT  # [G, c, r]
         out = x.new_empty(x.shape[0], folded.shape[1], x.shape[2])
         buffer = x.new_empty(x.shape[0], self.size, min(QUERY_BLOCK, x.shape[2]))
@@ -131,7 +131,7 @@ class TaylorFeatures:
             features = buffer[:, :, : block.shape[2]]
             self._write_monomials(block, features)
             out[:, :, start : start + QUERY_BLOCK] = torch.bmm(folded, features)
-        return out.mT.unflatten(0, batch)
+        return out.unflatten(0, batch)
 
     def _write_monomials(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """x [G, p, m] -> out [G, r, m] (row 0, the constant, is there already)."""
@@ -204,8 +204,8 @@ class PositiveRandomFeatures:
         return torch.exp((logits - 0.5 * query.square().sum(-1, keepdim=True)).clamp(-8.0, 8.0))
 
     def query_sums(self, query: torch.Tensor, table: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-        """query_features(query) @ sums: [..., m, p], [..., r, c] -> [..., m, c]."""
-        return self.query_features(query, table) @ sums
+        """Feature-major product: query [..., p, m], sums [..., r, c] -> [..., c, m]."""
+        return (self.query_features(query.mT, table) @ sums).mT
 
     def query_fold(self) -> torch.Tensor:
         return torch.full((self.count,), 1.0 / math.sqrt(self.count), dtype=torch.float64)

@@ -109,13 +109,14 @@ class KernelSumStructure:
         return torch.cat([p[0] for p in parts], dim=2), torch.cat([p[1] for p in parts], dim=2)
 
     def _partial(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        centred = (q - self.query_center.to(q)[:, None]) @ self.query_map.to(q).mT
-        norm = centred.square().sum(-1, keepdim=True).sqrt()
+        # feature-major from here on: [B, H, channels, m]
+        centred = self.query_map.to(q) @ (q - self.query_center.to(q)[:, None]).mT
+        norm = torch.linalg.vector_norm(centred, dim=-2, keepdim=True)
         radius = self.query_radius.to(q)[:, None, None]
         centred = centred * (radius / norm.clamp_min(1e-30)).clamp_max(1.0)
         result = self.features.query_sums(centred, self.table.to(q), self.sums.to(q))
-        normalizer = torch.maximum(result[..., -1], self.floor.to(q))
-        out = result[..., :-1] / normalizer.unsqueeze(-1) + self.value_center.to(q)[:, None]
+        normalizer = torch.maximum(result[..., -1, :], self.floor.to(q))
+        out = (result[..., :-1, :] / normalizer.unsqueeze(-2) + self.value_center.to(q)[:, :, None]).mT
         shift = (q @ self.key_center.to(q).unsqueeze(-1)).squeeze(-1)
         return out, shift + torch.log(normalizer)
 
