@@ -149,12 +149,18 @@ def _rows_per_chunk(encoders: Sequence[LayerEncoder], per_row: int, chunk_size: 
     return max(1, min(ROWS_PER_CHUNK, 2**25 // max(1, per_row)))
 
 
+def _square_sum(x: torch.Tensor) -> torch.Tensor:
+    """[H, n, c] integers -> [H, n] sums of squares: exact in blocks of 2^14 columns, the blocks added in order."""
+    total = x.new_zeros(x.shape[:-1])
+    for block in x.split(ROWS_PER_CHUNK, dim=-1):
+        ones = block.new_ones(block.shape[-1], 1)
+        total = total + exact_matmul(block.square(), ones, block.shape[-1] * 4.0**ENTRY_BITS).squeeze(-1)
+    return total
+
+
 def _row_norm_squared(phi: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """[n] sum over heads of |phi|^2 |u|^2: the inner sums are exact integers, the outer one is sequential."""
-    ones_p, ones_v = phi.new_ones(phi.shape[-1], 1), value.new_ones(value.shape[-1], 1)
-    square_p = exact_matmul(phi.square(), ones_p, phi.shape[-1] * 4.0**ENTRY_BITS / 4)
-    square_v = exact_matmul(value.square(), ones_v, value.shape[-1] * 4.0**ENTRY_BITS)
-    return sequential_sum((square_p * square_v).squeeze(-1).mT)
+    """[n] sum over heads of |phi|^2 |u|^2, added in the order of the heads."""
+    return sequential_sum((_square_sum(phi) * _square_sum(value)).mT)
 
 
 def sum_rows(

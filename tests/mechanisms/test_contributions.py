@@ -209,3 +209,14 @@ print(peak() - before)
 
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 10**9, f"{int(done.stdout) / 1e9:.2f} GB beyond the rows"
+
+
+@pytest.mark.parametrize("columns", [3, 2**14, 2**14 + 5, 2**17], ids="r{}".format)
+def test_norms_of_extreme_factors_are_exact(columns: int) -> None:
+    """All entries at their limit, more columns than one exact product holds: still the exact integer norm."""
+    from hf_dp_xattn.mechanisms.contributions import _square_sum
+
+    x = torch.full((1, 2, columns), 2.0**19, dtype=torch.float64)
+    x[:, :, 0] -= 1
+    expected = (columns - 1) * 4**19 + (2**19 - 1) ** 2
+    assert [int(v) for v in _square_sum(x)[0]] == [int(float(expected))] * 2
