@@ -24,7 +24,9 @@ CHANNELS = 32
 
 def tiny_tokenizer() -> CLIPTokenizer:
     chars = [chr(c) for c in range(33, 127)]
-    vocab = {t: i for i, t in enumerate(["<|startoftext|>", "<|endoftext|>", *chars, *(c + "</w>" for c in chars)])}
+    vocab = {
+        t: i for i, t in enumerate(["<|startoftext|>", "<|endoftext|>", *chars, *(c + "</w>" for c in chars)])
+    }
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=LENGTH)
 
 
@@ -109,7 +111,9 @@ def quiet(pipe: Any) -> Any:
 def tiny_sd(seed: int = 0, cls: type = StableDiffusionPipeline, **changes: Any) -> Any:
     parts = copy.deepcopy(_parts(seed))
     return quiet(
-        cls(**{**parts, **changes}, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        cls(
+            **{**parts, **changes}, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
     )
 
 

@@ -14,7 +14,8 @@ from ..errors import ProtectionLostError
 
 CLOSED = (
     "The text encoder belongs to a protected pipeline and may not run on its own: its output would enter the UNet as public "
-    "rows. Protect every pipeline that shares it (dpx.protect(other_pipe, config)), or, if this text is public, use `with protected.public():`."
+    "rows. Protect every pipeline that shares it (dpx.protect(other_pipe, config)), or, if this text is public, "
+    "use `with protected.public():`."
 )
 
 

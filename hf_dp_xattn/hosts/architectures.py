@@ -57,7 +57,10 @@ def unwrap(model: Any) -> Any:
 
 def refuse_host(host: Any) -> UnsupportedModelError:
     name = type(unwrap(host)).__name__
-    reason = next((text for key, text in REASONS.items() if key.lower() in name.lower()), "it is not in the table of hosts")
+    reason = next(
+        (text for key, text in REASONS.items() if key.lower() in name.lower()),
+        "it is not in the table of hosts",
+    )
     return UnsupportedModelError(f"{name} cannot be protected: {reason}. {SUPPORTED} Nothing was patched.")
 
 
@@ -81,7 +84,9 @@ def check_pipeline_class(pipe: Any) -> None:
 
 
 def _refuse_unet(reason: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"This UNet2DConditionModel cannot be protected: {reason}. Nothing was patched.")
+    return UnsupportedModelError(
+        f"This UNet2DConditionModel cannot be protected: {reason}. Nothing was patched."
+    )
 
 
 def find_layers(unet: Any) -> dict[str, Attention]:
@@ -126,9 +131,13 @@ def check_side_channels(unet: Any) -> None:
     """Raises UnsupportedModelError where text or an image prompt has a way around `attn2`."""
     config = unet.config
     if config.addition_embed_type is not None:
-        raise _refuse_unet(f"addition_embed_type={config.addition_embed_type!r} sends the text past cross-attention")
+        raise _refuse_unet(
+            f"addition_embed_type={config.addition_embed_type!r} sends the text past cross-attention"
+        )
     if unet.encoder_hid_proj is not None or config.encoder_hid_dim_type is not None:
-        raise _refuse_unet("it projects the text, or an IP-Adapter image, inside the model (encoder_hid_proj); unload it first")
+        raise _refuse_unet(
+            "it projects the text, or an IP-Adapter image, inside the model (encoder_hid_proj); unload it first"
+        )
     if unet.class_embedding is not None:
         raise _refuse_unet("it has a class embedding")
     if getattr(unet, "position_net", None) is not None or config.attention_type != "default":
@@ -143,7 +152,11 @@ def _check_layer(name: str, attn: Any, channels: int) -> None:
     processor = type(attn.processor).__name__
     if processor not in PLAIN_PROCESSORS:
         raise _refuse_unet(f"{name} has the processor {processor}; restore the default one first")
-    if attn.added_kv_proj_dim is not None or attn.cross_attention_dim != channels or attn.only_cross_attention:
+    if (
+        attn.added_kv_proj_dim is not None
+        or attn.cross_attention_dim != channels
+        or attn.only_cross_attention
+    ):
         raise _refuse_unet(f"{name} has added keys and values, or another context")
     if attn.norm_cross is not None and not isinstance(attn.norm_cross, nn.LayerNorm):
         raise _refuse_unet(f"{name} normalises across the rows of the text, which mixes them")

@@ -71,7 +71,9 @@ def build_table(
         keys.append(key.to(device))
         values.append(value.to(device))
         biases.append(bias)
-    return LayerTable(allow_public, tags, structure, torch.stack(keys), torch.stack(values), torch.stack(biases))
+    return LayerTable(
+        allow_public, tags, structure, torch.stack(keys), torch.stack(values), torch.stack(biases)
+    )
 
 
 def unique(tags: Iterable[Tag | None]) -> tuple[Tag, ...]:

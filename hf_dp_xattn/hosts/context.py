@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ContextError, DPXAttnError
+from ..errors import ConfigError, ContextError, DPXAttnError
 from .placeholder import read_tags
 from .text import TextSide, as_texts
 
@@ -30,12 +30,26 @@ class PrivateContext:
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise DPXAttnError("A private context cannot be pickled or copied.")
 
-    def groups(self, groups: torch.Tensor | None) -> torch.Tensor | None:
-        """Groups of the private rows, from groups of all rows or of the private ones."""
+    def groups(self, groups: torch.Tensor | None, unit: str) -> torch.Tensor | None:
+        """Groups of the private rows, from groups of all rows or of the private ones.
+
+        Raises:
+            ContextError: they do not fit; ConfigError: the unit needs them and they are missing, or the reverse.
+        """
+        if (unit == "group") != (groups is not None):
+            need = "needs" if groups is None else "is the only one that takes"
+            raise ConfigError(
+                f"unit='group' {need} `groups`: protected.release(context, groups=...). The unit is {unit!r}."
+            )
         if groups is None:
             return None
-        if not isinstance(groups, torch.Tensor) or groups.ndim != 1 or groups.shape[0] not in (self.rows, self.private_rows):
-            raise ContextError(f"`groups` must be an integer tensor [{self.private_rows}] (or [{self.rows}], all rows).")
+        integers = (
+            isinstance(groups, torch.Tensor) and not groups.is_floating_point() and not groups.is_complex()
+        )
+        if not integers or groups.ndim != 1 or groups.shape[0] not in (self.rows, self.private_rows):
+            raise ContextError(
+                f"`groups` must be an integer tensor [{self.private_rows}] (or [{self.rows}], all rows)."
+            )
         return groups[groups.shape[0] - self.private_rows :]
 
 
@@ -61,7 +75,9 @@ def from_embeddings(rows: torch.Tensor, channels: int) -> PrivateContext:
         ContextError: wrong rank or channels, no rows, NaN or Inf.
     """
     if rows.ndim != 2 or rows.shape[-1] != channels:
-        raise ContextError(f"Embeddings must be [n, {channels}] or [B, n, {channels}], got {list(rows.shape)} per context.")
+        raise ContextError(
+            f"Embeddings must be [n, {channels}] or [B, n, {channels}], got {list(rows.shape)} per context."
+        )
     if rows.shape[0] == 0:
         raise ContextError("The context has no rows (n = 0): there is nothing to release.")
     if not bool(torch.isfinite(rows).all()):
@@ -88,7 +104,9 @@ def name_contexts(context: Any, text: TextSide | None, channels: int) -> list[Pr
                 raise ContextError(f"Embeddings must be [n, C] or [B, n, C], got {list(context.shape)}.")
             batch = context if context.ndim == 3 else context.unsqueeze(0)
             if any(tag is not None for tag in read_tags(batch)):
-                raise ContextError("This is a placeholder of a release, not a context; pass it as prompt_embeds.")
+                raise ContextError(
+                    "This is a placeholder of a release, not a context; pass it as prompt_embeds."
+                )
             return [from_embeddings(rows, channels) for rows in batch]
         if context.ndim not in (1, 2):
             raise ContextError(f"Token ids must be [n] or [B, n], got {list(context.shape)}.")
@@ -102,6 +120,8 @@ def name_contexts(context: Any, text: TextSide | None, channels: int) -> list[Pr
 
 def _require(text: TextSide | None) -> TextSide:
     if text is None:
-        raise ContextError("This host has no text encoder: release embeddings [n, C] or [B, n, C] instead of text or ids.")
+        raise ContextError(
+            "This host has no text encoder: release embeddings [n, C] or [B, n, C] instead of text or ids."
+        )
     text.require()
     return text

@@ -30,7 +30,9 @@ DEFAULT_TOLERANCE = 1.5e-3
 def _signs(purpose: str, length: int) -> torch.Tensor:
     """[SIZE, length] of +-1 from SHAKE-256: the same for ever, on every machine."""
     raw = hashlib.shake_256(f"hf_dp_xattn fingerprint {purpose} {length}".encode()).digest(SIZE * length)
-    return (torch.frombuffer(bytearray(raw), dtype=torch.uint8) & 1).to(torch.float32).reshape(SIZE, length) * 2 - 1
+    return (torch.frombuffer(bytearray(raw), dtype=torch.uint8) & 1).to(torch.float32).reshape(
+        SIZE, length
+    ) * 2 - 1
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def fingerprint(layers: dict[str, Attention], dtype: torch.dtype) -> Fingerprint
     """The sketch of the layers as they are now. Costs sixteen rows through each projection."""
     return Fingerprint(
         layers=tuple((n, a.heads, a.cross_attention_dim, a.inner_dim) for n, a in layers.items()),
-        sketch=torch.stack([torch.stack([_sketch(a.to_k, dtype), _sketch(a.to_v, dtype)]) for a in layers.values()]),
+        sketch=torch.stack(
+            [torch.stack([_sketch(a.to_k, dtype), _sketch(a.to_v, dtype)]) for a in layers.values()]
+        ),
         dtype=str(dtype).removeprefix("torch."),
     )

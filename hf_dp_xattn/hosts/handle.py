@@ -89,14 +89,10 @@ class ProtectedPipeline:
         self.active = True
         setattr(self.unet, HANDLE_ATTRIBUTE, self)
         current = self.unet.attn_processors
-        self.unet.set_attn_processor({**current, **{f"{n}.processor": p for n, p in self._processors.items()}})
-
-        def gate(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # A trace cannot read markers; there, what is not proven fit becomes NaN in the processors.
-            if not torch.compiler.is_compiling():
-                self._before_forward(args, kwargs)
-
-        self._hook = self.unet.register_forward_pre_hook(gate, with_kwargs=True)
+        self.unet.set_attn_processor(
+            {**current, **{f"{n}.processor": p for n, p in self._processors.items()}}
+        )
+        self._hook = self.unet.register_forward_pre_hook(self._gate, with_kwargs=True)
         self._set_tables()
 
     def has(self, pipe: Any) -> bool:
@@ -117,7 +113,9 @@ class ProtectedPipeline:
             return
         self.active = False
         for name, attn in self.layers.items():
-            if isinstance(attn.processor, DPAttnProcessor):  # one that was replaced since is the caller's own choice
+            if isinstance(
+                attn.processor, DPAttnProcessor
+            ):  # one that was replaced since is the caller's own choice
                 attn.set_processor(self._originals[name])
         if self._hook is not None:
             self._hook.remove()
@@ -153,7 +151,10 @@ class ProtectedPipeline:
         lost: str | None = None
         if not self.active:
             lost = "it was unprotected"
-        elif self._hook is None or self._hook.id not in self.unet._forward_pre_hooks or self.unet.__dict__.get(HANDLE_ATTRIBUTE) is not self:
+        elif (
+            self._hook.id not in self.unet._forward_pre_hooks
+            or self.unet.__dict__.get(HANDLE_ATTRIBUTE) is not self
+        ):
             lost = "the gate of the UNet was removed"
         elif self.unet.encoder_hid_proj is not None:
             lost = "an IP-Adapter (encoder_hid_proj) was loaded"
@@ -177,12 +178,16 @@ class ProtectedPipeline:
     def check_thoroughly(self) -> None:
         """`check`, and that the model has gained no layer or way around cross-attention since. Before each release and call."""
         self.check()
-        names = {n for n, m in self.unet.named_modules() if hasattr(m, "get_processor") and n.endswith(".attn2")}
+        names = {
+            n for n, m in self.unet.named_modules() if hasattr(m, "get_processor") and n.endswith(".attn2")
+        }
         reasons = [r for r in map(rowwise_reason, self.layers.values()) if r is not None]
         if names != set(self.layers):
             reasons.append("the UNet has gained or lost attention layers")
         if reasons:
-            raise ProtectionLostError(f"The host changed: {reasons[0]}. Call dpx.unprotect(pipe), undo the change, protect again.")
+            raise ProtectionLostError(
+                f"The host changed: {reasons[0]}. Call dpx.unprotect(pipe), undo the change, protect again."
+            )
         check_side_channels(self.unet)
 
     @contextmanager
@@ -198,12 +203,19 @@ class ProtectedPipeline:
         finally:
             self._set_tables()
 
+    def _gate(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A trace cannot read markers; there, what is not proven fit becomes NaN in the processors.
+        if not torch.compiler.is_compiling():
+            self._before_forward(args, kwargs)
+
     def _before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The UNet's gate. Raises before anything runs."""
         self.check()
         states = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
         if not isinstance(states, torch.Tensor):
-            raise ProtectionLostError("A protected UNet takes encoder_hidden_states as one tensor (no image prompts beside it).")
+            raise ProtectionLostError(
+                "A protected UNet takes encoder_hidden_states as one tensor (no image prompts beside it)."
+            )
         if self._seen is not None and self._seen[0]() is states and self._seen[1] == states._version:
             return  # the same tensor at every step: parsed already
         tags = unique(read_tags(states))
@@ -259,7 +271,7 @@ class ProtectedPipeline:
         keys = []
         todo: dict[tuple[str, bytes], tuple[PrivateContext, torch.Tensor | None]] = {}
         for context in contexts:
-            own = context.groups(groups)
+            own = context.groups(groups, self.config.unit)
             key = (self.ledger.digest(context.name), b"" if own is None else own.cpu().numpy().tobytes())
             keys.append(key)
             cached = self._cache.get(key)
@@ -282,13 +294,19 @@ class ProtectedPipeline:
         return [done[key] for key in keys]
 
     def _run(
-        self, prepared: PreparedRelease, context: PrivateContext, groups: torch.Tensor | None, current: Fingerprint
+        self,
+        prepared: PreparedRelease,
+        context: PrivateContext,
+        groups: torch.Tensor | None,
+        current: Fingerprint,
     ) -> ReleasedContext:
         """Encodes, projects and releases one charged context; keeps nothing of it but the release."""
         private, public = context.load()
         private = private.to(self.unet.dtype)
         pairs = [project_rows(attn, private) for attn in self.layers.values()]
-        result = prepared.run([k for k, _ in pairs], [v for _, v in pairs], groups=groups, entropy=self.entropy)
+        result = prepared.run(
+            [k for k, _ in pairs], [v for _, v in pairs], groups=groups, entropy=self.entropy
+        )
         return ReleasedContext(
             structures=result.structures,
             guarantee=result.guarantee,

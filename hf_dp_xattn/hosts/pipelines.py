@@ -39,7 +39,11 @@ class PipelinePatch:
             signature = inspect.signature(original)
 
             def wrapped(
-                *args: Any, _shadow: Any = shadow, _original: Any = original, _signature: Any = signature, **kwargs: Any
+                *args: Any,
+                _shadow: Any = shadow,
+                _original: Any = original,
+                _signature: Any = signature,
+                **kwargs: Any,
             ) -> Any:
                 bound = _signature.bind(*args, **kwargs)
                 bound.apply_defaults()
@@ -58,7 +62,9 @@ class PipelinePatch:
         lost = None
         if unwrap(self.pipe.unet) is not self._handle.unet:
             lost = "its UNet"
-        elif self.pipe.text_encoder is not self.text.encoder and unwrap(self.pipe.text_encoder) is not unwrap(self.text.encoder):
+        elif self.pipe.text_encoder is not self.text.encoder and unwrap(self.pipe.text_encoder) is not unwrap(
+            self.text.encoder
+        ):
             lost = "its text encoder"
         elif self.pipe.tokenizer is not self.text.tokenizer:
             lost = "its tokenizer"
@@ -75,6 +81,10 @@ class PipelinePatch:
         arguments = bound.arguments
         prompt, embeds = arguments["prompt"], arguments["prompt_embeds"]
         if prompt is not None:
+            if not isinstance(prompt, (str, list)):  # as diffusers, which would quote it
+                raise ConfigError(
+                    f"`prompt` must be a string or a list of strings, got {type(prompt).__name__}."
+                )
             texts = as_texts(prompt, "prompt")
             if embeds is not None:
                 raise ConfigError("Pass either `prompt` or `prompt_embeds`, not both.")
@@ -124,7 +134,9 @@ class PipelinePatch:
             if known and len(known) == len(tags):
                 return known, embeds.shape[1]
             if known:
-                raise ConfigError("`prompt_embeds` mixes placeholders with embeddings; release the embeddings first.")
+                raise ConfigError(
+                    "`prompt_embeds` mixes placeholders with embeddings; release the embeddings first."
+                )
             contexts = name_contexts(embeds, self.text, self._handle.unet.config.cross_attention_dim)
         released = self._handle.release_contexts(contexts)
         return self._handle.bind_contexts(released), contexts[0].rows
@@ -136,5 +148,7 @@ class PipelinePatch:
             return None
         texts = list(as_texts(negative, "negative_prompt"))
         if len(texts) not in (1, batch):
-            raise ConfigError(f"Got {len(texts)} negative prompts for {batch} prompts; pass one, or one for each.")
+            raise ConfigError(
+                f"Got {len(texts)} negative prompts for {batch} prompts; pass one, or one for each."
+            )
         return texts * batch if len(texts) == 1 else texts

@@ -44,9 +44,9 @@ class DPAttnProcessor:
     """Replaces `AttnProcessor2_0` on the cross-attention layers of a protected host; `dpx.protect` registers it.
 
     Batch elements whose text is a placeholder attend to the released structure it names, merged by log-sum-exp with that binding's
-    exact public rows. Other elements (the negative prompt) attend exactly, as in `AttnProcessor2_0`. There is no branch on tensor values, so
-    `torch.compile(fullgraph=True)` works and denoising steps share one graph. What is not proven fit is NaN: an unknown placeholder, a
-    placeholder with a mask, a batch without any placeholder outside `protected.public()`.
+    exact public rows. Other elements (the negative prompt) attend exactly, as in `AttnProcessor2_0`. There is no branch on tensor
+    values, so `torch.compile(fullgraph=True)` works and denoising steps share one graph. What is not proven fit is NaN: an unknown
+    placeholder, a placeholder with a mask, a batch without any placeholder outside `protected.public()`.
 
     *Formal guarantee.* The output is a function of the release, of public rows and of the image's hidden states; the placeholder holds
     no private content, so nothing is spent here however often it runs.
@@ -128,7 +128,9 @@ class DPAttnProcessor:
         value = split_heads(attn.to_v(states), attn.heads)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=0.0, is_causal=False)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, dropout_p=0.0, is_causal=False
+        )
 
     @staticmethod
     def _attend_private(
@@ -147,6 +149,8 @@ class DPAttnProcessor:
         if table.public_key is not None and table.public_value is not None and table.public_bias is not None:
             scale = query.shape[-1] ** -0.5
             key, value = table.public_key.index_select(0, index), table.public_value.index_select(0, index)
-            out_public, lse_public = exact_partial(query, key, value, scale, table.public_bias.index_select(0, index))
+            out_public, lse_public = exact_partial(
+                query, key, value, scale, table.public_bias.index_select(0, index)
+            )
             out, _ = merge(out, lse, out_public, lse_public)
         return torch.where(match.any(dim=1)[:, None, None, None], out, torch.full_like(out, torch.nan))

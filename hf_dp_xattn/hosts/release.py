@@ -57,7 +57,9 @@ class Release:
     Made by `protected.release(...)`, saved and loaded with `save_pretrained` / `from_pretrained`.
     """
 
-    def __init__(self, contexts: Sequence[ReleasedContext], config: DPXAttnConfig, handle: ProtectedPipeline) -> None:
+    def __init__(
+        self, contexts: Sequence[ReleasedContext], config: DPXAttnConfig, handle: ProtectedPipeline
+    ) -> None:
         self._contexts = tuple(contexts)
         self.config = config
         self._handle = weakref.ref(handle)
@@ -70,7 +72,9 @@ class Release:
         return f"Release(contexts={len(self)}, mechanism={c.mechanism!r}, epsilon={c.epsilon:g}, delta={c.delta:g}, unit={c.unit!r})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise DPXAttnError("A release is not pickled or deep-copied; use release.save_pretrained(directory), or share the object.")
+        raise DPXAttnError(
+            "A release is not pickled or deep-copied; use release.save_pretrained(directory), or share the object."
+        )
 
     @property
     def contexts(self) -> tuple[ReleasedContext, ...]:
@@ -113,7 +117,9 @@ class Release:
         return save_release(self, Path(directory))
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str], *, host: Any, **hub_kwargs: Any) -> Release:
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], *, host: Any, **hub_kwargs: Any
+    ) -> Release:
         """Loads a release (a folder or a Hub repository) for `host`, which is protected with the release's config if it is not yet.
 
         Raises:
@@ -144,7 +150,11 @@ class Release:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             api.create_repo(repo_id, private=private, exist_ok=True)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a DP attention release"))
+            return str(
+                api.upload_folder(
+                    repo_id=repo_id, folder_path=folder, commit_message="Upload a DP attention release"
+                )
+            )
 
     def public_texts(self, prompt: str | Sequence[str] | None) -> list[str | None]:
         """`prompt` as one entry per context."""

@@ -39,7 +39,9 @@ def _public(handle: ProtectedPipeline, text: TextSide | None) -> tuple[str, ...]
     if text is not None and text.available:
         items[1] = f"the number of rows of a prompt (always {text.length}, padded)"
         if text.first_row_is_public:
-            items.append("the first row of a prompt's encoding (BOS: the causal encoder makes it from no word)")
+            items.append(
+                "the first row of a prompt's encoding (BOS: the causal encoder makes it from no word)"
+            )
     if handle.calibration is not None:
         items.append("the calibration")
     items += ["the negative prompt and public prompts", "guidance, steps, seeds and sizes of the pictures"]
@@ -72,7 +74,11 @@ def build_report(handle: ProtectedPipeline, spent: Sequence[Spent], text: TextSi
     notes = list(handle.prepared_warnings)
     if any(not s.guarantee.is_private for s in spent) or not handle.config.is_private:
         notes.insert(0, "NOT PRIVATE: at least one release promises nothing, see below.")
-    persistent = "persistent" if handle.ledger.persistent else "in memory only: it forgets what was spent when the process ends"
+    persistent = (
+        "persistent"
+        if handle.ledger.persistent
+        else "in memory only: it forgets what was spent when the process ends"
+    )
     return PrivacyReport(
         host=type(handle.unet).__name__,
         layers=len(handle.layers),

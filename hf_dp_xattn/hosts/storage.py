@@ -50,7 +50,9 @@ def _build_structure(meta: dict[str, Any], tensors: dict[str, torch.Tensor]) -> 
 def save_release(release: Release, folder: Path) -> Path:
     """Writes the two files; returns the folder. Raises ReleaseError for mechanism "none" before anything is written."""
     if not release.config.is_private:
-        raise ReleaseError("mechanism='none' keeps the private rows themselves; such a release is never written to disk.")
+        raise ReleaseError(
+            "mechanism='none' keeps the private rows themselves; such a release is never written to disk."
+        )
     tensors: dict[str, torch.Tensor] = {}
     entries = []
     for i, context in enumerate(release.contexts):
@@ -64,10 +66,13 @@ def save_release(release: Release, folder: Path) -> Path:
                 "guarantee": context.guarantee.to_dict(),
                 "guarantee_text": context.guarantee.sentence(),
                 "structures": [_structure_meta(s) for s in context.structures],
-                "fingerprint": {"layers": [list(x) for x in context.fingerprint.layers], "dtype": context.fingerprint.dtype},
+                "fingerprint": {
+                    "layers": [list(x) for x in context.fingerprint.layers],
+                    "dtype": context.fingerprint.dtype,
+                },
             }
         )
-    blob = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    blob = save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()})
     document = {
         "schema": SCHEMA,
         "config": release.config.to_dict(),
@@ -89,7 +94,9 @@ def find_folder(name_or_path: str | os.PathLike[str], **hub_kwargs: Any) -> Path
     from huggingface_hub.errors import HFValidationError
 
     try:
-        paths = [Path(hf_hub_download(str(name_or_path), name, **hub_kwargs)) for name in (JSON_NAME, TENSORS_NAME)]
+        paths = [
+            Path(hf_hub_download(str(name_or_path), name, **hub_kwargs)) for name in (JSON_NAME, TENSORS_NAME)
+        ]
     except HFValidationError:
         raise ReleaseError(f"{folder.name!r} is neither a folder nor the name of a Hub repository.") from None
     return paths[0].parent
@@ -111,10 +118,14 @@ def load_release(folder: Path) -> tuple[list[ReleasedContext], DPXAttnConfig]:
     except (ValueError, KeyError, TypeError):
         raise ReleaseError(f"{JSON_NAME} is damaged or truncated.") from None
     if schema != SCHEMA:
-        raise ReleaseError(f"This release has schema {schema!r}, this package reads {SCHEMA!r}. Upgrade hf_dp_xattn.")
+        raise ReleaseError(
+            f"This release has schema {schema!r}, this package reads {SCHEMA!r}. Upgrade hf_dp_xattn."
+        )
     try:
         if hashlib.sha256(blob).hexdigest() != document["tensors_sha256"]:
-            raise ReleaseError(f"{TENSORS_NAME} does not have the checksum that {JSON_NAME} states: damaged or truncated.")
+            raise ReleaseError(
+                f"{TENSORS_NAME} does not have the checksum that {JSON_NAME} states: damaged or truncated."
+            )
         config = DPXAttnConfig.from_dict(document["config"])
         tensors = load(blob)
         return [_read_context(i, entry, tensors) for i, entry in enumerate(document["contexts"])], config
@@ -128,7 +139,11 @@ def _read_context(i: int, entry: dict[str, Any], tensors: dict[str, torch.Tensor
     structures = []
     for j, meta in enumerate(entry["structures"]):
         prefix = f"{i}.{j}."
-        structures.append(_build_structure(meta, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}))
+        structures.append(
+            _build_structure(
+                meta, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            )
+        )
     layers = tuple((str(n), int(h), int(c), int(o)) for n, h, c, o in entry["fingerprint"]["layers"])
     if len(layers) != len(structures):
         raise ReleaseError("The release names other layers than it holds; it is damaged.")

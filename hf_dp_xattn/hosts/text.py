@@ -48,7 +48,9 @@ class TextSide:
 
     def require(self) -> None:
         if not self.available:
-            raise ConfigError("This pipeline has no text encoder or tokenizer; release embeddings instead of text.")
+            raise ConfigError(
+                "This pipeline has no text encoder or tokenizer; release embeddings instead of text."
+            )
 
     def tokenize(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """ids and mask [length], padded and truncated without a word in the logs."""
@@ -60,7 +62,9 @@ class TextSide:
                     [text], padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
                 )
         except Exception as error:  # the tokenizer's own message may quote the text
-            raise ContextError(f"The tokenizer failed on a prompt ({type(error).__name__}); nothing was spent.") from None
+            raise ContextError(
+                f"The tokenizer failed on a prompt ({type(error).__name__}); nothing was spent."
+            ) from None
         return tokens.input_ids[0], tokens.attention_mask[0]
 
     def pad_ids(self, ids: torch.Tensor) -> torch.Tensor:
@@ -70,7 +74,9 @@ class TextSide:
             ContextError: wrong dtype, rank, length or range, or another first token than the one that is public.
         """
         if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise ContextError(f"Token ids must be an integer tensor [n] or [B, n], got {ids.dtype} {list(ids.shape)}.")
+            raise ContextError(
+                f"Token ids must be an integer tensor [n] or [B, n], got {ids.dtype} {list(ids.shape)}."
+            )
         if not 0 < ids.shape[0] <= self.length:
             raise ContextError(f"Got {ids.shape[0]} token ids; this text encoder takes 1 to {self.length}.")
         ids = ids.to("cpu", torch.int64)
@@ -78,7 +84,9 @@ class TextSide:
         if bool(((ids < 0) | (ids >= vocabulary)).any()):
             raise ContextError(f"Token ids must lie in [0, {vocabulary}).")
         if self.first_row_is_public and int(ids[0]) != self._first_token:
-            raise ContextError(f"Token ids must start with the tokenizer's first token (id {self._first_token}), which is public.")
+            raise ContextError(
+                f"Token ids must start with the tokenizer's first token (id {self._first_token}), which is public."
+            )
         pad = self.tokenizer.pad_token_id
         return torch.nn.functional.pad(ids, (0, self.length - ids.shape[0]), value=0 if pad is None else pad)
 
@@ -125,5 +133,7 @@ def as_texts(prompt: Any, name: str) -> Sequence[str]:
     """A string or list of strings as a list; the message names types only."""
     texts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) for t in texts):
-        raise ConfigError(f"`{name}` must be a string or a non-empty list of strings, got {type(prompt).__name__}.")
+        raise ConfigError(
+            f"`{name}` must be a string or a non-empty list of strings, got {type(prompt).__name__}."
+        )
     return texts

@@ -19,8 +19,12 @@ class Runs:
     def __init__(self, handle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.order: list[str] = []
         run, charge = handle_module.ProtectedPipeline._run, handle.ledger.charge
-        monkeypatch.setattr(handle_module.ProtectedPipeline, "_run", lambda *a: self.order.append("run") or run(*a))
-        monkeypatch.setattr(handle.ledger, "charge", lambda *a, **k: self.order.append("charge") or charge(*a, **k))
+        monkeypatch.setattr(
+            handle_module.ProtectedPipeline, "_run", lambda *a: self.order.append("run") or run(*a)
+        )
+        monkeypatch.setattr(
+            handle.ledger, "charge", lambda *a, **k: self.order.append("charge") or charge(*a, **k)
+        )
         if handle._patches:
             text = handle._patches[0].text
             encode = text.encode
@@ -42,7 +46,9 @@ def check_one_release(pipe: Any, handle: Any, runs: Runs) -> None:
     assert entry["charges"] == 1
 
 
-def test_steps_images_and_calls_share_one_release(pipe: Any, private: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_images_and_calls_share_one_release(
+    pipe: Any, private: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     handle = dpx.protect(pipe, private)
     check_one_release(pipe, handle, Runs(handle, monkeypatch))
 
@@ -55,14 +61,18 @@ def test_a_release_per_step_is_caught(pipe: Any, private: Any, monkeypatch: pyte
         check_one_release(pipe, handle, runs)
 
 
-def test_the_charge_comes_before_the_context_is_touched(pipe: Any, private: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_charge_comes_before_the_context_is_touched(
+    pipe: Any, private: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     handle = dpx.protect(pipe, private)
     runs = Runs(handle, monkeypatch)
     handle.release("a red circle")
     assert runs.order[:2] == ["charge", "run"] and "encode" in runs.order[2:]
 
 
-def test_a_second_release_is_refused_before_it_is_computed(pipe: Any, private: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_release_is_refused_before_it_is_computed(
+    pipe: Any, private: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     handle = dpx.protect(pipe, private)
     first = handle.release("a red circle")
     runs = Runs(handle, monkeypatch)
@@ -94,7 +104,9 @@ def test_the_ledger_outlives_the_handle(private: Any, tmp_path: Any) -> None:
                     picture(pipe, "a red circle")
 
 
-def test_a_batch_is_charged_whole_or_not_at_all(pipe: Any, private: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_charged_whole_or_not_at_all(
+    pipe: Any, private: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ledger = dpx.Ledger()
     with dpx.protect(pipe, private, ledger=ledger) as handle:
         handle.release("spent already")

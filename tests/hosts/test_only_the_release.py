@@ -15,7 +15,12 @@ from hf_dp_xattn.hosts.processor import DPAttnProcessor
 from ..hosts_tiny import CHANNELS, latents, picture, tiny_img2img, tiny_inpaint, tiny_sd
 
 PROMPTS = ("a red circle", "sixteen green stars")
-HOSTS = {"text2img": tiny_sd, "img2img": tiny_img2img, "inpaint": tiny_inpaint, "unet": lambda: tiny_sd().unet}
+HOSTS = {
+    "text2img": tiny_sd,
+    "img2img": tiny_img2img,
+    "inpaint": tiny_inpaint,
+    "unet": lambda: tiny_sd().unet,
+}
 
 
 def draw(host: Any, handle: Any, context: Any) -> torch.Tensor:
@@ -97,7 +102,9 @@ def plant_private_first_row(host: Any, handle: Any, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("plant", [plant_raw_rows, plant_private_first_row])
-def test_a_planted_leak_is_caught(plant: Any, pipe: Any, private: dpx.DPXAttnConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_leak_is_caught(
+    plant: Any, pipe: Any, private: dpx.DPXAttnConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     handle = dpx.protect(pipe, private)
     hold_the_release_fixed(handle, monkeypatch)
     plant(pipe, handle, monkeypatch)
@@ -166,11 +173,19 @@ def test_what_callbacks_see_is_the_placeholder(pipe: Any, private: dpx.DPXAttnCo
         return values
 
     dpx.protect(pipe, private)
-    picture(pipe, PROMPTS[0], callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["prompt_embeds"], guidance_scale=1.0)
+    picture(
+        pipe,
+        PROMPTS[0],
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["prompt_embeds"],
+        guidance_scale=1.0,
+    )
     assert seen and all(bool(s[:, 1:].isnan().all()) for s in seen)
 
 
-def test_every_cross_attention_layer_is_reached(pipe: Any, private: dpx.DPXAttnConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_cross_attention_layer_is_reached(
+    pipe: Any, private: dpx.DPXAttnConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[int] = []
     original = DPAttnProcessor._attend_private
 

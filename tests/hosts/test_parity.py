@@ -78,7 +78,12 @@ def test_schedulers(pipe: Any, exact: dpx.DPXAttnConfig, scheduler: Any) -> None
 @pytest.mark.parametrize("images", [1, 2])
 def test_image_to_image(kind: str, images: int, exact: dpx.DPXAttnConfig) -> None:
     image = Image.fromarray(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3))
-    arguments: dict[str, Any] = {"image": image, "strength": 0.9, "num_images_per_prompt": images, "num_inference_steps": 3}
+    arguments: dict[str, Any] = {
+        "image": image,
+        "strength": 0.9,
+        "num_images_per_prompt": images,
+        "num_inference_steps": 3,
+    }
     if kind == "inpaint":
         mask = np.zeros((16, 16), dtype=np.uint8)
         mask[:8] = 255

@@ -1,0 +1,150 @@
+"""Half precision, CPU offload, torch.compile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+import torch._dynamo.testing
+
+import hf_dp_xattn as dpx
+
+from ..hosts_tiny import CHANNELS, latents, picture, tiny_sd, tiny_unet
+
+PROMPT = "a red circle"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("mechanism", ["none", "kernel_sum"])
+def test_dtypes(dtype: torch.dtype, mechanism: str, private: Any) -> None:
+    pipe = tiny_sd().to(dtype)
+    before = picture(pipe, PROMPT, latents=latents(1, dtype))
+    handle = dpx.protect(pipe, private.replace(mechanism=mechanism))
+    after = picture(pipe, PROMPT, latents=latents(1, dtype))
+    assert after.dtype == dtype and bool(after.isfinite().all())
+    assert handle.release(PROMPT).inputs()["prompt_embeds"].dtype == dtype
+    if mechanism == "none":
+        tolerance = {torch.float16: 0.02, torch.bfloat16: 0.2}.get(dtype, 1e-4)
+        assert float((before - after).abs().max()) <= tolerance * float(before.abs().max())
+
+
+def test_the_host_may_change_its_dtype(pipe: Any, private: Any) -> None:
+    handle = dpx.protect(pipe, private)
+    release = handle.release(PROMPT)
+    pipe.to(torch.bfloat16)
+    assert bool(picture(pipe, **release.inputs(prompt="ink")).isfinite().all())
+    assert len(handle.report().releases) == 1
+
+
+def test_mixed_text_encoder_and_unet_dtypes(private: Any) -> None:
+    pipe = tiny_sd()
+    pipe.unet.to(torch.bfloat16)
+    handle = dpx.protect(pipe, private)
+    marks = handle.release(PROMPT).inputs()["prompt_embeds"]
+    assert marks.dtype == torch.bfloat16
+
+
+def offload(pipe: Any, kind: str) -> None:
+    """accelerate's hooks by hand: diffusers refuses without an accelerator."""
+    device = torch.device("cpu")
+    for model in (pipe.text_encoder, pipe.unet, pipe.vae):
+        if kind == "model":
+            accelerate.cpu_offload_with_hook(model, device)
+        else:
+            accelerate.cpu_offload(model, device)
+
+
+@pytest.mark.parametrize("kind", ["model", "sequential"])
+@pytest.mark.parametrize("first", ["offload", "protect"])
+def test_cpu_offload(kind: str, first: str, pipe: Any, exact: Any) -> None:
+    before = picture(pipe, PROMPT, negative_prompt="ugly")
+    if first == "offload":
+        offload(pipe, kind)
+        handle = dpx.protect(pipe, exact)
+    else:
+        handle = dpx.protect(pipe, exact)
+        offload(pipe, kind)
+    if kind == "sequential":
+        assert next(pipe.unet.parameters()).device.type == "meta"
+    after = picture(pipe, PROMPT, negative_prompt="ugly")
+    assert torch.allclose(before, after, atol=1e-4)
+    assert bool(picture(pipe, **handle.release("another").inputs(prompt="ink")).isfinite().all())
+    dpx.unprotect(pipe)
+    assert torch.allclose(before, picture(pipe, PROMPT, negative_prompt="ugly"), atol=1e-4)
+
+
+def test_layerwise_casting(private: Any) -> None:
+    """Weights stored in float8, computed in bfloat16."""
+    unet = tiny_unet()
+    unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    handle = dpx.protect(unet, private)
+    inputs = handle.release(torch.randn(16, CHANNELS)).inputs()
+    assert bool(unet(latents(1, torch.bfloat16), 5, **inputs).sample.isfinite().all())
+
+
+# ---- torch.compile -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counter() -> Any:
+    torch._dynamo.reset()
+    yield torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("mechanism", [pytest.param("none", marks=pytest.mark.slow), "kernel_sum"])
+def test_compile_without_recompiling(mechanism: str, pipe: Any, private: Any, counter: Any) -> None:
+    """One graph for all steps, prompts and releases of a shape; the same pictures as in eager mode."""
+    handle = dpx.protect(pipe, private.replace(mechanism=mechanism))
+    prompts = (PROMPT, "a blue star")
+    eager = [picture(pipe, p, negative_prompt="ugly", num_inference_steps=3) for p in prompts]
+    pipe.unet = torch.compile(pipe.unet, backend=counter, fullgraph=True)
+    for prompt, image in zip(prompts, eager, strict=True):
+        assert torch.allclose(
+            image, picture(pipe, prompt, negative_prompt="ugly", num_inference_steps=3), atol=1e-4
+        )
+    inputs = handle.release("a third").inputs()
+    assert bool(picture(pipe, **inputs, num_inference_steps=4).isfinite().all())
+    assert counter.frame_count == 1
+    dpx.unprotect(pipe)
+
+
+def test_compiled_and_replaced_processors(pipe: Any, private: Any, counter: Any) -> None:
+    """encode_prompt still checks; and a compiled UNet that is called directly with a stale placeholder gives NaN."""
+    handle = dpx.protect(pipe, private)
+    inputs = handle.release(PROMPT).inputs()
+    pipe.unet = torch.compile(pipe.unet, backend=counter, fullgraph=True)
+    picture(pipe, **inputs)
+    stale = handle.placeholder([tuple([1] * 9)], 16, "cpu")
+    assert bool(pipe.unet(latents(), 5, stale).sample.isnan().all())
+    assert bool(
+        pipe.unet(latents(), 5, torch.randn(1, 16, CHANNELS)).sample.isnan().all()
+    )  # public, but not declared so
+    with handle.public():
+        assert bool(pipe.unet(latents(), 5, torch.randn(1, 16, CHANNELS)).sample.isfinite().all())
+    handle.unet.set_attn_processor({n: type(p)() for n, p in handle.unet.attn_processors.items()})
+    with pytest.raises(dpx.ProtectionLostError):
+        picture(pipe, **inputs)
+
+
+@pytest.mark.slow
+def test_a_compiled_bare_unet(private: Any, counter: Any) -> None:
+    unet = tiny_unet()
+    handle = dpx.protect(unet, private)
+    compiled = torch.compile(unet, backend=counter, fullgraph=True)
+    inputs = handle.release(torch.randn(2, 16, CHANNELS)).inputs()
+    with torch.no_grad():
+        expected = unet(latents(2), 5, **inputs).sample
+        assert torch.allclose(expected, compiled(latents(2), 5, **inputs).sample, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_inductor(pipe: Any, private: Any) -> None:
+    torch._dynamo.reset()
+    dpx.protect(pipe, private)
+    eager = picture(pipe, PROMPT)
+    pipe.unet = torch.compile(pipe.unet, fullgraph=True)
+    assert torch.allclose(eager, picture(pipe, PROMPT), atol=1e-3)
+    torch._dynamo.reset()

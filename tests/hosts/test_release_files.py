@@ -1,0 +1,147 @@
+"""Releases on disk."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hf_dp_xattn as dpx
+from hf_dp_xattn.errors import ReleaseError
+from hf_dp_xattn.hosts.storage import JSON_NAME, TENSORS_NAME
+
+from ..hosts_tiny import CHANNELS, picture, tiny_sd, tiny_unet
+
+PROMPTS = ["a red circle", "a blue star"]
+
+
+@pytest.fixture
+def saved(pipe: Any, private: Any, tmp_path: Path) -> tuple[Path, torch.Tensor]:
+    handle = dpx.protect(pipe, private)
+    release = handle.release(PROMPTS)
+    return release.save_pretrained(tmp_path / "release"), picture(pipe, **release.inputs())
+
+
+@pytest.mark.parametrize("features", ["taylor", "positive_random"])
+@pytest.mark.parametrize("protected_already", [False, True])
+def test_round_trip(features: str, protected_already: bool, pipe: Any, private: Any, tmp_path: Path) -> None:
+    """Another process, another handle: the same pictures, the same guarantee, no charge."""
+    config = private.replace(features=features, num_features=16)
+    with dpx.protect(pipe, config) as handle:
+        release = handle.release(PROMPTS)
+        image = picture(pipe, **release.inputs(prompt="ink"))
+        release.save_pretrained(tmp_path)
+    other = tiny_sd()
+    if protected_already:
+        dpx.protect(other, config.replace(epsilon=1.0))
+    loaded = dpx.Release.from_pretrained(tmp_path, host=other)
+    assert loaded.config == config and loaded.guarantees == release.guarantees
+    assert torch.equal(image, picture(other, **loaded.inputs(prompt="ink")))
+    handle = dpx.protect(other, config.replace(epsilon=1.0) if protected_already else config)
+    assert handle.report().releases == ()
+
+
+def test_a_loaded_release_that_is_not_kept(saved: tuple[Path, torch.Tensor]) -> None:
+    other = tiny_sd()
+    assert torch.equal(saved[1], picture(other, **dpx.Release.from_pretrained(saved[0], host=other).inputs()))
+
+
+def test_json_states_the_guarantee_and_no_name(saved: tuple[Path, torch.Tensor]) -> None:
+    document = json.loads((saved[0] / JSON_NAME).read_text())
+    entry = document["contexts"][0]
+    assert entry["guarantee"]["epsilon"] == 8.0 and entry["guarantee"]["is_private"]
+    assert "differentially private" in entry["guarantee_text"]
+    assert set(document) == {"schema", "config", "contexts", "tensors_sha256"}
+    assert set(entry) == {"rows", "guarantee", "guarantee_text", "structures", "fingerprint"}
+
+
+def test_mechanism_none_is_never_written(pipe: Any, exact: Any, tmp_path: Path) -> None:
+    release = dpx.protect(pipe, exact).release("a")
+    with pytest.raises(ReleaseError, match="private rows"):
+        release.save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    document = json.loads((folder / JSON_NAME).read_text())
+    (folder / JSON_NAME).write_text(json.dumps({**document, **changes}))
+
+
+def flip(path: Path, position: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[position] ^= 1
+    path.write_bytes(bytes(raw))
+
+
+def truncate(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def swap_features(folder: Path) -> None:
+    document = json.loads((folder / JSON_NAME).read_text())
+    document["contexts"][0]["structures"][0]["features"] = {"kind": "unheard of"}
+    (folder / JSON_NAME).write_text(json.dumps(document))
+
+
+DAMAGE: dict[str, Any] = {
+    "a flipped bit": lambda f: flip(f / TENSORS_NAME, -5),
+    "a flipped header": lambda f: flip(f / TENSORS_NAME, 3),
+    "truncated tensors": lambda f: truncate(f / TENSORS_NAME, 100),
+    "empty tensors": lambda f: truncate(f / TENSORS_NAME, 0),
+    "no tensors": lambda f: (f / TENSORS_NAME).unlink(),
+    "truncated JSON": lambda f: truncate(f / JSON_NAME, 200),
+    "no JSON": lambda f: (f / JSON_NAME).unlink(),
+    "a JSON list": lambda f: (f / JSON_NAME).write_text("[]"),
+    "binary JSON": lambda f: (f / JSON_NAME).write_bytes(b"\xff\xfe\x00"),
+    "a newer schema": lambda f: edit(f, schema="hf_dp_xattn.release/2"),
+    "no contexts": lambda f: edit(f, contexts=None),
+    "half a context": lambda f: edit(f, contexts=[{}]),
+    "a config of a newer version": lambda f: edit(f, config={"schema_version": 99}),
+    "other features": swap_features,
+    "a pickle": lambda f: (f / TENSORS_NAME).write_bytes(pickle.dumps({"a": 1})),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_files(name: str, saved: tuple[Path, torch.Tensor]) -> None:
+    DAMAGE[name](saved[0])
+    other = tiny_sd()
+    with pytest.raises(ReleaseError):
+        dpx.Release.from_pretrained(saved[0], host=other)
+    assert "encode_prompt" not in vars(other)  # and the host was left alone
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(ReleaseError):
+        dpx.Release.from_pretrained(tmp_path / "nowhere" / "at" / "all", host=tiny_sd())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ReleaseError, match="incomplete"):
+        dpx.Release.from_pretrained(tmp_path / "empty", host=tiny_sd())
+
+
+@pytest.mark.parametrize("other", ["weights", "shape"])
+def test_another_model(other: str, saved: tuple[Path, torch.Tensor]) -> None:
+    unet = tiny_unet(1) if other == "weights" else tiny_unet(layers_per_block=2)
+    pipe = tiny_sd(unet=unet)
+    with pytest.raises(ReleaseError, match="weights" if other == "weights" else "shapes"):
+        dpx.Release.from_pretrained(saved[0], host=pipe)
+    assert "encode_prompt" not in vars(pipe)
+
+
+def test_a_loaded_release_and_a_new_one_in_one_batch(saved: tuple[Path, torch.Tensor], private: Any) -> None:
+    pipe = tiny_sd()
+    handle = dpx.protect(pipe, private)
+    loaded = dpx.Release.from_pretrained(saved[0], host=pipe)
+    both = dpx.Release([*loaded.contexts, *handle.release("third").contexts], private, handle)
+    assert bool(picture(pipe, **both.inputs()).isfinite().all())
+
+
+def test_a_release_for_a_bare_unet_serves_its_pipeline(private: Any, tmp_path: Path) -> None:
+    with dpx.protect(tiny_unet(), private) as handle:
+        handle.release(torch.randn(16, CHANNELS)).save_pretrained(tmp_path)
+    pipe = tiny_sd()
+    assert bool(picture(pipe, **dpx.Release.from_pretrained(tmp_path, host=pipe).inputs()).isfinite().all())
