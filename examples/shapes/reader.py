@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from shapes.scenes import (
     BACKGROUND_NAMES,
+    CENTRES,
     COLOUR_NAMES,
     PLACES,
     SHAPES,
@@ -32,29 +33,38 @@ READER_PATH = Path(__file__).parent / "reader.safetensors"
 EMPTY = len(SHAPES)
 _PER_PLACE = (len(SHAPES) + 1, len(COLOUR_NAMES), len(SIZES))
 HEAD_SIZES = (*_PER_PLACE * len(PLACES), len(BACKGROUND_NAMES))
+_CROP, _MARGIN = 16, 2
+_CORNERS = [(round(CENTRES[p][0]) - 8 + _MARGIN, round(CENTRES[p][1]) - 8 + _MARGIN) for p in PLACES]
 Images = np.ndarray | Tensor
 
 
 class Reader(nn.Module):
-    """Convolutions down to 4 x 4, then one linear head for all attributes."""
+    """One small network that looks at a 16 x 16 crop around each place in turn.
+
+    The weights are shared by the places: what the reader knows of a shape and a colour at one place
+    it knows at all, so triples that its training never showed are read as well as the others.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for c_in, c_out, stride in ((3, 32, 1), (32, 64, 2), (64, 96, 2), (96, 128, 2)):
+        for c_in, c_out, stride in ((3, 32, 1), (32, 64, 2), (64, 96, 2)):
             layers += [
                 nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1),
                 nn.GroupNorm(8, c_out),
                 nn.SiLU(),
             ]
-        self.features = nn.Sequential(*layers)
-        self.hidden = nn.Linear(128 * 16, 256)
-        self.heads = nn.Linear(256, sum(HEAD_SIZES))
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(96 * 16, 192), nn.SiLU())
+        self.object_heads = nn.Linear(192, sum(_PER_PLACE))
+        self.background_head = nn.Linear(192, len(BACKGROUND_NAMES))
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """``pixels`` [n, 3, 32, 32] in -1..1 to 16 groups of logits, ordered as scene_targets."""
-        hidden = F.silu(self.hidden(self.features(pixels).flatten(1)))
-        return list(self.heads(hidden).split(HEAD_SIZES, dim=1))
+        padded = F.pad(pixels, (_MARGIN,) * 4, mode="replicate")
+        crops = [padded[:, :, y : y + _CROP, x : x + _CROP] for x, y in _CORNERS]
+        hidden = self.features(torch.cat(crops)).unflatten(0, (len(crops), -1))
+        groups = [g for h in hidden for g in self.object_heads(h).split(_PER_PLACE, dim=1)]
+        return [*groups, self.background_head(hidden.mean(0))]
 
 
 @dataclass(frozen=True)

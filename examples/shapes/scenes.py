@@ -226,7 +226,7 @@ _WINDOW = 16  # side of the square patch that holds one object
 _SUB = 4  # sub-pixel positions along each axis
 _SCALES = (0.95, 1.0, 1.05)
 _RADIUS = {"small": 3.6, "large": 5.6}
-_CENTRES = {  # (x, y) in pixels
+CENTRES = {  # (x, y) in pixels
     "left": (6.25, 16.0),
     "right": (25.75, 16.0),
     "top": (16.0, 6.25),
@@ -299,7 +299,7 @@ def render(scenes: Sequence[Scene], seed: int = 0) -> np.ndarray:
         size = np.array([SIZES.index(o.size) for o in objects], dtype=int)
         colour = np.array([COLOURS[o.colour] for o in objects], np.float32).reshape(m, 3)
         colour = colour + rng.uniform(-6, 6, (m, 3)).astype(np.float32)
-        centre = np.array([_CENTRES[o.place][::-1] for o in objects], np.float32).reshape(m, 2)
+        centre = np.array([CENTRES[o.place][::-1] for o in objects], np.float32).reshape(m, 2)
         quarter = np.round((centre + rng.uniform(-0.75, 0.75, (m, 2))) * _SUB).astype(int)
         whole, sub = np.divmod(quarter, _SUB)
         scale = rng.integers(len(_SCALES), size=m)

@@ -200,20 +200,20 @@ class Trainer:
 
     def train_reader(self) -> None:
         self.train_decoder()
-        vae, steps, n = self.vae, self.args.reader_steps, 60_000
-        data: list[Tensor] = []
+        vae, data = self.vae, []
 
         def loss_fn(_: int, generator: torch.Generator) -> Tensor:
             if not data:
-                images, targets = self.pictures(n, self.args.seed + 4)
-                data.extend([torch.from_numpy(images), targets])
-            pick = torch.randint(n, (96,), generator=generator)
-            x = to_pixels(data[0][pick].numpy())
-            # A third goes through the VAE with noise on the latents, as a sampler would leave it.
+                targets = scene_targets([e.scene for e in self.examples()])
+                data.extend([self.scene_pictures(), self.cached_latents(), torch.from_numpy(targets)])
+            pick = self.batch(len(data[0]), 96, generator)
+            x = to_pixels(data[0][pick])
+            # A third are VAE reconstructions of noisy latents, as a sampler would leave them.
+            z = torch.from_numpy(data[1][pick[:32]]).float() / vae.config.scaling_factor
+            z = z + 0.25 * torch.rand(32, 1, 1, 1, generator=generator) * torch.randn(
+                z.shape, generator=generator
+            )
             with torch.no_grad():
-                z = vae.encode(x[:32]).latent_dist.mode()
-                level = 0.25 * torch.rand(32, 1, 1, 1, generator=generator) / vae.config.scaling_factor
-                z = z + level * torch.randn(z.shape, generator=generator)
                 recon = vae.decode(z).sample.clamp(-1, 1)
             blurred = F.interpolate(
                 F.avg_pool2d(x[32:64], 2), scale_factor=2, mode="bilinear", align_corners=False
@@ -222,10 +222,16 @@ class Trainer:
             x = torch.cat([recon, x[32:64].lerp(blurred, mix), x[64:]])
             noise = 0.15 * torch.rand(96, 1, 1, 1, generator=generator)
             x = (x + noise * torch.randn(x.shape, generator=generator)).clamp(-1, 1)
-            return targets_loss(self.reader(x), data[1][pick])
+            return targets_loss(self.reader(x), data[2][pick])
 
         self.reader = fit(
-            "reader", self.reader, loss_fn, out=self.out, steps=steps, lr=1.5e-3, seed=self.args.seed
+            "reader",
+            self.reader,
+            loss_fn,
+            out=self.out,
+            steps=self.args.reader_steps,
+            lr=1.5e-3,
+            seed=self.args.seed,
         )
 
     def cache(self) -> None:
