@@ -23,7 +23,7 @@ from .context import PrivateContext, name_contexts
 from .fingerprint import Fingerprint, fingerprint
 from .pipelines import PipelinePatch
 from .placeholder import Tag, make_placeholder, new_tag, read_tags
-from .processor import NO_COPY, DPAttnProcessor
+from .processor import NO_COPY, DPAttnProcessor, Layout
 from .release import Release, ReleasedContext
 from .reporting import Spent, build_report
 from .rows import layer_specs, project_rows
@@ -125,7 +125,7 @@ class ProtectedPipeline:
             patch.remove()
         self.unet.__dict__.pop(HANDLE_ATTRIBUTE, None)
         for processor in self._processors.values():
-            processor.table = None
+            processor.table = processor.layout = None
 
     def __enter__(self) -> ProtectedPipeline:
         return self
@@ -218,8 +218,10 @@ class ProtectedPipeline:
             )
         if self._seen is not None and self._seen[0]() is states and self._seen[1] == states._version:
             return  # the same tensor at every step: parsed already
-        tags = unique(read_tags(states))
+        found = read_tags(states)
+        tags = unique(found)
         if not tags:
+            self._set_layout(None)
             if not self.access.public:
                 raise ProtectionLostError(
                     "This UNet is protected and was called with embeddings of which none is a placeholder. Pass release.inputs(), or "
@@ -233,8 +235,17 @@ class ProtectedPipeline:
         if scale != 1.0:
             raise ConfigError(NO_SCALE)
         self.activate(tags, states.device)
+        rows = [i for i, tag in enumerate(found) if tag is not None]
+        others = [i for i, tag in enumerate(found) if tag is None]
+        order = [tags.index(tag) for tag in found if tag is not None]
+        tensors = (torch.tensor(x, dtype=torch.int64, device=states.device) for x in (rows, order, others))
+        self._set_layout(Layout(weakref.ref(states), *tensors))
         if not states.is_inference():
             self._seen = (weakref.ref(states), states._version)
+
+    def _set_layout(self, layout: Layout | None) -> None:
+        for processor in self._processors.values():
+            processor.layout = layout
 
     # ---- releases ----------------------------------------------------------------------------------------------------------
 
@@ -382,6 +393,7 @@ class ProtectedPipeline:
     @torch.no_grad()
     def _set_tables(self) -> None:
         self._seen = None
+        self._set_layout(None)
         if not self.active:
             return
         bindings = self._bindings.find(self._tags)

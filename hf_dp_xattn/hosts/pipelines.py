@@ -108,12 +108,14 @@ class PipelinePatch:
         if a["lora_scale"] not in (None, 1, 1.0):
             raise ConfigError(NO_SCALE)
         device = a["device"] or self.pipe._execution_device
-        tags, rows = self._private_tags(a["prompt"], a["prompt_embeds"])
         negative_tags: list[Tag | None] = []
         if a["do_classifier_free_guidance"]:
-            a["negative_prompt"] = self._negative(a["negative_prompt"], len(tags))
+            a["negative_prompt"] = self._negative(
+                a["negative_prompt"], self._batch(a["prompt"], a["prompt_embeds"])
+            )
             if a["negative_prompt_embeds"] is not None:
                 negative_tags = read_tags(a["negative_prompt_embeds"])
+        tags, rows = self._private_tags(a["prompt"], a["prompt_embeds"])
         active = dict.fromkeys([*tags, *(t for t in negative_tags if t is not None)])
         self._handle.activate(tuple(active), device)
         a["prompt"] = None
@@ -140,6 +142,10 @@ class PipelinePatch:
             contexts = name_contexts(embeds, self.text, self._handle.unet.config.cross_attention_dim)
         released = self._handle.release_contexts(contexts)
         return self._handle.bind_contexts(released), contexts[0].rows
+
+    @staticmethod
+    def _batch(prompt: Any, embeds: Any) -> int:
+        return len(as_texts(prompt, "prompt")) if prompt is not None else len(embeds)
 
     @staticmethod
     def _negative(negative: Any, batch: int) -> list[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,19 @@ class LayerTable:
     public_bias: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Which batch elements of one tensor are private, as the UNet's gate read it in eager mode; it spares each side the other's work.
+
+    rows, index: the private elements and the active binding of each; public: the other elements. Integer tensors.
+    """
+
+    states: weakref.ref[torch.Tensor]
+    rows: torch.Tensor
+    index: torch.Tensor
+    public: torch.Tensor
+
+
 class DPAttnProcessor:
     """Replaces `AttnProcessor2_0` on the cross-attention layers of a protected host; `dpx.protect` registers it.
 
@@ -56,6 +70,7 @@ class DPAttnProcessor:
 
     def __init__(self) -> None:
         self.table: LayerTable | None = None
+        self.layout: Layout | None = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise DPXAttnError(NO_COPY)
@@ -97,13 +112,7 @@ class DPAttnProcessor:
         if attn.norm_q is not None:
             query = attn.norm_q(query)
 
-        marked = is_marked(encoder_hidden_states)
-        public = self._attend_public(attn, query, encoder_hidden_states, attention_mask)
-        private = self._attend_private(self.table, query, encoder_hidden_states, attention_mask)
-        allowed = marked.any() | self.table.allow_public.to(marked.device)
-        public = torch.where(allowed, public, torch.full_like(public, torch.nan))
-        hidden_states = torch.where(marked[:, None, None, None], private.to(query.dtype), public)
-
+        hidden_states = self._attend(attn, self.table, query, encoder_hidden_states, attention_mask)
         hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
         hidden_states = attn.to_out[0](hidden_states)
         hidden_states = attn.to_out[1](hidden_states)
@@ -112,6 +121,31 @@ class DPAttnProcessor:
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
+
+    def _attend(
+        self,
+        attn: Attention,
+        table: LayerTable,
+        query: torch.Tensor,
+        states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """[B, H, m, d], private elements from the release and the others exactly."""
+        layout = None if torch.compiler.is_compiling() or attention_mask is not None else self.layout
+        if layout is not None and layout.states() is states and table.structure is not None:
+            out = torch.empty_like(query)
+            out[layout.rows] = self._read(table, query[layout.rows], layout.index).to(query.dtype)
+            if len(layout.public):
+                out[layout.public] = self._attend_public(
+                    attn, query[layout.public], states[layout.public], None
+                )
+            return out
+        marked = is_marked(states)
+        public = self._attend_public(attn, query, states, attention_mask)
+        private = self._attend_private(table, query, states, attention_mask)
+        allowed = marked.any() | table.allow_public.to(marked.device)
+        public = torch.where(allowed, public, torch.full_like(public, torch.nan))
+        return torch.where(marked[:, None, None, None], private.to(query.dtype), public)
 
     @staticmethod
     def _attend_public(
@@ -132,9 +166,9 @@ class DPAttnProcessor:
             query, key, value, attn_mask=attention_mask, dropout_p=0.0, is_causal=False
         )
 
-    @staticmethod
+    @classmethod
     def _attend_private(
-        table: LayerTable, query: torch.Tensor, states: torch.Tensor, attention_mask: torch.Tensor | None
+        cls, table: LayerTable, query: torch.Tensor, states: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
         """[B, H, m, dv]: attention to the release that each batch element names; NaN where it names none of the active ones.
 
@@ -143,9 +177,14 @@ class DPAttnProcessor:
         if table.structure is None or table.tags is None or attention_mask is not None:
             return torch.full_like(query, torch.nan)
         match = match_tags(states, table.tags.to(states.device))
-        index = match.to(torch.int64).argmax(dim=1)
-        structure = table.structure.select(index)
-        out, lse = structure.partial(query)
+        out = cls._read(table, query, match.to(torch.int64).argmax(dim=1))
+        return torch.where(match.any(dim=1)[:, None, None, None], out, torch.full_like(out, torch.nan))
+
+    @staticmethod
+    def _read(table: LayerTable, query: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """[B, H, m, dv]: attention of each element to the active binding `index` [B], its public rows included."""
+        assert table.structure is not None
+        out, lse = table.structure.select(index).partial(query)
         if table.public_key is not None and table.public_value is not None and table.public_bias is not None:
             scale = query.shape[-1] ** -0.5
             key, value = table.public_key.index_select(0, index), table.public_value.index_select(0, index)
@@ -153,4 +192,4 @@ class DPAttnProcessor:
                 query, key, value, scale, table.public_bias.index_select(0, index)
             )
             out, _ = merge(out, lse, out_public, lse_public)
-        return torch.where(match.any(dim=1)[:, None, None, None], out, torch.full_like(out, torch.nan))
+        return out

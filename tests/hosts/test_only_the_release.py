@@ -81,13 +81,13 @@ def plant_raw_rows(host: Any, handle: Any, monkeypatch: pytest.MonkeyPatch) -> N
         kept.append(rows)
         return project(attn, rows)
 
-    original = DPAttnProcessor._attend_private
+    original = DPAttnProcessor._read
 
     def leaky(table: Any, query: torch.Tensor, *rest: Any) -> torch.Tensor:
         return original(table, query, *rest) + 1e-3 * kept[-1][:, 0].mean().to(query.dtype)
 
     monkeypatch.setattr(handle_module, "project_rows", keep)
-    monkeypatch.setattr(DPAttnProcessor, "_attend_private", staticmethod(leaky))
+    monkeypatch.setattr(DPAttnProcessor, "_read", staticmethod(leaky))
 
 
 def plant_private_first_row(host: Any, handle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,13 +187,13 @@ def test_every_cross_attention_layer_is_reached(
     pipe: Any, private: dpx.DPXAttnConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    original = DPAttnProcessor._attend_private
+    original = DPAttnProcessor._read
 
     def counted(table: Any, *rest: Any) -> torch.Tensor:
         calls.append(id(table))
         return original(table, *rest)
 
-    monkeypatch.setattr(DPAttnProcessor, "_attend_private", staticmethod(counted))
+    monkeypatch.setattr(DPAttnProcessor, "_read", staticmethod(counted))
     handle = dpx.protect(pipe, private)
     picture(pipe, PROMPTS[0], num_inference_steps=1)
     cross = [n for n, m in pipe.unet.named_modules() if getattr(m, "is_cross_attention", False)]
