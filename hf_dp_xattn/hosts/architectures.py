@@ -101,7 +101,9 @@ def find_layers(unet: Any) -> dict[str, Attention]:
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.attention_processor import Attention
 
-    check_side_channels(unet)
+    reason = side_channel_reason(unet)
+    if reason is not None:
+        raise _refuse_unet(reason)
     blocks = [*unet.down_blocks, *unet.up_blocks] + ([] if unet.mid_block is None else [unet.mid_block])
     unknown = sorted({type(b).__name__ for b in blocks} - BLOCKS)
     if unknown:
@@ -127,25 +129,22 @@ def find_layers(unet: Any) -> dict[str, Attention]:
     return layers
 
 
-def check_side_channels(unet: Any) -> None:
-    """Raises UnsupportedModelError where text or an image prompt has a way around `attn2`."""
+def side_channel_reason(unet: Any) -> str | None:
+    """The way around `attn2` that text or an image prompt has in this UNet, or None."""
     config = unet.config
     if config.addition_embed_type is not None:
-        raise _refuse_unet(
-            f"addition_embed_type={config.addition_embed_type!r} sends the text past cross-attention"
-        )
+        return f"addition_embed_type={config.addition_embed_type!r} sends the text past cross-attention"
     if unet.encoder_hid_proj is not None or config.encoder_hid_dim_type is not None:
-        raise _refuse_unet(
-            "it projects the text, or an IP-Adapter image, inside the model (encoder_hid_proj); unload it first"
-        )
+        return "it projects the text, or an IP-Adapter image, inside the model (encoder_hid_proj); unload it first"
     if unet.class_embedding is not None:
-        raise _refuse_unet("it has a class embedding")
+        return "it has a class embedding"
     if getattr(unet, "position_net", None) is not None or config.attention_type != "default":
-        raise _refuse_unet("it has GLIGEN layers")
+        return "it has GLIGEN layers"
     if config.dual_cross_attention:
-        raise _refuse_unet("it attends to two contexts at once (dual_cross_attention)")
+        return "it attends to two contexts at once (dual_cross_attention)"
     if not isinstance(config.cross_attention_dim, int) or config.cross_attention_dim < CODE_CHANNELS:
-        raise _refuse_unet(f"cross_attention_dim must be one number, at least {CODE_CHANNELS}")
+        return f"cross_attention_dim must be one number, at least {CODE_CHANNELS}"
+    return None
 
 
 def _check_layer(name: str, attn: Any, channels: int) -> None:

@@ -17,7 +17,7 @@ from ..mechanisms.release import PreparedRelease, prepare_release
 from ..privacy.ledger import Budget, Ledger
 from ..report import PrivacyReport
 from .access import Access, TextGate
-from .architectures import check_side_channels, find_layers, rowwise_reason, unwrap
+from .architectures import find_layers, rowwise_reason, side_channel_reason, unwrap
 from .bindings import Bindings, bind, build_table, unique
 from .context import PrivateContext, name_contexts
 from .fingerprint import Fingerprint, fingerprint
@@ -181,14 +181,14 @@ class ProtectedPipeline:
         names = {
             n for n, m in self.unet.named_modules() if hasattr(m, "get_processor") and n.endswith(".attn2")
         }
-        reasons = [r for r in map(rowwise_reason, self.layers.values()) if r is not None]
+        reasons = [*map(rowwise_reason, self.layers.values()), side_channel_reason(self.unet)]
         if names != set(self.layers):
-            reasons.append("the UNet has gained or lost attention layers")
-        if reasons:
-            raise ProtectionLostError(
-                f"The host changed: {reasons[0]}. Call dpx.unprotect(pipe), undo the change, protect again."
-            )
-        check_side_channels(self.unet)
+            reasons.append("it has gained or lost attention layers")
+        for reason in reasons:
+            if reason is not None:
+                raise ProtectionLostError(
+                    f"The UNet was changed after it was protected: {reason}. Call dpx.unprotect(pipe), undo the change, protect again."
+                )
 
     @contextmanager
     def public(self) -> Iterator[None]:
@@ -335,6 +335,11 @@ class ProtectedPipeline:
             specs = layer_specs(self.layers, self.unet.dtype)
             self._prepared, self._fingerprint = prepare_release(self.config, specs, self.calibration), current
         return self._prepared
+
+    def adopt(self, contexts: Sequence[ReleasedContext]) -> None:
+        """Takes in releases that were made elsewhere: verified, and named in the report."""
+        self.verify(contexts)
+        self._spent += [Spent(None, c.guarantee) for c in contexts]
 
     def verify(self, contexts: Sequence[ReleasedContext]) -> None:
         """Raises ReleaseError unless the releases were made with the host's present weights."""

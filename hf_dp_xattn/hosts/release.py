@@ -133,7 +133,7 @@ class Release:
         handle = protect(host, config) if existing is None else existing
         try:
             release = cls(contexts, config, handle)
-            handle.verify(release.contexts)
+            handle.adopt(release.contexts)
         except DPXAttnError:
             if existing is None:
                 handle.unprotect()

@@ -28,9 +28,9 @@ NOT_COVERED = (
 
 @dataclass(frozen=True)
 class Spent:
-    """One release that was made: the ledger's (keyed) name of its context, and what was promised."""
+    """One release: the ledger's (keyed) name of its context, or None for one that was loaded; and what was promised."""
 
-    digest: str
+    digest: str | None
     guarantee: Guarantee
 
 
@@ -48,12 +48,17 @@ def _public(handle: ProtectedPipeline, text: TextSide | None) -> tuple[str, ...]
     return tuple(items)
 
 
-def _entry(handle: ProtectedPipeline, index: int, spent: Spent) -> dict[str, Any]:
+def _entry(handle: ProtectedPipeline, name: str, spent: Spent) -> dict[str, Any]:
     g = spent.guarantee
-    charges = handle.ledger.charges(spent.digest) if g.mechanism != "none" else ()
-    total = handle.ledger.spent(spent.digest, g.delta) if charges else None
+    charges: Sequence[Any] = ()
+    total: float | str = "unbounded"
+    if spent.digest is None:
+        total = "as charged where it was made"
+    elif g.mechanism != "none":
+        charges = handle.ledger.charges(spent.digest)
+        total = handle.ledger.spent(spent.digest, g.delta)
     return {
-        "name": f"context {index + 1}",
+        "name": name,
         "guarantee": g.to_dict(),
         "guarantee_text": g.sentence(),
         "epsilon": g.to_dict()["epsilon"],
@@ -61,16 +66,17 @@ def _entry(handle: ProtectedPipeline, index: int, spent: Spent) -> dict[str, Any
         "unit": g.unit,
         "neighboring": g.neighboring,
         "charges": len(charges),
-        "spent_epsilon": "unbounded" if total is None else total,
+        "spent_epsilon": total,
         "details": g.clipping or f"{g.rows} rows, exact attention",
     }
 
 
 def build_report(handle: ProtectedPipeline, spent: Sequence[Spent], text: TextSide | None) -> PrivacyReport:
-    """The report; `releases` has one entry per release made by this handle, in order."""
-    numbers: dict[str, int] = {}
+    """The report; `releases` has one entry per release made or loaded by this handle, in order."""
+    names: dict[str, str] = {}
     for s in spent:
-        numbers.setdefault(s.digest, len(numbers))
+        if s.digest is not None:
+            names.setdefault(s.digest, f"context {len(names) + 1}")
     notes = list(handle.prepared_warnings)
     if any(not s.guarantee.is_private for s in spent) or not handle.config.is_private:
         notes.insert(0, "NOT PRIVATE: at least one release promises nothing, see below.")
@@ -84,7 +90,7 @@ def build_report(handle: ProtectedPipeline, spent: Sequence[Spent], text: TextSi
         layers=len(handle.layers),
         heads=sum(a.heads for a in handle.layers.values()),
         config=handle.config.to_dict(),
-        releases=tuple(_entry(handle, numbers[s.digest], s) for s in spent),
+        releases=tuple(_entry(handle, "loaded" if s.digest is None else names[s.digest], s) for s in spent),
         public=_public(handle, text),
         not_covered=NOT_COVERED,
         ledger=f"{persistent}; budget per context: epsilon {handle.budget.epsilon:g} at delta {handle.budget.delta:g}",

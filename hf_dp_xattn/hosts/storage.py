@@ -91,14 +91,16 @@ def find_folder(name_or_path: str | os.PathLike[str], **hub_kwargs: Any) -> Path
     if folder.is_dir():
         return folder
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
     try:
         paths = [
             Path(hf_hub_download(str(name_or_path), name, **hub_kwargs)) for name in (JSON_NAME, TENSORS_NAME)
         ]
-    except HFValidationError:
-        raise ReleaseError(f"{folder.name!r} is neither a folder nor the name of a Hub repository.") from None
+    except (HFValidationError, EntryNotFoundError, RepositoryNotFoundError):
+        raise ReleaseError(
+            f"{folder.name!r} is neither a folder nor a Hub repository with a release in it (or it cannot be reached)."
+        ) from None
     return paths[0].parent
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -92,6 +93,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "another text encoder": replace_text_encoder,
     "another tokenizer": lambda p: setattr(p, "tokenizer", copy.deepcopy(p.tokenizer)),
     "another layer": replace_a_layer,
+    "a class embedding": lambda p: setattr(p.unet, "class_embedding", torch.nn.Identity()),
     "quantised projections": quantize_a_projection,
     "encode_prompt restored": lambda p: vars(p).pop("encode_prompt"),
     "encode_prompt wrapped": lambda p: setattr(p, "encode_prompt", lambda *a, **k: None),
@@ -207,6 +209,13 @@ def test_the_text_encoder_is_closed(pipe: Any, private: Any) -> None:
         pipe.text_encoder(ids)
     with pytest.raises(dpx.ProtectionLostError):
         pipe.text_encoder(ids)
+
+
+def test_public_holds_for_one_thread(pipe: Any, private: Any) -> None:
+    handle = dpx.protect(pipe, private)
+    ids = pipe.tokenizer(PROMPT, return_tensors="pt").input_ids
+    with handle.public(), ThreadPoolExecutor(1) as pool, pytest.raises(dpx.ProtectionLostError):
+        pool.submit(pipe.text_encoder, ids).result()
 
 
 def test_public_is_left_when_it_fails(pipe: Any, private: Any) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 import hf_dp_xattn as dpx
 
-from ..hosts_tiny import CHANNELS, LENGTH, latents, picture, tiny_img2img, tiny_inpaint, tiny_sd
+from ..hosts_tiny import CHANNELS, LENGTH, latents, picture, tiny_img2img, tiny_inpaint, tiny_sd, tiny_unet
 
 TOLERANCE = 1e-4
 
@@ -72,6 +72,26 @@ def test_schedulers(pipe: Any, exact: dpx.DPXAttnConfig, scheduler: Any) -> None
     before = picture(pipe, "a red circle", num_inference_steps=3)
     dpx.protect(pipe, exact)
     assert_same(before, picture(pipe, "a red circle", num_inference_steps=3))
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "2.x": {"use_linear_projection": True, "attention_head_dim": (2, 4), "upcast_attention": True},
+    "deeper": {"transformer_layers_per_block": 2, "layers_per_block": 2},
+    "without a middle": {"mid_block_type": None},
+    "one more level": {
+        "block_out_channels": (8, 16, 16),
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    },
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_shapes_of_unet(name: str, exact: dpx.DPXAttnConfig) -> None:
+    pipe = tiny_sd(unet=tiny_unet(**VARIANTS[name]))
+    before = picture(pipe, "a red circle")
+    dpx.protect(pipe, exact)
+    assert_same(before, picture(pipe, "a red circle"))
 
 
 @pytest.mark.parametrize("kind", ["img2img", "inpaint"])

@@ -42,7 +42,9 @@ def test_round_trip(features: str, protected_already: bool, pipe: Any, private: 
     assert loaded.config == config and loaded.guarantees == release.guarantees
     assert torch.equal(image, picture(other, **loaded.inputs(prompt="ink")))
     handle = dpx.protect(other, config.replace(epsilon=1.0) if protected_already else config)
-    assert handle.report().releases == ()
+    entries = handle.report().releases
+    assert [e["name"] for e in entries] == ["loaded", "loaded"] and entries[0]["epsilon"] == config.epsilon
+    assert handle.ledger.entries() == () and "as charged where it was made" in str(handle.report())
 
 
 def test_a_loaded_release_that_is_not_kept(saved: tuple[Path, torch.Tensor]) -> None:
