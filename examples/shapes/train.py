@@ -348,7 +348,7 @@ def main() -> None:
     parser.add_argument("--decoder-steps", type=int, default=3000)
     parser.add_argument("--text-steps", type=int, default=1500)
     parser.add_argument("--reader-steps", type=int, default=1500)
-    parser.add_argument("--unet-steps", type=int, default=4000)
+    parser.add_argument("--unet-steps", type=int, default=3000)
     parser.add_argument("--scenes", type=int, default=80_000, help="training scenes of the UNet")
     parser.add_argument("--batch", type=int, default=48, help="UNet batch of each process")
     parser.add_argument("--lr", type=float, default=1e-3)
