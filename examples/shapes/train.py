@@ -367,6 +367,8 @@ def main() -> None:
         "export": trainer.export,
     }
     for stage in STAGES[: STAGES.index(args.stage) + 1]:
+        if stage == "export" and os.environ.get("RANK", "0") != "0":
+            continue  # one process writes the folder
         stages[stage]()
 
 
