@@ -25,12 +25,12 @@ from shapes.evaluate import generate, load_pipeline
 from shapes.private import DELTA, PUBLIC_CAPTIONS, calibrate, generate_private
 from shapes.reader import load_reader, score
 from shapes.scenes import heldout_examples
-from shapes.sweep import markdown, plot, row
+from shapes.sweep import markdown, name, plot, row
 
 import hf_dp_xattn as dpx
 
-EPSILONS = (1.0, 4.0, 16.0, 64.0, float("inf"))
 PROMPT_SEED = 11
+EPSILONS = (1.0, 4.0, 16.0, 64.0, float("inf"))
 
 
 def strip(pictures: list[tuple[str, np.ndarray]], prompt: str, path: Path) -> None:
@@ -87,7 +87,7 @@ def main() -> None:
         images, _ = generate_private(pipeline, captions, epsilon, calibration, seed=7)
         rows.append(
             row(
-                "none (not private)" if np.isinf(epsilon) else f"{epsilon:g}",
+                name(epsilon),
                 score(images, scenes, reader),
                 args.n,
             )

@@ -1,7 +1,8 @@
 """Attribute accuracy of private prompts against epsilon: `python examples/shapes/sweep.py -n 300 --out docs/shapes`.
 
-For each epsilon every held-out caption is released once (its own budget) and drawn once, from the same noise as at the other epsilons.
-Writes a table (Markdown), the numbers (JSON) and a plot.
+For each epsilon every held-out caption is released once (its own budget) and drawn once, from the same noise as at the other
+epsilons, with unit = row; and with unit = context, which protects the whole prompt at once. Writes a table (Markdown), the
+numbers (JSON) and a plot.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shapes.evaluate import generate, load_pipeline
-from shapes.private import DELTA, PUBLIC_CAPTIONS, calibrate, generate_private
+from shapes.private import DELTA, PUBLIC_CAPTIONS, RANK, calibrate, generate_private
 from shapes.reader import load_reader, score
 from shapes.scenes import heldout_examples
 
 EPSILONS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, float("inf"))
+CONTEXT_EPSILONS = (8.0, 64.0)
 KINDS = ("place", "shape", "colour", "size", "background")
 
 
@@ -54,17 +56,19 @@ def row(label: str, result: object, scenes: int) -> dict[str, object]:
     }
 
 
-def measure(n: int, epsilons: tuple[float, ...], seed: int = 7, rank: int = 256) -> list[dict[str, object]]:
-    """One row per epsilon, and one for the public prompt alone (the empty one)."""
+def measure(n: int, epsilons: tuple[float, ...], seed: int = 7, rank: int = RANK) -> list[dict[str, object]]:
+    """One row per epsilon and unit, one for the public prompt alone (the empty one), one for the unprotected pipeline."""
     warnings.filterwarnings("ignore", category=UserWarning)
     pipeline, reader = load_pipeline(), load_reader()
     examples = heldout_examples(n, seed)
     captions, scenes = [e.caption for e in examples], [e.scene for e in examples]
-    calibration = calibrate(pipeline, epsilons, rank=rank)
     rows = [row("public prompt only", score(generate(pipeline, [""] * n, seed=seed), scenes, reader), n)]
-    for epsilon in tqdm(epsilons, desc="epsilons"):
-        images, _ = generate_private(pipeline, captions, epsilon, calibration, seed=seed)
-        rows.append(row(name(epsilon), score(images, scenes, reader), n))
+    for unit, wanted in (("row", epsilons), ("context", CONTEXT_EPSILONS)):
+        calibration = calibrate(pipeline, wanted, rank=rank, unit=unit)
+        for epsilon in tqdm(wanted, desc=f"unit = {unit}"):
+            images, _ = generate_private(pipeline, captions, epsilon, calibration, seed=seed, unit=unit)
+            label = name(epsilon) if unit == "row" else f"{name(epsilon)}, unit = context"
+            rows.append(row(label, score(images, scenes, reader), n))
     unprotected = score(generate(pipeline, captions, seed=seed), scenes, reader)
     rows.append(row("unprotected pipeline", unprotected, n))
     return rows
@@ -107,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-n", type=int, default=300, help="held-out captions")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--rank", type=int, default=256, help="directions of the sketch")
+    parser.add_argument("--rank", type=int, default=RANK, help="directions of the sketch")
     parser.add_argument("--out", type=Path, default=Path("out/sweep"))
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON instead of the table")
     args = parser.parse_args()

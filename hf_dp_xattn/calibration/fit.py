@@ -57,6 +57,7 @@ def fit_calibration(
     epsilons: Sequence[float],
     rank: int = 128,
     groups: torch.Tensor | None = None,
+    row_weight_spread: float = 0.0,
     progress: bool = True,
 ) -> Calibration:
     """Fits everything; `contexts()` is called several times and yields the same `count` public contexts.
@@ -64,6 +65,8 @@ def fit_calibration(
     Args:
         rank: directions of the sketch; 0 fits geometry and bounds only.
         groups: [n] public grouping of the rows, for unit="group".
+        row_weight_spread: how much of the mean query may become a row weight (see `absorbed_query`); 0 for none, which has been the
+            best choice where logits are large.
 
     Raises:
         ConfigError: too few contexts.
@@ -74,7 +77,7 @@ def fit_calibration(
     def stream(label: str) -> Iterable[Rows]:
         return tqdm(contexts(), total=count, desc=label, disable=not progress, leave=False)
 
-    geometries, n = _fit_geometry(config, specs, stream("moments"), public_queries)
+    geometries, n = _fit_geometry(config, specs, stream("moments"), public_queries, row_weight_spread)
     features = [
         make_features(
             config.features,
@@ -118,7 +121,11 @@ def fit_calibration(
 
 
 def _fit_geometry(
-    config: DPXAttnConfig, specs: Sequence[LayerSpec], contexts: Iterable[Rows], public: PublicQueries
+    config: DPXAttnConfig,
+    specs: Sequence[LayerSpec],
+    contexts: Iterable[Rows],
+    public: PublicQueries,
+    row_weight_spread: float,
 ) -> tuple[list[HeadGeometry], int]:
     keys, values = [Moments() for _ in specs], [Moments() for _ in specs]
     ranges = [torch.zeros(s.heads, dtype=torch.float64) for s in specs]
@@ -133,9 +140,10 @@ def _fit_geometry(
     for i, spec in enumerate(specs):
         queries = Moments()
         queries.add(public.queries[i])
-        key_map, query_map, _ = balance(
-            keys[i].covariance, queries.covariance, spec.scale, config.projection_dim
-        )
+        absorbed = absorbed_query(queries.mean, keys[i].covariance, spec.scale, row_weight_spread)
+        rest = queries.mean - absorbed
+        second = queries.covariance + rest.unsqueeze(-1) * rest.unsqueeze(-2)
+        key_map, query_map, _ = balance(keys[i].covariance, second, spec.scale, config.projection_dim)
         ones = torch.ones(spec.heads, dtype=torch.float64)
         variance = values[i].covariance.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(1e-12)  # [H] E|v - c|^2
         # a head's share of the joint norm follows its effect on the layer's output; layers count alike
@@ -144,10 +152,10 @@ def _fit_geometry(
         geometries.append(
             HeadGeometry(
                 key_center=keys[i].mean.cpu(),
-                query_center=queries.mean.cpu(),
+                query_center=absorbed.cpu(),
                 key_map=key_map.cpu(),
                 query_map=query_map.cpu(),
-                weight_map=(queries.mean * spec.scale).cpu(),
+                weight_map=(absorbed * spec.scale).cpu(),
                 key_radius=radius,
                 query_radius=radius,
                 value_center=values[i].mean.cpu(),
@@ -158,6 +166,14 @@ def _fit_geometry(
             )
         )
     return geometries, n
+
+
+def absorbed_query(mean: torch.Tensor, key_cov: torch.Tensor, scale: float, spread_limit: float) -> torch.Tensor:
+    """The part [H, d] of the mean query that becomes a row weight exp(scale m.(k - c)): as much of it as keeps the log weight's
+    standard deviation within `spread_limit`. Peaked weights let a few rows rule the normaliser, and the ratio of two noised sums
+    breaks."""
+    spread = scale * torch.einsum("hd,hde,he->h", mean, key_cov, mean).clamp_min(0).sqrt()
+    return mean * (spread_limit / spread.clamp_min(1e-12)).clamp_max(1.0).unsqueeze(-1)
 
 
 def _unit_norm(

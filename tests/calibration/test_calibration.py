@@ -65,6 +65,13 @@ def test_predicted_fvu_is_close_to_what_is_measured() -> None:
         assert abs(measured - plan.predicted_fvu) < 0.35 * max(measured, plan.predicted_fvu) + 0.03
 
 
+def test_row_weights_are_optional() -> None:
+    weighted = MODEL.calibrate(CONFIG, row_weight_spread=0.3)
+    assert all(bool(g.weight_map.any()) for g in weighted.geometries)
+    assert not any(bool(g.weight_map.any()) for g in CALIBRATION.geometries)
+    assert fvu(CONFIG.replace(epsilon=1000.0), weighted) < 0.8
+
+
 @pytest.mark.parametrize("unit", ["row", "context"])
 def test_units(unit: str) -> None:
     config = CONFIG.replace(unit=unit, epsilon=1000.0)
