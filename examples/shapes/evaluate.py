@@ -7,8 +7,10 @@ import json
 import sys
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import StableDiffusionPipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,7 +24,9 @@ GUIDANCE = 3.0
 
 
 def load_pipeline(path: str | Path = PIPELINE_PATH) -> StableDiffusionPipeline:
-    """The trained pipeline in float32 (it is stored in half precision), progress bar off."""
+    """The trained pipeline in float32 (it is stored in half precision); loads and draws without progress bars."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     pipeline = StableDiffusionPipeline.from_pretrained(str(path), local_files_only=True)
     pipeline.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)

@@ -15,6 +15,7 @@ from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from .access import Access
 from .architectures import check_pipeline_class, find_layers
+from .protect import handle_of
 from .rows import layer_specs, project_rows, split_heads
 from .text import TextSide
 
@@ -50,13 +51,11 @@ def calibrate(
     Raises:
         ConfigError: too few contexts, wrong type. UnsupportedModelError: not a supported pipeline.
     """
-    from .processor import DPAttnProcessor
-
-    check_pipeline_class(pipe)
-    if any(isinstance(p, DPAttnProcessor) for p in pipe.unet.attn_processors.values()):
+    if handle_of(pipe) is not None:
         raise ConfigError(
             "Calibrate before `protect` (or after `unprotect`): a protected pipeline has no exact queries."
         )
+    check_pipeline_class(pipe)
     layers = find_layers(pipe.unet)
     text = TextSide(pipe, Access())
     private, whole = _encode(text, public_contexts, progress)

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from ..privacy.accountant import Event
 
 NO_CALIBRATION = (
-    "No calibration: bounds are the declared ones (logit_bound, value_bound), keys and values are neither centred nor rotated, nothing "
-    "is shrunk to a public prior. A calibration on public contexts (dpx.calibrate) costs no privacy and usually lowers the noise by "
-    "an order of magnitude."
+    "No calibration: the clipping bound is the declared one (logit_bound, value_bound), keys and values are neither centred nor "
+    "rotated, and nothing is shrunk to a public prior. A calibration on public contexts (dpx.calibrate) spends no privacy budget: it "
+    "fits the bound to what public contexts need and releases only the directions in which they differ, so there is less noise."
 )
 
 
