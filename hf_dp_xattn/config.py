@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .hub import find_files, push_files
 from .privacy.units import NeighboringRelation, Unit
 
 CONFIG_NAME = "dp_xattn_config.json"
@@ -137,21 +138,25 @@ class DPXAttnConfig:
         path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
         return path
 
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Uploads `dp_xattn_config.json` to a Hub repository; returns the commit's address."""
+        return push_files(
+            self.save_pretrained,
+            repo_id,
+            message="Upload a DP attention config",
+            private=private,
+            token=token,
+        )
+
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **hub_kwargs: Any) -> DPXAttnConfig:
         """Reads a config from a folder, or from a Hub repository (`revision`, `token`, `subfolder`, ...).
 
         Every key must be present: a missing key is an error, because a default may be weaker than what was meant.
         """
-        folder = Path(name_or_path)
-        if folder.is_dir():
-            path = folder / CONFIG_NAME
-        else:
-            from huggingface_hub import hf_hub_download
-
-            path = Path(hf_hub_download(str(name_or_path), CONFIG_NAME, **hub_kwargs))
+        path = find_files(name_or_path, (CONFIG_NAME,), error=ConfigError, **hub_kwargs) / CONFIG_NAME
         if not path.is_file():
-            raise ConfigError(f"No {CONFIG_NAME} in {folder}.")
+            raise ConfigError(f"No {CONFIG_NAME} in {path.parent}.")
         try:
             values = json.loads(path.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:

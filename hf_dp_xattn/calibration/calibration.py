@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
+from ..hub import find_files, push_files
 from ..mechanisms.contributions import lattice_exponent
 from ..mechanisms.geometry import HeadGeometry
 from ..mechanisms.release import LayerSpec
@@ -136,10 +137,20 @@ class Calibration:
         (folder / _JSON).write_text(json.dumps(header, indent=2, sort_keys=True) + "\n")
         return folder
 
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Uploads the two files to a Hub repository; returns the commit's address."""
+        return push_files(
+            self.save_pretrained,
+            repo_id,
+            message="Upload a DP attention calibration",
+            private=private,
+            token=token,
+        )
+
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike[str]) -> Calibration:
-        """Reads a folder; raises ConfigError on anything missing, unknown, damaged or of another schema."""
-        folder = Path(directory)
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **hub_kwargs: Any) -> Calibration:
+        """Reads a folder or a Hub repository; raises ConfigError on anything missing, unknown, damaged or of another schema."""
+        folder = find_files(name_or_path, (_JSON, _TENSORS), error=ConfigError, **hub_kwargs)
         try:
             header = json.loads((folder / _JSON).read_text())
             payload = (folder / _TENSORS).read_bytes()

@@ -168,7 +168,9 @@ def _fit_geometry(
     return geometries, n
 
 
-def absorbed_query(mean: torch.Tensor, key_cov: torch.Tensor, scale: float, spread_limit: float) -> torch.Tensor:
+def absorbed_query(
+    mean: torch.Tensor, key_cov: torch.Tensor, scale: float, spread_limit: float
+) -> torch.Tensor:
     """The part [H, d] of the mean query that becomes a row weight exp(scale m.(k - c)): as much of it as keeps the log weight's
     standard deviation within `spread_limit`. Peaked weights let a few rows rule the normaliser, and the ratio of two noised sums
     breaks."""

@@ -13,6 +13,7 @@ import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, DPXAttnError, ReleaseError
+from ..hub import find_files, push_files
 from ..mechanisms.structure import AttentionStructure
 from ..report import Guarantee
 from .fingerprint import Fingerprint
@@ -126,9 +127,11 @@ class Release:
             ReleaseError: damaged, truncated, of another schema, or made for another model.
         """
         from .protect import handle_of, protect
-        from .storage import find_folder, load_release
+        from .storage import JSON_NAME, TENSORS_NAME, load_release
 
-        contexts, config = load_release(find_folder(name_or_path, **hub_kwargs))
+        contexts, config = load_release(
+            find_files(name_or_path, (JSON_NAME, TENSORS_NAME), error=ReleaseError, **hub_kwargs)
+        )
         existing = handle_of(host)
         handle = protect(host, config) if existing is None else existing
         try:
@@ -142,19 +145,13 @@ class Release:
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Uploads the files of `save_pretrained` to a Hub repository; returns the commit's address."""
-        import tempfile
-
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            return str(
-                api.upload_folder(
-                    repo_id=repo_id, folder_path=folder, commit_message="Upload a DP attention release"
-                )
-            )
+        return push_files(
+            self.save_pretrained,
+            repo_id,
+            message="Upload a DP attention release",
+            private=private,
+            token=token,
+        )
 
     def public_texts(self, prompt: str | Sequence[str] | None) -> list[str | None]:
         """`prompt` as one entry per context."""

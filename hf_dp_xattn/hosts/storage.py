@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,25 +82,6 @@ def save_release(release: Release, folder: Path) -> Path:
     (folder / TENSORS_NAME).write_bytes(blob)
     (folder / JSON_NAME).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
     return folder
-
-
-def find_folder(name_or_path: str | os.PathLike[str], **hub_kwargs: Any) -> Path:
-    """A local folder, or the downloaded files of a Hub repository."""
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
-
-    try:
-        paths = [
-            Path(hf_hub_download(str(name_or_path), name, **hub_kwargs)) for name in (JSON_NAME, TENSORS_NAME)
-        ]
-    except (HFValidationError, EntryNotFoundError, RepositoryNotFoundError):
-        raise ReleaseError(
-            f"{folder.name!r} is neither a folder nor a Hub repository with a release in it (or it cannot be reached)."
-        ) from None
-    return paths[0].parent
 
 
 def load_release(folder: Path) -> tuple[list[ReleasedContext], DPXAttnConfig]:
