@@ -19,8 +19,9 @@ Renyi curves add under composition, and for any order a > 1 give, with r = D_a,
 
     epsilon = r + log(1 - 1/a) - log(a delta) / (a - 1)        (arXiv 2004.00010, Proposition 12)
 
-The minimum over `ORDERS` is returned. These are the formulas of `dp_accounting.rdp`; `to_dp_event` hands
-the same composition to dp-accounting, and the tests compare the two. `ORDERS` holds the default orders of
+The minimum over `ORDERS` is returned. These are the formulas of `dp_accounting.rdp`. Releases of unlike kinds are
+composed by dp-accounting itself as well (`compose_unlike`), and the larger answer counts; for one kind, where the
+composition is one number, the tests compare the two. `ORDERS` holds the default orders of
 dp-accounting and more, since the default ones end at 1024 and cannot certify an epsilon below 0.02 at delta
 = 1e-12.
 
@@ -271,7 +272,20 @@ def epsilon_of(events: Sequence[Event], delta: float) -> float:
     plain = math.inf if has_gaussian else _pure_sum(pure)
     if delta == 0 or math.isinf(rho):
         return plain
-    return min(plain, _epsilon_of_curve(_rdp(rho, pure), delta))
+    own = _epsilon_of_curve(_rdp(rho, pure), delta)
+    if has_gaussian and pure:
+        own = max(own, compose_unlike(events, delta))
+    return min(plain, own)
+
+
+def compose_unlike(events: Sequence[Event], delta: float) -> float:
+    """dp-accounting's epsilon for a composition of Gaussian and pure events (Renyi accountant over `ORDERS`, pure events as
+    randomised response), rounded up. Its answer is infinite where its own arithmetic overflows."""
+    import dp_accounting
+
+    accountant = dp_accounting.rdp.RdpAccountant(ORDERS, dp_accounting.NeighboringRelation.REPLACE_ONE)
+    accountant.compose(to_dp_event(events, pure_as="randomized_response"))
+    return _next(float(accountant.get_epsilon(delta)))
 
 
 def delta_of(events: Sequence[Event], epsilon: float) -> float:

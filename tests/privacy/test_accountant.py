@@ -231,3 +231,14 @@ def test_sampling_distance():
     worst = (p + shift)[0] - math.e * (q - shift)[0]
     assert worst <= with_sampling_distance(1.0, 0, 0.01)[1]
     assert worst > 0.01 * 2
+
+
+def test_unlike_releases_go_through_dp_accounting(monkeypatch):
+    """A mixed list is composed by dp-accounting too, and the larger answer counts (planted: ours halved is not returned)."""
+    from hf_dp_xattn.privacy import accountant
+
+    events = [GaussianEvent(2, 9), LaplaceEvent(1, 2)]
+    theirs = accountant.compose_unlike(events, 1e-5)
+    assert epsilon_of(events, 1e-5) >= theirs > 0
+    monkeypatch.setattr(accountant, "_epsilon_of_curve", lambda *_: theirs / 2)
+    assert epsilon_of(events, 1e-5) == theirs
