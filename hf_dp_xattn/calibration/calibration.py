@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..hub import find_files, push_files
+from ..mechanisms.contract import LayerSpec
 from ..mechanisms.contributions import lattice_exponent
 from ..mechanisms.geometry import HeadGeometry
-from ..mechanisms.release import LayerSpec
 from ..mechanisms.sketch import SketchBasis, SketchPlan
 
 SCHEMA_VERSION = 1

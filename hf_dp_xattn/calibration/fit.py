@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
+from ..mechanisms.contract import LayerSpec
 from ..mechanisms.contributions import (
     LayerEncoder,
     joint_norm_squared,
@@ -28,9 +29,8 @@ from ..mechanisms.contributions import (
     unit_contribution,
     unit_rows,
 )
-from ..mechanisms.features import FeatureMap, make_features
+from ..mechanisms.features import FeatureMap, features_of
 from ..mechanisms.geometry import HeadGeometry, balance
-from ..mechanisms.release import LayerSpec
 from ..mechanisms.sketch import SketchBasis, integer_analysis, sketch_units
 from .calibration import BOUND_FIELDS, Calibration
 from .moments import Moments
@@ -78,16 +78,7 @@ def fit_calibration(
         return tqdm(contexts(), total=count, desc=label, disable=not progress, leave=False)
 
     geometries, n = _fit_geometry(config, specs, stream("moments"), public_queries, row_weight_spread)
-    features = [
-        make_features(
-            config.features,
-            g.projected_dim,
-            degree=config.degree,
-            num_features=config.num_features,
-            seed=config.feature_seed,
-        )
-        for g in geometries
-    ]
+    features = [features_of(config, g.projected_dim) for g in geometries]
     units = unit_rows(config.unit, n, groups)
     clip_norm = _unit_norm(geometries, features, stream("clipping bound"), units, limit=64)
     encoders = [

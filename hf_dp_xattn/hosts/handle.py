@@ -13,7 +13,8 @@ import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, DPXAttnError, ProtectionLostError, ReleaseError
-from ..mechanisms.release import PreparedRelease, prepare_release
+from ..mechanisms.contract import PreparedRelease
+from ..mechanisms.release import prepare_release
 from ..privacy.ledger import Budget, Ledger
 from ..report import PrivacyReport
 from .access import Access, TextGate

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..mechanisms.release import LayerSpec
+from ..mechanisms.contract import LayerSpec
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention

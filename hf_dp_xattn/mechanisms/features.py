@@ -20,6 +20,7 @@ from itertools import combinations_with_replacement
 
 import torch
 
+from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..privacy.lattice import exact_exp, exact_matmul, quantize
 
@@ -217,6 +218,17 @@ class PositiveRandomFeatures:
 
 
 FeatureMap = TaylorFeatures | PositiveRandomFeatures
+
+
+def features_of(config: DPXAttnConfig, dim: int) -> FeatureMap:
+    """The feature map of `config` on keys of `dim` dimensions."""
+    return make_features(
+        config.features,
+        dim,
+        degree=config.degree,
+        num_features=config.num_features,
+        seed=config.feature_seed,
+    )
 
 
 def make_features(kind: str, dim: int, *, degree: int, num_features: int, seed: int) -> FeatureMap:

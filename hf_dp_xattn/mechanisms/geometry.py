@@ -85,10 +85,8 @@ def declared_geometry(
     scale: float,
     logit_bound: float,
     value_bound: float,
-    features_dim: int = 0,
 ) -> HeadGeometry:
     """Geometry without any data: no shift, A_k = A_q = sqrt(scale) I, both clipped to norm sqrt(logit_bound)."""
-    del features_dim
     identity = torch.eye(key_dim, dtype=torch.float64).expand(heads, key_dim, key_dim) * math.sqrt(scale)
     return _with_declared_bounds(
         identity, identity, heads, key_dim, value_dim, scale, logit_bound, value_bound

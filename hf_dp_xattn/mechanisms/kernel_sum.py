@@ -19,7 +19,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,15 +29,12 @@ from ..privacy.bits import Entropy, SystemEntropy
 from ..privacy.noise import discrete_gaussian, sampling_distance
 from ..privacy.units import NeighboringRelation, sensitivity_factor
 from ..report import Guarantee
+from .contract import NO_CALIBRATION, LayerRelease, LayerSpec, PublicCalibration
 from .contributions import LayerEncoder, check_rows, lattice_exponent, sum_rows, sum_units, unit_rows
-from .features import FeatureMap, make_features
+from .features import FeatureMap, features_of
 from .geometry import HeadGeometry, feature_norm
-from .release import NO_CALIBRATION, LayerRelease, LayerSpec
 from .sketch import SketchPlan, sum_sketch
 from .structure import KernelSumStructure
-
-if TYPE_CHECKING:
-    from ..calibration.calibration import Calibration
 
 
 def declared_clip_norm(
@@ -178,7 +174,7 @@ def layer_structure(
 
 
 def prepare_kernel_sum(
-    config: DPXAttnConfig, specs: Sequence[LayerSpec], calibration: Calibration | None
+    config: DPXAttnConfig, specs: Sequence[LayerSpec], calibration: PublicCalibration | None
 ) -> PreparedKernelSum:
     """Fixes geometry, features, clipping bound, lattice and noise from public data and the config.
 
@@ -188,16 +184,7 @@ def prepare_kernel_sum(
     if calibration is not None:
         calibration.check(config, specs)
     geometries = [s.geometry(config) for s in specs] if calibration is None else list(calibration.geometries)
-    features = [
-        make_features(
-            config.features,
-            g.projected_dim,
-            degree=config.degree,
-            num_features=config.num_features,
-            seed=config.feature_seed,
-        )
-        for g in geometries
-    ]
+    features = [features_of(config, g.projected_dim) for g in geometries]
     plan = None if calibration is None else calibration.plan(config)
     encoding_norm = (
         declared_clip_norm(geometries, features, config.value_bound)

@@ -3,92 +3,20 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, ContextError
+from ..privacy.accountant import Event
 from ..privacy.bits import Entropy
 from ..report import Guarantee
-from .geometry import HeadGeometry, declared_geometry, weights_geometry
-from .structure import AttentionStructure, ExactStructure
-
-if TYPE_CHECKING:
-    from ..calibration.calibration import Calibration
-    from ..privacy.accountant import Event
-
-NO_CALIBRATION = (
-    "No calibration: the clipping bound is the declared one (logit_bound, value_bound), keys and values are neither centred nor "
-    "rotated, and nothing is shrunk to a public prior. A calibration on public contexts (dpx.calibrate) spends no privacy budget: it "
-    "fits the bound to what public contexts need and releases only the directions in which they differ, so there is less noise."
-)
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """A layer's public shape: heads, dims of keys and values, the logit scale, and (for hosts) its public weights.
-
-    query_weight, key_weight: [H, d, channels] or None.
-    """
-
-    name: str
-    heads: int
-    key_dim: int
-    value_dim: int
-    scale: float
-    query_weight: torch.Tensor | None = None
-    key_weight: torch.Tensor | None = None
-
-    def geometry(self, config: DPXAttnConfig) -> HeadGeometry:
-        """The conservative geometry that needs no data."""
-        if self.query_weight is None or self.key_weight is None:
-            return declared_geometry(
-                self.heads,
-                self.key_dim,
-                self.value_dim,
-                scale=self.scale,
-                logit_bound=config.logit_bound,
-                value_bound=config.value_bound,
-            )
-        return weights_geometry(
-            self.query_weight,
-            self.key_weight,
-            self.value_dim,
-            scale=self.scale,
-            logit_bound=config.logit_bound,
-            value_bound=config.value_bound,
-            projection_dim=config.projection_dim,
-        )
-
-
-@dataclass(frozen=True)
-class LayerRelease:
-    """What left: one structure per layer (batch 1 each), and what is promised about them."""
-
-    structures: tuple[AttentionStructure, ...]
-    guarantee: Guarantee
-
-
-class PreparedRelease(Protocol):
-    """Everything public is decided; `events` must be charged before `run` touches the context."""
-
-    @property
-    def events(self) -> tuple[Event, ...]: ...
-
-    @property
-    def warnings(self) -> tuple[str, ...]: ...
-
-    def run(
-        self,
-        keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
-        *,
-        groups: torch.Tensor | None = None,
-        entropy: Entropy | None = None,
-    ) -> LayerRelease: ...
+from .contract import LayerRelease, LayerSpec, PreparedRelease, PublicCalibration
+from .kernel_sum import prepare_kernel_sum
+from .structure import AttentionStructure, ExactStructure, stack
 
 
 @dataclass(frozen=True)
@@ -136,7 +64,7 @@ class PreparedExact:
 
 
 def prepare_release(
-    config: DPXAttnConfig, specs: Sequence[LayerSpec], calibration: Calibration | None = None
+    config: DPXAttnConfig, specs: Sequence[LayerSpec], calibration: PublicCalibration | None = None
 ) -> PreparedRelease:
     """Decides everything public about a joint release over the layers `specs`.
 
@@ -147,8 +75,6 @@ def prepare_release(
         raise ConfigError("A release needs at least one layer.")
     if config.mechanism == "none":
         return PreparedExact(config, tuple(specs))
-    from .kernel_sum import prepare_kernel_sum
-
     return prepare_kernel_sum(config, specs, calibration)
 
 
@@ -186,7 +112,7 @@ def release_attention(
     config: DPXAttnConfig,
     groups: torch.Tensor | None = None,
     scale: float | None = None,
-    calibration: Calibration | None = None,
+    calibration: PublicCalibration | None = None,
     *,
     entropy: Entropy | None = None,
 ) -> ReleasedAttention:
@@ -219,13 +145,9 @@ def release_attention(
     spec = LayerSpec("attention", heads, d, value.shape[-1], scale)
     prepared = prepare_release(config, [spec], calibration)
     for message in prepared.warnings:
-        import warnings
-
         warnings.warn(message, stacklevel=2)
     releases = [
         prepared.run([key[b]], [value[b]], groups=None if groups is None else groups[b], entropy=entropy)
         for b in range(batch)
     ]
-    from .structure import stack
-
     return ReleasedAttention(stack([r.structures[0] for r in releases]), tuple(r.guarantee for r in releases))

@@ -9,8 +9,9 @@ import torch
 import hf_dp_xattn.mechanisms.kernel_sum as kernel_sum
 from hf_dp_xattn.config import DPXAttnConfig
 from hf_dp_xattn.errors import ConfigError, ContextError
+from hf_dp_xattn.mechanisms.contract import LayerSpec
 from hf_dp_xattn.mechanisms.features import attention_relative_error, taylor_relative_error
-from hf_dp_xattn.mechanisms.release import LayerSpec, prepare_release, release_attention
+from hf_dp_xattn.mechanisms.release import prepare_release, release_attention
 from hf_dp_xattn.mechanisms.structure import ExactStructure, KernelSumStructure, stack
 from hf_dp_xattn.privacy.accountant import epsilon_of
 from hf_dp_xattn.privacy.bits import SeededEntropy
