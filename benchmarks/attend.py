@@ -10,6 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from statistics import median
 
 import torch
 
@@ -20,14 +21,16 @@ ROWS = (77, 256, 1024, 2048, 4096, 16384, 65536, 262144)
 HEADS, QUERIES, DIM = 2, 1024, 64
 
 
-def best_of(function: Callable[[], object], repeats: int) -> float:
-    function()
-    times = []
+def paired(first: Callable[[], object], second: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Median seconds of two functions that take turns, so that both see the same machine."""
+    times: tuple[list[float], list[float]] = ([], [])
+    first(), second()
     for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        for function, own in zip((first, second), times, strict=True):
+            start = time.perf_counter()
+            function()
+            own.append(time.perf_counter() - start)
+    return median(times[0]), median(times[1])
 
 
 def inside(shape: tuple[int, ...], gen: torch.Generator) -> torch.Tensor:
@@ -62,11 +65,11 @@ def measure(rows: tuple[int, ...] = ROWS, degree: int = 2) -> dict[str, object]:
         start = time.perf_counter()
         structure = release_attention(key, value, DPXAttnConfig(degree=degree)).structure
         release_s = time.perf_counter() - start
-        repeats = 7 if n <= 16384 else 2
-        sdpa = best_of(
-            lambda k=key, v=value: torch.nn.functional.scaled_dot_product_attention(query, k, v), repeats
-        )  # type: ignore[misc]
-        attend = best_of(lambda s=structure: s.attend(query), 7)  # type: ignore[misc]
+        attend, sdpa = paired(
+            lambda s=structure: s.attend(query),  # type: ignore[misc]
+            lambda k=key, v=value: torch.nn.functional.scaled_dot_product_attention(query, k, v),  # type: ignore[misc]
+            31 if n <= 16384 else 5,
+        )
         results.append(
             {"n": n, "attend_s": attend, "sdpa_s": sdpa, "speedup": sdpa / attend, "release_s": release_s}
         )

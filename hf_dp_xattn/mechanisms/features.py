@@ -25,7 +25,7 @@ from ..errors import ConfigError
 from ..privacy.lattice import exact_exp, exact_matmul, quantize
 
 MAX_FEATURES = 2**17
-QUERY_BLOCK = 512
+QUERY_BLOCK = 1024
 
 
 def taylor_relative_error(bound: float, degree: int) -> float:
