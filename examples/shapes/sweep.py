@@ -128,20 +128,27 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    finite = [r for r in rows if r["epsilon"].replace(".", "").isdigit()]
-    x = np.array([float(str(r["epsilon"])) for r in finite])
-    y, low, high = (100 * np.array([r[k] for r in finite], dtype=float) for k in ("accuracy", "low", "high"))
-    figure, axes = plt.subplots(figsize=(6.4, 3.8), constrained_layout=True)
-    axes.errorbar(x, y, yerr=[y - low, high - y], marker="o", capsize=3, label="kernel_sum, private prompt")
+    figure, axes = plt.subplots(figsize=(6.8, 4.0), constrained_layout=True)
+    for unit, suffix, marker in (("row", "", "o"), ("context", ", unit = context", "s")):
+        named = [(r["epsilon"].removesuffix(suffix), r) for r in rows if r["epsilon"].endswith(suffix)]
+        chosen = [(float(e), r) for e, r in named if e.replace(".", "").isdigit()]
+        if not chosen:
+            continue
+        x = np.array([e for e, _ in chosen])
+        y, low, high = (100 * np.array([r[k] for _, r in chosen]) for k in ("accuracy", "low", "high"))
+        axes.errorbar(
+            x, y, yerr=[y - low, high - y], marker=marker, capsize=3, label=f"kernel_sum, unit = {unit}"
+        )
+        if unit == "row":
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(x, [f"{v:g}" for v in x])
     for label, style in (("unprotected pipeline", "--"), ("public prompt only", ":")):
-        value = next(100 * float(r["accuracy"]) for r in rows if r["epsilon"] == label)
+        value = next(100 * r["accuracy"] for r in rows if r["epsilon"] == label)
         axes.axhline(value, linestyle=style, color="gray", label=f"{label} ({value:.1f} %)")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(x, [f"{v:g}" for v in x])
     axes.set_ylim(0, 102)
-    axes.set_xlabel(f"epsilon of one release (delta = {DELTA:g}, replace one row of 77)")
+    axes.set_xlabel(f"epsilon of one release (delta = {DELTA:g}, replace_one, n = 77)")
     axes.set_ylabel("attributes right, %")
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
