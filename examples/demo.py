@@ -14,6 +14,8 @@ import time
 import warnings
 from pathlib import Path
 
+from tqdm.auto import tqdm
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -56,9 +58,10 @@ def main() -> None:
         row("public prompt only", score(generate(pipeline, [""] * args.n, seed=7), scenes, reader), scenes)
     ]
     reports = {}
-    for epsilon in STRIP_EPSILONS:
+    for epsilon in tqdm(
+        STRIP_EPSILONS, desc=f"drawing and scoring {args.n} private prompts", disable=args.json
+    ):
         label = strip_label(epsilon)
-        say(f"Drawing and scoring {args.n} private prompts at {label.replace(chr(10), ' ')} ...")
         image, report = generate_private(
             pipeline, [prompt], epsilon, calibration, ledger=ledger, budget=budget
         )

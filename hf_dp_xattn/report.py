@@ -65,6 +65,11 @@ class Guarantee:
         )
 
 
+def _up(value: float | str) -> str:
+    """A number with four decimals, rounded up: what is printed is never less than what was spent."""
+    return value if isinstance(value, str) else f"{math.ceil(value * 1e4) / 1e4:.4f}"
+
+
 @dataclass(frozen=True)
 class PrivacyReport:
     """What was promised, spent and left open by a protected host. str(), to_dict(), to_json()."""
@@ -93,7 +98,7 @@ class PrivacyReport:
         for i, release in enumerate(self.releases):
             lines.append(f"  release {i + 1} [{release['name']}]: {release['guarantee_text']}")
             lines.append(
-                f"      charges on this context: {release['charges']}, spent in total: epsilon {release['spent_epsilon']} "
+                f"      charges on this context: {release['charges']}, spent in total: epsilon {_up(release['spent_epsilon'])} "
                 f"at delta {release['delta']:g}"
             )
             lines.append(f"      {release['details']}")
