@@ -15,6 +15,7 @@ class Guarantee:
     Attributes:
         epsilon, delta: of this release (epsilon = inf for `mechanism="none"`).
         sensitivity, sigma: l2 sensitivity of the summed contributions and noise, both in lattice units' common scale.
+        rows, units: how many; None where the neighbouring relation makes them private (add_or_remove_one).
         private_noise: False when a seeded sampler was used (tests): then nothing is promised.
     """
 
@@ -23,8 +24,8 @@ class Guarantee:
     delta: float
     unit: str
     neighboring: str
-    rows: int
-    units: int
+    rows: int | None
+    units: int | None
     clip_norm: float
     sensitivity: float
     sigma: float
@@ -58,7 +59,11 @@ class Guarantee:
         unit = {"row": "one row (embedding)", "group": "one group of rows", "context": "the whole context"}[
             self.unit
         ]
-        change = "replaced by any other" if self.neighboring == "replace_one" else "added or removed"
+        change = (
+            "replaced by any other"
+            if self.neighboring == "replace_one"
+            else "added or removed (its slot filled or left empty)"
+        )
         return (
             f"({self.epsilon:g}, {self.delta:g})-differentially private when {unit} of the private context is {change}; "
             "every query, layer, step and image reads only this release."

@@ -39,7 +39,7 @@ class ReleasedContext:
 
     def __repr__(self) -> str:
         g = self.guarantee
-        return f"ReleasedContext(rows={g.rows}, mechanism={g.mechanism!r}, epsilon={g.epsilon:g}, layers={len(self.structures)})"
+        return f"ReleasedContext(rows={self.rows}, mechanism={g.mechanism!r}, epsilon={g.epsilon:g}, layers={len(self.structures)})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -67,7 +67,7 @@ def _entry(handle: ProtectedPipeline, name: str, spent: Spent) -> dict[str, Any]
         "neighboring": g.neighboring,
         "charges": len(charges),
         "spent_epsilon": total,
-        "details": g.clipping or f"{g.rows} rows, exact attention",
+        "details": g.clipping or "exact attention",
     }
 
 

@@ -124,8 +124,9 @@ class PreparedKernelSum:
             delta=self.config.delta,
             unit=self.config.unit,
             neighboring=self.config.neighboring,
-            rows=n,
-            units=units,
+            # under add_or_remove_one the counts are private: they are not part of what leaves
+            rows=n if self.config.neighboring == NeighboringRelation.REPLACE_ONE.value else None,
+            units=units if self.config.neighboring == NeighboringRelation.REPLACE_ONE.value else None,
             clip_norm=self.clip_norm,
             sensitivity=factor * self.clip_norm,
             sigma=self._sigma(exponent),

@@ -14,7 +14,11 @@ class Unit(str, Enum):
 
 
 class NeighboringRelation(str, Enum):
-    """How it changes: a unit becomes any other one (counts are public), or it appears or disappears."""
+    """How it changes: a unit becomes any other one (counts are public), or it appears or disappears.
+
+    On hosts whose shapes show a number of slots (a padded prompt), that number is public under both relations; adding or
+    removing a unit fills or empties its slots, and an empty slot contributes nothing.
+    """
 
     REPLACE_ONE = "replace_one"
     ADD_OR_REMOVE_ONE = "add_or_remove_one"

@@ -13,12 +13,26 @@ from hf_dp_xattn.hosts.rows import project_rows
 
 from ..hosts_tiny import picture, tiny_inpaint, tiny_sd, tiny_unet
 
-PUBLIC = [f"a {c} {s} {p}" for c in ("red", "blue", "dark") for s in ("cat", "dog", "car") for p in ("up", "low", "in", "by")]
+PUBLIC = [
+    f"a {c} {s} {p}"
+    for c in ("red", "blue", "dark")
+    for s in ("cat", "dog", "car")
+    for p in ("up", "low", "in", "by")
+]
 CONFIG = dpx.DPXAttnConfig(epsilon=8.0, degree=1, projection_dim=3)
 
 
-def calibrate(pipe: Any, public: Any = PUBLIC, config: dpx.DPXAttnConfig = CONFIG, **kwargs: Any) -> dpx.Calibration:
-    options = {"rank": 8, "epsilons": (1.0, 8.0), "query_prompts": 2, "query_steps": 2, "progress": False, **kwargs}
+def calibrate(
+    pipe: Any, public: Any = PUBLIC, config: dpx.DPXAttnConfig = CONFIG, **kwargs: Any
+) -> dpx.Calibration:
+    options = {
+        "rank": 8,
+        "epsilons": (1.0, 8.0),
+        "query_prompts": 2,
+        "query_steps": 2,
+        "progress": False,
+        **kwargs,
+    }
     return dpx.calibrate(pipe, public, config, **options)
 
 
@@ -69,7 +83,13 @@ def test_other_hosts(host: str) -> None:
 
 
 def test_bad_input_is_refused(pipe: Any) -> None:
-    for public in (PUBLIC[:3], "one string", [1, 2], torch.zeros(4, 5), torch.full((9, 16, 32), float("nan"))):
+    for public in (
+        PUBLIC[:3],
+        "one string",
+        [1, 2],
+        torch.zeros(4, 5),
+        torch.full((9, 16, 32), float("nan")),
+    ):
         with pytest.raises(dpx.ConfigError):
             calibrate(pipe, public)
     with dpx.protect(pipe, CONFIG), pytest.raises(dpx.ConfigError, match="Calibrate before"):
@@ -82,7 +102,9 @@ def test_bad_input_is_refused(pipe: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(16, 32), (77, 32), (300, 32)], ids=lambda s: "n{}C{}".format(*s))
-def test_a_rows_keys_and_values_do_not_depend_on_other_rows(pipe: Any, shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_a_rows_keys_and_values_do_not_depend_on_other_rows(
+    pipe: Any, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
     """The sensitivity proof takes each row's keys and values as a function of that row: the matrix products of the host must
     not let another row, however extreme, change their bits."""
     pipe.unet.to(dtype)

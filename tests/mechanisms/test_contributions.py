@@ -126,6 +126,20 @@ def test_replacing_one_unit_moves_the_release_by_at_most_2c(seed: int, size: flo
     assert distance <= (2 * bound) ** 2
 
 
+@given(st.integers(0, 10**6), st.floats(0.1, 100.0))
+@settings(max_examples=40, deadline=None)
+def test_removing_one_row_moves_the_release_by_at_most_c(seed: int, size: float) -> None:
+    _, encoders, keys, values, bound, _ = setup(6, clip_norm=3.0, seed=seed % 20)
+    for k, v in zip(keys, values, strict=True):
+        k[:, 0], v[:, 0] = k[:, 0] * size, v[:, 0] * size
+    whole = sum_rows(encoders, keys, values, bound)
+    without = sum_rows(encoders, [k[:, 1:] for k in keys], [v[:, 1:] for v in values], bound)
+    distance = sum(
+        int(d) ** 2 for a, b in zip(whole, without, strict=True) for d in (a - b).flatten().tolist()
+    )
+    assert distance <= bound**2
+
+
 def test_per_layer_clipping_would_break_the_joint_bound() -> None:
     """Power: clipping each layer by itself lets the joint contribution exceed the bound."""
     _, encoders, keys, values, bound, _ = setup(1, clip_norm=1.0)

@@ -138,6 +138,14 @@ def test_add_or_remove_needs_half_the_noise_and_does_not_use_n() -> None:
     )
 
 
+def test_counts_that_are_private_are_not_stated() -> None:
+    key, value, _ = rows(1, 1, 30, 4, 4)
+    kept = quiet(key, value, DPXAttnConfig()).guarantees[0]
+    hidden = quiet(key, value, DPXAttnConfig(neighboring="add_or_remove_one")).guarantees[0]
+    assert (kept.rows, kept.units) == (30, 30)
+    assert (hidden.rows, hidden.units) == (None, None) and "30" not in repr(hidden)
+
+
 def test_torch_seed_does_not_fix_the_noise() -> None:
     key, value, query = rows(1, 1, 10, 4, 4)
     outs = []
