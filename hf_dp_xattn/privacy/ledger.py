@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -350,7 +350,7 @@ class Ledger:
                 f"of a budget of {budget.epsilon:.6g} at delta = {budget.delta:.3g}. Nothing was charged. "
                 "Use the release that exists (it serves any number of queries), spend less, or raise it."
             )
-        time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        time = datetime.now(UTC).isoformat(timespec="seconds")
         name, delta, count = secrets.token_hex(8), float(budget.delta), len(earlier) + 1
         return Charge(name, digest, spent, after, delta, count, time, events, note, *scope)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 
-class Unit(str, Enum):
+class Unit(StrEnum):
     """What one neighbouring step changes."""
 
     ROW = "row"
@@ -13,7 +13,7 @@ class Unit(str, Enum):
     CONTEXT = "context"
 
 
-class NeighboringRelation(str, Enum):
+class NeighboringRelation(StrEnum):
     """How it changes: a unit becomes any other one (counts are public), or it appears or disappears.
 
     On hosts whose shapes show a number of slots (a padded prompt), that number is public under both relations; adding or
