@@ -1,0 +1,1 @@
+"""Everything that is fitted to PUBLIC contexts: geometry, sketch basis, plans."""

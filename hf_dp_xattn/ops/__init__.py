@@ -1,0 +1,1 @@
+"""Query operators that mechanisms share."""

@@ -142,3 +142,11 @@ def test_score_counts_what_is_missing():
     assert missing.accuracy == pytest.approx(5 / 9)
     assert missing.by_kind["place"] == 0.5 and missing.exact == 0.0
     assert score(sc.render([full]), [half], reader).extra == 1.0
+
+
+def test_captions_leave_most_of_the_rows_to_padding() -> None:
+    """The README says so: at most 31 tokens of 77, BOS and end included."""
+    tokenizer = build_tokenizer()
+    captions = (*sc.train_captions(3000, 5), *sc.heldout_captions(1000, 5))
+    lengths = [len(tokenizer(c).input_ids) for c in captions]
+    assert max(lengths) <= 31
