@@ -40,6 +40,7 @@ format: $(STAMP)
 
 utility: $(STAMP)
 	$(BIN)/python examples/shapes/sweep.py -n 300 --out docs/shapes
+	$(BIN)/python examples/shapes/ablation.py --out docs/shapes
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py --out docs/benchmarks
