@@ -203,7 +203,6 @@ def _fit_metric(
 ) -> list[_LayerMetric]:
     mean_sums = [torch.zeros(1) for _ in encoders]
     seen = 0
-    variance: list[torch.Tensor] = []
     feats = [_query_features(e, q) for e, q in zip(encoders, public.queries, strict=True)]
     moments: list[list[torch.Tensor]] = [[] for _ in encoders]
     for i, (keys, values) in enumerate(contexts):
@@ -239,7 +238,6 @@ def _fit_metric(
             dim=-1,
         )
         result.append(_LayerMetric(root, column))
-        variance.append(variance_h)
     return result
 
 

@@ -13,7 +13,7 @@ from ..errors import DPXAttnError, ProtectionLostError
 from ..mechanisms.structure import AttentionStructure
 from ..ops.merge import exact_partial, merge
 from .placeholder import is_marked, match_tags
-from .rows import split_heads
+from .rows import project, split_heads
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -156,12 +156,7 @@ class DPAttnProcessor:
             batch, length, _ = states.shape
             attention_mask = attn.prepare_attention_mask(attention_mask, length, batch)
             attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
-        if attn.norm_cross is not None:
-            states = attn.norm_encoder_hidden_states(states)
-        key = split_heads(attn.to_k(states), attn.heads)
-        value = split_heads(attn.to_v(states), attn.heads)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
+        key, value = project(attn, states)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, dropout_p=0.0, is_causal=False
         )

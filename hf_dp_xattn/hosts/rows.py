@@ -24,15 +24,20 @@ def _home(module: nn.Module, default: torch.device) -> torch.device:
     return default if device.type == "meta" else device
 
 
-def project_rows(attn: Attention, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [H, n, d] of rows [n, C]; `to_k` and `to_v` are called as modules, so LoRA takes part."""
-    states = rows.unsqueeze(0).to(_home(attn.to_k, rows.device))
+def project(attn: Attention, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [B, H, n, d] of context rows [B, n, C]; `to_k` and `to_v` are called as modules, so LoRA takes part."""
     if attn.norm_cross is not None:
         states = attn.norm_encoder_hidden_states(states)
     key = split_heads(attn.to_k(states), attn.heads)
     value = split_heads(attn.to_v(states), attn.heads)
     if attn.norm_k is not None:
         key = attn.norm_k(key)
+    return key, value
+
+
+def project_rows(attn: Attention, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [H, n, d] of rows [n, C], where the layer's weights are."""
+    key, value = project(attn, rows.unsqueeze(0).to(_home(attn.to_k, rows.device)))
     return key[0], value[0]
 
 

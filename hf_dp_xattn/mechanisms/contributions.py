@@ -200,22 +200,29 @@ def joint_norm_squared(factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> 
     return sequential_sum(torch.stack([_row_norm_squared(phi, value) for phi, value in factors], dim=-1))
 
 
+def check_groups(unit: str, n: int, groups: torch.Tensor | None) -> None:
+    """Raises ConfigError when groups are missing, superfluous or of the wrong shape."""
+    if unit != "group" and groups is not None:
+        raise ConfigError(f"`groups` is only for unit='group', not unit={unit!r}.")
+    if unit == "group" and (
+        groups is None or groups.ndim != 1 or groups.shape[0] != n or groups.is_floating_point()
+    ):
+        raise ConfigError(
+            f"unit='group' needs `groups`: an integer tensor [n = {n}] that names each row's group."
+        )
+
+
 def unit_rows(unit: str, n: int, groups: torch.Tensor | None) -> list[torch.Tensor]:
     """Row indices of each unit; the grouping is public.
 
     Raises:
-        ConfigError: groups are missing, superfluous or of the wrong shape.
+        ConfigError: see `check_groups`.
     """
-    if unit == "group":
-        if groups is None or groups.ndim != 1 or groups.shape[0] != n or groups.is_floating_point():
-            raise ConfigError(
-                f"unit='group' needs `groups`: an integer tensor [n = {n}] that names each row's group."
-            )
+    check_groups(unit, n, groups)
+    if groups is not None:
         order = torch.argsort(groups.cpu(), stable=True)
         _, counts = torch.unique(groups.cpu(), return_counts=True)
         return list(torch.split(order, counts.tolist()))
-    if groups is not None:
-        raise ConfigError(f"`groups` is only for unit='group', not unit={unit!r}.")
     return [torch.arange(n)] if unit == "context" else list(torch.arange(n).split(1))
 
 

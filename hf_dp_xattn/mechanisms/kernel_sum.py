@@ -30,7 +30,15 @@ from ..privacy.noise import discrete_gaussian, sampling_distance
 from ..privacy.units import NeighboringRelation, sensitivity_factor
 from ..report import Guarantee
 from .contract import NO_CALIBRATION, LayerRelease, LayerSpec, PublicCalibration
-from .contributions import LayerEncoder, check_rows, lattice_exponent, sum_rows, sum_units, unit_rows
+from .contributions import (
+    LayerEncoder,
+    check_groups,
+    check_rows,
+    lattice_exponent,
+    sum_rows,
+    sum_units,
+    unit_rows,
+)
 from .features import FeatureMap, features_of
 from .geometry import HeadGeometry, feature_norm
 from .sketch import SketchPlan, sum_sketch
@@ -81,42 +89,49 @@ class PreparedKernelSum:
         """
         entropy = SystemEntropy() if entropy is None else entropy
         n = check_rows(keys, values, self.encoders)
-        units = unit_rows(self.config.unit, n, groups)
-        if self.sketch is not None:
-            total = sum_sketch(self.encoders, keys, values, self.bound, units, self.sketch)
-            noisy = total + self._noise(total.shape, entropy, total.device)
-            scaled = noisy.to(torch.float64) * 2.0**-self.sketch.exponent
-            sums = self.sketch.reconstruct(scaled, len(units), self._sigma(self.sketch.exponent))
+        check_groups(self.config.unit, n, groups)
+        if self.sketch is None and self.config.unit == "row":
+            # no list of units here: n may be a million
+            units, totals = n, sum_rows(self.encoders, keys, values, self.bound)
         else:
-            if self.config.unit == "row":
-                totals = sum_rows(self.encoders, keys, values, self.bound)
+            rows_of_units = unit_rows(self.config.unit, n, groups)
+            units = len(rows_of_units)
+            if self.sketch is None:
+                totals = sum_units(self.encoders, keys, values, self.bound, rows_of_units)
             else:
-                totals = sum_units(self.encoders, keys, values, self.bound, units)
-            exponent = self.encoders[0].exponent
-            sums = [
-                (t + self._noise(t.shape, entropy, t.device)).to(torch.float64) * 2.0**-exponent
-                for t in totals
-            ]
-        public_rows = n if self._n_is_public() else None
+                totals = [sum_sketch(self.encoders, keys, values, self.bound, rows_of_units, self.sketch)]
+        noised = [
+            (t + self._noise(t.shape, entropy, t.device)).to(torch.float64) * 2.0**-self.exponent
+            for t in totals
+        ]
+        sums = noised if self.sketch is None else self.sketch.reconstruct(noised[0], units, self.sigma)
+        public_rows = n if self.config.unit == "row" and self._counts_are_public else None
         structures = tuple(
             layer_structure(encoder, part, public_rows, self.config.normalizer_floor)
             for encoder, part in zip(self.encoders, sums, strict=True)
         )
-        exponent = self.sketch.exponent if self.sketch is not None else self.encoders[0].exponent
-        return LayerRelease(structures, self._guarantee(n, len(units), exponent, entropy.private))
+        return LayerRelease(structures, self._guarantee(n, units, entropy.private))
 
-    def _n_is_public(self) -> bool:
-        return self.config.unit == "row" and self.config.neighboring == NeighboringRelation.REPLACE_ONE.value
+    @property
+    def exponent(self) -> int:
+        """The released numbers live on the lattice 2^-exponent."""
+        return self.encoders[0].exponent if self.sketch is None else self.sketch.exponent
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the noise, in the units of the clipping bound."""
+        return math.sqrt(self.sigma_squared) * 2.0**-self.exponent
+
+    @property
+    def _counts_are_public(self) -> bool:
+        return self.config.neighboring == NeighboringRelation.REPLACE_ONE.value
 
     def _noise(self, shape: torch.Size, entropy: Entropy, device: torch.device) -> torch.Tensor:
         return torch.from_numpy(discrete_gaussian(tuple(shape), self.sigma_squared, entropy=entropy)).to(
             device
         )
 
-    def _sigma(self, exponent: int) -> float:
-        return math.sqrt(self.sigma_squared) * 2.0**-exponent
-
-    def _guarantee(self, n: int, units: int, exponent: int, private: bool) -> Guarantee:
+    def _guarantee(self, n: int, units: int, private: bool) -> Guarantee:
         factor = sensitivity_factor(NeighboringRelation(self.config.neighboring))
         return Guarantee(
             mechanism="kernel_sum",
@@ -125,11 +140,11 @@ class PreparedKernelSum:
             unit=self.config.unit,
             neighboring=self.config.neighboring,
             # under add_or_remove_one the counts are private: they are not part of what leaves
-            rows=n if self.config.neighboring == NeighboringRelation.REPLACE_ONE.value else None,
-            units=units if self.config.neighboring == NeighboringRelation.REPLACE_ONE.value else None,
+            rows=n if self._counts_are_public else None,
+            units=units if self._counts_are_public else None,
             clip_norm=self.clip_norm,
             sensitivity=factor * self.clip_norm,
-            sigma=self._sigma(exponent),
+            sigma=self.sigma,
             sampling_distance=sampling_distance(),
             private_noise=private,
             calibrated=self.calibrated,
