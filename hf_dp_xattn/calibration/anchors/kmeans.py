@@ -1,0 +1,65 @@
+"""k-means on public points: Lloyd's algorithm with dead cells moved to the points that are served worst."""
+
+from __future__ import annotations
+
+import torch
+from tqdm.auto import tqdm
+
+from ...errors import ConfigError
+
+POINTS_PER_CELL = 64  # more points than this many per cell do not move the centres noticeably
+_MINIMUM_PER_CELL = 4
+
+
+def assign(points: torch.Tensor, centers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nearest centre and squared distance of each point, [N] and [N]; chunked."""
+    cells, distances = [], []
+    norms = centers.square().sum(-1)
+    for part in points.split(max(1, 2**24 // centers.shape[0])):
+        score = torch.addmm(norms, part, centers.mT, alpha=-2.0)
+        best, index = score.min(-1)
+        cells.append(index)
+        distances.append((best + part.square().sum(-1)).clamp_min(0))
+    return torch.cat(cells), torch.cat(distances)
+
+
+def kmeans(
+    points: torch.Tensor, cells: int, *, rounds: int = 12, seed: int = 0, progress: bool = False
+) -> torch.Tensor:
+    """Centres [cells, p] of points [N, p]; no cell is empty and no two are equal.
+
+    Raises:
+        ConfigError: too few distinct points for so many cells.
+    """
+    if cells < 2:
+        raise ConfigError(f"A codebook needs at least 2 cells, got {cells}.")
+    points = points.to(torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(points), generator=generator)[: cells * POINTS_PER_CELL]
+    points = points[order]
+    distinct = torch.unique(points, dim=0)
+    if len(distinct) < _MINIMUM_PER_CELL * cells:
+        raise ConfigError(
+            f"{cells} cells need at least {_MINIMUM_PER_CELL * cells} distinct public rows (units); there are {len(distinct)}. Give "
+            "more public contexts, or ask for fewer anchors."
+        )
+    centers = distinct[torch.randperm(len(distinct), generator=generator)[:cells]].clone()
+    for _ in tqdm(range(rounds), desc="codebook", disable=not progress, leave=False):
+        index, distance = assign(points, centers)
+        count = torch.bincount(index, minlength=cells)
+        total = torch.zeros_like(centers).index_add_(0, index, points)
+        alive = count > 0
+        centers[alive] = total[alive] / count[alive].unsqueeze(1)
+        dead = int((~alive).sum())
+        if dead:
+            centers[~alive] = points[distance.topk(dead).indices]
+    # a last look: a centre that serves nobody, or repeats another, becomes a point that is served badly
+    for _ in range(rounds):
+        index, distance = assign(points, centers)
+        empty = torch.bincount(index, minlength=cells) == 0
+        if not bool(empty.any()):
+            break
+        centers[empty] = points[distance.topk(int(empty.sum())).indices]
+    else:
+        raise ConfigError("The public rows are too alike for so many cells: ask for fewer anchors.")
+    return centers

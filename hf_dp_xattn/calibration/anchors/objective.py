@@ -1,0 +1,130 @@
+r"""What a decoder is trained for and judged by: the fraction of unexplained variance (FVU) of the attention outputs.
+
+For layer l, public queries q and contexts i, with o_l(q, i) the exact output and o'_l(q, i) that of the decoded rows,
+
+    FVU = mean over l of  sum_{q,i} |o' - o|^2 / sum_{q,i} |o - mean_i o|^2,
+
+heads weighted by their gain on the layer's output. 1 is the public mean's score. Exact public rows (BOS) take part in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+Project = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class LayerProbe:
+    """One layer: rows [B, n, C] -> keys and values [B, H, n, d]; logit scale; public queries [H, m, d]; gain of each head [H]."""
+
+    project: Project
+    scale: float
+    queries: torch.Tensor
+    gain: torch.Tensor
+
+    def attend(
+        self, rows: torch.Tensor, queries: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """rows [B, n, C], queries [H, m, d], bias [B, n] -> outputs [B, H, m, dv]."""
+        key, value = self.project(rows)
+        query = queries.to(key).unsqueeze(0).expand(rows.shape[0], -1, -1, -1)
+        mask = None if bias is None else bias.to(key)[:, None, None, :]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The layers, and the exact public rows [p, C] that stand beside every context."""
+
+    layers: Sequence[LayerProbe]
+    public_rows: torch.Tensor
+
+    def with_public(
+        self, rows: torch.Tensor, log_weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Decoded rows [B, R, C] and weights [B, R] with the public rows (weight 1) before them."""
+        batch, p = rows.shape[0], self.public_rows.shape[0]
+        public = self.public_rows.to(rows).expand(batch, -1, -1)
+        bias = torch.cat([log_weights.new_zeros(batch, p), log_weights], dim=1)
+        return torch.cat([public, rows], dim=1), bias
+
+    def losses(
+        self,
+        whole: torch.Tensor,
+        rows: torch.Tensor,
+        log_weights: torch.Tensor,
+        *,
+        queries: int,
+        layers: int,
+        generator: torch.Generator,
+    ) -> torch.Tensor:
+        """[B] each context's share of the FVU over a random choice of layers and queries; the variance is the batch's own.
+
+        whole: [B, n, C] the rows whose attention is the target.
+        """
+        decoded, bias = self.with_public(rows, log_weights)
+        chosen = torch.randperm(len(self.layers), generator=generator)[:layers].tolist()
+        parts = []
+        for i in chosen:
+            layer = self.layers[i]
+            pick = torch.randint(0, layer.queries.shape[1], (queries,), generator=generator)
+            q = layer.queries[:, pick]
+            gain = layer.gain.to(whole.dtype)
+            with torch.no_grad():
+                exact = layer.attend(whole, q)
+                variance = ((exact - exact.mean(0)).square().sum((0, 2, 3)) * gain).sum() / len(whole)
+            error = ((layer.attend(decoded, q, bias) - exact).square().sum((2, 3)) * gain).sum(1)
+            parts.append(error / variance.clamp_min(1e-12))
+        return torch.stack(parts).mean(0)
+
+    @torch.no_grad()
+    def measure(
+        self,
+        whole: torch.Tensor,
+        decoded: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        *,
+        queries: int = 64,
+        seed: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squared error and variance of each context, layer and head [N, L, H] float64, gains included; `decoded`: (rows, log weights)."""
+        generator = torch.Generator().manual_seed(seed)
+        errors, variances = [], []
+        longest = max(r.shape[0] for r, _ in decoded)
+        rows = torch.stack([F.pad(r, (0, 0, 0, longest - r.shape[0])) for r, _ in decoded])
+        weights = torch.stack([F.pad(w, (0, longest - w.shape[0]), value=-torch.inf) for _, w in decoded])
+        padded, bias = self.with_public(rows, weights)
+        for layer in self.layers:
+            pick = torch.randint(0, layer.queries.shape[1], (queries,), generator=generator)
+            q = layer.queries[:, pick]
+            exact = torch.cat([layer.attend(part, q) for part in whole.split(32)]).double()
+            parts = zip(padded.split(32), (bias if bias is not None else weights).split(32), strict=True)
+            out = torch.cat([layer.attend(p, q, b) for p, b in parts]).double()
+            gain = layer.gain.double()
+            errors.append((out - exact).square().sum((2, 3)) * gain)
+            variances.append((exact - exact.mean(0)).square().sum((2, 3)) * gain)
+        return torch.stack(errors, 1), torch.stack(variances, 1)
+
+
+def fvu(errors: torch.Tensor, variances: torch.Tensor) -> float:
+    """The FVU from per-context errors and variances [N, L, H], with the variance's N / (N - 1)."""
+    count = errors.shape[0]
+    ratio = errors.sum((0, 2)) / variances.sum((0, 2)).clamp_min(1e-30)
+    return float(ratio.mean()) * (1.0 - 1.0 / max(2, count))
+
+
+def fvu_interval(
+    errors: torch.Tensor, variances: torch.Tensor, draws: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % bootstrap interval over contexts (each with its own noise)."""
+    generator = torch.Generator().manual_seed(seed)
+    count = errors.shape[0]
+    pick = torch.randint(0, count, (draws, count), generator=generator)
+    e, v = errors.sum(2), variances.sum(2)
+    ratios = (e[pick].sum(1) / v[pick].sum(1).clamp_min(1e-30)).mean(1) * (1.0 - 1.0 / max(2, count))
+    low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=ratios.dtype)).tolist()
+    return low, high

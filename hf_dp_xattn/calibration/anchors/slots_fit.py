@@ -1,0 +1,180 @@
+"""Training of the slot decoder and of the learned sums, jointly over all plans, on public contexts with fresh noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
+from .objective import Objective
+
+
+@dataclass(frozen=True)
+class PublicContexts:
+    """Public contexts: units [N, U, C] (rows, or one mean row per group or context), their mask [N, U], and the rows [N, n, C] whose
+    attention a decoder must reproduce. Stored in half precision where the host's rows are."""
+
+    units: torch.Tensor
+    mask: torch.Tensor
+    whole: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.whole.shape[0]
+
+    def part(self, index: torch.Tensor) -> PublicContexts:
+        return PublicContexts(self.units[index], self.mask[index], self.whole[index])
+
+    def float(self) -> PublicContexts:
+        return PublicContexts(self.units.float(), self.mask, self.whole.float())
+
+
+@dataclass(frozen=True)
+class SlotSettings:
+    """Sizes and schedule. steps counts batches; each batch spreads over all plans."""
+
+    code: int = 64
+    slots: int = 32
+    hidden: int = 256
+    directions: int = 64
+    steps: int = 3000
+    batch: int = 48
+    queries: int = 24
+    layers: int = 8
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+
+def clip_unit(x: torch.Tensor) -> torch.Tensor:
+    """x / max(1, |x|) along the last axis."""
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1.0)
+
+
+class SlotTrainer(nn.Module):
+    """All plans' encoders and heads (stacked along the first axis) and the shared decoder."""
+
+    def __init__(
+        self, contexts: PublicContexts, plans: int, settings: SlotSettings, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        c, k, h = contexts.whole.shape[-1], settings.code, settings.hidden
+        sample = contexts.part(torch.arange(min(512, len(contexts)))).float()
+        units = sample.units[sample.mask]
+        self.center = nn.Parameter(units.mean(0), requires_grad=False)
+        spread = float((units - self.center).square().sum(-1).mean().sqrt().clamp_min(1e-6))
+
+        def normal(*shape: int, scale: float) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator) * scale
+
+        basis = torch.linalg.qr(normal(c, min(c, k), scale=1.0))[0].mT
+        basis = torch.cat([basis, normal(k - basis.shape[0], c, scale=c**-0.5)]) if k > c else basis
+        first = basis * (1.2 / spread)
+        self.matrix = nn.Parameter(first.expand(plans, -1, -1).clone())
+        self.bias = nn.Parameter(torch.zeros(plans, k))
+        self.head = nn.Parameter(normal(h, k, scale=k**-0.5).expand(plans, -1, -1).clone())
+        self.head_bias = nn.Parameter(torch.zeros(plans, h))
+        self.second_bias = nn.Parameter(torch.zeros(plans, h))
+        self.code_center = nn.Parameter(torch.zeros(plans, k), requires_grad=False)
+        self.code_scale = nn.Parameter(torch.ones(plans), requires_grad=False)
+        self.hidden = nn.Parameter(normal(h, h, scale=h**-0.5))
+        rows = sample.whole.mean(0)
+        position = torch.linspace(0, rows.shape[0] - 1, settings.slots).round().long()
+        noise = normal(settings.slots, c, scale=0.1 * float(sample.whole.std()))
+        self.slots = nn.Parameter(rows[position] + noise)
+        self.log_weights = nn.Parameter(
+            torch.full((settings.slots,), math.log(rows.shape[0] / settings.slots))
+        )
+        self.coefficients = nn.Parameter(normal(settings.slots, settings.directions, h, scale=0.1 * h**-0.5))
+        self.directions = nn.Parameter(normal(settings.directions, c, scale=float(sample.whole.std()) * 0.3))
+        self.weight_map = nn.Parameter(torch.zeros(settings.slots, h))
+
+    def decoder(self) -> SlotDecoder:
+        """The shared decoder; it reads the parameters themselves, so gradients flow."""
+        return SlotDecoder(
+            self.hidden, self.coefficients, self.directions, self.slots, self.weight_map, self.log_weights
+        )
+
+    def head_of(self, plan: int) -> SlotHead:
+        return SlotHead(
+            self.head[plan],
+            self.head_bias[plan],
+            self.second_bias[plan],
+            self.code_center[plan],
+            self.code_scale[plan],
+        )
+
+    def clipped(self, units: torch.Tensor, plan: int) -> torch.Tensor:
+        """[..., C] -> codes in the unit ball [..., K]."""
+        return clip_unit((units - self.center) @ self.matrix[plan].mT + self.bias[plan])
+
+
+@torch.no_grad()
+def set_code_scale(trainer: SlotTrainer, plan: int, codes: torch.Tensor) -> None:
+    """Fixes a head's input normalisation from codes [N, K] (with their noise)."""
+    trainer.code_center[plan] = codes.mean(0)
+    trainer.code_scale[plan] = (codes - codes.mean(0)).square().mean().sqrt().clamp_min(1e-6)
+
+
+Codes = Callable[[PublicContexts, int], torch.Tensor]  # (contexts, plan) -> simulated noised codes [B, K]
+
+
+def train(
+    trainer: SlotTrainer,
+    contexts: PublicContexts,
+    objective: Objective,
+    plans: Sequence[int],
+    codes: Codes,
+    settings: SlotSettings,
+    *,
+    parameters: Sequence[nn.Parameter],
+    label: str,
+    generator: torch.Generator,
+    progress: bool,
+) -> None:
+    """Adam with a cosine schedule; every batch is shared by a few plans, whose losses count in proportion to what is attainable."""
+    optimiser = torch.optim.Adam(parameters, lr=settings.learning_rate)
+    level = dict.fromkeys(plans, 1.0)
+    share = min(len(plans), 4)
+    bar = tqdm(range(settings.steps), desc=label, disable=not progress, leave=False)
+    for step in bar:
+        warm = min(1.0, (step + 1) / 100)
+        cosine = 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+        for group in optimiser.param_groups:
+            group["lr"] = settings.learning_rate * warm * cosine + 1e-5
+        order = torch.randperm(len(plans), generator=generator)[:share].tolist()
+        index = torch.randint(0, len(contexts), (settings.batch,), generator=generator)
+        batch = contexts.part(index).float()
+        decoded_rows, decoded_weights, counts = [], [], []
+        for part, position in zip(torch.arange(settings.batch).chunk(share), order, strict=False):
+            plan = plans[position]
+            rows, weights = trainer.decoder().decode_batch(
+                codes(batch.part(part), plan), trainer.head_of(plan)
+            )
+            decoded_rows.append(rows)
+            decoded_weights.append(weights)
+            counts.append((plan, len(part)))
+        losses = objective.losses(
+            batch.whole,
+            torch.cat(decoded_rows),
+            torch.cat(decoded_weights),
+            queries=settings.queries,
+            layers=settings.layers,
+            generator=generator,
+        )
+        total = losses.new_zeros(())
+        start = 0
+        for plan, count in counts:
+            own = losses[start : start + count].mean()
+            level[plan] = 0.95 * level[plan] + 0.05 * max(float(own.detach()), 1e-3)
+            total = total + own / level[plan] / len(counts)
+            start += count
+        optimiser.zero_grad(set_to_none=True)
+        total.backward(inputs=list(parameters))
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        if step % 50 == 0:
+            bar.set_postfix({"FVU": f"{sum(level.values()) / len(level):.3f}"}, refresh=False)

@@ -1,0 +1,59 @@
+"""Plans: what `anchors` releases at one epsilon, and how it is decoded. Everything here is public."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .cells import CellDecoder, Tilt
+from .slots import SlotDecoder, SlotHead
+
+RELEASES = ("sum", "response", "histogram")
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Predicted on public contexts that no part of the plan was fitted to: fraction of unexplained variance (FVU), 95 % interval."""
+
+    fvu: float
+    low: float
+    high: float
+    contexts: int
+
+
+@dataclass(frozen=True)
+class AnchorPlan:
+    """One epsilon's release and decoder.
+
+    release: "sum" (B: learned sum, discrete Gaussian), "response" (k-ary randomised response of each unit's cell) or "histogram"
+        (A, C: geometric noise on the cells' counts).
+    center, reach [C], matrix [K, C], bias [K]: the public map from units to codes; coordinates further than `reach` from the centre are
+        clamped. codes [m, K]: the cells ("response", "histogram"), empty for "sum".
+    bound: l1 bound of one unit's counts ("histogram" of larger units). share_plus: part of epsilon that keeps empty cells empty (A; 1/2 is C).
+    head: the slot decoder's own part; None where cells are decoded to anchors.
+    """
+
+    epsilon: float
+    release: str
+    center: torch.Tensor
+    reach: torch.Tensor
+    matrix: torch.Tensor
+    bias: torch.Tensor
+    codes: torch.Tensor
+    bound: float
+    share_plus: float
+    head: SlotHead | None
+    tilt: Tilt | None
+    quality: Quality
+
+    TENSORS = ("center", "reach", "matrix", "bias", "codes")
+    FIELDS = ("epsilon", "release", "bound", "share_plus")
+
+
+@dataclass(frozen=True)
+class Decoders:
+    """What the plans share: the slot decoder, and for cells the anchors' rows and priors."""
+
+    slots: SlotDecoder | None = None
+    cells: CellDecoder | None = None

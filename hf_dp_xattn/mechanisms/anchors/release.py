@@ -1,0 +1,310 @@
+r"""`anchors`: one release of the context's rows for all layers and heads, decoded to a few rows that ordinary attention reads.
+
+*Source.* Ours; for each epsilon the calibration chose one of
+
+* **sum** (B): y = sum_u f(x_u) + N_Z(0, sigma^2 I), `row_sum.py`;
+* **response**: the cell of each unit by k-ary randomised response, `privacy/response.py`;
+* **histogram** (A, C): counts over public cells with geometric noise, `histogram.py`.
+
+*Formal guarantee.* **Released:** that y, and nothing else. **Unit:** a row; or a group or the context, which enters `sum` and `response` as ONE
+row, the mean of its rows (an exact function of the unit alone, `pool`), and `histogram` with its clipped count vector. **Neighbouring
+relation:** replace_one, or add_or_remove_one for sum and histogram (`response` answers once for each unit, so it needs a public number of
+units and is refused by name). **Sensitivity, noise, theorem:** stated in the three modules. Decoding, pruning and all attention is post-processing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Protocol
+
+import torch
+
+from ...config import DPXAttnConfig
+from ...errors import ConfigError
+from ...privacy.accountant import Event
+from ...privacy.bits import Entropy, SystemEntropy
+from ...privacy.noise import sampling_distance
+from ...privacy.response import RandomizedResponse
+from ...privacy.units import NeighboringRelation
+from ...report import Guarantee
+from ..contributions import check_groups
+from ..histogram import GeometricNoise, PreparedHistogram, prepare_geometric
+from ..quantizer import RowQuantizer, check_context
+from ..row_sum import PreparedRowSum, RowSum
+from .plan import AnchorPlan, Decoders
+from .rows import ContextRelease, ContextRows
+
+NO_CALIBRATION = (
+    "mechanism='anchors' needs a calibration: its codebook, encoder and decoder are fitted to PUBLIC contexts. Make one with "
+    "dpx.calibrate(pipe, public_contexts, config), or load a shared one with dpx.Calibration.from_pretrained(...)."
+)
+_POOL_BITS = 24
+_POOL_LIMIT = 2**38
+
+
+class Source(Protocol):
+    """One kind of release: everything public is fixed, `code` is the private step."""
+
+    @property
+    def events(self) -> tuple[Event, ...]: ...
+
+    def code(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy) -> torch.Tensor:
+        """The released code y [K] (or noised counts [m]); DP."""
+        ...
+
+    def decode(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows: ...
+
+    def describe(self) -> str: ...
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        """(clip norm, sensitivity, sigma) for the guarantee's record."""
+        ...
+
+
+def pool(rows: torch.Tensor, unit: str, groups: torch.Tensor | None) -> torch.Tensor:
+    """[n, C] -> [U, C] float64: each unit's mean row, in the order of the groups' numbers.
+
+    Sums are exact integers (steps of 2^-24), so a unit's mean depends on its own rows alone, bit for bit.
+    """
+    if unit == "row":
+        return rows.to(torch.float64)
+    n = rows.shape[0]
+    owner = (
+        torch.zeros(n, dtype=torch.int64)
+        if groups is None
+        else torch.unique(groups.cpu(), return_inverse=True)[1]
+    )
+    owner = owner.to(rows.device)
+    count = torch.bincount(owner)
+    integers = (
+        torch.round(rows.to(torch.float64) * 2.0**_POOL_BITS).clamp(-_POOL_LIMIT, _POOL_LIMIT).to(torch.int64)
+    )
+    total = torch.zeros(len(count), rows.shape[1], dtype=torch.int64, device=rows.device)
+    total.index_add_(0, owner, integers)
+    return total.to(torch.float64) / count.unsqueeze(1) * 2.0**-_POOL_BITS
+
+
+def _decode_slots(code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
+    if decoders.slots is None or plan.head is None:
+        raise ConfigError("The calibration holds no slot decoder for this plan; calibrate again.")
+    return decoders.slots.decode(code, plan.head)
+
+
+@dataclass(frozen=True, eq=False)
+class SumSource:
+    """Release B on units' mean rows."""
+
+    prepared: PreparedRowSum
+    unit: str
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        return self.prepared.events
+
+    def code(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy) -> torch.Tensor:
+        return self.prepared.release(pool(rows, self.unit, groups), entropy=entropy)
+
+    def decode(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
+        return _decode_slots(code, plan, decoders)
+
+    def describe(self) -> str:
+        what = "row" if self.unit == "row" else f"{self.unit}'s mean row"
+        return (
+            f"each {what} is mapped by a public map into the unit ball of R^{self.prepared.row_sum.size}; their exact sum is released with "
+            f"discrete Gaussian noise of standard deviation {self.prepared.sigma:.4g}, once for all layers and heads"
+        )
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        step = 2.0**-self.prepared.exponent
+        factor = 2 if self.prepared.neighboring is NeighboringRelation.REPLACE_ONE else 1
+        return self.prepared.bound * step, factor * self.prepared.bound * step, self.prepared.sigma
+
+
+@dataclass(frozen=True, eq=False)
+class ResponseSource:
+    """k-ary randomised response of each unit's cell; the code is the sum of the answers' codes."""
+
+    response: RandomizedResponse
+    quantizer: RowQuantizer
+    codes: torch.Tensor
+    unit: str
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        return (self.response.event,)
+
+    def code(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy) -> torch.Tensor:
+        cells = self.quantizer.cells(pool(rows, self.unit, groups))
+        answers = torch.from_numpy(self.response.draw(cells.cpu().numpy(), entropy))
+        return self.codes[answers].sum(0)
+
+    def decode(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
+        return _decode_slots(code, plan, decoders)
+
+    def describe(self) -> str:
+        what = "row" if self.unit == "row" else f"{self.unit}'s mean row"
+        return (
+            f"each {what} falls into one of {self.response.alphabet} public cells, and k-ary randomised response names that cell with "
+            f"probability {self.response.truth:.4g} and any other one otherwise (pure epsilon; delta is not used)"
+        )
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        return 1.0, 1.0, 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class HistogramSource:
+    """Releases A and C: noised counts of public cells."""
+
+    prepared: PreparedHistogram
+    quantizer: RowQuantizer
+    noise: GeometricNoise
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        return self.prepared.events
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """(e_plus, e_minus) per row."""
+        scale = 2.0**self.prepared.exponent
+        return float(self.noise.rate_plus) * scale, float(self.noise.rate_minus) * scale
+
+    def code(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy) -> torch.Tensor:
+        released = self.prepared.release(self.quantizer.cells(rows), groups=groups, entropy=entropy)
+        return self.prepared.counts(released)
+
+    def decode(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
+        if decoders.cells is None:
+            raise ConfigError("The calibration holds no anchors for this plan; calibrate again.")
+        weights = decoders.cells.weights(code.cpu().float(), self.rates, plan.codes, plan.tilt)
+        return decoders.cells.decode(weights)
+
+    def describe(self) -> str:
+        plus, minus = self.rates
+        unit = self.prepared.unit.value
+        clipped = (
+            ""
+            if unit == "row"
+            else f", each {unit}'s counts clipped to l1 norm {self.prepared.bound * 2.0**-self.prepared.exponent:.4g}"
+        )
+        return (
+            f"the counts of {self.prepared.cells} public cells with two-sided geometric noise (rates {plus:.4g} up, {minus:.4g} down){clipped} "
+            "(pure epsilon; delta is not used)"
+        )
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        bound = self.prepared.bound * 2.0**-self.prepared.exponent
+        factor = 2 if self.prepared.neighboring is NeighboringRelation.REPLACE_ONE else 1
+        return bound, factor * bound, 0.0
+
+
+def prepare_source(plan: AnchorPlan, config: DPXAttnConfig) -> Source:
+    """Fixes what is released at config.epsilon by the kind of `plan`. Public data only.
+
+    Raises:
+        ConfigError: the plan's release cannot give this unit or neighbouring relation.
+    """
+    if plan.release == "sum":
+        row_sum = RowSum.from_tensors(plan.center, plan.matrix, plan.bias, reach=plan.reach)
+        # a pooled unit is one row to the sum: the sensitivity of one unit is that of one row
+        prepared = row_sum.prepare(config.epsilon, config.delta, unit="row", neighboring=config.neighboring)
+        return SumSource(prepared, config.unit)
+    quantizer = RowQuantizer.from_tensors(
+        plan.center, plan.matrix.mT, plan.codes - plan.bias, reach=plan.reach
+    )
+    if plan.release == "response":
+        if config.neighboring != NeighboringRelation.REPLACE_ONE.value:
+            raise ConfigError(
+                "This calibration answers by randomised response, once for each unit, so the number of units is public: it cannot give "
+                "neighboring='add_or_remove_one'. Use replace_one, or calibrate with releases=('sum',)."
+            )
+        response = RandomizedResponse.of(config.epsilon, len(plan.codes))
+        return ResponseSource(response, quantizer, plan.codes, config.unit)
+    symmetric = config.neighboring != NeighboringRelation.REPLACE_ONE.value
+    histogram = prepare_geometric(
+        config.epsilon,
+        cells=len(plan.codes),
+        unit=config.unit,
+        neighboring=config.neighboring,
+        group_bound=1 if config.unit == "row" else plan.bound,
+        share_plus=Fraction(1, 2) if symmetric else Fraction(plan.share_plus),
+    )
+    assert isinstance(histogram.noise, GeometricNoise)
+    return HistogramSource(histogram, quantizer, histogram.noise)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedAnchors:
+    """An `anchors` release of which everything public is fixed; `events` must be charged before `run_rows`."""
+
+    config: DPXAttnConfig
+    plan: AnchorPlan
+    decoders: Decoders
+    source: Source
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        return self.source.events
+
+    def run_rows(
+        self,
+        rows: torch.Tensor,
+        *,
+        groups: torch.Tensor | None = None,
+        entropy: Entropy | None = None,
+    ) -> ContextRelease:
+        """Encodes, adds noise, decodes; keeps nothing else of the rows [n, C].
+
+        Raises:
+            ContextError, ConfigError: bad rows or groups; nothing is released.
+        """
+        entropy = SystemEntropy() if entropy is None else entropy
+        n = check_context(rows, self.plan.center.shape[0])
+        check_groups(self.config.unit, n, groups)
+        code = self.source.code(rows, groups, entropy)
+        context = self.source.decode(code, self.plan, self.decoders).pruned()
+        return ContextRelease(context, self._guarantee(n, groups, entropy.private))
+
+    def _guarantee(self, n: int, groups: torch.Tensor | None, private: bool) -> Guarantee:
+        public_counts = self.config.neighboring == NeighboringRelation.REPLACE_ONE.value
+        units = n if self.config.unit == "row" else 1 if groups is None else len(torch.unique(groups))
+        clip_norm, sensitivity, sigma = self.source.numbers
+        return Guarantee(
+            mechanism="anchors",
+            epsilon=self.config.epsilon,
+            delta=self.config.delta,
+            unit=self.config.unit,
+            neighboring=self.config.neighboring,
+            rows=n if public_counts else None,
+            units=units if public_counts else None,
+            clip_norm=clip_norm,
+            sensitivity=sensitivity,
+            sigma=sigma,
+            sampling_distance=sampling_distance(),
+            private_noise=private,
+            calibrated=True,
+            clipping=self.source.describe(),
+        )
+
+
+def nearest_plan(plans: Sequence[AnchorPlan], epsilon: float) -> AnchorPlan:
+    """The plan made for the epsilon nearest to this one (in ratio). Any plan is private at any epsilon; the nearest is the most useful."""
+    return min(plans, key=lambda p: max(p.epsilon / epsilon, epsilon / p.epsilon))
+
+
+def prepare_anchors(
+    config: DPXAttnConfig, plans: Sequence[AnchorPlan], decoders: Decoders
+) -> PreparedAnchors:
+    """What `anchors` releases at config.epsilon. Raises ConfigError where the plan cannot give the config's guarantee."""
+    if not plans:
+        raise ConfigError(NO_CALIBRATION)
+    plan = nearest_plan(plans, config.epsilon)
+    return PreparedAnchors(config, plan, decoders, prepare_source(plan, config))

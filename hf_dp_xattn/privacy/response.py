@@ -1,0 +1,81 @@
+r"""Exact k-ary randomised response: one symbol of a public alphabet, told truthfully most of the time.
+
+*Formal guarantee.* **Released:** R(c) in {0, ..., k - 1} for a private symbol c, P(R = c) = W / (W + (k - 1) D) and P(R = j) = D / (W + (k - 1) D)
+for each j != c, with integers W >= D > 0 and W / D <= e^epsilon. **Theorem:** for all c, c', j: P(R(c) = j) / P(R(c') = j) is one of D / W, 1,
+W / D, so R is epsilon-DP for replacing the symbol, delta = 0 (Warner 1965; Kairouz, Oh, Viswanath, "Extremal mechanisms for local
+differential privacy", arXiv 1407.1338: among all epsilon-DP maps of k symbols to k symbols, the most useful one at large epsilon).
+**Several symbols** (one per unit, in public slots, each answered with fresh coins): replacing one unit changes one symbol, so the whole list is
+epsilon-DP, by parallel composition. The number of units must be public (`replace_one`).
+**Exactness:** the draw is one uniform integer below W + (k - 1) D from `bits.uniform_below`, which is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ConfigError
+from .accountant import PureEvent
+from .bernoulli import exp_neg_bounds
+from .bits import Entropy, uniform_below
+
+MAX_ALPHABET = 1 << 20
+_UNIT = 1 << 12  # D: resolution of the odds
+_CAP = 28 * Fraction(
+    693148, 1_000_000
+)  # above 28 log 2: odds are capped at 2^28, which still misleads k times in 2^28
+
+
+@dataclass(frozen=True)
+class RandomizedResponse:
+    """k-ary randomised response over `alphabet` symbols; made by `of`. epsilon: what is charged; odds: W."""
+
+    alphabet: int
+    epsilon: Fraction
+    odds: int
+
+    @classmethod
+    def of(cls, epsilon: float, alphabet: int) -> RandomizedResponse:
+        """The most truthful response at epsilon (at most about 19.4: a larger one is not used up).
+
+        Raises:
+            ConfigError: epsilon is not positive, or the alphabet has fewer than 2 or more than 2^20 symbols.
+        """
+        if not (epsilon > 0 and math.isfinite(epsilon)):
+            raise ConfigError(f"epsilon must be positive and finite, got {epsilon!r}.")
+        if not 2 <= alphabet <= MAX_ALPHABET:
+            raise ConfigError(f"Randomised response needs 2 to {MAX_ALPHABET} symbols, got {alphabet}.")
+        exact = Fraction(epsilon)
+        if exact >= _CAP:
+            return cls(alphabet, _CAP, _UNIT << 28)
+        # e^-epsilon lies within [low, high] 2^-160; the upper end gives the smaller odds, so W / D <= e^epsilon
+        _, high = exp_neg_bounds(exact, 160)
+        return cls(alphabet, exact, max(_UNIT, (_UNIT << 160) // high))
+
+    @property
+    def event(self) -> PureEvent:
+        """What is charged."""
+        return PureEvent(self.epsilon)
+
+    @property
+    def truth(self) -> float:
+        """P(R(c) = c)."""
+        return self.odds / (self.odds + (self.alphabet - 1) * _UNIT)
+
+    def draw(self, symbols: npt.NDArray[np.int64], entropy: Entropy) -> npt.NDArray[np.int64]:
+        """[G] symbols -> [G] answers. The control flow does not depend on the symbols.
+
+        Raises:
+            ConfigError: a symbol lies outside the alphabet.
+        """
+        if symbols.ndim != 1 or (len(symbols) and not 0 <= symbols.min() <= symbols.max() < self.alphabet):
+            raise ConfigError(f"Symbols must be integers [G] in [0, {self.alphabet}).")
+        total = self.odds + (self.alphabet - 1) * _UNIT
+        u = uniform_below(entropy, len(symbols), total)
+        # below W: the truth; else the (u - W) // D -th of the other symbols, in their order after c (cyclic)
+        other = (symbols + 1 + np.maximum(u - self.odds, 0) // _UNIT) % self.alphabet
+        return np.where(u < self.odds, symbols, other).astype(np.int64)
