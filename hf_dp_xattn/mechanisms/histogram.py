@@ -35,7 +35,7 @@ from ..errors import ConfigError, ContextError, DPXAttnError
 from ..privacy.accountant import Event, GaussianEvent, PureEvent
 from ..privacy.bits import Entropy, SystemEntropy
 from ..privacy.clipping import clip_factor
-from ..privacy.noise import MAX_SCALE, MAX_SIGMA_SQUARED, discrete_gaussian, discrete_geometric
+from ..privacy.noise import MAX_SCALE, discrete_gaussian, discrete_geometric
 from ..privacy.split import gaussian_sigma_squared_beside
 from ..privacy.units import NeighboringRelation, Unit
 from .contributions import MAX_ROWS, check_groups
@@ -43,12 +43,13 @@ from .quantizer import unit_and_relation
 
 MAX_CELLS = 2**24
 _BOUND_BITS = 26
-_MAX_RATE = 8  # the sampler's: scales are at least 1/8
+_SAMPLER_RATE = 8  # the sampler's scales are at least 1/8
+_MAX_RATE = 64  # larger rates are lowered to this (more noise than epsilon asks for): P(Z != 0) < 2^-90
 
 
 def _one_sided(size: int, rate: Fraction, entropy: Entropy) -> np.ndarray:
     """P(j) ~ exp(-rate j), j >= 0. The smallest of s samples of rate/s: P(min >= j) = exp(-j rate / s)^s."""
-    parts = math.ceil(rate / _MAX_RATE)
+    parts = math.ceil(rate / _SAMPLER_RATE)
     draws = [discrete_geometric(size, parts / rate, entropy=entropy) for _ in range(parts)]
     return np.minimum.reduce(draws)
 
@@ -114,7 +115,8 @@ class PreparedHistogram:
             ConfigError, ContextError: bad cells or groups; nothing is released.
         """
         total = self.exact_sums(cells, groups)
-        return total + self.noise.sample(self.cells, entropy or SystemEntropy()).to(total.device)
+        noise = self.noise.sample(self.cells, SystemEntropy() if entropy is None else entropy)
+        return total + noise.to(total.device)
 
     def counts(self, released: torch.Tensor, *, nonnegative: bool = False) -> torch.Tensor:
         """Post-processing: released integers as float64 numbers of rows, optionally max(0, .)."""
@@ -209,7 +211,7 @@ def prepare_geometric(
         neighboring=relation,
         exponent=exponent,
         bound=bound,
-        noise=GeometricNoise(*rates),
+        noise=GeometricNoise(*(min(r, Fraction(_MAX_RATE)) for r in rates)),
         events=(PureEvent(exact),),
     )
 
@@ -239,10 +241,6 @@ def prepare_gaussian(
     if relation is NeighboringRelation.REPLACE_ONE:
         sensitivity = math.isqrt(2 * bound * bound - 1) + 1
     sigma_squared = gaussian_sigma_squared_beside(epsilon, delta, sensitivity, beside)
-    if sigma_squared > MAX_SIGMA_SQUARED:
-        raise ConfigError(
-            f"epsilon = {epsilon!r} is too small for this lattice (sigma above 2^40); raise it."
-        )
     return PreparedHistogram(
         cells=_cells(cells),
         unit=which,

@@ -23,7 +23,7 @@ from ..privacy.accountant import Event, GaussianEvent
 from ..privacy.bits import Entropy, SystemEntropy
 from ..privacy.clipping import clip_factor, verify_clipped
 from ..privacy.lattice import quantize, sequential_sum
-from ..privacy.noise import MAX_SIGMA_SQUARED, discrete_gaussian
+from ..privacy.noise import discrete_gaussian
 from ..privacy.split import gaussian_sigma_squared_beside
 from ..privacy.units import NeighboringRelation, Unit, sensitivity_factor
 from .contributions import check_groups, lattice_exponent
@@ -95,10 +95,6 @@ class RowSum:
         bound = math.floor(Fraction(limit) * 2**exponent)
         sensitivity = sensitivity_factor(relation) * bound
         sigma_squared = gaussian_sigma_squared_beside(epsilon, delta, sensitivity, beside)
-        if sigma_squared > MAX_SIGMA_SQUARED:
-            raise ConfigError(
-                f"epsilon = {epsilon!r} is too small for this lattice (sigma above 2^40); raise it."
-            )
         event = GaussianEvent(sensitivity, sigma_squared)
         return PreparedRowSum(self, which, relation, exponent, bound, sigma_squared, (event,))
 

@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from ..errors import ConfigError
 from .accountant import Event, GaussianEvent, epsilon_of, gaussian_sigma_squared
+from .noise import MAX_SIGMA_SQUARED, MIN_SIGMA_SQUARED
 
 _STEPS = 2**20  # resolution of the variance: one part in a million
 _TOLERANCE = 1e-6  # of epsilon that may stay unused
@@ -23,12 +24,12 @@ def gaussian_sigma_squared_beside(
     is returned, whatever the search did. The ledger charges by the same function. With no others: `gaussian_sigma_squared`.
 
     Raises:
-        ConfigError: invalid parameters, or the others alone leave nothing of epsilon.
+        ConfigError: invalid parameters, the others alone leave nothing of epsilon, or the sampler cannot draw such noise.
     """
     others = tuple(others)
     alone = gaussian_sigma_squared(epsilon, delta, sensitivity)
     if not others:
-        return alone
+        return _drawable(alone, epsilon)
     spent = epsilon_of(others, delta)
     if spent >= epsilon:
         raise ConfigError(
@@ -66,5 +67,14 @@ def gaussian_sigma_squared_beside(
         else:
             low, over = middle, -rest
             pull, side = (pull / 2 if side < 0 else pull), -1
-    result = variance(high)
-    return int(result) if result.denominator == 1 else result
+    return _drawable(variance(high), epsilon)
+
+
+def _drawable(variance: int | Fraction, epsilon: float) -> int | Fraction:
+    if not MIN_SIGMA_SQUARED <= variance <= MAX_SIGMA_SQUARED:
+        hint = "raise epsilon" if variance > MAX_SIGMA_SQUARED else "lower epsilon"
+        raise ConfigError(
+            f"epsilon = {epsilon!r} needs noise of variance {float(variance):.3g} on this lattice, which the sampler does not "
+            f"draw: {hint}."
+        )
+    return int(variance) if variance.denominator == 1 else variance
