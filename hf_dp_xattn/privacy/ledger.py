@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 from filelock import FileLock, Timeout
 
 from ..errors import BudgetExceededError, ConfigError, LedgerError
-from .accountant import Event, GaussianEvent, epsilon_of, event_from_dict
+from .accountant import Event, epsilon_of, event_from_dict, needs_delta
 from .units import NeighboringRelation, Unit
 
 _SCHEMA = "hf_dp_xattn.ledger/1"
@@ -165,7 +165,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _epsilon(events: Sequence[Event], delta: float) -> float:
-    if delta == 0 and any(isinstance(e, GaussianEvent) for e in events):
+    if delta == 0 and needs_delta(events):
         return math.inf
     return epsilon_of(events, delta)
 
@@ -385,7 +385,7 @@ class Ledger:
             return self._assess(self._read(), self._check_digest(digest), events, budget, {})
 
     def spent(self, digest: str, delta: float) -> float:
-        """Epsilon spent at `delta`; 0 if never charged, inf at delta 0 after a Gaussian release."""
+        """Epsilon spent at `delta`; 0 if never charged, inf at delta 0 after a release that needs a delta."""
         return _epsilon([e for c in self.charges(digest) for e in c.events], delta)
 
     def charges(self, digest: str) -> tuple[Charge, ...]:
