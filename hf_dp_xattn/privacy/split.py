@@ -12,13 +12,13 @@ from .noise import MAX_SIGMA_SQUARED, MIN_SIGMA_SQUARED
 
 _STEPS = 2**20  # resolution of the variance: one part in a million
 _TOLERANCE = 1e-6  # of epsilon that may stay unused
-_MAX_DOUBLINGS = 48
+_MAX_DOUBLINGS = 20  # of the variance: a thousand times the noise that epsilon alone needs carries nothing
 
 
 def gaussian_sigma_squared_beside(
     epsilon: float, delta: float, sensitivity: int, others: Sequence[Event]
 ) -> int | Fraction:
-    """Smallest variance, up to 2e-6 relative, such that `others` and this Gaussian release together cost at most epsilon.
+    """Least Gaussian noise such that `others` and this release together cost at most epsilon; at most 1e-6 of it stays unused.
 
     *Formal guarantee.* `epsilon_of([*others, GaussianEvent(sensitivity, result)], delta) <= epsilon`: evaluated for the very value that
     is returned, whatever the search did. The ledger charges by the same function. With no others: `gaussian_sigma_squared`.
@@ -31,11 +31,12 @@ def gaussian_sigma_squared_beside(
     if not others:
         return _drawable(alone, epsilon)
     spent = epsilon_of(others, delta)
+    nothing_left = ConfigError(
+        f"The other releases cost epsilon = {spent:.6g} of {epsilon:.6g} at delta = {delta:.3g}: nothing is left for a Gaussian "
+        "one. Give them a smaller share, or raise epsilon."
+    )
     if spent >= epsilon:
-        raise ConfigError(
-            f"The other releases alone cost epsilon = {spent:.6g} of {epsilon:.6g} at delta = {delta:.3g}: nothing is left "
-            "for a Gaussian one. Give them a smaller share, or raise epsilon."
-        )
+        raise nothing_left
 
     def variance(steps: int) -> int | Fraction:
         value = Fraction(alone) * steps / _STEPS
@@ -51,10 +52,7 @@ def gaussian_sigma_squared_beside(
             break
         low, high, over, left = high, 2 * high, -left, epsilon - cost(2 * high)
     else:
-        raise ConfigError(
-            f"No Gaussian noise fits beside releases of epsilon = {spent:.6g} within {epsilon:.6g} at delta = {delta:.3g}. "
-            "Give them a smaller share, or raise epsilon."
-        )
+        raise nothing_left
     # Regula falsi, Illinois variant: an evaluation beside pure events takes a tenth of a second, and bisection needs three times more.
     pull, side = left, 0
     while high - low > max(1, low // _STEPS) and left > _TOLERANCE * epsilon:
