@@ -16,7 +16,7 @@ from .privacy.units import NeighboringRelation, Unit
 
 CONFIG_NAME = "dp_xattn_config.json"
 SCHEMA_VERSION = 1
-MECHANISMS = ("kernel_sum", "none")
+MECHANISMS = ("anchors", "kernel_sum", "none")
 FEATURES = ("taylor", "positive_random")
 
 
@@ -45,7 +45,10 @@ class DPXAttnConfig:
 
     mechanism: str = field(
         default="kernel_sum",
-        metadata={"help": "kernel_sum: one joint Gaussian release. none: exact attention, NOT private."},
+        metadata={
+            "help": "kernel_sum: one joint Gaussian release over all layers. anchors: one release of the context's rows for all layers, "
+            "decoded to a few rows (needs a calibration). none: exact attention, NOT private."
+        },
     )
     epsilon: float = field(default=8.0, metadata={"help": "privacy loss of one release, in total"})
     delta: float = field(default=1e-5, metadata={"help": "failure probability of the guarantee, in (0, 1)"})
