@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from ..calibration.anchors.calibration import AnchorCalibration
+from ..calibration.anchors.fit import AnchorSettings, candidates, fit_anchors
+from ..calibration.anchors.objective import Objective
+from ..calibration.anchors.slots_fit import SlotSettings
 from ..calibration.calibration import Calibration
 from ..calibration.fit import PublicQueries, Rows, fit_calibration
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from .access import Access
 from .architectures import check_pipeline_class, find_layers
+from .calibrate_anchors import Public, gather_contexts, layer_probes
+from .identity import host_identity
 from .protect import handle_of
 from .rows import layer_specs, project_rows, split_heads
 from .text import TextSide
@@ -22,35 +28,49 @@ from .text import TextSide
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
-EPSILONS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
 
 def calibrate(
     pipe: Any,
-    public_contexts: Sequence[str] | torch.Tensor,
-    config: DPXAttnConfig,
+    public_contexts: Public,
+    config: DPXAttnConfig | None = None,
     *,
     epsilons: Sequence[float] = EPSILONS,
+    anchors: int = 4096,
+    releases: Sequence[str] = ("sum", "response", "histogram"),
+    steps: int = 3000,
+    grouping: str | None = None,
+    memory_mb: int = 2048,
     rank: int = 128,
     query_prompts: int = 8,
     query_steps: int = 6,
     queries_per_step: int = 32,
     seed: int = 0,
     progress: bool = True,
-) -> Calibration:
-    """Fits centres, balancing maps, clipping bounds, a sketch basis, priors and one plan per epsilon to PUBLIC prompts.
+) -> Calibration | AnchorCalibration:
+    """Everything data-dependent that a mechanism reads, fitted to PUBLIC prompts.
 
     Nothing private may be among `public_contexts`: a calibration is not noised and not counted. The pipeline must not be
     protected; its weights and random state are left alone.
 
+    * `anchors`: codebook, priors, learned sums, decoders, and for each epsilon the release that did best on public contexts that were
+      held out. From about 100 to 10^6 public contexts; what does not fit `memory_mb` is left out by a random choice, before encoding.
+    * `kernel_sum`: centres, balancing maps, clipping bounds, a sketch basis of `rank` directions, and one plan per epsilon.
+
     Args:
-        public_contexts: prompts, or embeddings [N, n, C] of which all rows are used (for contexts released as embeddings).
-        rank: directions of the joint sketch (see `mechanisms/sketch.py`); 0 fits geometry and bounds only.
+        public_contexts: prompts; lists of phrases for unit="group"; or embeddings [N, n, C] of which all rows are used.
+        config: mechanism, unit and relation to fit for; by default `anchors` with unit="row".
+        anchors: cells of the histogram's codebook. releases: candidates of `anchors` ("sum", "response", "histogram").
+        steps: training steps of the decoder; minutes at 3000 on two cores.
+        grouping: how units are encoded, "rows", "phrases" or "context"; by default what the unit says.
+        rank: kernel_sum only; 0 fits geometry and bounds only.
         query_prompts, query_steps, queries_per_step: public denoising runs from which queries are taken.
 
     Raises:
         ConfigError: too few contexts, wrong type. UnsupportedModelError: not a supported pipeline.
     """
+    config = DPXAttnConfig(mechanism="anchors") if config is None else config
     if handle_of(pipe) is not None:
         raise ConfigError(
             "Calibrate before `protect` (or after `unprotect`): a protected pipeline has no exact queries."
@@ -58,22 +78,45 @@ def calibrate(
     check_pipeline_class(pipe)
     layers = find_layers(pipe.unet)
     text = TextSide(pipe, Access())
+
+    def public_queries(whole: torch.Tensor) -> list[torch.Tensor]:
+        chosen = whole[:query_prompts].to(pipe.unet.dtype)
+        return _public_queries(pipe, layers, text, chosen, query_steps, queries_per_step, seed, progress)
+
+    gains = [output_gain(attn) for attn in layers.values()]
+    if config.mechanism == "anchors":
+        settings = AnchorSettings(
+            releases=tuple(releases),
+            anchors=anchors,
+            slots=SlotSettings(steps=steps, seed=seed),
+            seed=seed,
+            progress=progress,
+        )
+        candidates(config, settings)  # refuses what cannot be before minutes are spent on it
+        grouping = grouping or {"row": "rows", "group": "phrases", "context": "context"}[config.unit]
+        contexts, public_rows = gather_contexts(
+            text, public_contexts, config.unit, grouping, memory_mb=memory_mb, seed=seed, progress=progress
+        )
+        queries = public_queries(contexts.whole)
+        objective = Objective(layer_probes(layers, queries, gains), public_rows)
+        identity = host_identity(layers, pipe.unet.dtype, text)
+        return fit_anchors(
+            config, contexts, objective, identity, grouping=grouping, epsilons=epsilons, settings=settings
+        )
     private, whole = _encode(text, public_contexts, progress)
     specs = layer_specs(layers, pipe.unet.dtype)
 
     @torch.no_grad()
-    def contexts() -> Iterator[Rows]:
+    def contexts_of_layers() -> Iterator[Rows]:
         for rows in private:
             pairs = [project_rows(attn, rows) for attn in layers.values()]
             yield [k for k, _ in pairs], [v for _, v in pairs]
 
-    chosen = torch.stack([whole[i] for i in range(min(query_prompts, len(whole)))])
-    queries = _public_queries(pipe, layers, text, chosen, query_steps, queries_per_step, seed, progress)
     return fit_calibration(
         config,
         specs,
-        contexts,
-        PublicQueries(queries, [output_gain(attn) for attn in layers.values()]),
+        contexts_of_layers,
+        PublicQueries(public_queries(torch.stack(list(whole[:query_prompts]))), gains),
         count=len(private),
         epsilons=epsilons,
         rank=rank,
@@ -81,9 +124,7 @@ def calibrate(
     )
 
 
-def _encode(
-    text: TextSide, public: Sequence[str] | torch.Tensor, progress: bool
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _encode(text: TextSide, public: Public, progress: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """(rows that a release would treat as private, whole encodings) of the public contexts."""
     if isinstance(public, torch.Tensor):
         if public.ndim != 3 or not public.is_floating_point() or not bool(torch.isfinite(public).all()):

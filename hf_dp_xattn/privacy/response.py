@@ -1,11 +1,11 @@
 r"""Exact k-ary randomised response: one symbol of a public alphabet, told truthfully most of the time.
 
-*Formal guarantee.* **Released:** R(c) in {0, ..., k - 1} for a private symbol c, P(R = c) = W / (W + (k - 1) D) and P(R = j) = D / (W + (k - 1) D)
-for each j != c, with integers W >= D > 0 and W / D <= e^epsilon. **Theorem:** for all c, c', j: P(R(c) = j) / P(R(c') = j) is one of D / W, 1,
-W / D, so R is epsilon-DP for replacing the symbol, delta = 0 (Warner 1965; Kairouz, Oh, Viswanath, "Extremal mechanisms for local
-differential privacy", arXiv 1407.1338: among all epsilon-DP maps of k symbols to k symbols, the most useful one at large epsilon).
-**Several symbols** (one per unit, in public slots, each answered with fresh coins): replacing one unit changes one symbol, so the whole list is
-epsilon-DP, by parallel composition. The number of units must be public (`replace_one`).
+*Formal guarantee.* **Released:** R(c) in {0, ..., k - 1} for a private symbol c, P(R = c) = W / (W + (k - 1) D) and P(R = j) = D / (W +
+(k - 1) D) for each j != c, with integers W >= D > 0 and W / D <= e^epsilon. **Theorem:** for all c, c', j: P(R(c) = j) / P(R(c') = j) is
+one of D / W, 1, W / D, so R is epsilon-DP for replacing the symbol, delta = 0 (Warner 1965; Kairouz, Oh, Viswanath, "Extremal
+mechanisms for local differential privacy", arXiv 1407.1338: the most useful one at large epsilon).
+**Several symbols** (one per unit, in public slots, each answered with fresh coins): replacing one unit changes one symbol, so the whole
+list is epsilon-DP, by parallel composition. The number of units must be public (`replace_one`).
 **Exactness:** the draw is one uniform integer below W + (k - 1) D from `bits.uniform_below`, which is exact.
 """
 

@@ -45,8 +45,8 @@ class HostIdentity:
 class AnchorCalibration:
     """Everything that `anchors` reads besides the private rows. Nothing in here may depend on a private context.
 
-    unit, neighboring: what it was made for. grouping: "rows", "phrases" or "context", how units were encoded. contexts, units: how many public
-    contexts, and the largest number of units in one. settings: how it was made, for the card.
+    unit, neighboring: what it was made for. grouping: "rows", "phrases" or "context", how units were encoded. contexts, units: how many
+    public contexts, and the largest number of units in one. settings: how it was made, for the card.
     """
 
     unit: str
@@ -76,7 +76,7 @@ class AnchorCalibration:
             )
         if config.mechanism != KIND:
             raise ConfigError(
-                f"This calibration is for mechanism='anchors', the config says {config.mechanism!r}. Calibrate for it, or change the config."
+                f"This calibration is for mechanism='anchors', the config says {config.mechanism!r}. Calibrate for that."
             )
 
     def prepare(self, config: DPXAttnConfig) -> PreparedAnchors:
@@ -244,9 +244,10 @@ def _part(kind: Any, prefix: str, tensors: dict[str, torch.Tensor], **extra: Any
 
 
 def _plan(plan: AnchorPlan, i: int, tensors: dict[str, torch.Tensor]) -> AnchorPlan:
+    parts: dict[str, Any] = {n: tensors[f"plan.{i}.{n}"] for n in AnchorPlan.TENSORS}
     return dataclasses.replace(
         plan,
-        **{n: tensors[f"plan.{i}.{n}"] for n in AnchorPlan.TENSORS},
+        **parts,
         head=None if plan.head is None else _part(SlotHead, f"plan.{i}.head", tensors),
         tilt=None if plan.tilt is None else _part(Tilt, f"plan.{i}.tilt", tensors),
     )
@@ -264,10 +265,11 @@ def _read(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> AnchorCal
     plans = []
     for i, entry in enumerate(header["plans"]):
         prefix = f"plan.{i}"
+        own: dict[str, Any] = {n: tensors[f"{prefix}.{n}"] for n in AnchorPlan.TENSORS}
         plans.append(
             AnchorPlan(
                 **{n: entry[n] for n in AnchorPlan.FIELDS},
-                **{n: tensors[f"{prefix}.{n}"] for n in AnchorPlan.TENSORS},
+                **own,
                 head=_part(SlotHead, f"{prefix}.head", tensors) if entry["has_head"] else None,
                 tilt=_part(Tilt, f"{prefix}.tilt", tensors) if entry["has_tilt"] else None,
                 quality=Quality(**entry["quality"]),

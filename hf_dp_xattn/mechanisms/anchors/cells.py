@@ -6,8 +6,8 @@ P(v | Y_c) ~ p_c(v) l(Y_c - v), log l(z) = -e_plus z for z >= 0 and -e_minus |z|
 *Tilt* (joint). The cells of one context vary together, so the prior is tilted: p_c(v) exp(Delta_c min(v, 3)), Delta = U g(z), z the code
 of the posterior means and g a small network; trained on public contexts with fresh noise (loss: -log posterior of the true counts).
 
-*Anchors.* Each cell stands for one or several public rows (`anchors` [m, a, C]: its mean, or public rows that fell into it), which share its
-weight. With several, attention runs over public rows that are reweighted to the private histogram.
+*Anchors.* Each cell stands for one or several public rows (`anchors` [m, a, C]: its mean, or public rows that fell into it), which share
+its weight. With several, attention runs over public rows that are reweighted to the private histogram.
 
 *Pruning.* The heaviest rows stay; what is left in the tail is merged by public coarse groups into weighted mean rows, so no mass is lost
 and at epsilon near 0, where all cells have their prior's weight, the merged rows are the public mean.

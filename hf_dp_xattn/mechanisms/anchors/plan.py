@@ -30,7 +30,9 @@ class AnchorPlan:
         (A, C: geometric noise on the cells' counts).
     center, reach [C], matrix [K, C], bias [K]: the public map from units to codes; coordinates further than `reach` from the centre are
         clamped. codes [m, K]: the cells ("response", "histogram"), empty for "sum".
-    bound: l1 bound of one unit's counts ("histogram" of larger units). share_plus: part of epsilon that keeps empty cells empty (A; 1/2 is C).
+    bound: l1 bound of one unit's counts ("histogram" of larger units). share_plus: part of epsilon that keeps empty cells empty (A;
+        1/2 is C).
+    noise: standard deviation of the noise that the decoder was trained for ("sum"), or probability of a true answer ("response").
     head: the slot decoder's own part; None where cells are decoded to anchors.
     """
 
@@ -43,12 +45,13 @@ class AnchorPlan:
     codes: torch.Tensor
     bound: float
     share_plus: float
+    noise: float
     head: SlotHead | None
     tilt: Tilt | None
     quality: Quality
 
     TENSORS = ("center", "reach", "matrix", "bias", "codes")
-    FIELDS = ("epsilon", "release", "bound", "share_plus")
+    FIELDS = ("epsilon", "release", "bound", "share_plus", "noise")
 
 
 @dataclass(frozen=True)

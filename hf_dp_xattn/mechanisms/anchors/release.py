@@ -6,10 +6,11 @@ r"""`anchors`: one release of the context's rows for all layers and heads, decod
 * **response**: the cell of each unit by k-ary randomised response, `privacy/response.py`;
 * **histogram** (A, C): counts over public cells with geometric noise, `histogram.py`.
 
-*Formal guarantee.* **Released:** that y, and nothing else. **Unit:** a row; or a group or the context, which enters `sum` and `response` as ONE
-row, the mean of its rows (an exact function of the unit alone, `pool`), and `histogram` with its clipped count vector. **Neighbouring
-relation:** replace_one, or add_or_remove_one for sum and histogram (`response` answers once for each unit, so it needs a public number of
-units and is refused by name). **Sensitivity, noise, theorem:** stated in the three modules. Decoding, pruning and all attention is post-processing.
+*Formal guarantee.* **Released:** that y, and nothing else. **Unit:** a row; or a group or the context, which enters `sum` and `response`
+as ONE row, the mean of its rows (an exact function of the unit alone, `pool`), and `histogram` with its clipped count vector.
+**Neighbouring relation:** replace_one, or add_or_remove_one for sum and histogram (`response` answers once for each unit, so it needs a
+public number of units and is refused by name). **Sensitivity, noise, theorem:** stated in the three modules. Decoding, pruning and all
+attention is post-processing.
 """
 
 from __future__ import annotations
@@ -87,10 +88,12 @@ def pool(rows: torch.Tensor, unit: str, groups: torch.Tensor | None) -> torch.Te
     return total.to(torch.float64) / count.unsqueeze(1) * 2.0**-_POOL_BITS
 
 
-def _decode_slots(code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
+def _decode_slots(code: torch.Tensor, trust: float, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
+    """trust < 1 draws the code to its public mean: for an epsilon below the plan's, whose noise the decoder has not seen."""
     if decoders.slots is None or plan.head is None:
         raise ConfigError("The calibration holds no slot decoder for this plan; calibrate again.")
-    return decoders.slots.decode(code, plan.head)
+    center = plan.head.center.to(code.device, code.dtype)
+    return decoders.slots.decode(center + (code - center) * min(1.0, trust), plan.head)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +111,7 @@ class SumSource:
         return self.prepared.release(pool(rows, self.unit, groups), entropy=entropy)
 
     def decode(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
-        return _decode_slots(code, plan, decoders)
+        return _decode_slots(code, (plan.noise / self.prepared.sigma) ** 2, plan, decoders)
 
     def describe(self) -> str:
         what = "row" if self.unit == "row" else f"{self.unit}'s mean row"
@@ -143,7 +146,7 @@ class ResponseSource:
         return self.codes[answers].sum(0)
 
     def decode(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
-        return _decode_slots(code, plan, decoders)
+        return _decode_slots(code, (self.response.truth / plan.noise) ** 2, plan, decoders)
 
     def describe(self) -> str:
         what = "row" if self.unit == "row" else f"{self.unit}'s mean row"
@@ -194,8 +197,8 @@ class HistogramSource:
             else f", each {unit}'s counts clipped to l1 norm {self.prepared.bound * 2.0**-self.prepared.exponent:.4g}"
         )
         return (
-            f"the counts of {self.prepared.cells} public cells with two-sided geometric noise (rates {plus:.4g} up, {minus:.4g} down){clipped} "
-            "(pure epsilon; delta is not used)"
+            f"the counts of {self.prepared.cells} public cells with two-sided geometric noise (rates {plus:.4g} up, {minus:.4g} down)"
+            f"{clipped} (pure epsilon; delta is not used)"
         )
 
     @property

@@ -1,0 +1,377 @@
+"""From public contexts to an `AnchorCalibration`: candidates for every epsilon, judged on contexts that nothing was fitted to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ...config import DPXAttnConfig
+from ...errors import ConfigError
+from ...mechanisms.anchors.cells import Tilt
+from ...mechanisms.anchors.plan import AnchorPlan, Decoders, Quality
+from ...mechanisms.anchors.release import HistogramSource, prepare_anchors, prepare_source
+from ...mechanisms.anchors.rows import ContextRows
+from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
+from ...mechanisms.row_sum import RowSum
+from ...privacy.bits import SeededEntropy
+from ...privacy.response import RandomizedResponse
+from ...privacy.units import NeighboringRelation
+from .calibration import AnchorCalibration, HostIdentity
+from .cells_fit import Codebook, choose_share, fit_codebook, fit_tilt
+from .kmeans import assign, kmeans
+from .objective import Objective, fvu, fvu_interval
+from .slots_fit import PublicContexts, SlotSettings, SlotTrainer, set_code_scale, train
+
+MINIMUM_CONTEXTS = 64
+GEOMETRY_NOISE = 0.08  # of the auxiliary sum whose codes give the cells of `response`
+ALPHABETS = (4, 16, 64, 256, 1024, 4096)
+_VALIDATION = 400
+
+
+@dataclass(frozen=True)
+class AnchorSettings:
+    """How a calibration is fitted. releases: candidates; anchors: cells of the histogram's codebook; rows: anchors that stay unmerged."""
+
+    releases: tuple[str, ...] = ("sum", "response", "histogram")
+    anchors: int = 4096
+    rows: int = 48
+    tilt_steps: int = 400
+    slots: SlotSettings = field(default_factory=SlotSettings)
+    seed: int = 0
+    progress: bool = True
+
+
+def candidates(config: DPXAttnConfig, settings: AnchorSettings) -> tuple[str, ...]:
+    """The releases that can give this unit and relation.
+
+    Raises:
+        ConfigError: none of those asked for can.
+    """
+    possible = {"sum"}
+    if config.neighboring == NeighboringRelation.REPLACE_ONE.value:
+        possible.add("response")
+    if config.unit == "row":
+        possible.add("histogram")
+        # one answer for each of many rows: always far behind a sum or a histogram
+        possible.discard("response")
+    chosen = tuple(r for r in settings.releases if r in possible)
+    if not chosen:
+        raise ConfigError(
+            f"None of releases={settings.releases} can give unit={config.unit!r}, neighboring={config.neighboring!r}; possible: "
+            f"{', '.join(sorted(possible))}."
+        )
+    return chosen
+
+
+def fit_anchors(
+    config: DPXAttnConfig,
+    contexts: PublicContexts,
+    objective: Objective,
+    host: HostIdentity,
+    *,
+    grouping: str,
+    epsilons: Sequence[float],
+    settings: AnchorSettings,
+) -> AnchorCalibration:
+    """Fits every candidate for every epsilon and keeps the best one, by FVU on held-out public contexts.
+
+    Raises:
+        ConfigError: too few contexts or distinct rows, or no possible release.
+    """
+    kinds = candidates(config, settings)
+    if len(contexts) < MINIMUM_CONTEXTS:
+        raise ConfigError(
+            f"A calibration of anchors needs at least {MINIMUM_CONTEXTS} public contexts, got {len(contexts)}; thousands do better."
+        )
+    order = torch.randperm(len(contexts), generator=torch.Generator().manual_seed(settings.seed))
+    held = min(_VALIDATION, len(contexts) // 6)
+    training, validation = contexts.part(order[held:]), contexts.part(order[:held])
+    epsilons = sorted(float(e) for e in epsilons)
+    found: list[AnchorPlan] = []
+    slots: SlotDecoder | None = None
+    book: Codebook | None = None
+    if "histogram" in kinds:  # first: it is the one that may fail for want of rows
+        book = fit_codebook(
+            training.units, objective, settings.anchors, seed=settings.seed, progress=settings.progress
+        )
+        found += _histogram_plans(config, book, epsilons, settings)
+    if "sum" in kinds or "response" in kinds:
+        fitted, slots = _slot_plans(config, training, objective, kinds, epsilons, settings)
+        found += fitted
+    decoders = Decoders(slots, None if book is None else book.decoder)
+    judged = [
+        _judge(p, config, decoders, validation, objective)
+        for p in tqdm(found, desc="validation", disable=not settings.progress, leave=False)
+    ]
+    best = [min((p for p in judged if p.epsilon == e), key=lambda p: p.quality.fvu) for e in epsilons]
+    used = {p.release for p in best}
+    calibration = AnchorCalibration(
+        unit=config.unit,
+        neighboring=config.neighboring,
+        grouping=grouping,
+        channels=contexts.whole.shape[-1],
+        contexts=len(contexts),
+        units=contexts.mask.shape[1],
+        settings=_settings(config, settings, kinds, judged),
+        host=host,
+        plans=tuple(best),
+        decoders=Decoders(
+            slots if used & {"sum", "response"} else None, decoders.cells if "histogram" in used else None
+        ),
+    ).rounded()
+    calibration.verify()
+    return calibration
+
+
+def _settings(
+    config: DPXAttnConfig, settings: AnchorSettings, kinds: Sequence[str], judged: Sequence[AnchorPlan]
+) -> dict[str, Any]:
+    return {
+        "delta": config.delta,
+        "releases": list(kinds),
+        "anchors": settings.anchors if "histogram" in kinds else 0,
+        "steps": settings.slots.steps,
+        "slots": settings.slots.slots,
+        "code": settings.slots.code,
+        "seed": settings.seed,
+        "candidates": [
+            {"epsilon": p.epsilon, "release": p.release, "fvu": round(p.quality.fvu, 4)} for p in judged
+        ],
+    }
+
+
+def _public_box(contexts: PublicContexts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centre and reach [C] of public units: what lies further out is clamped."""
+    sample = contexts.part(torch.arange(min(2048, len(contexts)))).float()
+    units = sample.units[sample.mask]
+    center = units.mean(0)
+    return center, 4.0 * (units - center).abs().amax(0).clamp_min(1e-6)
+
+
+def _histogram_plans(
+    config: DPXAttnConfig, book: Codebook, epsilons: Sequence[float], settings: AnchorSettings
+) -> list[AnchorPlan]:
+    symmetric = config.neighboring != NeighboringRelation.REPLACE_ONE.value
+    plans = []
+    for epsilon in epsilons:
+        share = choose_share(book, epsilon, symmetric=symmetric, seed=settings.seed)
+
+        def plan(
+            tilt: Tilt | None, decoder_noise: float, epsilon: float = epsilon, share: float = share
+        ) -> AnchorPlan:
+            return AnchorPlan(
+                epsilon=epsilon,
+                release="histogram",
+                center=book.center,
+                reach=book.reach,
+                matrix=book.matrix,
+                bias=torch.zeros(book.matrix.shape[0]),
+                codes=book.codes,
+                bound=1.0,
+                share_plus=share,
+                noise=decoder_noise,
+                head=None,
+                tilt=tilt,
+                quality=_UNKNOWN,
+            )
+
+        plain = plan(None, 0.0)
+        source = prepare_source(plain, config.replace(epsilon=epsilon))
+        assert isinstance(source, HistogramSource)
+        tilt = fit_tilt(
+            book, source.rates, steps=settings.tilt_steps, seed=settings.seed, progress=settings.progress
+        )
+        plans += [plain, plan(tilt, 0.0)]
+    return plans
+
+
+_UNKNOWN = Quality(math.inf, math.inf, math.inf, 0)
+
+
+def sum_noise(config: DPXAttnConfig, epsilon: float) -> float:
+    """Standard deviation of a learned sum's noise at epsilon, in unit balls."""
+    probe = RowSum.from_tensors(torch.zeros(1), torch.ones(1, 1), torch.zeros(1), reach=1.0)
+    return probe.prepare(epsilon, config.delta, unit="row", neighboring=config.neighboring).sigma
+
+
+def _slot_plans(
+    config: DPXAttnConfig,
+    training: PublicContexts,
+    objective: Objective,
+    kinds: Sequence[str],
+    epsilons: Sequence[float],
+    settings: AnchorSettings,
+) -> tuple[list[AnchorPlan], SlotDecoder]:
+    """Learned sums and responses with the shared slot decoder; the encoders of `response` are an auxiliary sum's."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    sums = list(epsilons) if "sum" in kinds else []
+    answers = list(epsilons) if "response" in kinds else []
+    auxiliary = len(sums)
+    total = len(sums) + (1 if answers else 0) + len(answers)
+    trainer = SlotTrainer(training, total, settings.slots, generator)
+    noise = {i: sum_noise(config, e) for i, e in enumerate(sums)}
+    if answers:
+        noise[auxiliary] = GEOMETRY_NOISE
+
+    def noised_sum(batch: PublicContexts, plan: int) -> torch.Tensor:
+        code = (trainer.clipped(batch.units, plan) * batch.mask.unsqueeze(-1)).sum(1)
+        return code + noise[plan] * torch.randn(code.shape, generator=generator)
+
+    sample = training.part(torch.arange(min(512, len(training)))).float()
+    for i in noise:
+        with torch.no_grad():
+            set_code_scale(trainer, i, noised_sum(sample, i))
+    trained = [p for p in trainer.parameters() if p.requires_grad]
+    train(
+        trainer,
+        training,
+        objective,
+        list(noise),
+        noised_sum,
+        settings.slots,
+        parameters=trained,
+        label="decoder",
+        generator=generator,
+        progress=settings.progress,
+    )
+    alphabets: dict[int, tuple[torch.Tensor, RandomizedResponse]] = {}
+    if answers:
+        alphabets = _fit_responses(trainer, training, auxiliary, answers, settings, generator)
+
+        def answered(batch: PublicContexts, plan: int) -> torch.Tensor:
+            codes, response = alphabets[plan]
+            flat = trainer.clipped(batch.units, auxiliary)
+            cells = assign(flat.reshape(-1, flat.shape[-1]), codes)[0].reshape(flat.shape[:2])
+            lie = torch.rand(cells.shape, generator=generator) >= response.truth
+            other = torch.randint(1, len(codes), cells.shape, generator=generator)
+            told = torch.where(lie, (cells + other) % len(codes), cells)
+            return (codes[told] * batch.mask.unsqueeze(-1)).sum(1)
+
+        for i in alphabets:
+            with torch.no_grad():
+                set_code_scale(trainer, i, answered(sample, i))
+        train(
+            trainer,
+            training,
+            objective,
+            list(alphabets),
+            answered,
+            settings.slots,
+            parameters=[trainer.head, trainer.head_bias, trainer.second_bias],
+            label="responses",
+            generator=generator,
+            progress=settings.progress,
+        )
+    center, reach = _public_box(training)
+
+    def plan(
+        index: int, encoder: int, epsilon: float, release: str, codes: torch.Tensor, noise: float
+    ) -> AnchorPlan:
+        head = trainer.head_of(index)
+        # the map was trained around the trainer's centre: move it to the box's
+        shift = (center - trainer.center) @ trainer.matrix[encoder].mT
+        return AnchorPlan(
+            epsilon=epsilon,
+            release=release,
+            center=center,
+            reach=reach,
+            matrix=trainer.matrix[encoder].detach().clone(),
+            bias=(trainer.bias[encoder] + shift).detach().clone(),
+            codes=codes,
+            bound=1.0,
+            share_plus=0.5,
+            noise=noise,
+            head=SlotHead(*(getattr(head, n).detach().clone() for n in SlotHead.TENSORS)),
+            tilt=None,
+            quality=_UNKNOWN,
+        )
+
+    none = torch.zeros(0, settings.slots.code)
+    plans = [plan(i, i, e, "sum", none, noise[i]) for i, e in enumerate(sums)]
+    for i, (codes, response) in alphabets.items():
+        plans.append(plan(i, auxiliary, answers[i - auxiliary - 1], "response", codes, response.truth))
+    shared = trainer.decoder()
+    decoder = SlotDecoder(*(getattr(shared, n).detach().clone() for n in SlotDecoder.TENSORS))
+    return plans, decoder
+
+
+@torch.no_grad()
+def _fit_responses(
+    trainer: SlotTrainer,
+    training: PublicContexts,
+    auxiliary: int,
+    epsilons: Sequence[float],
+    settings: AnchorSettings,
+    generator: torch.Generator,
+) -> dict[int, tuple[torch.Tensor, RandomizedResponse]]:
+    """For each epsilon the alphabet whose answers leave the least expected squared error of a unit's code."""
+    flat = torch.cat(
+        [
+            trainer.clipped(part.units.float(), auxiliary)[part.mask]
+            for part in (training.part(i) for i in torch.arange(len(training)).split(512))
+        ]
+    )
+    total = float((flat - flat.mean(0)).square().sum(-1).mean())
+    options: list[tuple[torch.Tensor, torch.Tensor, float]] = []
+    for size in ALPHABETS:
+        if size * 8 > len(flat):
+            break
+        codes = kmeans(flat, size, seed=settings.seed)
+        index = assign(flat, codes)[0]
+        share = torch.bincount(index, minlength=size).float() / len(index)
+        options.append((codes, share, float(len(index))))
+    if not options:
+        raise ConfigError(f"Too few public units ({len(flat)}) for randomised response; give more contexts.")
+    result = {}
+    for offset, epsilon in enumerate(epsilons):
+        best: tuple[float, torch.Tensor, RandomizedResponse] | None = None
+        for codes, share, _ in options:
+            response = RandomizedResponse.of(epsilon, len(codes))
+            false = (1 - response.truth) / (len(codes) - 1)
+            told = share * response.truth + (1 - share) * false  # P(answer = s)
+            belief = (
+                share * response.truth / told.clamp_min(1e-30)
+            )  # P(cell = s | answer = s), the rest by prior
+            mean = share @ codes
+            guess = belief.unsqueeze(1) * codes + (1 - belief).unsqueeze(1) * mean
+            explained = float(told @ (guess - mean).square().sum(-1))
+            if best is None or total - explained < best[0]:
+                best = (total - explained, codes, response)
+        assert best is not None
+        result[auxiliary + 1 + offset] = (best[1], best[2])
+    return result
+
+
+def _judge(
+    plan: AnchorPlan,
+    config: DPXAttnConfig,
+    decoders: Decoders,
+    validation: PublicContexts,
+    objective: Objective,
+) -> AnchorPlan:
+    """The plan with its predicted quality: real releases (seeded noise) of held-out public contexts."""
+    import dataclasses
+
+    decoded = simulate(plan, config, decoders, validation)
+    errors, variances = objective.measure(
+        validation.whole.float(), [(c.rows, c.log_weights) for c in decoded]
+    )
+    low, high = fvu_interval(errors, variances)
+    return dataclasses.replace(plan, quality=Quality(fvu(errors, variances), low, high, len(validation)))
+
+
+def simulate(
+    plan: AnchorPlan, config: DPXAttnConfig, decoders: Decoders, contexts: PublicContexts, *, seed: int = 1
+) -> list[ContextRows]:
+    """Decoded rows of PUBLIC contexts through the mechanism itself, with seeded noise. A pooled unit is one row to it."""
+    prepared = prepare_anchors(config.replace(epsilon=plan.epsilon, unit="row"), [plan], decoders)
+    out = []
+    for i in range(len(contexts)):
+        rows = contexts.units[i][contexts.mask[i]].float()
+        out.append(prepared.run_rows(rows, entropy=SeededEntropy(seed * 1_000_003 + i)).context)
+    return out
