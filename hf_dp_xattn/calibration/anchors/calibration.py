@@ -42,11 +42,24 @@ class HostIdentity:
 
 
 @dataclass(frozen=True)
+class ScorePoint:
+    """A task score measured on PUBLIC contexts at one epsilon, with its 95 % interval. name: what was scored."""
+
+    name: str
+    epsilon: float
+    score: float
+    low: float
+    high: float
+    contexts: int
+
+
+@dataclass(frozen=True)
 class AnchorCalibration:
     """Everything that `anchors` reads besides the private rows. Nothing in here may depend on a private context.
 
     unit, neighboring: what it was made for. grouping: "rows", "phrases" or "context", how units were encoded. contexts, units: how many
-    public contexts, and the largest number of units in one. settings: how it was made, for the card.
+    public contexts, and the largest number of units in one. settings: how it was made, for the card. scores: task scores that the
+    publisher measured on public contexts, for the planner.
     """
 
     unit: str
@@ -59,6 +72,7 @@ class AnchorCalibration:
     host: HostIdentity
     plans: tuple[AnchorPlan, ...]
     decoders: Decoders
+    scores: tuple[ScorePoint, ...] = ()
 
     mechanism = KIND
 
@@ -109,6 +123,7 @@ class AnchorCalibration:
                 }
                 for p in self.plans
             ],
+            "scores": [dataclasses.asdict(s) for s in self.scores],
             "has_slots": self.decoders.slots is not None,
             "cells": None if self.decoders.cells is None else {"rows": self.decoders.cells.rows},
             "sha256": hashlib.sha256(blob).hexdigest(),
@@ -233,6 +248,7 @@ _KEYS = {
     "settings",
     "host",
     "plans",
+    "scores",
     "has_slots",
     "cells",
     "sha256",
@@ -284,6 +300,7 @@ def _read(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> AnchorCal
         },
         host=HostIdentity(layers, tensors["host.sketch"], header["host"]["dtype"], tensors["host.probe"]),
         plans=tuple(plans),
+        scores=tuple(ScorePoint(**s) for s in header["scores"]),
         decoders=Decoders(
             _part(SlotDecoder, "slots", tensors) if header["has_slots"] else None,
             None if cells is None else _part(CellDecoder, "cells", tensors, rows=int(cells["rows"])),

@@ -212,4 +212,4 @@ def fit_tilt(
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
-    return Tilt(*(p.detach() for p in parameters), scale)
+    return Tilt(inner.detach(), bias.detach(), outer.detach(), cells.detach(), scale)
