@@ -91,7 +91,9 @@ class RowSum:
         """
         which, relation = unit_and_relation(unit, neighboring)
         limit = 1.0 if which is Unit.ROW else float(self.group_bound)
-        exponent = lattice_exponent(limit)
+        # at small epsilon the noise is so wide that a coarser lattice loses nothing, and the sampler's range is finite
+        coarser = max(0, math.ceil(math.log2(1.0 / epsilon))) if 2.0**-24 < epsilon < 1.0 else 0
+        exponent = lattice_exponent(limit) - coarser
         bound = math.floor(Fraction(limit) * 2**exponent)
         sensitivity = sensitivity_factor(relation) * bound
         sigma_squared = gaussian_sigma_squared_beside(epsilon, delta, sensitivity, beside)

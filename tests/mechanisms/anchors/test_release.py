@@ -73,7 +73,7 @@ def test_without_noise_the_code_is_the_naive_one(release: str) -> None:
 def test_small_epsilon_falls_back_to_the_public_mean(release: str) -> None:
     """Far below the plan's epsilon two very different contexts decode to the same rows, those of the plan's mean code."""
     p = plan(release)
-    prepared = prepare_anchors(config(epsilon=0.02), [p], decoders())
+    prepared = prepare_anchors(config(epsilon=0.05), [p], decoders())
     assert p.head is not None
     mean = decoders().slots.decode(p.head.center, p.head)  # type: ignore[union-attr]
     for seed in (0, 1):
