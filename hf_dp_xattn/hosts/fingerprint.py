@@ -24,6 +24,7 @@ SIZE = 16
 # relative distance that rounding alone may cause, by the coarser of the two dtypes
 TOLERANCE = {"bfloat16": 8e-3}
 DEFAULT_TOLERANCE = 1.5e-3
+FAR = 0.5  # beyond it the weights have little in common: another model, not an adapter (unrelated weights are at about 1.4)
 
 
 @lru_cache(maxsize=64)
@@ -43,11 +44,15 @@ class Fingerprint:
     sketch: torch.Tensor
     dtype: str
 
-    def difference(self, other: Fingerprint) -> str | None:
-        """What differs, in words, or None when both fit one release."""
+    def difference(self, other: Fingerprint, tolerance: float | None = None) -> str | None:
+        """What differs, in words, or None when both fit one release.
+
+        tolerance: relative distance that is forgiven in each layer; by default what rounding alone may cause.
+        """
         if self.layers != other.layers:
             return "its cross-attention layers have other names or shapes"
-        tolerance = max(TOLERANCE.get(d, DEFAULT_TOLERANCE) for d in (self.dtype, other.dtype))
+        if tolerance is None:
+            tolerance = max(TOLERANCE.get(d, DEFAULT_TOLERANCE) for d in (self.dtype, other.dtype))
         norm = self.sketch.double().square().sum((-1, -2)).sqrt().clamp_min(1e-12)
         distance = (self.sketch.double() - other.sketch.double()).square().sum((-1, -2)).sqrt() / norm
         worst = float(distance.max())
@@ -55,6 +60,12 @@ class Fingerprint:
             where = int(distance.amax(-1).argmax())
             return f"the weights of {self.layers[where][0]} differ (an adapter was loaded, removed or scaled, or it is another model)"
         return None
+
+    def same(self, other: Fingerprint) -> bool:
+        """Nothing has changed since: not the weights, by as little as their sketch shows, nor their dtype."""
+        return (self.layers, self.dtype) == (other.layers, other.dtype) and torch.equal(
+            self.sketch, other.sketch
+        )
 
 
 def _sketch(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
