@@ -16,7 +16,7 @@ from .privacy.units import NeighboringRelation, Unit
 
 CONFIG_NAME = "dp_xattn_config.json"
 SCHEMA_VERSION = 1
-MECHANISMS = ("anchors", "kernel_sum", "none")
+MECHANISMS = ("anchors", "dptree", "kernel_sum", "none")
 FEATURES = ("taylor", "positive_random")
 
 
@@ -47,7 +47,7 @@ class DPXAttnConfig:
         default="kernel_sum",
         metadata={
             "help": "kernel_sum: one joint Gaussian release over all layers. anchors: one release of the context's rows for all layers, "
-            "decoded to a few rows (needs a calibration). none: exact attention, NOT private."
+            "decoded to a few rows (needs a calibration). dptree: the paper's own structures, the baseline. none: exact attention, NOT private."
         },
     )
     epsilon: float = field(default=8.0, metadata={"help": "privacy loss of one release, in total"})
@@ -80,6 +80,10 @@ class DPXAttnConfig:
         default=0.1,
         metadata={"help": "public floor under the normaliser, as a fraction of its public expectation"},
     )
+    tree_bins: int = field(
+        default=64,
+        metadata={"help": "dptree: bins of each tree, rounded up to a power of two (the paper takes n)"},
+    )
     schema_version: int = field(default=SCHEMA_VERSION, metadata={"help": "schema of this file"})
 
     def __post_init__(self) -> None:
@@ -105,6 +109,7 @@ class DPXAttnConfig:
         _require_integer("num_features", self.num_features, low=1, high=65536)
         _require_integer("feature_seed", self.feature_seed, low=0, high=2**63 - 1)
         _require_integer("projection_dim", self.projection_dim, low=0, high=512)
+        _require_integer("tree_bins", self.tree_bins, low=1, high=4096)
         _require_number("logit_bound", self.logit_bound, low=0.0, high=16.0)
         _require_number("value_bound", self.value_bound, low=0.0, high=1e6)
         _require_number("normalizer_floor", self.normalizer_floor, low=0.0, high=1.0)
