@@ -47,7 +47,8 @@ class DPXAttnConfig:
         default="kernel_sum",
         metadata={
             "help": "kernel_sum: one joint Gaussian release over all layers. anchors: one release of the context's rows for all layers, "
-            "decoded to a few rows (needs a calibration). dptree: the paper's own structures, the baseline. none: exact attention, NOT private."
+            "decoded to a few rows (needs a calibration). dptree: the paper's own structures, the baseline. none: exact attention, NOT "
+            "private."
         },
     )
     epsilon: float = field(default=8.0, metadata={"help": "privacy loss of one release, in total"})

@@ -14,7 +14,8 @@ from safetensors.torch import load, save
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, ReleaseError
-from ..mechanisms.features import FeatureMap, PositiveRandomFeatures, TaylorFeatures
+from ..mechanisms.dptree.structure import DistanceFeatures, DPTreeStructure
+from ..mechanisms.features import PositiveRandomFeatures, TaylorFeatures
 from ..mechanisms.structure import AttentionStructure, KernelSumStructure
 from ..report import Guarantee
 from .fingerprint import Fingerprint
@@ -26,7 +27,15 @@ if TYPE_CHECKING:
 JSON_NAME = "dp_xattn_release.json"
 TENSORS_NAME = "dp_xattn_release.safetensors"
 SCHEMA = "hf_dp_xattn.release/1"
-_FEATURES: dict[str, type[FeatureMap]] = {"taylor": TaylorFeatures, "positive_random": PositiveRandomFeatures}
+_FEATURES: dict[str, Any] = {
+    "distance": DistanceFeatures,
+    "positive_random": PositiveRandomFeatures,
+    "taylor": TaylorFeatures,
+}
+_STRUCTURES: dict[str, type[KernelSumStructure]] = {
+    "dptree": DPTreeStructure,
+    "kernel_sum": KernelSumStructure,
+}
 
 
 def _structure_meta(structure: AttentionStructure) -> dict[str, Any]:
@@ -34,16 +43,18 @@ def _structure_meta(structure: AttentionStructure) -> dict[str, Any]:
         raise ReleaseError(
             f"{type(structure).__name__} cannot be saved: only released structures are written, and mechanism='none' holds private rows."
         )
-    kind = next(name for name, cls in _FEATURES.items() if isinstance(structure.features, cls))
-    return {"kind": "kernel_sum", "features": {"kind": kind, **asdict(structure.features)}}
+    features: Any = structure.features
+    kind = next(name for name, cls in _STRUCTURES.items() if type(structure) is cls)
+    feature_kind = next(name for name, cls in _FEATURES.items() if isinstance(features, cls))
+    return {"kind": kind, "features": {"kind": feature_kind, **asdict(features)}}
 
 
 def _build_structure(meta: dict[str, Any], tensors: dict[str, torch.Tensor]) -> AttentionStructure:
-    if meta["kind"] != "kernel_sum":
+    if meta["kind"] not in _STRUCTURES:
         raise ReleaseError(f"Unknown structure {meta['kind']!r}; upgrade hf_dp_xattn.")
     features = dict(meta["features"])
     arguments: dict[str, Any] = {**tensors, "features": _FEATURES[features.pop("kind")](**features)}
-    return KernelSumStructure(**arguments)
+    return _STRUCTURES[meta["kind"]](**arguments)
 
 
 def save_release(release: Release, folder: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from ..privacy.accountant import Event
 from ..privacy.bits import Entropy
 from ..report import Guarantee
 from .contract import LayerRelease, LayerSpec, PreparedRelease, PublicCalibration
+from .dptree.release import prepare_dptree
 from .kernel_sum import prepare_kernel_sum
 from .structure import AttentionStructure, ExactStructure, stack
 
@@ -63,6 +64,22 @@ class PreparedExact:
         return LayerRelease(structures, guarantee)
 
 
+def prepare_exact(
+    config: DPXAttnConfig, specs: Sequence[LayerSpec], calibration: PublicCalibration | None
+) -> PreparedExact:
+    """`mechanism="none"` needs nothing of a calibration."""
+    return PreparedExact(config, tuple(specs))
+
+
+PREPARE: dict[
+    str, Callable[[DPXAttnConfig, Sequence[LayerSpec], PublicCalibration | None], PreparedRelease]
+] = {
+    "dptree": prepare_dptree,
+    "kernel_sum": prepare_kernel_sum,
+    "none": prepare_exact,
+}
+
+
 def prepare_release(
     config: DPXAttnConfig, specs: Sequence[LayerSpec], calibration: PublicCalibration | None = None
 ) -> PreparedRelease:
@@ -73,9 +90,11 @@ def prepare_release(
     """
     if not specs:
         raise ConfigError("A release needs at least one layer.")
-    if config.mechanism == "none":
-        return PreparedExact(config, tuple(specs))
-    return prepare_kernel_sum(config, specs, calibration)
+    if config.mechanism not in PREPARE:
+        raise ConfigError(
+            f"mechanism={config.mechanism!r} does not release keys and values; choose one of {', '.join(PREPARE)}."
+        )
+    return PREPARE[config.mechanism](config, specs, calibration)
 
 
 @dataclass(frozen=True)
@@ -119,7 +138,8 @@ def release_attention(
     """Releases one attention layer's private keys and values; one budget per batch element over all its heads.
 
     Formal guarantee: for each batch element, the returned structure is (config.epsilon, config.delta)-DP with respect to
-    `config.unit` and `config.neighboring`; see `mechanisms/kernel_sum.py` for what is released and the theorem.
+    `config.unit` and `config.neighboring`; see `mechanisms/kernel_sum.py` and `mechanisms/dptree/release.py` for what is released
+    and the theorem.
     The caller accounts for repeated releases of the same context (`privacy/ledger.py`; `protect` does it).
 
     Args:

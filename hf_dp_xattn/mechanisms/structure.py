@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 
 from ..errors import ConfigError, ReleaseError
 from ..ops.merge import exact_partial, merge
-from .features import FeatureMap
 
 
 class AttentionStructure(Protocol):
@@ -32,6 +31,14 @@ class AttentionStructure(Protocol):
 
     def select(self, index: torch.Tensor) -> AttentionStructure:
         """The structure of the batch elements `index` [B'] (integer tensor); no host synchronisation."""
+        ...
+
+
+class QueryFeatures(Protocol):
+    """The queries' side of a feature map (`features.FeatureMap`, `dptree.structure.DistanceFeatures`); a dataclass that compares."""
+
+    def query_sums(self, query: torch.Tensor, table: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+        """Feature-major product: query [..., p, m], sums [..., r, c] -> [..., c, m]."""
         ...
 
 
@@ -84,7 +91,7 @@ class KernelSumStructure:
     key_center: torch.Tensor
     value_center: torch.Tensor
     table: torch.Tensor
-    features: FeatureMap
+    features: QueryFeatures
     queries_per_chunk: int = 4096
 
     _TENSORS = (
@@ -139,14 +146,14 @@ class KernelSumStructure:
     def tensors(self) -> dict[str, torch.Tensor]:
         return {name: getattr(self, name) for name in self._TENSORS}
 
-    def to(self, device: torch.device | str) -> KernelSumStructure:
+    def to(self, device: torch.device | str) -> Self:
         return self._with(**{name: t.to(device) for name, t in self.tensors().items()})
 
-    def select(self, index: torch.Tensor) -> KernelSumStructure:
+    def select(self, index: torch.Tensor) -> Self:
         return self._with(**{name: getattr(self, name).index_select(0, index) for name in self._BATCHED})
 
-    def _with(self, **changes: torch.Tensor) -> KernelSumStructure:
-        return KernelSumStructure(
+    def _with(self, **changes: torch.Tensor) -> Self:
+        return type(self)(
             features=self.features, queries_per_chunk=self.queries_per_chunk, **{**self.tensors(), **changes}
         )
 
