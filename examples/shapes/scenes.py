@@ -141,9 +141,8 @@ def _choose(rng: np.random.Generator, options: Sequence[str]) -> str:
     return options[rng.integers(len(options))]
 
 
-def make_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption of ``scene`` in one of many phrasings, all attributes named."""
-    phrases = [
+def _object_phrases(scene: Scene, rng: np.random.Generator) -> list[str]:
+    return [
         _choose(rng, _OBJECT_PHRASES).format(
             size=_choose(rng, _SIZE_WORDS[o.size]),
             colour=o.colour,
@@ -152,7 +151,12 @@ def make_caption(scene: Scene, rng: np.random.Generator) -> str:
         )
         for o in scene.objects
     ]
-    objects = _choose(rng, _JOINTS).join(phrases)
+
+
+def make_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """A caption of ``scene`` in one of many phrasings, all attributes named."""
+    described = _object_phrases(scene, rng)
+    objects = _choose(rng, _JOINTS).join(described)
     return _choose(rng, _SCENE_PHRASES).format(objects=objects, background=scene.background)
 
 
@@ -162,6 +166,11 @@ def canonical_caption(scene: Scene) -> str:
         f"a {o.size} {o.colour} {o.shape} {_PLACE_PHRASES[o.place][0]}" for o in scene.objects
     )
     return f"{objects} on a {scene.background} background"
+
+
+def phrases(scene: Scene, rng: np.random.Generator) -> list[str]:
+    """One phrase per object and one for the background; joined by ", " they are a caption of the grammar."""
+    return [*_object_phrases(scene, rng), f"{scene.background} background"]
 
 
 def parse_caption(caption: str) -> Scene:

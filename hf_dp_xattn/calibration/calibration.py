@@ -23,6 +23,8 @@ from ..mechanisms.contract import LayerSpec
 from ..mechanisms.contributions import lattice_exponent
 from ..mechanisms.geometry import HeadGeometry
 from ..mechanisms.sketch import SketchBasis, SketchPlan
+from .anchors.calibration import KIND as ANCHORS
+from .anchors.calibration import AnchorCalibration
 
 SCHEMA_VERSION = 1
 _JSON = "dp_xattn_calibration.json"
@@ -148,14 +150,19 @@ class Calibration:
         )
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **hub_kwargs: Any) -> Calibration:
-        """Reads a folder or a Hub repository; raises ConfigError on anything missing, unknown, damaged or of another schema."""
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], **hub_kwargs: Any
+    ) -> Calibration | AnchorCalibration:
+        """Reads a folder or a Hub repository, of whichever mechanism; raises ConfigError on anything missing, unknown, damaged or of
+        another schema."""
         folder = find_files(name_or_path, (_JSON, _TENSORS), error=ConfigError, **hub_kwargs)
         try:
             header = json.loads((folder / _JSON).read_text())
             payload = (folder / _TENSORS).read_bytes()
         except (OSError, ValueError) as error:
             raise ConfigError(f"No readable calibration in {folder}: {type(error).__name__}.") from None
+        if isinstance(header, dict) and header.get("kind") == ANCHORS:
+            return AnchorCalibration.from_folder(folder)
         if not isinstance(header, dict) or header.get("schema_version") != SCHEMA_VERSION:
             raise ConfigError(
                 f"The calibration in {folder} has another schema version than {SCHEMA_VERSION}; upgrade or redo it."

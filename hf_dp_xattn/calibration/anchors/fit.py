@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -274,13 +275,13 @@ def _slot_plans(
     ) -> AnchorPlan:
         head = trainer.head_of(index)
         # the map was trained around the trainer's centre: move it to the box's
-        shift = (center - trainer.center) @ trainer.matrix[encoder].mT
+        shift = (center - trainer.center) @ trainer.matrix_of(encoder).mT
         return AnchorPlan(
             epsilon=epsilon,
             release=release,
             center=center,
             reach=reach,
-            matrix=trainer.matrix[encoder].detach().clone(),
+            matrix=trainer.matrix_of(encoder).detach().clone(),
             bias=(trainer.bias[encoder] + shift).detach().clone(),
             codes=codes,
             bound=1.0,
@@ -355,8 +356,6 @@ def _judge(
     objective: Objective,
 ) -> AnchorPlan:
     """The plan with its predicted quality: real releases (seeded noise) of held-out public contexts."""
-    import dataclasses
-
     decoded = simulate(plan, config, decoders, validation)
     errors, variances = objective.measure(
         validation.whole.float(), [(c.rows, c.log_weights) for c in decoded]

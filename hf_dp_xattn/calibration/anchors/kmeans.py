@@ -9,6 +9,8 @@ from ...errors import ConfigError
 
 POINTS_PER_CELL = 64  # more points than this many per cell do not move the centres noticeably
 _MINIMUM_PER_CELL = 4
+_SEED_ROUNDS = 8
+_SEED_POINTS = 16
 
 
 def assign(points: torch.Tensor, centers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,6 +23,20 @@ def assign(points: torch.Tensor, centers: torch.Tensor) -> tuple[torch.Tensor, t
         cells.append(index)
         distances.append((best + part.square().sum(-1)).clamp_min(0))
     return torch.cat(cells), torch.cat(distances)
+
+
+def _seeds(points: torch.Tensor, cells: int, generator: torch.Generator) -> torch.Tensor:
+    """First centres: a few at random, the others in rounds, drawn in proportion to their squared distance (k-means++ in batches)."""
+    centers = points[torch.randperm(len(points), generator=generator)[: max(1, cells // _SEED_ROUNDS)]]
+    while len(centers) < cells:
+        distance = assign(points, centers)[1]
+        wanted = min(max(1, cells // _SEED_ROUNDS), cells - len(centers), int((distance > 0).sum()))
+        if wanted == 0:
+            rest = torch.randperm(len(points), generator=generator)[: cells - len(centers)]
+            return torch.cat([centers, points[rest]])
+        index = torch.multinomial(distance / distance.sum(), wanted, generator=generator)
+        centers = torch.cat([centers, points[index]])
+    return centers
 
 
 def kmeans(
@@ -43,7 +59,8 @@ def kmeans(
             f"{cells} cells need at least {_MINIMUM_PER_CELL * cells} distinct public rows (units); there are {len(distinct)}. Give "
             "more public contexts, or ask for fewer anchors."
         )
-    centers = distinct[torch.randperm(len(distinct), generator=generator)[:cells]].clone()
+    sample = distinct[torch.randperm(len(distinct), generator=generator)[: cells * _SEED_POINTS]]
+    centers = _seeds(sample, cells, generator)
     for _ in tqdm(range(rounds), desc="codebook", disable=not progress, leave=False):
         index, distance = assign(points, centers)
         count = torch.bincount(index, minlength=cells)

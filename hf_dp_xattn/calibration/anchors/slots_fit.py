@@ -55,7 +55,11 @@ def clip_unit(x: torch.Tensor) -> torch.Tensor:
 
 
 class SlotTrainer(nn.Module):
-    """All plans' encoders and heads (stacked along the first axis) and the shared decoder."""
+    """All plans' encoders and heads and the shared decoder.
+
+    Encoders and heads are a common part plus one deviation per plan (stacked along the first axis): plans of neighbouring epsilons are
+    alike, and the common part learns from all batches.
+    """
 
     def __init__(
         self, contexts: PublicContexts, plans: int, settings: SlotSettings, generator: torch.Generator
@@ -73,9 +77,11 @@ class SlotTrainer(nn.Module):
         basis = torch.linalg.qr(normal(c, min(c, k), scale=1.0))[0].mT
         basis = torch.cat([basis, normal(k - basis.shape[0], c, scale=c**-0.5)]) if k > c else basis
         first = basis * (1.2 / spread)
-        self.matrix = nn.Parameter(first.expand(plans, -1, -1).clone())
+        self.common_matrix = nn.Parameter(first)
+        self.matrix = nn.Parameter(torch.zeros(plans, k, c))
         self.bias = nn.Parameter(torch.zeros(plans, k))
-        self.head = nn.Parameter(normal(h, k, scale=k**-0.5).expand(plans, -1, -1).clone())
+        self.common_head = nn.Parameter(normal(h, k, scale=k**-0.5))
+        self.head = nn.Parameter(torch.zeros(plans, h, k))
         self.head_bias = nn.Parameter(torch.zeros(plans, h))
         self.second_bias = nn.Parameter(torch.zeros(plans, h))
         self.code_center = nn.Parameter(torch.zeros(plans, k), requires_grad=False)
@@ -100,16 +106,19 @@ class SlotTrainer(nn.Module):
 
     def head_of(self, plan: int) -> SlotHead:
         return SlotHead(
-            self.head[plan],
+            self.common_head + self.head[plan],
             self.head_bias[plan],
             self.second_bias[plan],
             self.code_center[plan],
             self.code_scale[plan],
         )
 
+    def matrix_of(self, plan: int) -> torch.Tensor:
+        return self.common_matrix + self.matrix[plan]
+
     def clipped(self, units: torch.Tensor, plan: int) -> torch.Tensor:
         """[..., C] -> codes in the unit ball [..., K]."""
-        return clip_unit((units - self.center) @ self.matrix[plan].mT + self.bias[plan])
+        return clip_unit((units - self.center) @ self.matrix_of(plan).mT + self.bias[plan])
 
 
 @torch.no_grad()

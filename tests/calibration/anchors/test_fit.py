@@ -1,0 +1,180 @@
+"""Fitting end to end on synthetic contexts: it learns, predicts what is then measured, and picks what is best."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_dp_xattn import Calibration, ConfigError, DPXAttnConfig
+from hf_dp_xattn.calibration.anchors.calibration import JSON_NAME, TENSORS_NAME, AnchorCalibration
+from hf_dp_xattn.calibration.anchors.fit import AnchorSettings, candidates, fit_anchors, simulate
+from hf_dp_xattn.calibration.anchors.objective import fvu
+from hf_dp_xattn.calibration.anchors.slots_fit import SlotSettings
+from hf_dp_xattn.privacy.bits import SeededEntropy
+
+from .synthetic_contexts import CHANNELS, IDENTITY, contexts, objective
+
+SLOTS = SlotSettings(code=8, slots=4, hidden=32, directions=8, steps=250, batch=32, queries=16)
+SETTINGS = AnchorSettings(anchors=32, rows=16, tilt_steps=40, slots=SLOTS, progress=False)
+
+
+def config(**changes: object) -> DPXAttnConfig:
+    return DPXAttnConfig(mechanism="anchors").replace(**changes)
+
+
+@pytest.fixture(scope="module")
+def by_row() -> AnchorCalibration:
+    return fit_anchors(
+        config(),
+        contexts(600),
+        objective(),
+        IDENTITY,
+        grouping="rows",
+        epsilons=(0.1, 2.0, 16.0),
+        settings=SETTINGS,
+    )
+
+
+@pytest.fixture(scope="module")
+def by_context() -> AnchorCalibration:
+    return fit_anchors(
+        config(unit="context"),
+        contexts(600, pooled=True),
+        objective(),
+        IDENTITY,
+        grouping="context",
+        epsilons=(0.1, 8.0),
+        settings=SETTINGS,
+    )
+
+
+def measured(calibration: AnchorCalibration, index: int, *, pooled: bool = False) -> float:
+    fresh = contexts(300, seed=99, pooled=pooled)
+    decoded = simulate(
+        calibration.plans[index], config(unit=calibration.unit), calibration.decoders, fresh, seed=5
+    )
+    return fvu(*objective().measure(fresh.whole.float(), [(c.rows, c.log_weights) for c in decoded]))
+
+
+def test_more_budget_explains_more(by_row: AnchorCalibration) -> None:
+    quality = [p.quality.fvu for p in by_row.plans]
+    assert quality[2] < quality[1] < quality[0]
+    assert quality[2] < 0.15
+
+
+def test_never_worse_than_the_public_mean(by_row: AnchorCalibration, by_context: AnchorCalibration) -> None:
+    assert by_row.plans[0].quality.fvu < 1.1
+    assert by_context.plans[0].quality.fvu < 1.1
+
+
+@pytest.mark.parametrize("index", [1, 2], ids=["eps=2", "eps=16"])
+def test_prediction_holds_on_fresh_contexts(by_row: AnchorCalibration, index: int) -> None:
+    assert measured(by_row, index) == pytest.approx(by_row.plans[index].quality.fvu, rel=0.15)
+
+
+def test_a_whole_context_is_told_by_randomised_response(by_context: AnchorCalibration) -> None:
+    """One unit of norm 1 drowns in Gaussian noise at epsilon = 8, but one of a few cells can be named."""
+    best = by_context.plans[1]
+    assert best.release == "response"
+    sums = [c for c in by_context.settings["candidates"] if c["release"] == "sum" and c["epsilon"] == 8.0]
+    assert best.quality.fvu < 0.8 * sums[0]["fvu"]
+    # lies are rare and cost much, so the interval is wide: a hundred validation contexts hold a handful
+    assert 0.85 * best.quality.low < measured(by_context, 1, pooled=True) < 1.15 * best.quality.high
+
+
+@pytest.mark.parametrize("releases", [("histogram",), ("sum",)], ids=lambda r: r[0])
+def test_single_candidates(releases: tuple[str, ...]) -> None:
+    settings = dataclasses.replace(SETTINGS, releases=releases, slots=dataclasses.replace(SLOTS, steps=20))
+    calibration = fit_anchors(
+        config(), contexts(200), objective(), IDENTITY, grouping="rows", epsilons=(8.0,), settings=settings
+    )
+    assert [p.release for p in calibration.plans] == list(releases)
+    assert (calibration.decoders.slots is None) == (releases[0] == "histogram")
+
+
+def test_files_give_back_the_same_releases(by_row: AnchorCalibration, tmp_path: Path) -> None:
+    by_row.save_pretrained(tmp_path)
+    loaded = AnchorCalibration.from_pretrained(tmp_path)
+    assert loaded.plans[0].quality == by_row.plans[0].quality
+    rows = contexts(1, seed=3).units[0].float()
+    for epsilon in (0.1, 2.0, 16.0):
+        a, b = (
+            c.prepare(config(epsilon=epsilon)).run_rows(rows, entropy=SeededEntropy(4)).context
+            for c in (by_row, loaded)
+        )
+        assert torch.equal(a.rows, b.rows) and torch.equal(a.log_weights, b.log_weights)
+
+
+def test_the_common_loader_knows_both_kinds(by_row: AnchorCalibration, tmp_path: Path) -> None:
+    by_row.save_pretrained(tmp_path)
+    assert isinstance(Calibration.from_pretrained(tmp_path), AnchorCalibration)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "key", "schema", "kind", "json"])
+def test_damaged_files(by_row: AnchorCalibration, tmp_path: Path, damage: str) -> None:
+    by_row.save_pretrained(tmp_path)
+    path = tmp_path / JSON_NAME
+    header = json.loads(path.read_text())
+    if damage == "truncated":
+        (tmp_path / TENSORS_NAME).write_bytes((tmp_path / TENSORS_NAME).read_bytes()[:-7])
+    elif damage == "json":
+        path.write_text(path.read_text()[:-20])
+    else:
+        changes = {"key": {"surprise": 1}, "schema": {"schema_version": 99}, "kind": {"kind": "other"}}[
+            damage
+        ]
+        path.write_text(json.dumps({**header, **changes}))
+    with pytest.raises(ConfigError):
+        AnchorCalibration.from_pretrained(tmp_path)
+
+
+def test_repeated_cells_are_refused(by_context: AnchorCalibration) -> None:
+    plan = by_context.plans[1]
+    codes = plan.codes.clone()
+    codes[1] = codes[0]
+    broken = dataclasses.replace(by_context, plans=(dataclasses.replace(plan, codes=codes),))
+    with pytest.raises(ConfigError, match="repeated cells"):
+        broken.verify()
+
+
+def test_wrong_unit_relation_or_channels(by_row: AnchorCalibration) -> None:
+    for changes in ({"unit": "context"}, {"neighboring": "add_or_remove_one"}):
+        with pytest.raises(ConfigError, match="made with"):
+            by_row.prepare(config(**changes))
+    with pytest.raises(ConfigError, match="channels"):
+        by_row.check(config(), CHANNELS + 1)
+
+
+def test_too_few_contexts() -> None:
+    with pytest.raises(ConfigError, match="at least 64"):
+        fit_anchors(
+            config(), contexts(20), objective(), IDENTITY, grouping="rows", epsilons=(8.0,), settings=SETTINGS
+        )
+
+
+def test_too_few_rows_for_the_anchors() -> None:
+    with pytest.raises(ConfigError, match="fewer anchors"):
+        fit_anchors(
+            config(),
+            contexts(100),
+            objective(),
+            IDENTITY,
+            grouping="rows",
+            epsilons=(8.0,),
+            settings=dataclasses.replace(SETTINGS, anchors=1024),
+        )
+
+
+def test_candidates_by_unit_and_relation() -> None:
+    assert candidates(config(), SETTINGS) == ("sum", "histogram")
+    assert candidates(config(unit="context"), SETTINGS) == ("sum", "response")
+    assert candidates(config(unit="group", neighboring="add_or_remove_one"), SETTINGS) == ("sum",)
+    with pytest.raises(ConfigError, match="possible: sum"):
+        candidates(
+            config(unit="context", neighboring="add_or_remove_one"),
+            dataclasses.replace(SETTINGS, releases=("response",)),
+        )

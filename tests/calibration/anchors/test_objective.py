@@ -1,0 +1,77 @@
+"""FVU against a naive twin; what exact rows and the public mean score."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_dp_xattn.calibration.anchors.objective import fvu, fvu_interval
+
+from .synthetic_contexts import CHANNELS, ROWS, contexts, objective
+
+
+def naive_output(
+    layer: object, rows: torch.Tensor, weights: torch.Tensor, query: torch.Tensor
+) -> torch.Tensor:
+    """[H, m, d] with an explicit softmax over weighted rows."""
+    key, value = layer.project(rows.unsqueeze(0))  # type: ignore[attr-defined]
+    logits = query @ key[0].mT * layer.scale  # type: ignore[attr-defined]
+    p = weights * torch.exp(logits)
+    return (p / p.sum(-1, keepdim=True)) @ value[0]
+
+
+@pytest.mark.parametrize("public", [0, 2], ids=lambda p: f"p={p}")
+def test_measure_matches_the_naive_twin(public: int) -> None:
+    goal, data = objective(public=public), contexts(5)
+    whole = data.whole.float()
+    g = torch.Generator().manual_seed(0)
+    decoded = [
+        (torch.randn(3 + i % 2, CHANNELS, generator=g), torch.randn(3 + i % 2, generator=g)) for i in range(5)
+    ]
+    errors, variances = goal.measure(whole, decoded, queries=7, seed=3)
+    g = torch.Generator().manual_seed(3)
+    for j, layer in enumerate(goal.layers):
+        q = layer.queries[:, torch.randint(0, 64, (7,), generator=g)]
+        exact = torch.stack([naive_output(layer, w, torch.ones(ROWS), q) for w in whole])
+        for i, (rows, log_weights) in enumerate(decoded):
+            both = torch.cat([goal.public_rows, rows])
+            weights = torch.cat([torch.ones(public), log_weights.exp()])
+            out = naive_output(layer, both, weights, q)
+            expected = ((out - exact[i]) ** 2).sum((1, 2)) * layer.gain
+            torch.testing.assert_close(errors[i, j], expected.double(), rtol=1e-3, atol=1e-4)
+            spread = ((exact[i] - exact.mean(0)) ** 2).sum((1, 2)) * layer.gain
+            torch.testing.assert_close(variances[i, j], spread.double(), rtol=1e-3, atol=1e-4)
+
+
+def test_exact_rows_leave_nothing_unexplained() -> None:
+    goal, data = objective(public=0), contexts(20)
+    decoded = [(w.float(), torch.zeros(ROWS)) for w in data.whole]
+    assert fvu(*goal.measure(data.whole.float(), decoded)) < 1e-8
+
+
+def test_losses_agree_with_measure() -> None:
+    goal, data = objective(public=0), contexts(64)
+    rows = data.whole.float() + 0.2 * torch.randn(
+        64, ROWS, CHANNELS, generator=torch.Generator().manual_seed(1)
+    )
+    losses = goal.losses(
+        data.whole.float(),
+        rows,
+        torch.zeros(64, ROWS),
+        queries=64,
+        layers=2,
+        generator=torch.Generator().manual_seed(0),
+    )
+    measured = fvu(*goal.measure(data.whole.float(), [(r, torch.zeros(ROWS)) for r in rows], queries=64))
+    assert float(losses.mean()) == pytest.approx(measured, rel=0.15)
+
+
+def test_interval_holds_the_estimate() -> None:
+    g = torch.Generator().manual_seed(0)
+    errors, variances = (
+        torch.rand(200, 3, 2, generator=g).double(),
+        torch.rand(200, 3, 2, generator=g).double(),
+    )
+    low, high = fvu_interval(errors, variances)
+    assert low < fvu(errors, variances) < high
+    assert high - low < 0.3
