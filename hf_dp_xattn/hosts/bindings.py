@@ -1,22 +1,15 @@
-"""From the placeholders of one call to the tables that the processors read."""
+"""What the placeholders in circulation name."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import torch
 
 from ..errors import ReleaseError
-from ..mechanisms.structure import stack
 from .placeholder import Tag
-from .processor import LayerTable
 from .release import Binding, ReleasedContext
-from .rows import project_rows
-
-if TYPE_CHECKING:
-    from diffusers.models.attention_processor import Attention
 
 MAX_BINDINGS = 1024
 
@@ -43,37 +36,6 @@ class Bindings:
                 "Call release.inputs() again."
             )
         return [b for b in found if b is not None]
-
-
-def build_table(
-    layer: int,
-    attn: Attention,
-    bindings: Sequence[Binding],
-    allow_public: torch.Tensor,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> LayerTable:
-    """One layer's table for the active bindings: stacked structures, and keys and values of exact PUBLIC rows."""
-    if not bindings:
-        return LayerTable(allow_public)
-    structure = stack([b.context.structures[layer].to(device) for b in bindings])
-    tags = torch.tensor([b.tag for b in bindings], dtype=torch.float32, device=device)
-    longest = max(b.public_rows.shape[0] for b in bindings)
-    if longest == 0:
-        return LayerTable(allow_public, tags, structure)
-    keys, values, biases = [], [], []
-    for b in bindings:
-        count = b.public_rows.shape[0]
-        padded = torch.nn.functional.pad(b.public_rows, (0, 0, 0, longest - count))
-        key, value = project_rows(attn, padded.to(dtype))
-        bias = torch.zeros(1, 1, longest, device=device)
-        bias[..., count:] = -torch.inf
-        keys.append(key.to(device))
-        values.append(value.to(device))
-        biases.append(bias)
-    return LayerTable(
-        allow_public, tags, structure, torch.stack(keys), torch.stack(values), torch.stack(biases)
-    )
 
 
 def unique(tags: Iterable[Tag | None]) -> tuple[Tag, ...]:

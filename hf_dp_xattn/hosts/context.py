@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..errors import ConfigError, ContextError, DPXAttnError
+from .phrases import check_phrases, encode_tokens, split_phrases
 from .placeholder import read_tags
 from .text import TextSide, as_texts
 
@@ -19,13 +20,15 @@ Rows = tuple[torch.Tensor, torch.Tensor]  # private [n, C], exact public [p, C]
 class PrivateContext:
     """One context. `name` is what the ledger digests; `load` encodes and may be called only after the charge.
 
-    rows counts all rows of the placeholder, public ones included; private_rows those that are released.
+    rows counts all rows of the placeholder, public ones included; private_rows those that are released. phrases: the groups of the private
+    rows where they are phrases; public.
     """
 
     rows: int
     private_rows: int
     name: tuple[bytes, ...] = field(repr=False)
     load: Callable[[], Rows] = field(repr=False, compare=False)
+    phrases: torch.Tensor | None = field(default=None, repr=False, compare=False)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise DPXAttnError("A private context cannot be pickled or copied.")
@@ -36,13 +39,13 @@ class PrivateContext:
         Raises:
             ContextError: they do not fit; ConfigError: the unit needs them and they are missing, or the reverse.
         """
-        if (unit == "group") != (groups is not None):
-            need = "needs" if groups is None else "is the only one that takes"
+        if (unit == "group") != (groups is not None or self.phrases is not None):
+            need = "needs" if unit == "group" else "is the only one that takes"
             raise ConfigError(
                 f"unit='group' {need} `groups`: protected.release(context, groups=...). The unit is {unit!r}."
             )
         if groups is None:
-            return None
+            return self.phrases
         integers = (
             isinstance(groups, torch.Tensor) and not groups.is_floating_point() and not groups.is_complex()
         )
@@ -68,6 +71,19 @@ def from_ids(ids: torch.Tensor, mask: torch.Tensor | None, text: TextSide) -> Pr
     return PrivateContext(rows, rows - int(text.first_row_is_public), name, load)
 
 
+def from_phrases(phrases: Sequence[object], text: TextSide) -> PrivateContext:
+    """A context of phrases that are encoded one by one. Raises ContextError, see `check_phrases`."""
+    tokens = [text.tokenize(phrase) for phrase in check_phrases(phrases)]
+
+    def load() -> Rows:
+        return torch.cat(encode_tokens(text, tokens)), text.public_first_row()
+
+    each = text.length - int(text.first_row_is_public)
+    name = (b"phrases", *(_bytes(ids.to(torch.int64)) for ids, _ in tokens))
+    groups = torch.arange(len(tokens)).repeat_interleave(each)
+    return PrivateContext(text.length, len(groups), name, load, groups)
+
+
 def from_embeddings(rows: torch.Tensor, channels: int) -> PrivateContext:
     """A context given by embeddings [n, C]; all n rows are private.
 
@@ -90,8 +106,25 @@ def from_embeddings(rows: torch.Tensor, channels: int) -> PrivateContext:
     return PrivateContext(rows.shape[0], rows.shape[0], (b"embeddings", _bytes(kept.to(torch.float32))), load)
 
 
-def name_contexts(context: Any, text: TextSide | None, channels: int) -> list[PrivateContext]:
+def name_phrases(context: Any, text: TextSide | None) -> PrivateContext:
+    """Validates and names ONE context: a list of phrases, or a string that is split into them.
+
+    Raises:
+        ContextError: it is neither, or a phrase is empty, or there are none or too many. Nothing was spent.
+    """
+    if not isinstance(context, (str, list, tuple)):
+        raise ContextError(
+            f'groups="phrases" takes a string or a list of strings, got {type(context).__name__}; nothing was spent.'
+        )
+    return from_phrases(split_phrases(context) if isinstance(context, str) else context, _require(text))
+
+
+def name_contexts(
+    context: Any, text: TextSide | None, channels: int, *, phrases: bool = False
+) -> list[PrivateContext]:
     """Validates and names `context`: a string, list of strings, token ids [n] / [B, n], or embeddings [n, C] / [B, n, C].
+
+    phrases: each string is a context that is split into phrases.
 
     Raises:
         ContextError, ConfigError: it is none of these, or not valid. Nothing was spent.
@@ -115,6 +148,8 @@ def name_contexts(context: Any, text: TextSide | None, channels: int) -> list[Pr
         return [from_ids(side.pad_ids(row), None, side) for row in ids]
     texts = as_texts(context, "context")
     side = _require(text)
+    if phrases:
+        return [from_phrases(split_phrases(t), side) for t in texts]
     return [from_ids(*side.tokenize(t), side) for t in texts]
 
 

@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, DPXAttnError, ProtectionLostError, ReleaseError
-from ..mechanisms.contract import PreparedRelease
-from ..mechanisms.release import prepare_release
 from ..privacy.ledger import Budget, Ledger
 from ..report import PrivacyReport
 from .access import Access, TextGate
 from .architectures import find_layers, rowwise_reason, side_channel_reason, unwrap
-from .bindings import Bindings, bind, build_table, unique
-from .context import PrivateContext, name_contexts
+from .bindings import Bindings, bind, unique
+from .context import PrivateContext, name_contexts, name_phrases
 from .fingerprint import Fingerprint, fingerprint
+from .making import Recipe, choose_maker
 from .pipelines import PipelinePatch
 from .placeholder import Tag, make_placeholder, new_tag, read_tags
 from .processor import NO_COPY, DPAttnProcessor, Layout
 from .release import Release, ReleasedContext
 from .reporting import Spent, build_report
-from .rows import layer_specs, project_rows
+from .tables import Tables
 from .text import TextSide
 
 if TYPE_CHECKING:
-    from ..calibration.calibration import Calibration
     from ..privacy.bits import Entropy
+    from .making import AnyCalibration
 
 MAX_CACHED_RELEASES = 256
 HANDLE_ATTRIBUTE = "_dp_xattn_handle"
@@ -53,10 +53,11 @@ class ProtectedPipeline:
         unet: Any,  # a UNet2DConditionModel; mypy does not see through its mixins
         config: DPXAttnConfig,
         *,
-        calibration: Calibration | None = None,
+        calibration: AnyCalibration | None = None,
         ledger: Ledger | None = None,
         budget: Budget | None = None,
         entropy: Entropy | None = None,
+        serving_only: bool = False,
     ) -> None:
         self.unet = unet
         self.config = config
@@ -76,8 +77,11 @@ class ProtectedPipeline:
         self._tags: tuple[Tag, ...] = ()
         self._device = torch.device("cpu")
         self._seen: tuple[weakref.ref[torch.Tensor], int] | None = None
-        self._fingerprint = self._current_fingerprint()
-        self._prepared = self._prepare(self._fingerprint)
+        self._fingerprint = self._current_fingerprint()  # of the weights that the tables were built for
+        self._tables = Tables(self.layers)
+        self._maker = choose_maker(
+            unet, self.layers, config, calibration, self._fingerprint, serving_only=serving_only
+        )
         self._hook: Any = None
         self.active = False
 
@@ -85,8 +89,8 @@ class ProtectedPipeline:
 
     def install(self) -> None:
         """Registers the processors and the UNet's gate; undone by `unprotect`."""
-        for message in self._prepared.warnings:
-            warnings.warn(message, stacklevel=3)
+        for message in self._maker.warnings(self._fingerprint):
+            warnings.warn(message, stacklevel=4)
         self.active = True
         setattr(self.unet, HANDLE_ATTRIBUTE, self)
         current = self.unet.attn_processors
@@ -94,14 +98,19 @@ class ProtectedPipeline:
             {**current, **{f"{n}.processor": p for n, p in self._processors.items()}}
         )
         self._hook = self.unet.register_forward_pre_hook(self._gate, with_kwargs=True)
-        self._set_tables()
+        self._set_tables((), self._device, self._fingerprint)
 
     def has(self, pipe: Any) -> bool:
         return any(patch.pipe is pipe for patch in self._patches)
 
-    def join(self, pipe: Any) -> None:
-        """Adds a pipeline that shares the UNet."""
+    def text_side(self, pipe: Any) -> TextSide:
+        """The text side of a pipeline that may join. Raises ConfigError where the calibration is for another text encoder."""
         text = TextSide(pipe, self.access)
+        self._maker.check_text(text)
+        return text
+
+    def join(self, pipe: Any, text: TextSide) -> None:
+        """Adds a pipeline that shares the UNet."""
         if text.available and all(g.encoder is not unwrap(text.encoder) for g in self._gates):
             self._gates.append(TextGate(unwrap(text.encoder), self.access))
         patch = PipelinePatch(pipe, self, text)
@@ -127,6 +136,7 @@ class ProtectedPipeline:
         self.unet.__dict__.pop(HANDLE_ATTRIBUTE, None)
         for processor in self._processors.values():
             processor.table = processor.layout = None
+        self._tables.clear()
 
     def __enter__(self) -> ProtectedPipeline:
         return self
@@ -199,10 +209,17 @@ class ProtectedPipeline:
         """
         try:
             with self.access.enter("public"):
-                self._set_tables()
+                self._update_access()
                 yield
         finally:
-            self._set_tables()
+            self._update_access()
+
+    def _update_access(self) -> None:
+        self._set_layout(None)
+        allow = torch.tensor(self.access.public > 0, device=self._device)
+        for processor in self._processors.values():
+            if processor.table is not None:
+                processor.table = dataclasses.replace(processor.table, allow_public=allow)
 
     def _gate(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A trace cannot read markers; there, what is not proven fit becomes NaN in the processors.
@@ -245,6 +262,7 @@ class ProtectedPipeline:
             self._seen = (weakref.ref(states), states._version)
 
     def _set_layout(self, layout: Layout | None) -> None:
+        self._seen = None
         for processor in self._processors.values():
             processor.layout = layout
 
@@ -254,23 +272,45 @@ class ProtectedPipeline:
         self,
         context: str | Sequence[str] | torch.Tensor,
         *,
-        groups: torch.Tensor | None = None,
+        groups: torch.Tensor | Literal["phrases"] | None = None,
         fresh: bool = False,
     ) -> Release:
         """Releases private contexts, one budget each. A context that this handle released before is reused and not charged again.
 
         Args:
             context: a string, a list of strings, token ids [n] or [B, n], or embeddings [n, C] or [B, n, C].
-            groups: for `unit="group"`: integers [n] that name each row's group, the same for every context; public.
+            groups: for `unit="group"`, public: integers [n] that name each row's group, the same for every context; or "phrases": the
+                context is ONE list of phrases, or a string that is split into them (`phrases.split_phrases`), and each phrase is encoded by
+                itself. With a calibration for phrases and no `groups`, every string is a context that is split.
             fresh: release again with new noise; charged again.
 
         Raises:
             ContextError, ConfigError: not valid; nothing was spent.
             BudgetExceededError: the ledger refuses; nothing was spent or computed, for no context of the batch.
         """
-        text = self._patches[0].text if self._patches else None
-        contexts = name_contexts(context, text, self.unet.config.cross_attention_dim)
+        if isinstance(groups, str):
+            if groups != "phrases":
+                raise ConfigError('`groups` must be integers [n] or "phrases".')
+            contexts, groups = [name_phrases(context, self.text)], None
+        else:
+            contexts = name_contexts(
+                context, self.text, self.channels, phrases=groups is None and self.by_phrases
+            )
         return Release(self.release_contexts(contexts, groups=groups, fresh=fresh), self.config, self)
+
+    @property
+    def text(self) -> TextSide | None:
+        """The text side of the pipeline that joined first."""
+        return self._patches[0].text if self._patches else None
+
+    @property
+    def channels(self) -> int:
+        return int(self.unet.config.cross_attention_dim)
+
+    @property
+    def by_phrases(self) -> bool:
+        """Prompts are split into phrases: the calibration's units are."""
+        return self.config.unit == "group" and getattr(self.calibration, "grouping", None) == "phrases"
 
     @torch.no_grad()
     def release_contexts(
@@ -279,7 +319,7 @@ class ProtectedPipeline:
         """One `ReleasedContext` per context; equal contexts share one."""
         self.check_thoroughly()
         current = self._current_fingerprint()
-        prepared = self._prepare(current)
+        recipe = self._maker.prepare(current)
         keys = []
         todo: dict[tuple[str, bytes], tuple[PrivateContext, torch.Tensor | None]] = {}
         for context in contexts:
@@ -287,16 +327,16 @@ class ProtectedPipeline:
             key = (self.ledger.digest(context.name), b"" if own is None else own.cpu().numpy().tobytes())
             keys.append(key)
             cached = self._cache.get(key)
-            if fresh or cached is None or cached.fingerprint.difference(current) is not None:
+            if fresh or cached is None or cached.misfit(current) is not None:
                 todo[key] = (context, own)
-        if prepared.events:
+        if recipe.events:
             for digest, _ in todo:
-                self.ledger.check(digest, prepared.events, self.budget)
+                self.ledger.check(digest, recipe.events, self.budget)
         done = {key: self._cache[key] for key in keys if key not in todo}
         for key, (context, own) in todo.items():
-            if prepared.events:
-                self.ledger.charge(key[0], prepared.events, self.budget)
-            released = self._run(prepared, context, own, current)
+            if recipe.events:
+                self.ledger.charge(key[0], recipe.events, self.budget)
+            released = self._run(recipe, context, own, current)
             self._spent.append(Spent(key[0], released.guarantee))
             self._cache[key] = done[key] = released
         for key in keys:
@@ -307,51 +347,39 @@ class ProtectedPipeline:
 
     def _run(
         self,
-        prepared: PreparedRelease,
+        recipe: Recipe,
         context: PrivateContext,
         groups: torch.Tensor | None,
         current: Fingerprint,
     ) -> ReleasedContext:
-        """Encodes, projects and releases one charged context; keeps nothing of it but the release."""
+        """Encodes and releases one charged context; keeps nothing of it but the release."""
         private, public = context.load()
-        private = private.to(self.unet.dtype)
-        pairs = [project_rows(attn, private) for attn in self.layers.values()]
-        result = prepared.run(
-            [k for k, _ in pairs], [v for _, v in pairs], groups=groups, entropy=self.entropy
-        )
+        made = recipe.run(private, groups, self.entropy)
         return ReleasedContext(
-            structures=result.structures,
-            guarantee=result.guarantee,
+            structures=made.structures,
+            guarantee=made.guarantee,
             public_rows=public.detach().clone(),
             rows=context.rows,
             fingerprint=current,
+            context=made.context,
         )
 
     def _current_fingerprint(self) -> Fingerprint:
         return fingerprint(self.layers, self.unet.dtype)
 
-    def _prepare(self, current: Fingerprint) -> PreparedRelease:
-        """Public constants of a release for the weights as they are now."""
-        if not hasattr(self, "_prepared") or self._fingerprint.difference(current) is not None:
-            specs = layer_specs(self.layers, self.unet.dtype)
-            self._prepared, self._fingerprint = prepare_release(self.config, specs, self.calibration), current
-        return self._prepared
-
     def adopt(self, contexts: Sequence[ReleasedContext]) -> None:
         """Takes in releases that were made elsewhere: verified, and named in the report."""
-        self.verify(contexts)
-        self._spent += [Spent(None, c.guarantee) for c in contexts]
-
-    def verify(self, contexts: Sequence[ReleasedContext]) -> None:
-        """Raises ReleaseError unless the releases were made with the host's present weights."""
         current = self._current_fingerprint()
         for context in contexts:
-            difference = context.fingerprint.difference(current)
-            if difference is not None:
-                raise ReleaseError(
-                    f"The release does not fit this model: {difference}. Restore the weights that it was made with (load or unload "
-                    "the LoRA), or make a new release, which is charged."
-                )
+            _require_fit(context.foreign(current))
+        self._spent += [Spent(None, c.guarantee) for c in contexts]
+
+    def verify(self, contexts: Sequence[ReleasedContext]) -> Fingerprint:
+        """The fingerprint of the present weights. Raises ReleaseError unless the releases can serve them."""
+        current = self._current_fingerprint()
+        for context in contexts:
+            _require_fit(context.misfit(current))
+        return current
 
     # ---- placeholders ------------------------------------------------------------------------------------------------------
 
@@ -359,7 +387,7 @@ class ProtectedPipeline:
         return tuple(self._bindings.add(bind(c, None, c.tag)) for c in contexts)
 
     def placeholder(self, tags: Sequence[Tag], rows: int, device: torch.device | str) -> torch.Tensor:
-        return make_placeholder(tags, rows, self.unet.config.cross_attention_dim, self.unet.dtype, device)
+        return make_placeholder(tags, rows, self.channels, self.unet.dtype, device)
 
     @torch.no_grad()
     def inputs(self, release: Release, prompt: str | Sequence[str] | None) -> dict[str, torch.Tensor]:
@@ -374,10 +402,10 @@ class ProtectedPipeline:
             if text is None:
                 tags += self.bind_contexts([context])
                 continue
-            if not self._patches:
+            if self.text is None:
                 raise ConfigError("This host has no text encoder, so it cannot encode a public prompt.")
-            tags.append(self._bindings.add(bind(context, self._patches[0].text.public_rows(text), new_tag())))
-        device = self._patches[0].pipe._execution_device if self._patches else self.unet.device
+            tags.append(self._bindings.add(bind(context, self.text.public_rows(text), new_tag())))
+        device = self.unet.device if self.text is None else self.text.pipe._execution_device
         self.activate(unique(tags), device)
         name = "prompt_embeds" if self._patches else "encoder_hidden_states"
         return {name: self.placeholder(tags, rows.pop(), device)}
@@ -386,39 +414,36 @@ class ProtectedPipeline:
         """Makes the bindings readable by the processors.
 
         Raises:
-            ReleaseError: unknown placeholder, or the weights changed since the release.
+            ReleaseError: unknown placeholder, releases that cannot stand in one batch, or ones that the present weights do not fit.
         """
-        bindings = self._bindings.find(tags)
-        self.verify([b.context for b in bindings])
+        current = self.verify([b.context for b in self._bindings.find(tags)])
         device = torch.device(device)
-        if tuple(tags) == self._tags and device == self._device:
+        if tuple(tags) == self._tags and device == self._device and current.same(self._fingerprint):
             return
-        self._tags, self._device = tuple(tags), device
-        self._set_tables()
+        self._set_tables(tuple(tags), device, current)
 
     @torch.no_grad()
-    def _set_tables(self) -> None:
-        self._seen = None
+    def _set_tables(self, tags: tuple[Tag, ...], device: torch.device, current: Fingerprint) -> None:
         self._set_layout(None)
-        if not self.active:
-            return
-        bindings = self._bindings.find(self._tags)
-        allow = torch.tensor(self.access.public > 0, device=self._device)
-        for i, (name, attn) in enumerate(self.layers.items()):
-            self._processors[name].table = build_table(
-                i, attn, bindings, allow, self._device, self.unet.dtype
-            )
+        allow = torch.tensor(self.access.public > 0, device=device)
+        tables = self._tables.build(self._bindings.find(tags), allow, device, self.unet.dtype, current)
+        for name, table in tables.items():
+            self._processors[name].table = table
+        self._tags, self._device, self._fingerprint = tags, device, current
 
     # ---- report ------------------------------------------------------------------------------------------------------------
 
     def report(self) -> PrivacyReport:
         """What was promised, spent and left open. Holds no private content; str(), to_dict(), to_json()."""
-        text = self._patches[0].text if self._patches else None
-        return build_report(self, self._spent, text)
+        return build_report(self, self._spent, self._maker.warnings(self._current_fingerprint()))
 
-    @property
-    def prepared_warnings(self) -> tuple[str, ...]:
-        return self._prepared.warnings
+
+def _require_fit(reason: str | None) -> None:
+    if reason is not None:
+        raise ReleaseError(
+            f"The release does not fit this model: {reason}. Restore the weights that it was made with (load or unload the LoRA), or "
+            "make a new release, which is charged."
+        )
 
 
 NO_SCALE = (

@@ -43,7 +43,11 @@ def check_phrases(phrases: Sequence[object]) -> list[str]:
     return texts
 
 
+def encode_tokens(text: TextSide, tokens: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    """The private rows [r, C] of each phrase (ids, mask), encoded by itself; all have the same number of rows."""
+    return [text.encode(ids, mask)[int(text.first_row_is_public) :] for ids, mask in tokens]
+
+
 def encode_phrases(text: TextSide, phrases: Sequence[str]) -> list[torch.Tensor]:
-    """The private rows [r, C] of each phrase, encoded by itself; all have the same number of rows."""
-    start = 1 if text.first_row_is_public else 0
-    return [text.encode(*text.tokenize(phrase))[start:] for phrase in phrases]
+    """`encode_tokens` of strings."""
+    return encode_tokens(text, [text.tokenize(phrase) for phrase in phrases])

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import ConfigError, ProtectionLostError
 from .architectures import unwrap
-from .context import from_ids, name_contexts
+from .context import PrivateContext, name_contexts
 from .placeholder import Tag, read_tags
 from .text import TextSide, as_texts
 
@@ -126,8 +126,7 @@ class PipelinePatch:
     def _private_tags(self, prompt: Any, embeds: Any) -> tuple[tuple[Tag, ...], int]:
         """One tag per prompt, and the number of rows of their placeholders."""
         if prompt is not None:
-            self.text.require()
-            contexts = [from_ids(*self.text.tokenize(text), self.text) for text in as_texts(prompt, "prompt")]
+            contexts = self._name(list(as_texts(prompt, "prompt")))
         elif not isinstance(embeds, torch.Tensor) or embeds.ndim != 3:
             raise ConfigError("`prompt_embeds` must be a tensor [B, n, C].")
         else:
@@ -139,9 +138,12 @@ class PipelinePatch:
                 raise ConfigError(
                     "`prompt_embeds` mixes placeholders with embeddings; release the embeddings first."
                 )
-            contexts = name_contexts(embeds, self.text, self._handle.unet.config.cross_attention_dim)
+            contexts = self._name(embeds)
         released = self._handle.release_contexts(contexts)
         return self._handle.bind_contexts(released), contexts[0].rows
+
+    def _name(self, context: Any) -> list[PrivateContext]:
+        return name_contexts(context, self.text, self._handle.channels, phrases=self._handle.by_phrases)
 
     @staticmethod
     def _batch(prompt: Any, embeds: Any) -> int:

@@ -30,7 +30,8 @@ class LayerTable:
 
     allow_public: bool [], whether a batch without any placeholder may pass (only inside `protected.public()`).
     tags: float32 [A, TAG_DIGITS]. structure: the released structures, batch A; None when nothing is active.
-    public_key, public_value: [A, H, P, d] exact public rows of each binding, public_bias [A, 1, 1, P]; None without any.
+    public_key, public_value: [A, H, P, d] exact public rows of each binding, public_bias [A, 1, 1, P]; None where there are none, or
+        where they are rows of the structure itself.
     """
 
     allow_public: torch.Tensor
@@ -179,12 +180,12 @@ class DPAttnProcessor:
     def _read(table: LayerTable, query: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """[B, H, m, dv]: attention of each element to the active binding `index` [B], its public rows included."""
         assert table.structure is not None
-        out, lse = table.structure.select(index).partial(query)
-        if table.public_key is not None and table.public_value is not None and table.public_bias is not None:
-            scale = query.shape[-1] ** -0.5
-            key, value = table.public_key.index_select(0, index), table.public_value.index_select(0, index)
-            out_public, lse_public = exact_partial(
-                query, key, value, scale, table.public_bias.index_select(0, index)
-            )
-            out, _ = merge(out, lse, out_public, lse_public)
-        return out
+        structure = table.structure.select(index)
+        if table.public_key is None or table.public_value is None or table.public_bias is None:
+            return structure.attend(query)
+        out, lse = structure.partial(query)
+        key, value = table.public_key.index_select(0, index), table.public_value.index_select(0, index)
+        out_public, lse_public = exact_partial(
+            query, key, value, query.shape[-1] ** -0.5, table.public_bias.index_select(0, index)
+        )
+        return merge(out, lse, out_public, lse_public)[0]

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
+from ..privacy.ledger import Budget
 from .architectures import check_pipeline_class, refuse_host, unwrap
 from .handle import HANDLE_ATTRIBUTE, ProtectedPipeline
 
 if TYPE_CHECKING:
-    from ..calibration.calibration import Calibration
     from ..privacy.bits import Entropy
-    from ..privacy.ledger import Budget, Ledger
+    from ..privacy.ledger import Ledger
+    from .making import AnyCalibration
 
 
 def _unet_of(host: Any) -> tuple[Any, Any]:
@@ -39,7 +40,7 @@ def protect(
     host: Any,
     config: DPXAttnConfig,
     *,
-    calibration: Calibration | None = None,
+    calibration: AnyCalibration | None = None,
     ledger: Ledger | None = None,
     budget: Budget | None = None,
     entropy: Entropy | None = None,
@@ -52,17 +53,36 @@ def protect(
     Args:
         host: a supported pipeline, or a `UNet2DConditionModel`.
         config: what is released, and at which price.
-        calibration: public statistics from `dpx.calibrate`.
+        calibration: public statistics from `dpx.calibrate`; `anchors` cannot do without.
         ledger: what was spent, and on which context; in memory by default. Give it a path where a restart must not forget.
         budget: total per context; by default one release at (config.epsilon, config.delta).
         entropy: source of the noise, the operating system's by default. A seeded one (tests) makes every release NOT private.
 
     Raises:
         UnsupportedModelError: the host is not in the table, or its text has ways around cross-attention.
-        ConfigError: the host is protected with other settings, or the calibration does not fit.
+        ConfigError: the host is protected with other settings; the calibration is missing, or made for another mechanism, unit, model or
+            text encoder.
         ProtectionLostError: the host is protected and something was replaced since.
         In each case nothing was patched.
     """
+    return _protect(host, config, calibration, ledger, budget, entropy)
+
+
+def protect_to_serve(host: Any, config: DPXAttnConfig) -> ProtectedPipeline:
+    """`protect` for a release that was loaded: without a calibration, which only new releases need."""
+    return _protect(host, config, serving_only=True)
+
+
+def _protect(
+    host: Any,
+    config: DPXAttnConfig,
+    calibration: AnyCalibration | None = None,
+    ledger: Ledger | None = None,
+    budget: Budget | None = None,
+    entropy: Entropy | None = None,
+    *,
+    serving_only: bool = False,
+) -> ProtectedPipeline:
     if not isinstance(config, DPXAttnConfig):
         raise ConfigError(f"config must be a DPXAttnConfig, got {type(config).__name__}.")
     unet, pipe = _unet_of(host)
@@ -72,17 +92,24 @@ def protect(
         handle.check_thoroughly()
         if pipe is not None and not handle.has(pipe):
             check_pipeline_class(pipe)
-            handle.join(pipe)
+            handle.join(pipe, handle.text_side(pipe))
         return handle
     if pipe is not None:
         check_pipeline_class(pipe)
     handle = ProtectedPipeline(
-        unet, config, calibration=calibration, ledger=ledger, budget=budget, entropy=entropy
+        unet,
+        config,
+        calibration=calibration,
+        ledger=ledger,
+        budget=budget,
+        entropy=entropy,
+        serving_only=serving_only,
     )
+    text = None if pipe is None else handle.text_side(pipe)
     try:
         handle.install()
-        if pipe is not None:
-            handle.join(pipe)
+        if text is not None:
+            handle.join(pipe, text)
     except BaseException:
         handle.unprotect()
         raise
@@ -91,7 +118,10 @@ def protect(
 
 def _check_same(handle: ProtectedPipeline, config: DPXAttnConfig, *others: Any) -> None:
     own = (handle.calibration, handle.ledger, handle.budget, handle.entropy)
-    same = all(o is None or o is mine or o == mine for o, mine in zip(others, own, strict=True))
+    same = all(
+        o is None or o is mine or (isinstance(o, Budget) and o == mine)
+        for o, mine in zip(others, own, strict=True)
+    )
     if config != handle.config or not same:
         raise ConfigError(
             "This host is protected with other settings already. Call dpx.unprotect(host) first, then protect it anew; what was spent "

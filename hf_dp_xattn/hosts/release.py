@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections.abc import Sequence
@@ -14,9 +15,10 @@ import torch
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, DPXAttnError, ReleaseError
 from ..hub import find_files, push_files
+from ..mechanisms.anchors.rows import ContextRows
 from ..mechanisms.structure import AttentionStructure
 from ..report import Guarantee
-from .fingerprint import Fingerprint
+from .fingerprint import FAR, Fingerprint
 from .placeholder import Tag, new_tag
 
 if TYPE_CHECKING:
@@ -25,9 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ReleasedContext:
-    """One context's release: a structure (batch 1) per layer, and the exact public rows [p, C] that stand beside it.
+    """One context's release, and the exact public rows [p, C] that stand beside it.
 
-    rows: length of the placeholder. tag: names the release in placeholders.
+    Either a structure (batch 1) per layer, made for the weights that `fingerprint` shows; or `context`: rows of context space, which serve
+    all layers, whatever their weights become. rows: length of the placeholder. tag: names the release in placeholders.
     """
 
     structures: tuple[AttentionStructure, ...]
@@ -35,11 +38,20 @@ class ReleasedContext:
     public_rows: torch.Tensor
     rows: int
     fingerprint: Fingerprint
+    context: ContextRows | None = None
     tag: Tag = field(default_factory=new_tag)
 
     def __repr__(self) -> str:
-        g = self.guarantee
-        return f"ReleasedContext(rows={self.rows}, mechanism={g.mechanism!r}, epsilon={g.epsilon:g}, layers={len(self.structures)})"
+        g, layers = self.guarantee, len(self.fingerprint.layers)
+        return f"ReleasedContext(rows={self.rows}, mechanism={g.mechanism!r}, epsilon={g.epsilon:g}, layers={layers})"
+
+    def misfit(self, current: Fingerprint) -> str | None:
+        """Why it cannot serve its host with the weights as they are now, or None."""
+        return self.fingerprint.difference(current, None if self.context is None else math.inf)
+
+    def foreign(self, current: Fingerprint) -> str | None:
+        """Why it is not a release for this host, or None; asked once, when it is loaded."""
+        return self.fingerprint.difference(current, None if self.context is None else FAR)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -97,7 +109,8 @@ class Release:
             host stays protected.
 
         Raises:
-            ReleaseError: the host is no longer protected, or its weights are no longer those of the release.
+            ReleaseError: the host is no longer protected, or its weights are no longer those of the release (which `anchors` does not
+                depend on).
         """
         handle = self._handle()
         if handle is None or not handle.active:
@@ -123,17 +136,19 @@ class Release:
     ) -> Release:
         """Loads a release (a folder or a Hub repository) for `host`, which is protected with the release's config if it is not yet.
 
+        No calibration is needed to serve a release; without one, a host that is protected here makes no `anchors` release of its own.
+
         Raises:
             ReleaseError: damaged, truncated, of another schema, or made for another model.
         """
-        from .protect import handle_of, protect
+        from .protect import handle_of, protect_to_serve
         from .storage import JSON_NAME, TENSORS_NAME, load_release
 
         contexts, config = load_release(
             find_files(name_or_path, (JSON_NAME, TENSORS_NAME), error=ReleaseError, **hub_kwargs)
         )
         existing = handle_of(host)
-        handle = protect(host, config) if existing is None else existing
+        handle = protect_to_serve(host, config) if existing is None else existing
         try:
             release = cls(contexts, config, handle)
             handle.adopt(release.contexts)

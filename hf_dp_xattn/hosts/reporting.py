@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..report import Guarantee, PrivacyReport
-from .text import TextSide
+from .phrases import RULE
 
 if TYPE_CHECKING:
     from .handle import ProtectedPipeline
@@ -24,6 +24,10 @@ NOT_COVERED = (
     "timing, memory, and the number of requests; the safety checker sees the finished picture only",
     "prompts that the surrounding program logs, keeps or shows in tracebacks; callbacks and hooks that the operator installs",
 )
+PHRASES_NOT_COVERED = (
+    "which phrases (or groups) stand together: they are protected one by one; correlations between those of one prompt are not, and what a "
+    "phrase's position or their number says is public",
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Spent:
     guarantee: Guarantee
 
 
-def _public(handle: ProtectedPipeline, text: TextSide | None) -> tuple[str, ...]:
+def _public(handle: ProtectedPipeline) -> tuple[str, ...]:
+    text = handle.text
     items = ["the model's weights and the shapes of its layers", "the number of rows of a context"]
     if text is not None and text.available:
         items[1] = f"the number of rows of a prompt (always {text.length}, padded)"
@@ -42,6 +47,10 @@ def _public(handle: ProtectedPipeline, text: TextSide | None) -> tuple[str, ...]
             items.append(
                 "the first row of a prompt's encoding (BOS: the causal encoder makes it from no word)"
             )
+    if handle.config.unit == "group":
+        items.append(
+            f"which rows form a group; where a prompt was split into phrases ({RULE}) and how many there are"
+        )
     if handle.calibration is not None:
         items.append("the calibration")
     items += ["the negative prompt and public prompts", "guidance, steps, seeds and sizes of the pictures"]
@@ -71,13 +80,13 @@ def _entry(handle: ProtectedPipeline, name: str, spent: Spent) -> dict[str, Any]
     }
 
 
-def build_report(handle: ProtectedPipeline, spent: Sequence[Spent], text: TextSide | None) -> PrivacyReport:
+def build_report(handle: ProtectedPipeline, spent: Sequence[Spent], warnings: Sequence[str]) -> PrivacyReport:
     """The report; `releases` has one entry per release made or loaded by this handle, in order."""
     names: dict[str, str] = {}
     for s in spent:
         if s.digest is not None:
             names.setdefault(s.digest, f"context {len(names) + 1}")
-    notes = list(handle.prepared_warnings)
+    notes = list(warnings)
     if any(not s.guarantee.is_private for s in spent) or not handle.config.is_private:
         notes.insert(0, "NOT PRIVATE: at least one release promises nothing, see below.")
     persistent = (
@@ -91,8 +100,8 @@ def build_report(handle: ProtectedPipeline, spent: Sequence[Spent], text: TextSi
         heads=sum(a.heads for a in handle.layers.values()),
         config=handle.config.to_dict(),
         releases=tuple(_entry(handle, "loaded" if s.digest is None else names[s.digest], s) for s in spent),
-        public=_public(handle, text),
-        not_covered=NOT_COVERED,
+        public=_public(handle),
+        not_covered=NOT_COVERED + (PHRASES_NOT_COVERED if handle.config.unit == "group" else ()),
         ledger=f"{persistent}; budget per context: epsilon {handle.budget.epsilon:g} at delta {handle.budget.delta:g}",
         warnings=tuple(dict.fromkeys(notes)),
     )

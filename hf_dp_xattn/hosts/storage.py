@@ -1,4 +1,4 @@
-"""Releases on disk: JSON for what a person reads, safetensors for the structures. No pickle, no private row, no ledger name."""
+"""Releases on disk: JSON for what a person reads, safetensors for the structures or rows. No pickle, no private row, no ledger name."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from safetensors.torch import load, save
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, ReleaseError
+from ..mechanisms.anchors.rows import ContextRows
 from ..mechanisms.dptree.structure import DistanceFeatures, DPTreeStructure
 from ..mechanisms.features import PositiveRandomFeatures, TaylorFeatures
 from ..mechanisms.structure import AttentionStructure, KernelSumStructure
@@ -70,9 +71,13 @@ def save_release(release: Release, folder: Path) -> Path:
         tensors[f"{i}.fingerprint"] = context.fingerprint.sketch
         for j, structure in enumerate(context.structures):
             tensors |= {f"{i}.{j}.{name}": t for name, t in structure.tensors().items()}
+        if context.context is not None:
+            tensors[f"{i}.context.rows"] = context.context.rows
+            tensors[f"{i}.context.log_weights"] = context.context.log_weights
         entries.append(
             {
                 "rows": context.rows,
+                "kind": "layers" if context.context is None else "context",
                 "guarantee": context.guarantee.to_dict(),
                 "guarantee_text": context.guarantee.sentence(),
                 "structures": [_structure_meta(s) for s in context.structures],
@@ -138,7 +143,8 @@ def _read_context(i: int, entry: dict[str, Any], tensors: dict[str, torch.Tensor
             )
         )
     layers = tuple((str(n), int(h), int(c), int(o)) for n, h, c, o in entry["fingerprint"]["layers"])
-    if len(layers) != len(structures):
+    context = _read_rows(i, tensors, layers[0][2]) if entry["kind"] == "context" else None
+    if len(structures) != (len(layers) if context is None else 0):
         raise ReleaseError("The release names other layers than it holds; it is damaged.")
     return ReleasedContext(
         structures=tuple(structures),
@@ -146,4 +152,17 @@ def _read_context(i: int, entry: dict[str, Any], tensors: dict[str, torch.Tensor
         public_rows=tensors[f"{i}.public_rows"],
         rows=int(entry["rows"]),
         fingerprint=Fingerprint(layers, tensors[f"{i}.fingerprint"], str(entry["fingerprint"]["dtype"])),
+        context=context,
     )
+
+
+def _read_rows(i: int, tensors: dict[str, torch.Tensor], channels: int) -> ContextRows:
+    rows, log_weights = tensors[f"{i}.context.rows"], tensors[f"{i}.context.log_weights"]
+    fit = (
+        rows.ndim == 2 and rows.shape[1] == channels and log_weights.shape == rows.shape[:1] and len(rows) > 0
+    )
+    if not fit or not bool(torch.isfinite(rows).all() and torch.isfinite(log_weights).all()):
+        raise ReleaseError(
+            "The release's rows and weights do not fit each other, or hold NaN; it is damaged."
+        )
+    return ContextRows(rows.to(torch.float32), log_weights.to(torch.float32))

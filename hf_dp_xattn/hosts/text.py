@@ -105,7 +105,11 @@ class TextSide:
         rows = self.encode(ids, mask)
         if not self.first_row_is_public:
             return rows, rows[:0]
-        return rows[1:], self.encode(*self.tokenize(_PROBES[0]))[:1]
+        return rows[1:], self.public_first_row()
+
+    def public_first_row(self) -> torch.Tensor:
+        """[1, C], or [0, C] where the first row sees the prompt; from a public text, never from a private encoding."""
+        return self.encode(*self.tokenize(_PROBES[0]))[: int(self.first_row_is_public)]
 
     def public_rows(self, text: str) -> torch.Tensor:
         """Rows [p, C] of a public text, encoded by itself: its words and its end, not the padding."""

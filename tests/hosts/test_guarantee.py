@@ -143,15 +143,15 @@ def test_one_row_moves_the_joint_sum_by_no_more_than_stated(
 
 def test_a_projection_that_mixes_rows_is_caught(private: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: keys centred by the mean over all private rows, a bound that reads the data."""
-    from hf_dp_xattn.hosts import handle as handle_module
+    from hf_dp_xattn.hosts import making
 
-    original = handle_module.project_rows
+    original = making.project_rows
 
     def mixing(attn: Any, rows: torch.Tensor) -> Any:
         key, value = original(attn, rows)
         return key - key.mean(dim=1, keepdim=True), value - value.amax(dim=1, keepdim=True)
 
-    monkeypatch.setattr(handle_module, "project_rows", mixing)
+    monkeypatch.setattr(making, "project_rows", mixing)
     with pytest.raises(AssertionError):
         check_sensitivity(tiny_unet(), private, monkeypatch)
 
@@ -187,7 +187,8 @@ def test_the_numbers_are_handed_on_unaltered(
 @pytest.mark.parametrize("plant", ["half the epsilon", "half the sensitivity"])
 def test_understated_numbers_are_caught(plant: str, pipe: Any, private: Any) -> None:
     handle = dpx.protect(pipe, private)
-    (event,) = handle._prepared.events
+    current, recipe = handle._maker._made
+    (event,) = recipe.events
     if plant == "half the epsilon":
         picture(pipe, PROMPT)
         spent = handle._spent[0]
@@ -196,7 +197,8 @@ def test_understated_numbers_are_caught(plant: str, pipe: Any, private: Any) -> 
         )
     else:
         weaker = dataclasses.replace(event, sensitivity=event.sensitivity // 2)
-        handle._prepared = dataclasses.replace(handle._prepared, events=(weaker,))
+        planted = dataclasses.replace(recipe.prepared, events=(weaker,))
+        handle._maker._made = current, dataclasses.replace(recipe, prepared=planted)
         picture(pipe, PROMPT)
     with pytest.raises(AssertionError):
         check_numbers(handle, private)

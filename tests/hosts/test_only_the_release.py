@@ -10,6 +10,7 @@ import torch
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.hosts import handle as handle_module
+from hf_dp_xattn.hosts import making
 from hf_dp_xattn.hosts.processor import DPAttnProcessor
 
 from ..hosts_tiny import CHANNELS, latents, picture, tiny_img2img, tiny_inpaint, tiny_sd
@@ -75,7 +76,7 @@ def test_outputs_depend_on_the_release_alone(
 def plant_raw_rows(host: Any, handle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last context's rows are kept aside and one layer reads them."""
     kept: list[torch.Tensor] = []
-    project = handle_module.project_rows
+    project = making.project_rows
 
     def keep(attn: Any, rows: torch.Tensor) -> Any:
         kept.append(rows)
@@ -86,7 +87,7 @@ def plant_raw_rows(host: Any, handle: Any, monkeypatch: pytest.MonkeyPatch) -> N
     def leaky(table: Any, query: torch.Tensor, *rest: Any) -> torch.Tensor:
         return original(table, query, *rest) + 1e-3 * kept[-1][:, 0].mean().to(query.dtype)
 
-    monkeypatch.setattr(handle_module, "project_rows", keep)
+    monkeypatch.setattr(making, "project_rows", keep)
     monkeypatch.setattr(DPAttnProcessor, "_read", staticmethod(leaky))
 
 

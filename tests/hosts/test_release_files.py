@@ -58,7 +58,7 @@ def test_json_states_the_guarantee_and_no_name(saved: tuple[Path, torch.Tensor])
     assert entry["guarantee"]["epsilon"] == 8.0 and entry["guarantee"]["is_private"]
     assert "differentially private" in entry["guarantee_text"]
     assert set(document) == {"schema", "config", "contexts", "tensors_sha256"}
-    assert set(entry) == {"rows", "guarantee", "guarantee_text", "structures", "fingerprint"}
+    assert set(entry) == {"rows", "kind", "guarantee", "guarantee_text", "structures", "fingerprint"}
 
 
 def test_mechanism_none_is_never_written(pipe: Any, exact: Any, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_nothing_stays_half_patched(
     before = snapshot(pipe)
     with monkeypatch.context() as patch:
         if stage == "processors":
-            patch.setattr(handle_module, "build_table", fail)
+            patch.setattr(handle_module.Tables, "build", fail)
         elif stage == "text encoder":
             patch.setattr(handle_module, "TextSide", fail)
         else:

@@ -1,0 +1,198 @@
+"""How a host makes its releases: one maker per kind of release, chosen at `protect`. Serving them is another matter (`tables.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from ..calibration.anchors.calibration import AnchorCalibration
+from ..config import DPXAttnConfig
+from ..errors import ConfigError
+from ..mechanisms.anchors.release import NO_CALIBRATION
+from ..mechanisms.anchors.rows import ContextRows, PreparedContextRelease
+from ..mechanisms.contract import PreparedRelease
+from ..mechanisms.release import prepare_release
+from ..mechanisms.structure import AttentionStructure
+from ..privacy.accountant import Event
+from ..privacy.bits import Entropy
+from ..report import Guarantee
+from .fingerprint import Fingerprint
+from .identity import OTHER_PROJECTIONS, check_layers, check_text, fingerprint_of
+from .rows import layer_specs, project_rows
+from .text import TextSide
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
+
+    from ..calibration.calibration import Calibration
+
+    AnyCalibration = Calibration | AnchorCalibration
+
+
+@dataclass(frozen=True)
+class Made:
+    """What left: a structure per layer, or rows in context space for all layers; and what is promised about them."""
+
+    guarantee: Guarantee
+    structures: tuple[AttentionStructure, ...] = ()
+    context: ContextRows | None = None
+
+
+class Recipe(Protocol):
+    """A release of which everything public is fixed; `events` must be charged before `run` touches the context."""
+
+    @property
+    def events(self) -> tuple[Event, ...]: ...
+
+    def run(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy | None) -> Made:
+        """rows [n, C]: private; groups [n]: public."""
+        ...
+
+
+class Maker(Protocol):
+    """Makes the releases of one handle."""
+
+    def prepare(self, current: Fingerprint) -> Recipe:
+        """Public constants of a release for the weights as they are now. Raises ConfigError where none can be made."""
+        ...
+
+    def check_text(self, text: TextSide) -> None:
+        """Raises ConfigError where the calibration's rows came from another text encoder."""
+        ...
+
+    def warnings(self, current: Fingerprint) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class LayerRecipe:
+    """Keys and values of all layers are released together."""
+
+    prepared: PreparedRelease
+    layers: tuple[Attention, ...]
+    dtype: torch.dtype
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        return self.prepared.events
+
+    def run(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy | None) -> Made:
+        rows = rows.to(self.dtype)
+        pairs = [project_rows(attn, rows) for attn in self.layers]
+        result = self.prepared.run(
+            [k for k, _ in pairs], [v for _, v in pairs], groups=groups, entropy=entropy
+        )
+        return Made(result.guarantee, structures=result.structures)
+
+
+class LayerMaker:
+    """Releases of keys and values: made for the weights as they are, prepared anew when those change."""
+
+    def __init__(
+        self,
+        unet: Any,
+        layers: dict[str, Attention],
+        config: DPXAttnConfig,
+        calibration: Calibration | None,
+        current: Fingerprint,
+    ) -> None:
+        self._unet, self._layers, self._config, self._calibration = unet, layers, config, calibration
+        self._made = current, self._recipe()
+
+    def _recipe(self) -> LayerRecipe:
+        dtype = self._unet.dtype
+        prepared = prepare_release(self._config, layer_specs(self._layers, dtype), self._calibration)
+        return LayerRecipe(prepared, tuple(self._layers.values()), dtype)
+
+    def prepare(self, current: Fingerprint) -> LayerRecipe:
+        before, recipe = self._made
+        if recipe.dtype != self._unet.dtype or before.difference(current) is not None:
+            recipe = self._recipe()
+            self._made = current, recipe
+        return recipe
+
+    def check_text(self, text: TextSide) -> None:
+        pass
+
+    def warnings(self, current: Fingerprint) -> tuple[str, ...]:
+        return self._made[1].prepared.warnings
+
+
+@dataclass(frozen=True)
+class ContextRecipe:
+    """The rows themselves are released, once for all layers; no weight of the host takes part."""
+
+    prepared: PreparedContextRelease
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        return self.prepared.events
+
+    def run(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy | None) -> Made:
+        result = self.prepared.run_rows(rows.to(torch.float32), groups=groups, entropy=entropy)
+        return Made(result.guarantee, context=result.context)
+
+
+class ContextMaker:
+    """Releases in context space (`anchors`)."""
+
+    def __init__(
+        self, config: DPXAttnConfig, calibration: AnchorCalibration, channels: int, current: Fingerprint
+    ) -> None:
+        calibration.check(config, channels)
+        check_layers(calibration, current)
+        self._calibration = calibration
+        self._recipe = ContextRecipe(calibration.prepare(config))
+
+    def prepare(self, current: Fingerprint) -> ContextRecipe:
+        return self._recipe
+
+    def check_text(self, text: TextSide) -> None:
+        check_text(self._calibration, text)
+
+    def warnings(self, current: Fingerprint) -> tuple[str, ...]:
+        moved = fingerprint_of(self._calibration.host).difference(current) is not None
+        return (*self._recipe.prepared.warnings, *([OTHER_PROJECTIONS] if moved else []))
+
+
+class ServingOnly:
+    """No calibration is at hand: releases that were made elsewhere are served, none is made."""
+
+    def prepare(self, current: Fingerprint) -> Recipe:
+        raise ConfigError(NO_CALIBRATION)
+
+    def check_text(self, text: TextSide) -> None:
+        pass
+
+    def warnings(self, current: Fingerprint) -> tuple[str, ...]:
+        return ()
+
+
+def choose_maker(
+    unet: Any,
+    layers: dict[str, Attention],
+    config: DPXAttnConfig,
+    calibration: AnyCalibration | None,
+    current: Fingerprint,
+    *,
+    serving_only: bool,
+) -> Maker:
+    """The maker for `config.mechanism`. Raises ConfigError where the calibration is missing, or for something else."""
+    if config.mechanism != "anchors":
+        if isinstance(calibration, AnchorCalibration):
+            raise ConfigError(
+                f"This calibration is for mechanism='anchors', the config says {config.mechanism!r}: change the config, or calibrate for "
+                "it (dpx.calibrate(pipe, public_contexts, config))."
+            )
+        return LayerMaker(unet, layers, config, calibration, current)
+    if calibration is None and serving_only:
+        return ServingOnly()
+    if calibration is None:
+        raise ConfigError(NO_CALIBRATION)
+    if not isinstance(calibration, AnchorCalibration):
+        raise ConfigError(
+            "This calibration is for mechanism='kernel_sum', the config says 'anchors': change the config, or calibrate for it "
+            "(dpx.calibrate(pipe, public_contexts, config))."
+        )
+    return ContextMaker(config, calibration, unet.config.cross_attention_dim, current)
