@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .calibration.calibration import Calibration
+    from .calibration.planner import Plan, plan
     from .config import DPXAttnConfig
     from .errors import (
         BudgetExceededError,
@@ -43,6 +44,7 @@ _HOMES = {
     ),
     "report": ("Guarantee", "PrivacyReport"),
     "calibration.calibration": ("Calibration",),
+    "calibration.planner": ("Plan", "plan"),
     "hosts.calibrate": ("calibrate",),
     "hosts.processor": ("DPAttnProcessor",),
     "hosts.protect": ("protect", "unprotect"),
@@ -64,6 +66,7 @@ __all__ = [
     "Guarantee",
     "Ledger",
     "LedgerError",
+    "Plan",
     "PrivacyReport",
     "ProtectionLostError",
     "Release",
@@ -71,6 +74,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "calibrate",
+    "plan",
     "protect",
     "release_attention",
     "unprotect",

@@ -1,0 +1,210 @@
+"""`Plan`: what releases at some epsilons would give, as a table, JSON or a plot. Made from public data only."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..privacy.guessing import PRIORS
+from .curves import INTERPOLATED, OUTSIDE, Curve, Estimate, Wanted
+
+
+@dataclass(frozen=True)
+class PlanPoint:
+    """One epsilon. fvu, score: predicted (score: None where the publisher measured none). release: its kind; made_for: the epsilon
+    that its decoder was trained for; meaning: what would leave, in words; noise: its numbers. charged: by the ledger's accountant, at
+    charged_delta. rows: that every layer would attend to, at most; kv_bytes: of their keys and values. seconds: of one release,
+    measured. guesses: (prior, largest probability of guessing one unit afterwards).
+    """
+
+    epsilon: float
+    fvu: Estimate
+    score: Estimate | None
+    release: str
+    made_for: float
+    meaning: str
+    noise: dict[str, float]
+    events: tuple[dict[str, Any], ...]
+    charged: float
+    charged_delta: float
+    rows: int
+    kv_bytes: int
+    seconds: float | None
+    guesses: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `dpx.plan` found. str() is a table; to_dict(), to_json(), plot(path).
+
+    units: in one context (rows, groups or 1). exact_kv_bytes: keys and values of exact attention, known for unit='row' only.
+    """
+
+    calibration: str
+    unit: str
+    neighboring: str
+    grouping: str
+    units: int
+    delta: float
+    contexts: int
+    layers: int
+    heads: int
+    dtype: str
+    exact_kv_bytes: int | None
+    measured_on: str | None
+    points: tuple[PlanPoint, ...]
+    fvu_curve: Curve
+    score_curve: Curve | None
+    wanted: tuple[Wanted, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def reached(self) -> bool:
+        """Whether every wanted quality is predicted to be reached."""
+        return all(w.epsilon is not None for w in self.wanted)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        values["fvu_curve"] = self.fvu_curve.to_dict()
+        values["score_curve"] = None if self.score_curve is None else self.score_curve.to_dict()
+        for point in values["points"]:
+            point["guesses"] = [{"prior": p, "success": s} for p, s in point["guesses"]]
+        values["reached"] = self.reached
+        result: dict[str, Any] = json.loads(json.dumps(values))  # tuples become lists, as in the JSON form
+        return result
+
+    def to_json(self, **kwargs: Any) -> str:
+        return json.dumps(self.to_dict(), **{"indent": 2, "sort_keys": True, **kwargs})
+
+    def __str__(self) -> str:
+        what = {"row": "one row", "group": "one group", "context": "the context"}[self.unit]
+        many = "" if self.unit == "context" else f" of {self.units}"
+        lines = [
+            f"Plan for {self.calibration}: {self.layers} layers, {self.heads} heads, {self.dtype}; nothing was released or charged",
+            f"  protects {what}{many} ({self.neighboring}) at delta = {self.delta:g}; one release serves all layers and steps",
+            "",
+            *_table(self._header(), [self._row(p) for p in self.points]),
+        ]
+        if self.exact_kv_bytes is not None:
+            lines.append(
+                f"  exact attention keeps {self.units} rows, {_bytes(self.exact_kv_bytes)} of K and V"
+            )
+        if self.wanted:
+            lines += ["", "Wanted", *(f"  {w}" for w in self.wanted)]
+        prior_names = [f"prior {_prior(p)}" for p in PRIORS]
+        odds = [[f"{p.epsilon:g}", *(_percent(s) for _, s in p.guesses)] for p in self.points]
+        lines += [
+            "",
+            f"An attacker who knows all else guesses {what} with a probability of at most",
+            *_table(["epsilon", *prior_names], odds),
+            "",
+            "What would leave, once for each context",
+        ]
+        for p in self.points:
+            events = f"{len(p.events)} event" + ("s" if len(p.events) != 1 else "")
+            lines.append(
+                f"  epsilon {p.epsilon:g} (charges {events}, epsilon {_up(p.charged)} at delta {p.charged_delta:g}): {p.meaning}"
+            )
+        lines += ["", "Notes", *(f"  - {n}" for n in self.notes)]
+        return "\n".join(lines)
+
+    def _header(self) -> list[str]:
+        header = ["epsilon", "FVU", "95 %"]
+        if self.score_curve is not None:
+            header += [self.score_curve.name, "95 %"]
+        header += ["release", "rows", "K and V"]
+        return header if self.measured_on is None else [*header, "time"]
+
+    def _row(self, p: PlanPoint) -> list[str]:
+        cells = [f"{p.epsilon:g}", *_cells(p.fvu)]
+        if p.score is not None:
+            cells += _cells(p.score)
+        cells += [p.release, f"<= {p.rows}", _bytes(p.kv_bytes)]
+        if p.seconds is not None:
+            cells.append(f"{1e3 * p.seconds:.3g} ms")
+        return cells
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """FVU and score against epsilon with their intervals and what is wanted; the suffix decides the format. Returns the path.
+
+        Raises:
+            ConfigError: matplotlib is not installed, the format is unknown, or the file cannot be written.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise ConfigError(
+                "A plot needs matplotlib: pip install 'hf_dp_xattn[examples]'. The table and --json do not."
+            ) from None
+        curves = [self.fvu_curve] + ([] if self.score_curve is None else [self.score_curve])
+        figure = Figure(figsize=(5.2 * len(curves), 3.6), layout="constrained")
+        axes = figure.subplots(1, len(curves), squeeze=False)[0]
+        for ax, curve in zip(axes, curves, strict=True):
+            self._draw(ax, curve)
+        figure.suptitle(f"{self.calibration}: one {self.unit}, {self.neighboring}, delta = {self.delta:g}")
+        try:
+            figure.savefig(path, dpi=150)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"The plot could not be written to {path}: {error}.") from None
+        return Path(path)
+
+    def _draw(self, ax: Any, curve: Curve) -> None:
+        epsilon, value, low, high = zip(*curve.points, strict=True)
+        down = [max(0.0, v - x) for v, x in zip(value, low, strict=True)]
+        up = [max(0.0, x - v) for v, x in zip(value, high, strict=True)]
+        ax.errorbar(epsilon, value, yerr=[down, up], marker="o", capsize=3, label="predicted, 95 % interval")
+        asked = [(p.epsilon, p.fvu if curve is self.fvu_curve else p.score) for p in self.points]
+        between = [(e, q.value) for e, q in asked if q is not None and q.origin == INTERPOLATED]
+        if between:
+            ax.plot(*zip(*between, strict=True), "s", label="interpolated")
+        for w in self.wanted:
+            if w.name == curve.name:
+                label = "not reached" if w.epsilon is None else f"epsilon = {w.epsilon:g}"
+                ax.axhline(w.target, color="C3", ls="--", label=f"wanted {w.target:g}: {label}")
+                if w.epsilon is not None:
+                    ax.axvline(w.epsilon, color="C3", ls=":")
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(epsilon, [f"{e:g}" for e in epsilon])
+        ax.set_xlabel("epsilon of one release")
+        ax.set_ylabel(curve.name)
+        ax.grid(alpha=0.3)
+        ax.legend()
+
+
+def _cells(estimate: Estimate) -> list[str]:
+    mark = {INTERPOLATED: " ~", OUTSIDE: " !"}.get(estimate.origin, "")
+    if estimate.low is None or estimate.high is None:
+        return [f"{estimate.value:.3f}{mark}", "unknown"]
+    return [f"{estimate.value:.3f}{mark}", f"{estimate.low:.3f} to {estimate.high:.3f}"]
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+    return [
+        "  " + "  ".join(cell.rjust(w) for cell, w in zip(r, widths, strict=True)) for r in [header, *rows]
+    ]
+
+
+def _prior(value: float) -> str:
+    inverse = round(1 / value)
+    return f"1/{inverse}" if inverse < 10_000 else f"10^{round(math.log10(value))}"
+
+
+def _percent(share: float) -> str:
+    """Three significant digits, rounded up: never less than the bound."""
+    percent = 100 * share
+    step = 10.0 ** (math.floor(math.log10(percent)) - 2)
+    return f"{min(100.0, math.ceil(percent / step - 1e-9) * step):.3g} %"
+
+
+def _up(value: float) -> str:
+    return f"{math.ceil(value * 1e4 - 1e-6) / 1e4:g}"
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 1024:.3g} KiB" if number < 2**20 else f"{number / 2**20:.3g} MiB"

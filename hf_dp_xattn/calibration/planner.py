@@ -1,0 +1,343 @@
+"""The planner: what a release would give, before any budget is spent. Reads a calibration, so public data only; no ledger, no context."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import DPXAttnConfig
+from ..errors import ConfigError
+from ..mechanisms.anchors.plan import AnchorPlan, Decoders
+from ..mechanisms.anchors.release import HistogramSource, PreparedAnchors, ResponseSource, SumSource
+from ..privacy.accountant import epsilon_of, needs_delta
+from ..privacy.bits import SeededEntropy
+from ..privacy.guessing import PRIORS, guess_bound
+from ..privacy.units import NeighboringRelation, Unit
+from .anchors.calibration import AnchorCalibration
+from .curves import INTERPOLATED, OUTSIDE, Curve
+from .plan_report import Plan, PlanPoint
+
+__all__ = ["Plan", "PlanPoint", "plan"]
+
+One = AnchorCalibration | str | os.PathLike[str]
+SAME_ROWS = 0.1  # priors and decoders for rows were fitted to contexts of one size: predictions hold near it
+REPEATS = 3
+_HOW = "make one with dpx.calibrate(pipe, public_contexts, dpx.DPXAttnConfig(mechanism='anchors', unit=...))"
+
+
+def plan(
+    calibration: One | Sequence[One],
+    *,
+    epsilons: Sequence[float] | None = None,
+    epsilon: float | None = None,
+    unit: str | None = None,
+    neighboring: str | None = None,
+    n: int | None = None,
+    delta: float | None = None,
+    want_fvu: float | None = None,
+    want_score: float | None = None,
+    score: str | None = None,
+    layers: Sequence[str] | None = None,
+    dtype: str | torch.dtype | None = None,
+    measure: bool = True,
+) -> Plan:
+    """Predicts what releases at these epsilons would give: quality, what would leave, what it means for an attacker, and its cost.
+
+    Spends nothing: it reads public calibrations only, and times releases of random rows with seeded noise.
+
+    Args:
+        calibration: an `AnchorCalibration`, a folder or Hub id, or several of them, of which the one that fits is used.
+        epsilons or epsilon: by default those that the calibration has plans for.
+        unit, neighboring, n: what to protect, and units in one context (rows for unit="row", groups for "group"); by default the
+            calibration's.
+        delta: by default the calibration's.
+        want_fvu, want_score: finds the smallest epsilon that is predicted to reach them.
+        score: which of the publisher's scores; by default the first one.
+        layers, dtype: names of the layers whose keys and values are counted, and their type; by default the calibration's host's.
+        measure: time releases on this machine.
+
+    Raises:
+        ConfigError: no calibration fits, several do, or a value is out of range.
+    """
+    asked = epsilons
+    if epsilon is not None:
+        if epsilons is not None:
+            raise ConfigError("Give epsilon or epsilons, not both.")
+        asked = [epsilon]
+    name, chosen = _choose(calibration, unit, neighboring, n)
+    units = chosen.units if n is None else n
+    delta = _default_delta(chosen) if delta is None else delta
+    fvu_curve = Curve.of(
+        "FVU",
+        ((p.epsilon, p.quality.fvu, p.quality.low, p.quality.high) for p in chosen.plans),
+        higher_is_better=False,
+    )
+    if fvu_curve is None:
+        raise ConfigError("The calibration holds no predicted quality: calibrate again.")
+    score_curve = _score_curve(chosen, score)
+    wanted = []
+    if want_fvu is not None:
+        wanted.append(fvu_curve.wanted(_number("want_fvu", want_fvu)))
+    if want_score is not None:
+        if score_curve is None:
+            raise ConfigError(
+                "The calibration holds no score, so want_score cannot be planned for: its publisher measured none. Use want_fvu."
+            )
+        wanted.append(score_curve.wanted(_number("want_score", want_score)))
+    sizes, heads = _layers(chosen, layers)
+    kind = _dtype(chosen.host.dtype if dtype is None else dtype)
+    row_bytes = 2 * sum(sizes) * kind.itemsize  # a key and a value in each layer
+    exact = row_bytes * units if chosen.unit == Unit.ROW.value else None
+    machine = f"{platform.machine()}, {torch.get_num_threads()} thread(s)" if measure else None
+    epsilons = [p.epsilon for p in chosen.plans] if asked is None else list(asked)
+    if not epsilons:
+        raise ConfigError("epsilons is empty: name at least one.")
+    base = DPXAttnConfig(
+        mechanism="anchors", unit=chosen.unit, neighboring=chosen.neighboring, delta=delta, epsilon=1.0
+    )
+    configs = [base.replace(epsilon=e) for e in sorted(set(epsilons))]
+    points = tuple(_point(c, chosen, fvu_curve, score_curve, row_bytes, units, measure) for c in configs)
+    return Plan(
+        calibration=name,
+        unit=chosen.unit,
+        neighboring=chosen.neighboring,
+        grouping=chosen.grouping,
+        units=units,
+        delta=delta,
+        contexts=chosen.contexts,
+        layers=len(sizes),
+        heads=heads,
+        dtype=str(kind).removeprefix("torch."),
+        exact_kv_bytes=exact,
+        measured_on=machine,
+        points=points,
+        fvu_curve=fvu_curve,
+        score_curve=score_curve,
+        wanted=tuple(wanted),
+        notes=_notes(chosen, points, units, delta, machine),
+    )
+
+
+def _point(
+    config: DPXAttnConfig,
+    calibration: AnchorCalibration,
+    fvu_curve: Curve,
+    score_curve: Curve | None,
+    row_bytes: int,
+    units: int,
+    measure: bool,
+) -> PlanPoint:
+    prepared = calibration.prepare(config)
+    events = prepared.events
+    # a pure release promises the same at delta = 0
+    delta = config.delta if needs_delta(events) else 0.0
+    charged = epsilon_of(events, delta)
+    rows = _rows(prepared.plan, prepared.decoders)
+    return PlanPoint(
+        epsilon=config.epsilon,
+        fvu=fvu_curve.at(config.epsilon),
+        score=None if score_curve is None else score_curve.at(config.epsilon),
+        release=prepared.plan.release,
+        made_for=prepared.plan.epsilon,
+        meaning=prepared.source.describe(),
+        noise=_noise(prepared),
+        events=tuple(e.to_dict() for e in events),
+        charged=charged,
+        charged_delta=delta,
+        rows=rows,
+        kv_bytes=rows * row_bytes,
+        seconds=_measure(prepared, units) if measure else None,
+        guesses=tuple((p, guess_bound(charged, delta, p, config.neighboring)) for p in PRIORS),
+    )
+
+
+def _choose(
+    given: One | Sequence[One], unit: str | None, neighboring: str | None, n: int | None
+) -> tuple[str, AnchorCalibration]:
+    """The one calibration that fits, and its name."""
+    for name, value, known in (("unit", unit, Unit), ("neighboring", neighboring, NeighboringRelation)):
+        if value is not None and value not in tuple(known):
+            raise ConfigError(f"Unknown {name} {value!r}; choose one of {', '.join(known)}.")
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+        raise ConfigError(f"n must be a positive integer (units in one context), got {n!r}.")
+    items: Sequence[One] = (
+        [given] if isinstance(given, (AnchorCalibration, str, os.PathLike)) else list(given)
+    )
+    loaded = [_load(item, i + 1) for i, item in enumerate(items)]
+    fitting = [
+        (name, c)
+        for name, c in loaded
+        if unit in (None, c.unit)
+        and neighboring in (None, c.neighboring)
+        and (n is None or _covers(c.unit, c.units, n))
+    ]
+    if n is not None and fitting:  # the nearest in size, where several cover it
+        nearest = min(abs(c.units - n) for _, c in fitting)
+        fitting = [(name, c) for name, c in fitting if abs(c.units - n) == nearest]
+    if len(fitting) == 1:
+        return fitting[0]
+    asked = ", ".join(
+        f"{k}={v!r}" for k, v in (("unit", unit), ("neighboring", neighboring), ("n", n)) if v is not None
+    )
+    there = "; ".join(
+        f"{name} (unit={c.unit!r}, neighboring={c.neighboring!r}, n={c.units})" for name, c in loaded
+    )
+    if fitting:
+        raise ConfigError(
+            f"{len(fitting)} calibrations fit {asked or 'the request'}: say which by unit, neighboring, n, or give one. There are: {there}."
+        )
+    raise ConfigError(
+        f"No calibration fits {asked or 'the request'}. There are: {there or 'none'}. For another one, {_HOW}."
+    )
+
+
+def _load(item: One, number: int) -> tuple[str, AnchorCalibration]:
+    if isinstance(item, AnchorCalibration):
+        return f"calibration {number}", item
+    if isinstance(item, (str, os.PathLike)):
+        return Path(item).name or str(item), AnchorCalibration.from_pretrained(item)
+    raise ConfigError(
+        f"The planner reads calibrations of mechanism='anchors', or their names; got {type(item).__name__}. To get one, {_HOW}."
+    )
+
+
+def _covers(unit: str, units: int, n: int) -> bool:
+    return abs(units - n) <= SAME_ROWS * units if unit == Unit.ROW.value else n <= units
+
+
+def _default_delta(calibration: AnchorCalibration) -> float:
+    return float(calibration.settings.get("delta", DPXAttnConfig().delta))
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number, got {value!r}.")
+    return float(value)
+
+
+def _score_curve(calibration: AnchorCalibration, name: str | None) -> Curve | None:
+    names = list(dict.fromkeys(s.name for s in calibration.scores))
+    if name is not None and name not in names:
+        raise ConfigError(f"The calibration has no score {name!r}; it has: {', '.join(names) or 'none'}.")
+    if not names:
+        return None
+    name = names[0] if name is None else name
+    points = ((s.epsilon, s.score, s.low, s.high) for s in calibration.scores if s.name == name)
+    return Curve.of(name, points, higher_is_better=True)
+
+
+def _layers(calibration: AnchorCalibration, names: Sequence[str] | None) -> tuple[list[int], int]:
+    """Channels of the keys (and of the values) of each layer, and the number of heads of all of them."""
+    host = calibration.host.layers
+    if names is not None:
+        unknown = sorted(set(names) - {x[0] for x in host})
+        if unknown or not names:
+            raise ConfigError(
+                f"Unknown layer(s) {', '.join(unknown) or '(none named)'}; the calibration is for {', '.join(x[0] for x in host)}."
+            )
+        host = tuple(x for x in host if x[0] in set(names))
+    return [out for _, _, _, out in host], sum(heads for _, heads, _, _ in host)
+
+
+def _dtype(name: str | torch.dtype) -> torch.dtype:
+    found = name if isinstance(name, torch.dtype) else getattr(torch, str(name).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"dtype must name a floating-point type such as 'float16', got {name!r}.")
+    return found
+
+
+def _rows(plan: AnchorPlan, decoders: Decoders) -> int:
+    """The most rows that a release is decoded to; pruning leaves fewer."""
+    if plan.release != "histogram":
+        return 0 if decoders.slots is None else decoders.slots.slots.shape[0]
+    if decoders.cells is None:
+        return 0
+    m, each, _ = decoders.cells.anchors.shape
+    heavy = min(m, max(1, decoders.cells.rows // each))
+    merged = min(m - heavy, int(decoders.cells.coarse.max()) + 1)
+    return heavy * each + merged
+
+
+def _noise(prepared: PreparedAnchors) -> dict[str, float]:
+    source = prepared.source
+    if isinstance(source, SumSource):
+        return {"sigma": source.prepared.sigma}
+    if isinstance(source, ResponseSource):
+        return {"truth": source.response.truth, "cells": source.response.alphabet}
+    assert isinstance(source, HistogramSource)
+    plus, minus = source.rates
+    return {"rate_plus": plus, "rate_minus": minus, "cells": source.prepared.cells}
+
+
+def _measure(prepared: PreparedAnchors, units: int) -> float:
+    """Median seconds of a release of random rows within the public box: noise, decoding and pruning; no text encoder, no ledger."""
+    plan = prepared.plan
+    rows = plan.center + plan.reach * (
+        2 * torch.rand(units, len(plan.center), generator=torch.Generator().manual_seed(0)) - 1
+    )
+    groups = torch.arange(units) if prepared.config.unit == Unit.GROUP.value else None
+    times = []
+    for i in range(REPEATS + 1):
+        start = time.perf_counter()
+        prepared.run_rows(rows, groups=groups, entropy=SeededEntropy(i))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])  # the first one warms up
+
+
+def _notes(
+    calibration: AnchorCalibration, points: Sequence[PlanPoint], units: int, delta: float, machine: str | None
+) -> tuple[str, ...]:
+    judged = min(p.quality.contexts for p in calibration.plans)
+    notes = [
+        f"predicted on {judged} public contexts that nothing was fitted to (of {calibration.contexts}); the intervals cover contexts like "
+        "those and fresh noise, not contexts of another kind, which may do worse",
+        "FVU: fraction of the attention outputs' variance left unexplained; 1 is the public mean alone, 0 exact attention",
+    ]
+    origins = {q.origin for p in points for q in (p.fvu, p.score) if q is not None}
+    if INTERPOLATED in origins:
+        notes.append(
+            "~ interpolated between calibrated epsilons (linear in log epsilon; the interval spans both neighbours')"
+        )
+    if OUTSIDE in origins:
+        notes.append(
+            "! outside the calibrated range: the nearest calibrated value is shown and no interval is known"
+        )
+    if delta != _default_delta(calibration):
+        notes.append(
+            f"quality was predicted at delta = {_default_delta(calibration):g}; the noise of sums is another at delta = {delta:g}"
+        )
+    if units != calibration.units:
+        notes.append(
+            f"quality was predicted for contexts of {calibration.units} units, this plan is for {units}"
+        )
+    if machine is not None:
+        notes.append(
+            f"time: measured now on this machine ({machine}), median of {REPEATS} releases of random rows; without the text encoder and "
+            "the ledger"
+        )
+    notes.append("rows, K and V: at most, before pruning; public rows (BOS, negative prompt) come on top")
+    notes.append(
+        "an attacker's prior: the best guess before the release by one who knows everything else, the other units included; where an "
+        "encoder mixes rows, the others may say much about one of them"
+    )
+    notes.append(_NOT_COVERED[calibration.unit])
+    notes.append(
+        "not covered: a second release of the same context (charged again), the text in logs or tracebacks, timing, the initial image, "
+        "public prompts, and weights that were trained on private data"
+    )
+    return tuple(notes)
+
+
+_NOT_COVERED = {
+    "row": "not covered: words; an encoder mixes its rows, so a prompt that differs in one word may differ in every row",
+    "group": "not covered: groups that were not encoded apart from each other; there replacing one changes the others' rows too",
+    "context": "not covered: that two requests used the same context, which reads the same release",
+}
