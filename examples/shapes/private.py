@@ -1,60 +1,78 @@
-"""The shapes pipeline with private prompts: the config, the public calibration, and pictures at one epsilon."""
+"""The shapes pipeline with private prompts: configs, the shipped public calibrations, and pictures at one epsilon."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from diffusers import StableDiffusionPipeline
 
 import hf_dp_xattn as dpx
 from shapes.evaluate import generate
-from shapes.scenes import train_examples
+from shapes.scenes import Example, phrases, train_examples
 
 DELTA = 1e-5
-PUBLIC_CAPTIONS = 900
+UNITS = ("row", "group", "context")
 PUBLIC_SEED = 1
-RANK = 320
+CALIBRATIONS = Path(__file__).parent / "calibrations"
+KERNEL_SUM_CAPTIONS = 900
+KERNEL_SUM_RANK = 320
 
 
-def config(epsilon: float, **changes: object) -> dpx.DPXAttnConfig:
-    """kernel_sum with the settings that the shapes pipeline likes; epsilon = inf gives exact attention (not private)."""
-    base = dpx.DPXAttnConfig(mechanism="kernel_sum", delta=DELTA, degree=2, projection_dim=6, logit_bound=1.0)
+def config(
+    epsilon: float, *, unit: str = "row", mechanism: str = "anchors", **changes: object
+) -> dpx.DPXAttnConfig:
+    """The settings that the shapes pipeline likes; epsilon = inf gives exact attention (not private)."""
+    base = dpx.DPXAttnConfig(
+        mechanism=mechanism, delta=DELTA, unit=unit, degree=2, projection_dim=6, logit_bound=1.0
+    )
     if np.isinf(epsilon):
         return base.replace(mechanism="none", **changes)
     return base.replace(epsilon=float(epsilon), **changes)
 
 
-def calibrate(
+def load_calibration(unit: str = "row") -> Any:
+    """The shipped calibration for a unit; `python examples/shapes/calibrate.py` makes it."""
+    return dpx.Calibration.from_pretrained(CALIBRATIONS / unit)
+
+
+def prompts(examples: Sequence[Example], unit: str, seed: int = 0) -> list[str]:
+    """The captions; for unit = group the same scenes phrase by phrase, joined by commas (where `protect` splits them again)."""
+    if unit != "group":
+        return [e.caption for e in examples]
+    rng = np.random.default_rng(seed)
+    return [", ".join(phrases(e.scene, rng)) for e in examples]
+
+
+def calibrate_kernel_sum(
     pipeline: StableDiffusionPipeline,
     epsilons: Sequence[float],
     *,
-    captions: int = PUBLIC_CAPTIONS,
-    rank: int = RANK,
+    captions: int = KERNEL_SUM_CAPTIONS,
+    rank: int = KERNEL_SUM_RANK,
     unit: str = "row",
     progress: bool = True,
-) -> dpx.Calibration:
-    """Calibration on training captions: public, and disjoint from the held-out ones in every (colour, shape, place)."""
+) -> Any:
+    """kernel_sum's calibration on training captions: public, and disjoint from the held-out ones in every (colour, shape, place)."""
     public = [e.caption for e in train_examples(captions, PUBLIC_SEED)]
     finite = [float(e) for e in epsilons if np.isfinite(e)]
-    return dpx.calibrate(
-        pipeline, public, config(8.0, unit=unit), epsilons=finite, rank=rank, progress=progress
-    )
+    settings = config(8.0, unit=unit, mechanism="kernel_sum")
+    return dpx.calibrate(pipeline, public, settings, epsilons=finite, rank=rank, progress=progress)
 
 
 def generate_private(
     pipeline: StableDiffusionPipeline,
     captions: list[str],
-    epsilon: float,
-    calibration: dpx.Calibration,
+    settings: dpx.DPXAttnConfig,
+    calibration: Any = None,
     *,
     seed: int = 0,
-    unit: str = "row",
     ledger: dpx.Ledger | None = None,
     budget: dpx.Budget | None = None,
 ) -> tuple[np.ndarray, dpx.PrivacyReport]:
     """Pictures [n, 32, 32, 3] of private captions, one release and budget each, and the report. Restores the pipeline."""
-    settings = config(epsilon, unit=unit)
     public = calibration if settings.is_private else None
     with dpx.protect(pipeline, settings, calibration=public, ledger=ledger, budget=budget) as protected:
         images = generate(pipeline, captions, seed=seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,14 +13,13 @@ from tqdm.auto import tqdm
 from ..calibration.anchors.calibration import AnchorCalibration
 from ..calibration.anchors.fit import AnchorSettings, candidates, fit_anchors
 from ..calibration.anchors.objective import Objective
-from ..calibration.anchors.slots_fit import SlotSettings
 from ..calibration.calibration import Calibration
 from ..calibration.fit import PublicQueries, Rows, fit_calibration
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from .access import Access
 from .architectures import check_pipeline_class, find_layers
-from .calibrate_anchors import Public, gather_contexts, layer_probes
+from .calibrate_anchors import Public, gather_contexts, is_large, layer_probes, slot_schedule
 from .identity import host_identity
 from .protect import handle_of
 from .rows import layer_specs, project_rows, split_heads
@@ -39,12 +39,12 @@ def calibrate(
     epsilons: Sequence[float] = EPSILONS,
     anchors: int = 4096,
     releases: Sequence[str] = ("sum", "response", "histogram"),
-    steps: int = 3000,
+    steps: int | None = None,
     grouping: str | None = None,
     memory_mb: int = 2048,
     rank: int = 128,
-    query_prompts: int = 8,
-    query_steps: int = 6,
+    query_prompts: int | None = None,
+    query_steps: int | None = None,
     queries_per_step: int = 32,
     seed: int = 0,
     progress: bool = True,
@@ -62,10 +62,11 @@ def calibrate(
         public_contexts: prompts; lists of phrases for unit="group"; or embeddings [N, n, C] of which all rows are used.
         config: mechanism, unit and relation to fit for; by default `anchors` with unit="row".
         anchors: cells of the histogram's codebook. releases: candidates of `anchors` ("sum", "response", "histogram").
-        steps: training steps of the decoder; minutes at 3000 on two cores.
+        steps: training steps of the decoder; by default what takes some five minutes on two cores. More do better.
         grouping: how units are encoded, "rows", "phrases" or "context"; by default what the unit says.
         rank: kernel_sum only; 0 fits geometry and bounds only.
-        query_prompts, query_steps, queries_per_step: public denoising runs from which queries are taken.
+        query_prompts, query_steps, queries_per_step: public denoising runs from which queries are taken; by default 8 prompts over 6
+            steps, or 2 over 4 on a host as large as Stable Diffusion's.
 
     Raises:
         ConfigError: too few contexts, wrong type. UnsupportedModelError: not a supported pipeline.
@@ -79,24 +80,24 @@ def calibrate(
     layers = find_layers(pipe.unet)
     text = TextSide(pipe, Access())
 
+    large = is_large(layers)
+    query_prompts = (2 if large else 8) if query_prompts is None else query_prompts
+    query_steps = (4 if large else 6) if query_steps is None else query_steps
+
     def public_queries(whole: torch.Tensor) -> list[torch.Tensor]:
         chosen = whole[:query_prompts].to(pipe.unet.dtype)
         return _public_queries(pipe, layers, text, chosen, query_steps, queries_per_step, seed, progress)
 
     gains = [output_gain(attn) for attn in layers.values()]
     if config.mechanism == "anchors":
-        settings = AnchorSettings(
-            releases=tuple(releases),
-            anchors=anchors,
-            slots=SlotSettings(steps=steps, seed=seed),
-            seed=seed,
-            progress=progress,
-        )
+        settings = AnchorSettings(releases=tuple(releases), anchors=anchors, seed=seed, progress=progress)
         candidates(config, settings)  # refuses what cannot be before minutes are spent on it
         grouping = grouping or {"row": "rows", "group": "phrases", "context": "context"}[config.unit]
         contexts, public_rows = gather_contexts(
             text, public_contexts, config.unit, grouping, memory_mb=memory_mb, seed=seed, progress=progress
         )
+        schedule = slot_schedule(layers, contexts.whole.shape[1], steps, seed)
+        settings = dataclasses.replace(settings, slots=schedule)
         queries = public_queries(contexts.whole)
         objective = Objective(layer_probes(layers, queries, gains), public_rows)
         identity = host_identity(layers, pipe.unet.dtype, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..calibration.anchors.objective import LayerProbe
-from ..calibration.anchors.slots_fit import PublicContexts
+from ..calibration.anchors.slots_fit import PublicContexts, SlotSettings
 from ..errors import ConfigError
 from ..mechanisms.anchors.release import pool
 from .phrases import encode_phrases, split_phrases
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 Public = Sequence[str] | Sequence[Sequence[str]] | torch.Tensor
 ENCODER_BATCH = 64
+_LARGE = 5e6
+_EFFORT = 2e13
 
 
 def choose_contexts(public: Public, bytes_each: int, memory_mb: int, seed: int) -> list[Any]:
@@ -111,6 +114,30 @@ def _phrase_units(
         for j, phrase in enumerate(group):
             units[i, j], mask[i, j] = known[phrase], True
     return PublicContexts(units, mask, whole)
+
+
+def _row_flops(layers: dict[str, Attention]) -> float:
+    """Multiplications and additions of one row's keys and values in all layers."""
+    return sum(4.0 * a.cross_attention_dim * a.inner_dim for a in layers.values())
+
+
+def is_large(layers: dict[str, Attention]) -> bool:
+    """Whether a training step over all layers, or a public denoising run, takes seconds rather than milliseconds."""
+    return _row_flops(layers) > _LARGE
+
+
+def slot_schedule(layers: dict[str, Attention], rows: int, steps: int | None, seed: int) -> SlotSettings:
+    """Batches that this host can afford: large hosts get smaller batches over two layers at a time, and by default fewer steps.
+
+    The default spends about 2e13 multiplications and additions, some five minutes on two cores.
+    """
+    usual = SlotSettings(seed=seed)
+    chosen = dataclasses.replace(usual, batch=16, layers=2, slots=48) if is_large(layers) else usual
+    # the exact rows pass forward once, the decoded ones forward and back
+    passed = chosen.batch * (rows + 3 * chosen.slots)
+    flops = passed * _row_flops(layers) * min(chosen.layers, len(layers)) / len(layers)
+    affordable = max(200, min(usual.steps, int(_EFFORT / flops)))
+    return dataclasses.replace(chosen, steps=affordable if steps is None else steps)
 
 
 def layer_probes(

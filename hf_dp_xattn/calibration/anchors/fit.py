@@ -294,11 +294,19 @@ def _slot_plans(
 
     none = torch.zeros(0, settings.slots.code)
     plans = [plan(i, i, e, "sum", none, noise[i]) for i, e in enumerate(sums)]
+    # a decoder that does not look at the code: what a small epsilon falls back to where looking makes it worse
+    plans += [_blind(p) for p in plans]
     for i, (codes, response) in alphabets.items():
         plans.append(plan(i, auxiliary, answers[i - auxiliary - 1], "response", codes, response.truth))
     shared = trainer.decoder()
     decoder = SlotDecoder(*(getattr(shared, n).detach().clone() for n in SlotDecoder.TENSORS))
     return plans, decoder
+
+
+def _blind(plan: AnchorPlan) -> AnchorPlan:
+    assert plan.head is not None
+    head = dataclasses.replace(plan.head, weight=torch.zeros_like(plan.head.weight))
+    return dataclasses.replace(plan, head=head)
 
 
 @torch.no_grad()

@@ -1,0 +1,82 @@
+"""Builds the calibrations that the shapes pipeline ships with: `python examples/shapes/calibrate.py` (about an hour on two cores).
+
+Public data only: training captions, which share no (colour, shape, place) with the held-out ones. For the planner it also measures the
+attribute accuracy of PUBLIC captions (of another seed) at every epsilon.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import hf_dp_xattn as dpx
+from hf_dp_xattn.calibration.anchors.calibration import AnchorCalibration, ScorePoint
+from shapes.evaluate import load_pipeline
+from shapes.private import CALIBRATIONS, PUBLIC_SEED, UNITS, config, generate_private, prompts
+from shapes.reader import load_reader, score
+from shapes.scenes import train_examples
+from shapes.sweep import row
+
+EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+SCORE_SEED = 999
+SCORE_NAME = "attributes right"
+
+
+def scores(pipeline: Any, calibration: AnchorCalibration, n: int) -> tuple[ScorePoint, ...]:
+    """Attribute accuracy of n public captions at every plan's epsilon."""
+    reader, examples = load_reader(), train_examples(n, SCORE_SEED)
+    captions, scenes = prompts(examples, calibration.unit, SCORE_SEED), [e.scene for e in examples]
+    points = []
+    for plan in tqdm(calibration.plans, desc=f"scores, unit = {calibration.unit}"):
+        settings = config(plan.epsilon, unit=calibration.unit)
+        images, _ = generate_private(pipeline, captions, settings, calibration, seed=SCORE_SEED)
+        line = row(f"{plan.epsilon:g}", score(images, scenes, reader), scenes)
+        points.append(ScorePoint(SCORE_NAME, plan.epsilon, line["accuracy"], line["low"], line["high"], n))
+    return tuple(points)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--unit", choices=UNITS, action="append", help="default: all three")
+    parser.add_argument("--captions", type=int, default=12_000, help="public captions")
+    parser.add_argument("--steps", type=int, default=12_000, help="training steps of the decoder")
+    parser.add_argument("--anchors", type=int, default=4096)
+    parser.add_argument(
+        "--scores", type=int, default=200, help="public captions that are drawn for the planner; 0 for none"
+    )
+    parser.add_argument("--out", type=Path, default=CALIBRATIONS)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", category=UserWarning)
+    pipeline = load_pipeline()
+    for unit in args.unit or UNITS:
+        public = prompts(train_examples(args.captions, PUBLIC_SEED), unit, PUBLIC_SEED)
+        calibration = dpx.calibrate(
+            pipeline,
+            public,
+            config(8.0, unit=unit),
+            epsilons=EPSILONS,
+            anchors=args.anchors,
+            steps=args.steps,
+            query_prompts=32,
+        )
+        assert isinstance(calibration, AnchorCalibration)
+        calibration.save_pretrained(args.out / unit)
+        if args.scores:
+            measured = scores(pipeline, calibration, args.scores)
+            dataclasses.replace(calibration, scores=measured).save_pretrained(args.out / unit)
+        print(
+            f"unit = {unit}: "
+            + ", ".join(f"{p.epsilon:g}: {p.release} {p.quality.fvu:.3f}" for p in calibration.plans)
+        )
+
+
+if __name__ == "__main__":
+    main()
