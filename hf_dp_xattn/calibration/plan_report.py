@@ -108,7 +108,8 @@ class Plan:
         for p in self.points:
             events = f"{len(p.events)} event" + ("s" if len(p.events) != 1 else "")
             lines.append(
-                f"  epsilon {p.epsilon:g} (charges {events}, epsilon {_up(p.charged)} at delta {p.charged_delta:g}): {p.meaning}"
+                f"  epsilon {p.epsilon:g} (charges {events}, epsilon {_up(p.charged)} at delta {p.charged_delta:g}; decoder made for "
+                f"epsilon {p.made_for:g}): {p.meaning}"
             )
         lines += ["", "Notes", *(f"  - {n}" for n in self.notes)]
         return "\n".join(lines)
@@ -196,10 +197,13 @@ def _prior(value: float) -> str:
 
 
 def _percent(share: float) -> str:
-    """Three significant digits, rounded up: never less than the bound."""
+    """Rounded up, so never less than the bound: three significant digits, or as many as the distance to 100 % needs."""
+    left = 100 * (1 - share)
+    if left < 1e-4:
+        return "100 %"
     percent = 100 * share
-    step = 10.0 ** (math.floor(math.log10(percent)) - 2)
-    return f"{min(100.0, math.ceil(percent / step - 1e-9) * step):.3g} %"
+    step = 10.0 ** (math.floor(math.log10(min(percent, 10 * left))) - 2)
+    return f"{math.ceil(percent / step - 1e-9) * step:.7g} %"
 
 
 def _up(value: float) -> str:
