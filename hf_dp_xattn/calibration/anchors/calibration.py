@@ -228,7 +228,7 @@ class AnchorCalibration:
                 raise ConfigError(
                     "The calibration's parts do not fit each other, or hold NaN: it is damaged. Calibrate again."
                 )
-            if plan.release != "sum" and len(torch.unique(plan.codes, dim=0)) < len(plan.codes):
+            if any(len(torch.unique(codes, dim=0)) < len(codes) for codes in plan.codes):
                 raise ConfigError(
                     f"The codebook for epsilon = {plan.epsilon:g} has repeated cells, of which one is always empty. Calibrate again."
                 )

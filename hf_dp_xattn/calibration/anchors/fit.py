@@ -31,6 +31,7 @@ from .slots_fit import PublicContexts, SlotSettings, SlotTrainer, set_code_scale
 MINIMUM_CONTEXTS = 64
 GEOMETRY_NOISE = 0.08  # of the auxiliary sum whose codes give the cells of `response`
 ALPHABETS = (4, 16, 64, 256, 1024, 4096)
+MAX_CODEBOOKS = 4
 _VALIDATION = 400
 
 
@@ -172,7 +173,7 @@ def _histogram_plans(
                 reach=book.reach,
                 matrix=book.matrix,
                 bias=torch.zeros(book.matrix.shape[0]),
-                codes=book.codes,
+                codes=book.codes.unsqueeze(0),
                 bound=1.0,
                 share_plus=share,
                 noise=decoder_noise,
@@ -245,13 +246,17 @@ def _slot_plans(
         alphabets = _fit_responses(trainer, training, auxiliary, answers, settings, generator)
 
         def answered(batch: PublicContexts, plan: int) -> torch.Tensor:
-            codes, response = alphabets[plan]
-            flat = trainer.clipped(batch.units, auxiliary)
-            cells = assign(flat.reshape(-1, flat.shape[-1]), codes)[0].reshape(flat.shape[:2])
-            lie = torch.rand(cells.shape, generator=generator) >= response.truth
-            other = torch.randint(1, len(codes), cells.shape, generator=generator)
-            told = torch.where(lie, (cells + other) % len(codes), cells)
-            return (codes[told] * batch.mask.unsqueeze(-1)).sum(1)
+            stages, response = alphabets[plan]
+            with torch.no_grad():
+                rest = trainer.clipped(batch.units, auxiliary).flatten(0, 1)
+                answers = torch.zeros_like(rest)
+                for codes in stages:
+                    cells = assign(rest, codes)[0]
+                    lie = torch.rand(cells.shape, generator=generator) >= response.truth
+                    other = torch.randint(1, len(codes), cells.shape, generator=generator)
+                    answers += codes[torch.where(lie, (cells + other) % len(codes), cells)]
+                    rest = rest - codes[cells]
+                return (answers.view(*batch.mask.shape, -1) * batch.mask.unsqueeze(-1)).sum(1)
 
         for i in alphabets:
             with torch.no_grad():
@@ -263,7 +268,7 @@ def _slot_plans(
             list(alphabets),
             answered,
             settings.slots,
-            parameters=[trainer.head, trainer.head_bias, trainer.second_bias],
+            parameters=[trainer.head, trainer.head_bias, trainer.second_bias, trainer.gain],
             label="responses",
             generator=generator,
             progress=settings.progress,
@@ -292,7 +297,7 @@ def _slot_plans(
             quality=_UNKNOWN,
         )
 
-    none = torch.zeros(0, settings.slots.code)
+    none = torch.zeros(0, 0, settings.slots.code)
     plans = [plan(i, i, e, "sum", none, noise[i]) for i, e in enumerate(sums)]
     # a decoder that does not look at the code: what a small epsilon falls back to where looking makes it worse
     plans += [_blind(p) for p in plans]
@@ -305,7 +310,8 @@ def _slot_plans(
 
 def _blind(plan: AnchorPlan) -> AnchorPlan:
     assert plan.head is not None
-    head = dataclasses.replace(plan.head, weight=torch.zeros_like(plan.head.weight))
+    zero = {n: torch.zeros_like(getattr(plan.head, n)) for n in ("weight", "gain")}
+    head = dataclasses.replace(plan.head, **zero)
     return dataclasses.replace(plan, head=head)
 
 
@@ -325,35 +331,46 @@ def _fit_responses(
             for part in (training.part(i) for i in torch.arange(len(training)).split(512))
         ]
     )
-    total = float((flat - flat.mean(0)).square().sum(-1).mean())
-    options: list[tuple[torch.Tensor, torch.Tensor, float]] = []
+    stacks = {}
     for size in ALPHABETS:
-        if size * 8 > len(flat):
-            break
-        codes = kmeans(flat, size, seed=settings.seed)
-        index = assign(flat, codes)[0]
-        share = torch.bincount(index, minlength=size).float() / len(index)
-        options.append((codes, share, float(len(index))))
-    if not options:
+        if size * 8 <= len(flat):
+            stacks[size] = _residual_codebooks(flat, size, settings.seed)
+    if not stacks:
         raise ConfigError(f"Too few public units ({len(flat)}) for randomised response; give more contexts.")
     result = {}
     for offset, epsilon in enumerate(epsilons):
         best: tuple[float, torch.Tensor, RandomizedResponse] | None = None
-        for codes, share, _ in options:
-            response = RandomizedResponse.of(epsilon, len(codes))
-            false = (1 - response.truth) / (len(codes) - 1)
-            told = share * response.truth + (1 - share) * false  # P(answer = s)
-            belief = (
-                share * response.truth / told.clamp_min(1e-30)
-            )  # P(cell = s | answer = s), the rest by prior
-            mean = share @ codes
-            guess = belief.unsqueeze(1) * codes + (1 - belief).unsqueeze(1) * mean
-            explained = float(told @ (guess - mean).square().sum(-1))
-            if best is None or total - explained < best[0]:
-                best = (total - explained, codes, response)
+        for size, stages in stacks.items():
+            for count in range(1, len(stages) + 1):
+                response = RandomizedResponse.of(epsilon / count, size)
+                explained = sum(_explained(codes, share, response) for codes, share in stages[:count])
+                if best is None or explained > best[0]:
+                    best = (explained, torch.stack([codes for codes, _ in stages[:count]]), response)
         assert best is not None
         result[auxiliary + 1 + offset] = (best[1], best[2])
     return result
+
+
+def _residual_codebooks(flat: torch.Tensor, size: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(codes [m, K], share of the units in each cell [m]) of codebooks that each quantise what those before left over."""
+    stages, rest = [], flat
+    for _ in range(MAX_CODEBOOKS):
+        codes = kmeans(rest, size, seed=seed)
+        index = assign(rest, codes)[0]
+        stages.append((codes, torch.bincount(index, minlength=size).float() / len(index)))
+        rest = rest - codes[index]
+    return stages
+
+
+def _explained(codes: torch.Tensor, share: torch.Tensor, response: RandomizedResponse) -> float:
+    """Variance of a unit's code that the posterior mean given one answer explains."""
+    false = (1 - response.truth) / (len(codes) - 1)
+    told = share * response.truth + (1 - share) * false  # P(answer = s)
+    belief = (
+        share * (response.truth - false) / told.clamp_min(1e-30)
+    )  # beyond the prior, what answer s says for cell s
+    mean = share @ codes
+    return float(told @ (belief.unsqueeze(1) * (codes - mean)).square().sum(-1))
 
 
 def _judge(

@@ -84,6 +84,7 @@ class SlotTrainer(nn.Module):
         self.head = nn.Parameter(torch.zeros(plans, h, k))
         self.head_bias = nn.Parameter(torch.zeros(plans, h))
         self.second_bias = nn.Parameter(torch.zeros(plans, h))
+        self.gain = nn.Parameter(torch.ones(plans, k))
         self.code_center = nn.Parameter(torch.zeros(plans, k), requires_grad=False)
         self.code_scale = nn.Parameter(torch.ones(plans), requires_grad=False)
         self.hidden = nn.Parameter(normal(h, h, scale=h**-0.5))
@@ -94,9 +95,11 @@ class SlotTrainer(nn.Module):
         self.log_weights = nn.Parameter(
             torch.full((settings.slots,), math.log(rows.shape[0] / settings.slots))
         )
-        self.coefficients = nn.Parameter(normal(settings.slots, settings.directions, h, scale=0.1 * h**-0.5))
+        self.coefficients = nn.Parameter(
+            normal(settings.slots, settings.directions, h + k, scale=0.1 * h**-0.5)
+        )
         self.directions = nn.Parameter(normal(settings.directions, c, scale=float(sample.whole.std()) * 0.3))
-        self.weight_map = nn.Parameter(torch.zeros(settings.slots, h))
+        self.weight_map = nn.Parameter(torch.zeros(settings.slots, h + k))
 
     def decoder(self) -> SlotDecoder:
         """The shared decoder; it reads the parameters themselves, so gradients flow."""
@@ -109,6 +112,7 @@ class SlotTrainer(nn.Module):
             self.common_head + self.head[plan],
             self.head_bias[plan],
             self.second_bias[plan],
+            self.gain[plan],
             self.code_center[plan],
             self.code_scale[plan],
         )

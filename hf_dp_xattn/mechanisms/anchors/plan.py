@@ -29,7 +29,8 @@ class AnchorPlan:
     release: "sum" (B: learned sum, discrete Gaussian), "response" (k-ary randomised response of each unit's cell) or "histogram"
         (A, C: geometric noise on the cells' counts).
     center, reach [C], matrix [K, C], bias [K]: the public map from units to codes; coordinates further than `reach` from the centre are
-        clamped. codes [m, K]: the cells ("response", "histogram"), empty for "sum".
+        clamped. codes [S, m, K]: the cells ("histogram": S = 1; "response": S codebooks, each of what the one before left over), empty for
+        "sum".
     bound: l1 bound of one unit's counts ("histogram" of larger units). share_plus: part of epsilon that keeps empty cells empty (A;
         1/2 is C).
     noise: standard deviation of the noise that the decoder was trained for ("sum"), or probability of a true answer ("response").

@@ -3,7 +3,8 @@ r"""`anchors`: one release of the context's rows for all layers and heads, decod
 *Source.* Ours; for each epsilon the calibration chose one of
 
 * **sum** (B): y = sum_u f(x_u) + N_Z(0, sigma^2 I), `row_sum.py`;
-* **response**: the cell of each unit by k-ary randomised response, `privacy/response.py`;
+* **response**: each unit's cell by k-ary randomised response, `privacy/response.py`; with S codebooks (the second one quantises what the
+  first left over, and so on) it answers S times at epsilon / S each, by basic composition;
 * **histogram** (A, C): counts over public cells with geometric noise, `histogram.py`.
 
 *Formal guarantee.* **Released:** that y, and nothing else. **Unit:** a row; or a group or the context, which enters `sum` and `response`
@@ -129,21 +130,34 @@ class SumSource:
 
 @dataclass(frozen=True, eq=False)
 class ResponseSource:
-    """k-ary randomised response of each unit's cell; the code is the sum of the answers' codes."""
+    """k-ary randomised response of each unit's cell in each codebook; the code is the sum of the answers' codes."""
 
     response: RandomizedResponse
-    quantizer: RowQuantizer
+    quantizers: tuple[RowQuantizer, ...]
     codes: torch.Tensor
     unit: str
 
     @property
     def events(self) -> tuple[Event, ...]:
-        return (self.response.event,)
+        return (self.response.event,) * len(self.quantizers)
 
     def code(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy) -> torch.Tensor:
-        cells = self.quantizer.cells(pool(rows, self.unit, groups))
-        answers = torch.from_numpy(self.response.draw(cells.cpu().numpy(), entropy))
-        return self.codes[answers].sum(0)
+        total = self.codes.new_zeros(self.codes.shape[-1])
+        for cells, codes in zip(self.cells(rows, groups), self.codes, strict=True):
+            answers = torch.from_numpy(self.response.draw(cells.cpu().numpy(), entropy))
+            total = total + codes[answers].sum(0)
+        return total
+
+    def cells(self, rows: torch.Tensor, groups: torch.Tensor | None) -> list[torch.Tensor]:
+        """Each unit's cell in each codebook, int64 [U]; private. A function of each unit alone, as every step of it is."""
+        rest = pool(rows, self.unit, groups)
+        found = []
+        for i, quantizer in enumerate(self.quantizers):
+            found.append(quantizer.cells(rest))
+            if i + 1 < len(self.quantizers):
+                lattice = quantizer.codes.to(rest.device) * 2.0**-quantizer.exponent
+                rest = quantizer.project(rest) - lattice[found[-1]]
+        return found
 
     def decode(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
         return _decode_slots(code, (self.response.truth / plan.noise) ** 2, plan, decoders)
@@ -151,8 +165,9 @@ class ResponseSource:
     def describe(self) -> str:
         what = "row" if self.unit == "row" else f"{self.unit}'s mean row"
         return (
-            f"each {what} falls into one of {self.response.alphabet} public cells, and k-ary randomised response names that cell with "
-            f"probability {self.response.truth:.4g} and any other one otherwise (pure epsilon; delta is not used)"
+            f"each {what} falls into one of {self.response.alphabet} cells in each of {len(self.quantizers)} public codebook(s), and k-ary "
+            f"randomised response names that cell with probability {self.response.truth:.4g} and any other one otherwise (pure epsilon; "
+            "delta is not used)"
         )
 
     @property
@@ -185,7 +200,7 @@ class HistogramSource:
     def decode(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
         if decoders.cells is None:
             raise ConfigError("The calibration holds no anchors for this plan; calibrate again.")
-        weights = decoders.cells.weights(code.cpu().float(), self.rates, plan.codes, plan.tilt)
+        weights = decoders.cells.weights(code.cpu().float(), self.rates, plan.codes[0], plan.tilt)
         return decoders.cells.decode(weights)
 
     def describe(self) -> str:
@@ -220,7 +235,7 @@ def prepare_source(plan: AnchorPlan, config: DPXAttnConfig) -> Source:
         prepared = row_sum.prepare(config.epsilon, config.delta, unit="row", neighboring=config.neighboring)
         return SumSource(prepared, config.unit)
     quantizer = RowQuantizer.from_tensors(
-        plan.center, plan.matrix.mT, plan.codes - plan.bias, reach=plan.reach
+        plan.center, plan.matrix.mT, plan.codes[0] - plan.bias, reach=plan.reach
     )
     if plan.release == "response":
         if config.neighboring != NeighboringRelation.REPLACE_ONE.value:
@@ -228,12 +243,18 @@ def prepare_source(plan: AnchorPlan, config: DPXAttnConfig) -> Source:
                 "This calibration answers by randomised response, once for each unit, so the number of units is public: it cannot give "
                 "neighboring='add_or_remove_one'. Use replace_one, or calibrate with releases=('sum',)."
             )
-        response = RandomizedResponse.of(config.epsilon, len(plan.codes))
-        return ResponseSource(response, quantizer, plan.codes, config.unit)
+        stages, alphabet, width = plan.codes.shape
+        response = RandomizedResponse.of(config.epsilon / stages, alphabet)
+        identity, span = torch.eye(width), 4.0 * float(plan.codes.abs().max())
+        rest = [
+            RowQuantizer.from_tensors(torch.zeros(width), identity, codes, reach=span)
+            for codes in plan.codes[1:]
+        ]
+        return ResponseSource(response, (quantizer, *rest), plan.codes, config.unit)
     symmetric = config.neighboring != NeighboringRelation.REPLACE_ONE.value
     histogram = prepare_geometric(
         config.epsilon,
-        cells=len(plan.codes),
+        cells=plan.codes.shape[1],
         unit=config.unit,
         neighboring=config.neighboring,
         group_bound=1 if config.unit == "row" else plan.bound,

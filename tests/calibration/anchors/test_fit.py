@@ -135,7 +135,7 @@ def test_damaged_files(by_row: AnchorCalibration, tmp_path: Path, damage: str) -
 def test_repeated_cells_are_refused(by_context: AnchorCalibration) -> None:
     plan = by_context.plans[1]
     codes = plan.codes.clone()
-    codes[1] = codes[0]
+    codes[0, 1] = codes[0, 0]
     broken = dataclasses.replace(by_context, plans=(dataclasses.replace(plan, codes=codes),))
     with pytest.raises(ConfigError, match="repeated cells"):
         broken.verify()

@@ -27,10 +27,10 @@ def slot_decoder(seed: int = 0) -> SlotDecoder:
 
     return SlotDecoder(
         r(HIDDEN, HIDDEN),
-        r(SLOTS, DIRECTIONS, HIDDEN),
+        r(SLOTS, DIRECTIONS, HIDDEN + CODE),
         r(DIRECTIONS, CHANNELS),
         r(SLOTS, CHANNELS),
-        r(SLOTS, HIDDEN),
+        r(SLOTS, HIDDEN + CODE),
         r(SLOTS),
     )
 
@@ -42,6 +42,7 @@ def slot_head(seed: int = 1) -> SlotHead:
         torch.randn(HIDDEN, generator=g),
         torch.randn(HIDDEN, generator=g),
         torch.randn(CODE, generator=g),
+        torch.randn(CODE, generator=g),
         torch.tensor(2.0),
     )
 
@@ -50,8 +51,9 @@ def naive_slots(
     decoder: SlotDecoder, head: SlotHead, code: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One slot after the other."""
-    h = F.gelu(head.weight @ ((code - head.center) / head.scale) + head.bias)
-    h = F.gelu(decoder.hidden @ h + head.second_bias)
+    z = (code - head.center) / head.scale
+    h = F.gelu(head.weight @ z + head.bias)
+    h = torch.cat([F.gelu(decoder.hidden @ h + head.second_bias), head.gain * z])
     rows, weights = [], []
     for r in range(decoder.slots.shape[0]):
         rows.append(decoder.slots[r] + decoder.directions.T @ (decoder.coefficients[r] @ h))
@@ -109,10 +111,16 @@ def naive_weights(
 
 
 def plan(
-    release: str, *, seed: int = 4, epsilon: float = 4.0, joint: bool = False, noise: float | None = None
+    release: str,
+    *,
+    seed: int = 4,
+    epsilon: float = 4.0,
+    joint: bool = False,
+    noise: float | None = None,
+    stages: int = 1,
 ) -> AnchorPlan:
     g = gen(seed)
-    cells = 0 if release == "sum" else CELLS
+    shape = (0, 0, CODE) if release == "sum" else (stages, CELLS, CODE)
     return AnchorPlan(
         epsilon=epsilon,
         release=release,
@@ -120,7 +128,7 @@ def plan(
         reach=torch.full((CHANNELS,), 8.0),
         matrix=torch.randn(CODE, CHANNELS, generator=g) * 0.3,
         bias=torch.randn(CODE, generator=g) * 0.1,
-        codes=torch.randn(cells, CODE, generator=g),
+        codes=torch.randn(shape, generator=g),
         bound=2.0,
         share_plus=0.75,
         noise={"sum": 2.0, "response": 0.5, "histogram": 0.0}[release] if noise is None else noise,

@@ -62,11 +62,26 @@ def test_without_noise_the_code_is_the_naive_one(release: str) -> None:
         expected = (z / z.norm(dim=-1, keepdim=True).clamp_min(1.0)).sum(0)
         torch.testing.assert_close(code.float(), expected, rtol=1e-3, atol=0.1)
         return
-    cells = torch.cdist(z, p.codes).argmin(1)
+    cells = torch.cdist(z, p.codes[0]).argmin(1)
     if release == "response":
-        torch.testing.assert_close(code.float(), p.codes[cells].sum(0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(code.float(), p.codes[0][cells].sum(0), rtol=1e-4, atol=1e-4)
     else:
         assert torch.equal(code.long(), torch.bincount(cells, minlength=CELLS))
+
+
+@pytest.mark.parametrize("stages", [2, 3], ids=lambda s: f"S={s}")
+def test_later_codebooks_quantise_what_is_left(stages: int) -> None:
+    p = plan("response", noise=1.0, stages=stages)
+    prepared = prepare_anchors(config(epsilon=60.0), [p], decoders())
+    x = rows()
+    rest, expected = (x - p.center) @ p.matrix.T + p.bias, torch.zeros(x.shape[0], p.codes.shape[-1])
+    for codes in p.codes:
+        told = codes[torch.cdist(rest, codes).argmin(1)]
+        rest, expected = rest - told, expected + told
+    code = prepared.source.code(x, None, SeededEntropy(0))
+    torch.testing.assert_close(code.float(), expected.sum(0), rtol=1e-4, atol=1e-4)
+    assert len(prepared.events) == stages
+    assert epsilon_of(prepared.events, 0.0) <= 60.0 * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("release", ["sum", "response"])
