@@ -312,6 +312,7 @@ class ProtectedPipeline:
         """Prompts are split into phrases: the calibration's units are."""
         return self.config.unit == "group" and getattr(self.calibration, "grouping", None) == "phrases"
 
+    @torch.inference_mode(False)  # what is kept must serve other modes too
     @torch.no_grad()
     def release_contexts(
         self, contexts: Sequence[PrivateContext], *, groups: torch.Tensor | None = None, fresh: bool = False
@@ -393,7 +394,6 @@ class ProtectedPipeline:
     def inputs(self, release: Release, prompt: str | Sequence[str] | None) -> dict[str, torch.Tensor]:
         """See `Release.inputs`."""
         self.check_thoroughly()
-        self.verify(release.contexts)
         rows = {c.rows for c in release.contexts}
         if len(rows) != 1:
             raise ReleaseError("Contexts of different lengths cannot be batched; release them one by one.")
@@ -422,6 +422,7 @@ class ProtectedPipeline:
             return
         self._set_tables(tuple(tags), device, current)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _set_tables(self, tags: tuple[Tag, ...], device: torch.device, current: Fingerprint) -> None:
         self._set_layout(None)

@@ -17,7 +17,7 @@ PROMPT = "a red circle"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("mechanism", ["none", "kernel_sum"])
+@pytest.mark.parametrize("mechanism", ["none", "kernel_sum", "dptree"])
 def test_dtypes(dtype: torch.dtype, mechanism: str, private: Any) -> None:
     pipe = tiny_sd().to(dtype)
     before = picture(pipe, PROMPT, latents=latents(1, dtype))

@@ -63,7 +63,7 @@ def check_equal_outputs(host: Any, handle: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", HOSTS)
-@pytest.mark.parametrize("mechanism", ["none", "kernel_sum"])
+@pytest.mark.parametrize("mechanism", ["none", "kernel_sum", "dptree"])
 def test_outputs_depend_on_the_release_alone(
     kind: str, mechanism: str, private: dpx.DPXAttnConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,7 +53,7 @@ def use(pipe: Any, handle: Any) -> None:
     picture(pipe, **handle.release("another one").inputs(prompt="a wash"))
 
 
-@pytest.mark.parametrize("mechanism", ["none", "kernel_sum"])
+@pytest.mark.parametrize("mechanism", ["none", "kernel_sum", "dptree"])
 def test_unprotect_restores_everything(mechanism: str, pipe: Any, private: Any) -> None:
     image = picture(pipe, PROMPT)
     before = snapshot(pipe)
