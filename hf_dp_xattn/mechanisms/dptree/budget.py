@@ -12,20 +12,22 @@ takes the better of the plain sum (the column `epsilon`, which adds up to it) an
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import torch
 
-from ...errors import DPXAttnError
+from ...errors import ConfigError, DPXAttnError
 from ...privacy.accountant import TruncatedLaplaceEvent, epsilon_of
 from ...privacy.bits import Entropy
 from ...privacy.noise import MAX_SCALE
 from ...privacy.parameters import truncated_laplace_event
 from ...privacy.truncated_laplace import off_support, truncated_laplace
 from ...privacy.units import NeighboringRelation, sensitivity_factor
+
+_COARSEST = 2**10  # lattice units of a contribution
 
 
 @dataclass(frozen=True)
@@ -67,17 +69,40 @@ class BudgetSplit:
         event = truncated_laplace_event(epsilon, delta, l1, largest=largest, squared=squared)
         return cls(tuple(parts), factor, event)
 
+    @classmethod
+    def fit_lattice(
+        cls,
+        parts_at: Callable[[int], Sequence[Part]],
+        bits: int,
+        *,
+        epsilon: float,
+        delta: float,
+        neighboring: str,
+    ) -> tuple[int, BudgetSplit]:
+        """(bits, split): `fit` on the finest lattice, from `bits` down, whose noise the sampler can make; and checks it.
+
+        Raises:
+            ConfigError: so much noise that the lattice would hold nothing else.
+        """
+        split = cls.fit(parts_at(bits), epsilon, delta, neighboring)
+        surplus = max(0, math.ceil(math.log2(Fraction(split.event.scale) / MAX_SCALE)) + 1)
+        if surplus:
+            bits -= surplus
+            if min(p.bound for p in parts_at(bits)) < _COARSEST:
+                raise ConfigError(
+                    f"At epsilon = {epsilon:g} the noise would be {2**surplus:,} times what the sampler makes at this precision. Release "
+                    "fewer trees (coordinates, channels, heads), or raise epsilon."
+                )
+            split = cls.fit(parts_at(bits), epsilon, delta, neighboring)
+        split.check(epsilon, delta)
+        return bits, split
+
     def check(self, epsilon: float, delta: float) -> None:
         """Raises `DPXAttnError` unless the parts add up to the event, and the event costs no more than (epsilon, delta)."""
         if self.event.shape != _sensitivity(self.parts, self.factor):
             raise DPXAttnError("The budget split does not add up to the event that is charged: refusing.")
         if not epsilon_of([self.event], delta) <= epsilon:
             raise DPXAttnError("The budget split costs more than the budget: refusing.")
-
-    @property
-    def oversized(self) -> int:
-        """By how many bits the noise scale lies above what the sampler takes (0: it fits)."""
-        return max(0, math.ceil(math.log2(Fraction(self.event.scale) / MAX_SCALE)) + 1)
 
     def deviation(self, name: str) -> float:
         """Standard deviation of one noise in part `name`, in real units: at most sqrt(2) * scale."""

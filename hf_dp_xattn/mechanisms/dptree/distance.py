@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Self
 
 import torch
@@ -14,7 +15,7 @@ from .budget import BudgetSplit, noise_error
 from .moments import MomentPlan, Moments, ReleasedMoments, release_moments
 from .tree import level_name, number_of_leaves, range_sums
 
-_WEIGHT_BITS = ENTRY_BITS - 1
+_WEIGHT_BITS, _FACTOR_BITS = ENTRY_BITS - 1, ENTRY_BITS - 2
 
 
 def bin_of(
@@ -84,10 +85,26 @@ class DPTreeDistance:
         if power not in (1, 2) or bins < 1:
             raise ConfigError(f"power is 1 or 2 and bins at least 1, not {power!r} and {bins!r}.")
         leaves = number_of_leaves(bins)
-        moments, plan = _encode(x, w, low, high, weight_bound, power, leaves)
-        split = BudgetSplit.fit(plan.parts(), epsilon, delta, neighboring)
-        split.check(epsilon, delta)
-        source = SystemEntropy() if entropy is None else entropy
+        unit = ((x.clamp(low, high) - (low + high) / 2) * (2 / (high - low))).mT.unsqueeze(0)  # [1, n, T]
+        powers = {name: unit**m for m, name in enumerate(("weights", "first", "second")[: power + 1])}
+
+        def plan_at(bits: int) -> MomentPlan:
+            return _plan(powers, x.shape[0] * w.shape[0], (high - low) / 2, weight_bound, leaves, bits)
+
+        bits, split = BudgetSplit.fit_lattice(
+            lambda bits: plan_at(bits).parts(),
+            _WEIGHT_BITS,
+            epsilon=epsilon,
+            delta=delta,
+            neighboring=neighboring,
+        )
+        plan, source = plan_at(bits), SystemEntropy() if entropy is None else entropy
+        moments = Moments(
+            weights=quantize(w.mT.unsqueeze(0), 2.0**bits / weight_bound, 2**bits),
+            bins=bin_of(unit, -1.0, 2.0 / leaves, leaves),
+            trees={name: quantize(f, 2.0**_FACTOR_BITS, 2**_FACTOR_BITS) for name, f in powers.items()},
+            plain={},
+        )
         released = release_moments([moments], plan, split, source)[0]
         first = 0 if points.ndim == 2 else (0, 0)
         trees = {name: [nodes[first] for nodes in levels] for name, levels in released.trees.items()}
@@ -184,27 +201,14 @@ class DPTreeHighDim:
         return noise_error(scales, beta, ratio * sum(scales))
 
 
-def _encode(
-    x: torch.Tensor, w: torch.Tensor, low: float, high: float, weight_bound: float, power: int, leaves: int
-) -> tuple[Moments, MomentPlan]:
-    """Rows on the lattice: x in units of R/2 (from the middle), w in units of weight_bound; every moment then lies in [-1, 1]."""
-    half, bits = (high - low) / 2, ENTRY_BITS - 2
-    unit = ((x.clamp(low, high) - (low + high) / 2) / half).mT.unsqueeze(0)  # [1, n, T]
-    weights = quantize(w.mT.unsqueeze(0), 2.0**_WEIGHT_BITS / weight_bound, 2**_WEIGHT_BITS)
-    trees = {
-        name: quantize(unit**m, 2.0**bits, 2**bits)
-        for m, name in enumerate(("weights", "first", "second")[: power + 1])
-    }
-    touched = x.shape[0] * w.shape[0]
-    # every contribution is at most 2^(bits + weight bits); the slack keeps `clip_factor` from touching what is within the bounds
-    largest = math.ceil(2 ** (bits + _WEIGHT_BITS) * (1 + 2.0**-18))
+def _plan(
+    powers: Mapping[str, object], touched: int, half: float, weight_bound: float, leaves: int, bits: int
+) -> MomentPlan:
+    """x counts in units of R/2 (from the middle) and w in units of weight_bound, so every moment lies in [-1, 1] and gets one share."""
+    lattice = 2.0 ** (_FACTOR_BITS + bits)
+    largest = math.ceil(
+        lattice * (1 + 2.0**-18)
+    )  # slack: `clip_factor` leaves alone what is within the bounds
     norm = math.isqrt(touched * largest**2) + 1
-    plan = MomentPlan(
-        {
-            name: (touched, norm, weight_bound * half**m / 2.0 ** (bits + _WEIGHT_BITS))
-            for m, name in enumerate(trees)
-        },
-        {},
-        leaves,
-    )
-    return Moments(weights, bin_of(unit, -1.0, 2.0 / leaves, leaves), trees, {}), plan
+    trees = {name: (touched, norm, weight_bound * half**m / lattice) for m, name in enumerate(powers)}
+    return MomentPlan(trees, {}, leaves)

@@ -28,7 +28,7 @@ from .budget import BudgetSplit
 from .softmax import SoftmaxPlan
 from .structure import structure_of
 
-BASELINE = "mechanism='dptree' is the paper's own construction, kept as a reference; at equal privacy mechanism='kernel_sum' has less noise."
+BASELINE = "mechanism='dptree' is the paper's own construction, kept for reference; at equal privacy mechanism='kernel_sum' has less noise."
 
 
 @dataclass(frozen=True)

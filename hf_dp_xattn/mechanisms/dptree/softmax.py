@@ -121,21 +121,21 @@ def plan_softmax(
     }
     bound = {m: stretch[m] * reach[m] * clip_norm for m in reach}
 
-    def at(exponent: int) -> SoftmaxPlan:
+    def moments_at(exponent: int) -> MomentPlan:
         entry = {
             m: (touched[m], math.floor(bound[m] * 2.0**exponent), 2.0**-exponent / stretch[m]) for m in reach
         }
-        moments = MomentPlan({m: entry[m] for m in TREES}, {m: entry[m] for m in PLAIN}, leaves)
-        split = BudgetSplit.fit(moments.parts(), epsilon, delta, neighboring)
-        encoders = tuple(LayerEncoder(g, f, exponent) for g, f in zip(geometries, features, strict=True))
-        return SoftmaxPlan(encoders, stretch, moments, split)
+        return MomentPlan({m: entry[m] for m in TREES}, {m: entry[m] for m in PLAIN}, leaves)
 
-    exponent = _BOUND_BITS - 1 - math.floor(math.log2(max(bound.values())))
-    plan = at(exponent)
-    if plan.split.oversized:
-        plan = at(exponent - plan.split.oversized)
-    plan.split.check(epsilon, delta)
-    return plan
+    exponent, split = BudgetSplit.fit_lattice(
+        lambda exponent: moments_at(exponent).parts(),
+        _BOUND_BITS - 1 - math.floor(math.log2(max(bound.values()))),
+        epsilon=epsilon,
+        delta=delta,
+        neighboring=neighboring,
+    )
+    encoders = tuple(LayerEncoder(g, f, exponent) for g, f in zip(geometries, features, strict=True))
+    return SoftmaxPlan(encoders, stretch, moments_at(exponent), split)
 
 
 def _encode(
@@ -279,6 +279,23 @@ class DPTreeSoftmax:
         # one linear coefficient alone may be sqrt(Y) = sqrt(r) sqrt(Y/r)
         largest = max(*scales, math.sqrt(self.features.size - 1) * scales[3])
         return noise_error(scales, beta, ratio * sum(scales), largest=largest)
+
+    def lipschitz_bound(self, beta: float) -> float:
+        """Lipschitz constant in the mapped query of one channel's noise, with probability 1 - beta: what a net's width costs.
+
+        With p = P(y) its derivative in p is (W - C_j) p_j + F_j, and |dP| <= sqrt(f'(b) + b f''(b)) |dy|, f the Taylor polynomial and b the
+        squared radius: the second derivative of the kernel f(<x, y>) on its diagonal.
+        """
+        squared, s = float(self.geometry.query_radius.max()) ** 2, self.features.degree
+        first = sum(squared**j / math.factorial(j) for j in range(s))
+        second = sum(squared**j / math.factorial(j) for j in range(s - 1))
+        r = self.features.size - 1
+        event, split = self.split.event, self.split
+        ratio = min(event.bound / float(event.scale), math.log(2 * (3 * r + 2) / beta))
+        y = self.features.key_norm_bound(math.sqrt(squared)) ** 2 - 1
+        trees = {m: split.scale(level_name(m, 0)) for m in TREES}
+        in_p = math.sqrt(y) * (split.scale("total") + trees["weights"]) + math.sqrt(r) * trees["first"]
+        return ratio * in_p * math.sqrt(first + squared * second)
 
     def uniform_error_bound(self, beta: float) -> float:
         """What no answer of one channel exceeds, whatever the queries and however chosen, with probability 1 - beta.

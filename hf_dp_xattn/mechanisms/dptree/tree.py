@@ -84,15 +84,18 @@ class DPTree:
         if not (math.isfinite(bound) and bound > 0):
             raise ConfigError(f"bound must be positive and finite, got {bound!r}.")
         *lead, n = numbers.shape
-        count, largest = math.prod(lead), 2**NUMBER_BITS
-        depth = number_of_leaves(n).bit_length()
-        norm = math.isqrt(count * largest**2 - 1) + 1
-        names = [level_name("numbers", level) for level in range(depth)]
-        parts = [Part(name, count, norm, bound / largest) for name in names]
-        split = BudgetSplit.fit(parts, epsilon, delta, neighboring)
-        split.check(epsilon, delta)
+        count = math.prod(lead)
+        names = [level_name("numbers", level) for level in range(number_of_leaves(n).bit_length())]
+
+        def parts_at(bits: int) -> list[Part]:
+            norm = math.isqrt(count * 4**bits - 1) + 1
+            return [Part(name, count, norm, bound * 2.0**-bits) for name in names]
+
+        bits, split = BudgetSplit.fit_lattice(
+            parts_at, NUMBER_BITS, epsilon=epsilon, delta=delta, neighboring=neighboring
+        )
         leaves = numbers.new_zeros(*lead, number_of_leaves(n), dtype=torch.int64)
-        leaves[..., :n] = quantize(numbers, largest / bound, largest).to(torch.int64)
+        leaves[..., :n] = quantize(numbers, 2.0**bits / bound, 2**bits).to(torch.int64)
         sums = dict(zip(names, ([level] for level in build_levels(leaves)), strict=True))
         released = split.noised(sums, SystemEntropy() if entropy is None else entropy)
         return cls([released[name][0] for name in names], split)
