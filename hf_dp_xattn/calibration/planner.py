@@ -271,7 +271,11 @@ def _noise(prepared: PreparedAnchors) -> dict[str, float]:
     if isinstance(source, SumSource):
         return {"sigma": source.prepared.sigma}
     if isinstance(source, ResponseSource):
-        return {"truth": source.response.truth, "cells": source.response.alphabet}
+        return {
+            "truth": source.response.truth,
+            "cells": source.response.alphabet,
+            "codebooks": len(source.quantizers),
+        }
     assert isinstance(source, HistogramSource)
     plus, minus = source.rates
     return {"rate_plus": plus, "rate_minus": minus, "cells": source.prepared.cells}
