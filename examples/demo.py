@@ -1,7 +1,7 @@
 """The main job on the shipped model: draw a private prompt that the UNet never receives. `make demo`.
 
-Calibrates on public captions, draws one private prompt at several epsilons beside the public-prompt-only picture,
-scores attributes over a test set, prints the privacy report, and says where the files are.
+With the shipped public calibrations: draws one private prompt at several epsilons, for three privacy units, beside the picture of the
+public prompt alone; scores attributes over a test set; prints what the planner predicted, the privacy report, and where the files are.
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 from shapes.evaluate import generate, load_pipeline
-from shapes.private import DELTA, PUBLIC_CAPTIONS, calibrate, generate_private
+from shapes.private import DELTA, UNITS, config, generate_private, load_calibration, prompts
 from shapes.reader import load_reader, score
 from shapes.scenes import heldout_examples
-from shapes.sweep import STRIP_EPSILONS, draw_strip, markdown, name, plot, row, strip_label, strip_prompt
+from shapes.sweep import AXIS, STRIP_EPSILONS, TITLES, strip, strip_example
+from shapes.tables import PLAIN, PUBLIC, line, markdown, name, plot
 
 import hf_dp_xattn as dpx
+
+EPSILONS = (1.0, 4.0, 8.0, 16.0)
+SHOWN = 8.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
     parser.add_argument("-n", type=int, default=60, help="held-out captions in the accuracy table")
-    parser.add_argument("--public", type=int, default=PUBLIC_CAPTIONS, help="public captions to calibrate on")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -45,43 +48,44 @@ def main() -> None:
             print(message, flush=True)
 
     pipeline, reader = load_pipeline(), load_reader()
+    calibrations = {unit: load_calibration(unit) for unit in UNITS}
+    say("What the planner predicts from the calibration alone (nothing is spent):\n")
+    plan = dpx.plan(calibrations["row"], epsilons=EPSILONS, measure=False)
+    say(str(plan) + "\n")
+
+    example = strip_example()
+    ledger, budget = dpx.Ledger(), dpx.Budget(SHOWN, DELTA)
+    with dpx.protect(
+        pipeline, config(SHOWN), calibration=calibrations["row"], ledger=ledger, budget=budget
+    ) as protected:
+        generate(pipeline, [example.caption], seed=0)
+        report = protected.report()
+    say("Drawing one private prompt at several epsilons ...")
+    strip(pipeline, calibrations, STRIP_EPSILONS, args.out / "strip.png")
+
     examples = heldout_examples(args.n, 7)
-    captions, scenes = [e.caption for e in examples], [e.scene for e in examples]
-    prompt = strip_prompt()
-    say(f"Calibrating on {args.public} public captions (no private data, no budget) ...")
-    calibration = calibrate(pipeline, STRIP_EPSILONS, captions=args.public, progress=not args.json)
-
-    # One ledger for the whole demo: the strip releases the SAME prompt once per epsilon, and the ledger adds that up.
-    ledger, budget = dpx.Ledger(), dpx.Budget(1000.0, DELTA)
-    pictures = [("public prompt only", generate(pipeline, [""], seed=0)[0])]
-    rows = [
-        row("public prompt only", score(generate(pipeline, [""] * args.n, seed=7), scenes, reader), scenes)
-    ]
-    reports = {}
-    for epsilon in tqdm(
-        STRIP_EPSILONS, desc=f"drawing and scoring {args.n} private prompts", disable=args.json
-    ):
-        label = strip_label(epsilon)
-        image, report = generate_private(
-            pipeline, [prompt], epsilon, calibration, ledger=ledger, budget=budget
+    scenes = [e.scene for e in examples]
+    public = score(generate(pipeline, [""] * args.n, seed=7), scenes, reader)
+    lines = [line(unit, PUBLIC, public, scenes) for unit in UNITS]
+    jobs = [(unit, epsilon) for unit in UNITS for epsilon in EPSILONS]
+    for unit, epsilon in tqdm(jobs, desc=f"drawing and scoring {args.n} private prompts", disable=args.json):
+        images, _ = generate_private(
+            pipeline, prompts(examples, unit, 7), config(epsilon, unit=unit), calibrations[unit], seed=7
         )
-        pictures.append((label, image[0]))
-        reports[label] = report
-        images, _ = generate_private(pipeline, captions, epsilon, calibration, seed=7)
-        rows.append(row(name(epsilon), score(images, scenes, reader), scenes))
-    rows.append(
-        row("unprotected pipeline", score(generate(pipeline, captions, seed=7), scenes, reader), scenes)
-    )
+        lines.append(line(unit, name(epsilon), score(images, scenes, reader), scenes))
+    for unit in UNITS:
+        images = generate(pipeline, prompts(examples, unit, 7), seed=7)
+        lines.append(line(unit, PLAIN, score(images, scenes, reader), scenes))
 
-    draw_strip(pictures, prompt, args.out / "strip.png")
-    plot(rows, args.out / "accuracy.png")
-    (args.out / "accuracy.md").write_text(markdown(rows))
-    shown = reports["eps = 16"]
-    (args.out / "report.txt").write_text(str(shown) + "\n")
-    (args.out / "report.json").write_text(shown.to_json() + "\n")
+    titles = {unit: TITLES[unit] for unit in UNITS}
+    plot(lines, titles, args.out / "accuracy.png", AXIS)
+    (args.out / "accuracy.md").write_text(markdown(lines, titles))
+    (args.out / "report.txt").write_text(str(report) + "\n")
+    (args.out / "report.json").write_text(report.to_json() + "\n")
+    (args.out / "plan.txt").write_text(str(plan) + "\n")
     summary = {
         "prompt_is_private": True,
-        "rows": rows,
+        "lines": lines,
         "out": str(args.out),
         "seconds": time.perf_counter() - start,
     }
@@ -89,14 +93,14 @@ def main() -> None:
     if args.json:
         print(json.dumps(summary))
         return
-    print("\nAttributes right on held-out captions:\n\n" + markdown(rows))
     print(
-        "The report of the picture at eps = 16. (For the strip the same prompt was released at 1, 4 and 16 by then;\n"
-        "the ledger adds that up. An operator releases a prompt once.)\n"
+        "\nAttributes right on held-out captions (95 % interval), for each privacy unit:\n\n"
+        + markdown(lines, titles)
     )
-    print(shown)
+    print(f"The privacy report of one prompt at epsilon = {SHOWN:g}, unit = row:\n")
+    print(report)
     print(f"\nDone in {summary['seconds']:.0f} s. Files in {args.out.resolve()}:")
-    for file in ("strip.png", "accuracy.png", "accuracy.md", "report.txt", "report.json"):
+    for file in ("strip.png", "accuracy.png", "accuracy.md", "report.txt", "report.json", "plan.txt"):
         print(f"  {args.out / file}")
 
 

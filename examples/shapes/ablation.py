@@ -1,4 +1,4 @@
-"""What limits accuracy at large epsilon: `python examples/shapes/ablation.py --out docs/shapes` (training captions only).
+"""What limits kernel_sum at large epsilon: `python examples/shapes/ablation.py --out docs/shapes` (training captions only).
 
 Draws the same public captions with the noise, the sketch and the feature map taken away one after the other. An epsilon
 of 1e9 leaves next to no noise and protects nothing: it is there to see the rest.
@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hf_dp_xattn as dpx
 from shapes.evaluate import generate, load_pipeline
-from shapes.private import PUBLIC_CAPTIONS, PUBLIC_SEED, config
+from shapes.private import KERNEL_SUM_CAPTIONS, KERNEL_SUM_RANK, PUBLIC_SEED, config
 from shapes.reader import load_reader, score
 from shapes.scenes import train_examples
-from shapes.sweep import row
+from shapes.tables import line
 
 NO_NOISE = 1e9
 SEED = 999
@@ -34,7 +34,7 @@ def measure(n: int) -> list[tuple[str, float, float, float]]:
     pipeline, reader = load_pipeline(), load_reader()
     examples = train_examples(n, SEED)
     captions, scenes = [e.caption for e in examples], [e.scene for e in examples]
-    public = [e.caption for e in train_examples(PUBLIC_CAPTIONS, PUBLIC_SEED)]
+    public = [e.caption for e in train_examples(KERNEL_SUM_CAPTIONS, PUBLIC_SEED)]
 
     def fit(settings: dpx.DPXAttnConfig, rank: int) -> dpx.Calibration:
         return dpx.calibrate(pipeline, public, settings, epsilons=[64.0, NO_NOISE], rank=rank, progress=False)
@@ -43,8 +43,8 @@ def measure(n: int) -> list[tuple[str, float, float, float]]:
         """No sketch, and a clipping bound that public rows do not reach."""
         return dataclasses.replace(calibration, basis=None, clip_norm=4 * calibration.clip_norm)
 
-    usual = config(64.0)
-    sketch = fit(usual, 320)
+    usual = config(64.0, mechanism="kernel_sum")
+    sketch = fit(usual, KERNEL_SUM_RANK)
     wide = usual.replace(degree=4, logit_bound=4.0)
     variants = [
         ("as in the table, epsilon = 64", usual, sketch),
@@ -61,8 +61,8 @@ def measure(n: int) -> list[tuple[str, float, float, float]]:
     for label, settings, calibration in tqdm(variants, desc="variants"):
         with dpx.protect(pipeline, settings, calibration=calibration):
             images = generate(pipeline, captions, seed=7)
-        line = row(label, score(images, scenes, reader), scenes)
-        results.append((label, line["accuracy"], line["low"], line["high"]))
+        found = line("kernel_sum", label, score(images, scenes, reader), scenes)
+        results.append((label, found["accuracy"], found["low"], found["high"]))
     return results
 
 

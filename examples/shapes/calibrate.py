@@ -23,7 +23,7 @@ from shapes.evaluate import load_pipeline
 from shapes.private import CALIBRATIONS, PUBLIC_SEED, UNITS, config, generate_private, prompts
 from shapes.reader import load_reader, score
 from shapes.scenes import train_examples
-from shapes.sweep import row
+from shapes.tables import line
 
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 SCORE_SEED = 999
@@ -38,8 +38,8 @@ def scores(pipeline: Any, calibration: AnchorCalibration, n: int) -> tuple[Score
     for plan in tqdm(calibration.plans, desc=f"scores, unit = {calibration.unit}"):
         settings = config(plan.epsilon, unit=calibration.unit)
         images, _ = generate_private(pipeline, captions, settings, calibration, seed=SCORE_SEED)
-        line = row(f"{plan.epsilon:g}", score(images, scenes, reader), scenes)
-        points.append(ScorePoint(SCORE_NAME, plan.epsilon, line["accuracy"], line["low"], line["high"], n))
+        found = line(calibration.unit, f"{plan.epsilon:g}", score(images, scenes, reader), scenes)
+        points.append(ScorePoint(SCORE_NAME, plan.epsilon, found["accuracy"], found["low"], found["high"], n))
     return tuple(points)
 
 
