@@ -14,10 +14,10 @@ from ...privacy.bits import Entropy, SystemEntropy
 from ...privacy.units import NeighboringRelation
 from ..contract import LayerSpec, PublicCalibration
 from ..contributions import check_groups, check_rows
-from ..features import TaylorFeatures, features_of
+from ..features import TaylorFeatures, features_of, taylor_relative_error
 from ..geometry import HeadGeometry
 from ..kernel_sum import declared_clip_norm
-from .moments import ReleasedMoments, release_moments
+from .moments import ReleasedMoments
 from .softmax import DPTreeSoftmax, SoftmaxPlan, plan_softmax
 
 MAX_NODES = 2**27  # numbers that a release draws noise for: 1 GiB of int64
@@ -102,7 +102,7 @@ def release_layers(
     n = check_rows(keys, values, plan.encoders)
     units = units_of_rows(config.unit, n, groups)
     columns = [_columns(e.geometry, v) for e, v in zip(plan.encoders, values, strict=True)]
-    released = release_moments(plan.encode(keys, columns), plan.moments, plan.split, entropy, units)
+    released = plan.release(keys, columns, entropy, units)
     public = config.unit == "row" and config.neighboring == NeighboringRelation.REPLACE_ONE.value
     layers = []
     for moments, encoder in zip(released, plan.encoders, strict=True):
@@ -133,10 +133,11 @@ class DPTreeCrossAttention:
     config.neighboring: one joint release of all trees of all heads, coordinates and channels, the sums of weights, the weighted norms and
     the normaliser (`split.table()`). Rows are clipped: keys to the logit bound, and each unit's joint contribution as moments.py says.
 
-    *Error.* With T the true normaliser, U_j and U the noise (`error_bound`) of a numerator and of the normaliser, and |v_j| <= R_w, the
-    ratio is off by at most (|U_j| + R_w |U|) / (T - |U|) beyond the relative error 2 eps_s / (1 - eps_s) of the features. As T >= n
-    (1 - eps_s) e^-b, b the logit bound, that is the paper's O((1 - eps_s)^-1 n^-1 epsilon^-1 R^2s R_w r^2), up to logarithms, once
-    n exceeds the noise. A public floor keeps the normaliser positive below that, where nothing is promised about the error.
+    *Error.* With T the true normaliser, U_j and U the noise (`DPTreeSoftmax.error_bound`) of a numerator and of the normaliser, and
+    |v_j| <= R_w, the ratio is off by at most (|U_j| + R_w |U|) / (T - |U|) (`error_bound`) beyond the relative error
+    2 eps_s / (1 - eps_s) of the features. As T >= n (1 - eps_s) e^-b, b the logit bound, that is the paper's
+    O((1 - eps_s)^-1 n^-1 epsilon^-1 R^2s R_w r^2), up to logarithms, once n exceeds the noise. A public floor keeps the normaliser
+    positive below that, where nothing is promised about the error.
     """
 
     def __init__(self, softmax: DPTreeSoftmax, floor_fraction: float) -> None:
@@ -166,6 +167,21 @@ class DPTreeCrossAttention:
         source = SystemEntropy() if entropy is None else entropy
         layer = release_layers(plan, config, [key], [value], groups=groups, entropy=source)[0]
         return cls(layer.softmax, config.normalizer_floor)
+
+    def error_bound(self, n: int, value_bound: float, beta: float) -> float:
+        """The additive error of one number of one answer with probability 1 - beta, for n rows whose centred values are at most
+        value_bound and which nothing clips: the class's formula. Infinite where the noise may reach the normaliser."""
+        softmax, g = self.softmax, self.softmax.geometry
+        noise = softmax.error_bound(beta / 2)
+        numerator, normalizer = (
+            noise / float(self.value_scale.min()),
+            noise / float(self.normalizer_scale.min()),
+        )
+        bound = float((g.key_radius * g.query_radius).max())
+        least = n * (1 - taylor_relative_error(bound, softmax.features.degree)) * math.exp(-bound)
+        return (
+            math.inf if normalizer >= least else (numerator + value_bound * normalizer) / (least - normalizer)
+        )
 
     def query(self, y: torch.Tensor) -> torch.Tensor:
         """[H, q, d] -> [H, q, dv], float64: through the trees."""

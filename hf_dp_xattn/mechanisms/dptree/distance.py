@@ -12,7 +12,7 @@ from ...errors import ConfigError
 from ...privacy.bits import Entropy, SystemEntropy
 from ...privacy.lattice import ENTRY_BITS, quantize
 from .budget import BudgetSplit, noise_error
-from .moments import MomentPlan, Moments, ReleasedMoments, release_moments
+from .moments import MomentPlan, Moments, ReleasedMoments, release_sums, sum_moments
 from .tree import level_name, number_of_leaves, range_sums
 
 _WEIGHT_BITS, _FACTOR_BITS = ENTRY_BITS - 1, ENTRY_BITS - 2
@@ -105,7 +105,7 @@ class DPTreeDistance:
             trees={name: quantize(f, 2.0**_FACTOR_BITS, 2**_FACTOR_BITS) for name, f in powers.items()},
             plain={},
         )
-        released = release_moments([moments], plan, split, source)[0]
+        released = release_sums(sum_moments([moments], plan), plan, split, source)[0]
         first = 0 if points.ndim == 2 else (0, 0)
         trees = {name: [nodes[first] for nodes in levels] for name, levels in released.trees.items()}
         shape = points.shape[:-1]
@@ -140,7 +140,9 @@ class DPTreeDistance:
         return below + above
 
     def _power_2(self, y: torch.Tensor) -> torch.Tensor:
-        zero = torch.zeros_like(y, dtype=torch.int64)
+        zero = torch.zeros(
+            *y.shape[:-1], 1, dtype=torch.int64, device=y.device
+        )  # the range does not depend on y
         whole = zero, zero + self.levels["weights"][0].shape[-1]
         at = y.unsqueeze(-2)
         return (

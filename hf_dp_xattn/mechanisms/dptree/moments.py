@@ -74,32 +74,41 @@ class ReleasedMoments:
     plain: dict[str, torch.Tensor]
 
 
-def release_moments(
-    layers: Sequence[Moments],
-    plan: MomentPlan,
-    split: BudgetSplit,
-    entropy: Entropy,
-    units: torch.Tensor | None = None,
-) -> list[ReleasedMoments]:
-    """Clips, sums, noises. units [n]: integer unit of each row (0..U - 1); None where every row is one.
+Sums = dict[
+    str, list[torch.Tensor]
+]  # moment -> int64 sums of every layer: leaves [H, r, channels, leaves], or [H, channels]
+
+
+def sum_moments(layers: Sequence[Moments], plan: MomentPlan, units: torch.Tensor | None = None) -> Sums:
+    """Clipped, exact sums of some rows (of all rows of each unit). units [n]: integer unit of each row; None where every row is one."""
+    clipped = clip_weights(layers, plan.bounds(), units)
+    pairs = list(zip(layers, clipped, strict=True))
+    trees = {name: [leaf_sums(m, name, w, plan.leaves) for m, w in pairs] for name in plan.trees}
+    return {**trees, **{name: [plain_sums(m, name, w) for m, w in pairs] for name in plan.plain}}
+
+
+def add_sums(a: Sums, b: Sums) -> Sums:
+    """The sums over both sets of rows; exact."""
+    return {name: [x + y for x, y in zip(a[name], b[name], strict=True)] for name in a}
+
+
+def release_sums(sums: Sums, plan: MomentPlan, split: BudgetSplit, entropy: Entropy) -> list[ReleasedMoments]:
+    """Builds the trees and noises everything.
 
     *Formal guarantee.* That of `split.event`: every tensor of the result is noised and is a part of the split.
     """
-    clipped = clip_weights(layers, plan.bounds(), units)
-    sums: dict[str, list[torch.Tensor]] = {}
+    parts: dict[str, list[torch.Tensor]] = {}
     for name in plan.trees:
-        leaves = [leaf_sums(m, name, w, plan.leaves) for m, w in zip(layers, clipped, strict=True)]
-        for level, nodes in enumerate(zip(*map(build_levels, leaves), strict=True)):
-            sums[level_name(name, level)] = list(nodes)
-    for name in plan.plain:
-        sums[name] = [plain_sums(m, name, w) for m, w in zip(layers, clipped, strict=True)]
-    released = split.noised(sums, entropy)
+        for level, nodes in enumerate(zip(*map(build_levels, sums[name]), strict=True)):
+            parts[level_name(name, level)] = list(nodes)
+    parts |= {name: sums[name] for name in plan.plain}
+    released = split.noised(parts, entropy)
     return [
         ReleasedMoments(
             trees={t: [released[level_name(t, v)][i] for v in range(plan.depth)] for t in plan.trees},
             plain={p: released[p][i] for p in plan.plain},
         )
-        for i in range(len(layers))
+        for i in range(len(next(iter(sums.values()))))
     ]
 
 

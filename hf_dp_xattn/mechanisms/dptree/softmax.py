@@ -25,12 +25,13 @@ from ..features import TaylorFeatures
 from ..geometry import HeadGeometry, declared_geometry, feature_norm
 from .budget import BudgetSplit, noise_error
 from .distance import DPTreeDistance, DPTreeHighDim, bin_of
-from .moments import MomentPlan, Moments, ReleasedMoments, release_moments
+from .moments import MomentPlan, Moments, ReleasedMoments, Sums, add_sums, release_sums, sum_moments
 from .tree import level_name, number_of_leaves
 
 TREES, PLAIN = ("weights", "first", "second"), ("total", "norms")
 _FACTOR_BITS = ENTRY_BITS - 2
 _BOUND_BITS = 31
+_CHUNK = 2**20  # features that are held at a time
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,31 @@ class SoftmaxPlan:
     moments: MomentPlan
     split: BudgetSplit
 
-    def encode(self, keys: Sequence[torch.Tensor], columns: Sequence[torch.Tensor]) -> list[Moments]:
-        """Per layer: keys [H, n, d], and columns [H, n, channels] that the row weight exp(b) of the geometry multiplies."""
+    def release(
+        self,
+        keys: Sequence[torch.Tensor],
+        columns: Sequence[torch.Tensor],
+        entropy: Entropy,
+        units: torch.Tensor | None = None,
+    ) -> list[ReleasedMoments]:
+        """Per layer: keys [H, n, d], and columns [H, n, channels] that the row weight exp(b) of the geometry multiplies; units [n] as in
+        `sum_moments`. Rows that are units of their own are taken in chunks, so n may be large.
+
+        *Formal guarantee.* That of `split.event`.
+        """
+        n = keys[0].shape[-2]
+        width = sum(e.geometry.heads * e.features.size for e in self.encoders)
+        step = n if units is not None else max(1, _CHUNK // width)
+        sums: Sums | None = None
+        for start in range(0, n, step):
+            rows = slice(start, start + step)
+            moments = self._encode([k[:, rows] for k in keys], [c[:, rows] for c in columns])
+            part = sum_moments(moments, self.moments, units)
+            sums = part if sums is None else add_sums(sums, part)
+        assert sums is not None
+        return release_sums(sums, self.moments, self.split, entropy)
+
+    def _encode(self, keys: Sequence[torch.Tensor], columns: Sequence[torch.Tensor]) -> list[Moments]:
         leaves = self.moments.leaves
         return [
             _encode(e, self.stretch, leaves, k, c)
@@ -94,6 +118,8 @@ def plan_softmax(
         for r in g.query_radius
     )
     rank = max(f.size - 1 for f in features)
+    if rank == 0:
+        raise ConfigError("Trees need coordinates: a degree of at least 1.")
     leaves = number_of_leaves(bins)
     square = largest_x / math.sqrt(1 + largest_x)
     reach = {
@@ -234,9 +260,9 @@ class DPTreeSoftmax:
             delta=delta,
             neighboring=neighboring,
         )
-        moments = plan.encode([keys.unsqueeze(0)], [columns.clamp(-weight_bound, weight_bound).unsqueeze(0)])
+        clipped = columns.clamp(-weight_bound, weight_bound)
         source = SystemEntropy() if entropy is None else entropy
-        released = release_moments(moments, plan.moments, plan.split, source)[0]
+        released = plan.release([keys.unsqueeze(0)], [clipped.unsqueeze(0)], source)[0]
         return cls(released, plan.encoders[0], plan.split, squeeze=True)
 
     def query_features(self, y: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from hf_dp_xattn.config import DPXAttnConfig
 from hf_dp_xattn.errors import ConfigError, ContextError
 from hf_dp_xattn.mechanisms.contract import LayerSpec
 from hf_dp_xattn.mechanisms.dptree import DPTreeCrossAttention, DPTreeSoftmax
+from hf_dp_xattn.mechanisms.dptree import softmax as softmax_module
 from hf_dp_xattn.mechanisms.dptree.release import PreparedDPTree
 from hf_dp_xattn.mechanisms.dptree.structure import DPTreeStructure
 from hf_dp_xattn.mechanisms.features import attention_relative_error, taylor_relative_error
@@ -273,3 +274,18 @@ def test_what_it_cannot_do_is_refused_by_name(change: dict[str, Any], message: s
         quiet(key, value, QUIET.replace(unit="group"))
     with pytest.raises(ConfigError, match="do not fit"):
         DPTreeSoftmax.init(key[0, 0], value[0, 0, :3], epsilon=1.0, delta=1e-5)
+
+
+def test_chunks_of_rows_and_the_error_bound_of_the_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    key, value, query = rows(1, 1, 30_000, 2, 1)
+    config = QUIET.replace(epsilon=8.0)
+    whole = DPTreeCrossAttention.init(key[0], value[0], config, entropy=SeededEntropy(0))
+    exact = DPTreeCrossAttention.init(key[0], value[0], config.replace(epsilon=1e9)).query(query[0])
+    bound = whole.error_bound(30_000, 1.0, 1e-3)
+    assert float((whole.query(query[0]) - exact).abs().max()) <= bound < 0.5
+    twice = DPTreeCrossAttention.init(*(t[0].repeat(1, 2, 1) for t in (key, value)), config)
+    assert 1.9 < bound / twice.error_bound(60_000, 1.0, 1e-3) < 2.3  # the paper's 1/n
+    assert whole.error_bound(20, 1.0, 1e-3) == math.inf
+    monkeypatch.setattr(softmax_module, "_CHUNK", 70_000)
+    pieces = DPTreeCrossAttention.init(key[0], value[0], config, entropy=SeededEntropy(0))
+    assert torch.equal(pieces.query(query[0]), whole.query(query[0]))
