@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 import hf_dp_xattn as dpx
@@ -12,6 +13,7 @@ from hf_dp_xattn.calibration.anchors.slots_fit import PublicContexts, SlotSettin
 from hf_dp_xattn.hosts.access import Access
 from hf_dp_xattn.hosts.architectures import find_layers
 from hf_dp_xattn.hosts.identity import host_identity
+from hf_dp_xattn.hosts.protect import handle_of
 from hf_dp_xattn.hosts.text import TextSide
 from hf_dp_xattn.mechanisms.anchors.cells import CellDecoder
 from hf_dp_xattn.mechanisms.anchors.plan import AnchorPlan, Decoders, Quality
@@ -20,6 +22,9 @@ STAGES = {"sum": 0, "response": 2, "histogram": 1}  # codebooks
 RELEASES = tuple(STAGES)
 CELLS = 24
 SIZES = SlotSettings(code=4, slots=10, hidden=8, directions=4)
+BOTH = pytest.mark.parametrize(
+    "private", ["kernel_sum", "anchors"], indirect=True
+)  # releases per layer, and in context space
 CONFIG = dpx.DPXAttnConfig(mechanism="anchors", epsilon=8.0, delta=1e-5)
 
 
@@ -83,7 +88,10 @@ def calibration_for(host: Any, release: str = "sum", **changes: Any) -> AnchorCa
 
 def protect(host: Any, config: dpx.DPXAttnConfig, **arguments: Any) -> Any:
     """`dpx.protect`, with a calibration where the mechanism needs one."""
-    if config.mechanism == "anchors" and "calibration" not in arguments:
+    handle = handle_of(host)
+    if handle is not None:
+        arguments.setdefault("calibration", handle.calibration)
+    elif config.mechanism == "anchors" and "calibration" not in arguments:
         grouping = {"row": "rows", "group": "phrases", "context": "context"}[config.unit]
         arguments["calibration"] = calibration_for(
             host, unit=config.unit, neighboring=config.neighboring, grouping=grouping

@@ -23,6 +23,7 @@ def exact() -> DPXAttnConfig:
 
 
 @pytest.fixture
-def private() -> DPXAttnConfig:
-    """A real release; small, so that tests are fast."""
-    return DPXAttnConfig(mechanism="kernel_sum", epsilon=8.0, delta=1e-5, degree=1, projection_dim=4)
+def private(request: pytest.FixtureRequest) -> DPXAttnConfig:
+    """A real release; small, so that tests are fast. Parametrised indirectly by the mechanism."""
+    mechanism = getattr(request, "param", "kernel_sum")
+    return DPXAttnConfig(mechanism=mechanism, epsilon=8.0, delta=1e-5, degree=1, projection_dim=4)

@@ -12,16 +12,17 @@ import torch._dynamo.testing
 import hf_dp_xattn as dpx
 
 from ..hosts_tiny import CHANNELS, latents, picture, tiny_sd, tiny_unet
+from .anchor_calibrations import BOTH, protect
 
 PROMPT = "a red circle"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("mechanism", ["none", "kernel_sum", "dptree"])
+@pytest.mark.parametrize("mechanism", ["none", "kernel_sum", "dptree", "anchors"])
 def test_dtypes(dtype: torch.dtype, mechanism: str, private: Any) -> None:
     pipe = tiny_sd().to(dtype)
     before = picture(pipe, PROMPT, latents=latents(1, dtype))
-    handle = dpx.protect(pipe, private.replace(mechanism=mechanism))
+    handle = protect(pipe, private.replace(mechanism=mechanism))
     after = picture(pipe, PROMPT, latents=latents(1, dtype))
     assert after.dtype == dtype and bool(after.isfinite().all())
     assert handle.release(PROMPT).inputs()["prompt_embeds"].dtype == dtype
@@ -30,18 +31,20 @@ def test_dtypes(dtype: torch.dtype, mechanism: str, private: Any) -> None:
         assert float((before - after).abs().max()) <= tolerance * float(before.abs().max())
 
 
+@BOTH
 def test_the_host_may_change_its_dtype(pipe: Any, private: Any) -> None:
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     release = handle.release(PROMPT)
     pipe.to(torch.bfloat16)
     assert bool(picture(pipe, **release.inputs(prompt="ink")).isfinite().all())
     assert len(handle.report().releases) == 1
 
 
+@BOTH
 def test_mixed_text_encoder_and_unet_dtypes(private: Any) -> None:
     pipe = tiny_sd()
     pipe.unet.to(torch.bfloat16)
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     marks = handle.release(PROMPT).inputs()["prompt_embeds"]
     assert marks.dtype == torch.bfloat16
 
@@ -62,9 +65,9 @@ def test_cpu_offload(kind: str, first: str, pipe: Any, exact: Any) -> None:
     before = picture(pipe, PROMPT, negative_prompt="ugly")
     if first == "offload":
         offload(pipe, kind)
-        handle = dpx.protect(pipe, exact)
+        handle = protect(pipe, exact)
     else:
-        handle = dpx.protect(pipe, exact)
+        handle = protect(pipe, exact)
         offload(pipe, kind)
     if kind == "sequential":
         assert next(pipe.unet.parameters()).device.type == "meta"
@@ -75,11 +78,12 @@ def test_cpu_offload(kind: str, first: str, pipe: Any, exact: Any) -> None:
     assert torch.allclose(before, picture(pipe, PROMPT, negative_prompt="ugly"), atol=1e-4)
 
 
+@BOTH
 def test_layerwise_casting(private: Any) -> None:
     """Weights stored in float8, computed in bfloat16."""
     unet = tiny_unet()
     unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
-    handle = dpx.protect(unet, private)
+    handle = protect(unet, private)
     inputs = handle.release(torch.randn(16, CHANNELS)).inputs()
     assert bool(unet(latents(1, torch.bfloat16), 5, **inputs).sample.isfinite().all())
 
@@ -94,10 +98,10 @@ def counter() -> Any:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("mechanism", [pytest.param("none", marks=pytest.mark.slow), "kernel_sum"])
+@pytest.mark.parametrize("mechanism", [pytest.param("none", marks=pytest.mark.slow), "kernel_sum", "anchors"])
 def test_compile_without_recompiling(mechanism: str, pipe: Any, private: Any, counter: Any) -> None:
     """One graph for all steps, prompts and releases of a shape; the same pictures as in eager mode."""
-    handle = dpx.protect(pipe, private.replace(mechanism=mechanism))
+    handle = protect(pipe, private.replace(mechanism=mechanism))
     prompts = (PROMPT, "a blue star")
     eager = [picture(pipe, p, negative_prompt="ugly", num_inference_steps=3) for p in prompts]
     pipe.unet = torch.compile(pipe.unet, backend=counter, fullgraph=True)
@@ -111,9 +115,10 @@ def test_compile_without_recompiling(mechanism: str, pipe: Any, private: Any, co
     dpx.unprotect(pipe)
 
 
+@BOTH
 def test_compiled_and_replaced_processors(pipe: Any, private: Any, counter: Any) -> None:
     """encode_prompt still checks; and a compiled UNet that is called directly with a stale placeholder gives NaN."""
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     inputs = handle.release(PROMPT).inputs()
     pipe.unet = torch.compile(pipe.unet, backend=counter, fullgraph=True)
     picture(pipe, **inputs)
@@ -129,10 +134,11 @@ def test_compiled_and_replaced_processors(pipe: Any, private: Any, counter: Any)
         picture(pipe, **inputs)
 
 
+@BOTH
 @pytest.mark.slow
 def test_a_compiled_bare_unet(private: Any, counter: Any) -> None:
     unet = tiny_unet()
-    handle = dpx.protect(unet, private)
+    handle = protect(unet, private)
     compiled = torch.compile(unet, backend=counter, fullgraph=True)
     inputs = handle.release(torch.randn(2, 16, CHANNELS)).inputs()
     with torch.no_grad():
@@ -140,10 +146,11 @@ def test_a_compiled_bare_unet(private: Any, counter: Any) -> None:
         assert torch.allclose(expected, compiled(latents(2), 5, **inputs).sample, atol=1e-4)
 
 
+@BOTH
 @pytest.mark.slow
 def test_inductor(pipe: Any, private: Any) -> None:
     torch._dynamo.reset()
-    dpx.protect(pipe, private)
+    protect(pipe, private)
     eager = picture(pipe, PROMPT)
     pipe.unet = torch.compile(pipe.unet, fullgraph=True)
     assert torch.allclose(eager, picture(pipe, PROMPT), atol=1e-3)

@@ -18,6 +18,7 @@ from hf_dp_xattn.errors import DPXAttnError, ReleaseError
 from hf_dp_xattn.hosts.placeholder import new_tag
 
 from ..hosts_tiny import CHANNELS, latents, picture, quiet, tiny_sd, tiny_sdxl, tiny_unet
+from .anchor_calibrations import BOTH, protect
 
 PROMPT = "a red circle"
 
@@ -115,9 +116,10 @@ class Forwards:
         self.count += 1
 
 
+@BOTH
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_replaced_part_is_noticed_before_the_forward(name: str, pipe: Any, private: Any) -> None:
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     inputs = handle.release(PROMPT).inputs()
     ran = Forwards(pipe.unet)
     CHANGES[name](pipe)
@@ -148,7 +150,7 @@ REPLACED += ("the text encoder's hooks removed",)
 @pytest.mark.parametrize("name", [n for n in CHANGES if n not in REPLACED])
 def test_unprotect_and_protect_again_after_a_loss(name: str, pipe: Any, private: Any) -> None:
     """The way out that the message names."""
-    dpx.protect(pipe, private)
+    protect(pipe, private)
     CHANGES[name](pipe)
     if name == "load_ip_adapter":
         pipe.unload_ip_adapter()
@@ -158,22 +160,23 @@ def test_unprotect_and_protect_again_after_a_loss(name: str, pipe: Any, private:
     vars(pipe).pop("encode_prompt", None)
     if name == "quantised projections":
         pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.__class__ = torch.nn.Linear
-    dpx.protect(pipe, private)
+    protect(pipe, private)
     assert bool(picture(pipe, PROMPT).isfinite().all())
 
 
+@BOTH
 def test_without_the_checks_a_replaced_processor_draws_nan(
     pipe: Any, private: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Power of the test above: without `check` the forward runs. And the placeholder is the second line of defence."""
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     monkeypatch.setattr(type(handle), "check", lambda self: None)
     set_one_processor(pipe)
     assert bool(picture(pipe, PROMPT).isnan().all())
 
 
 def test_fuse_and_unfuse_restores_the_protection(pipe: Any, private: Any) -> None:
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     before = picture(pipe, PROMPT)
     pipe.unet.fuse_qkv_projections()
     with pytest.raises(dpx.ProtectionLostError):
@@ -184,7 +187,7 @@ def test_fuse_and_unfuse_restores_the_protection(pipe: Any, private: Any) -> Non
 
 
 def test_self_attention_processors_may_change(pipe: Any, private: Any) -> None:
-    dpx.protect(pipe, private)
+    protect(pipe, private)
     before = picture(pipe, PROMPT)
     changed = {n: AttnProcessor() if ".attn1." in n else p for n, p in pipe.unet.attn_processors.items()}
     pipe.unet.set_attn_processor(changed)
@@ -195,7 +198,7 @@ def test_self_attention_processors_may_change(pipe: Any, private: Any) -> None:
 
 
 def test_a_sibling_pipeline_cannot_send_a_private_prompt(pipe: Any, private: Any) -> None:
-    dpx.protect(pipe, private)
+    protect(pipe, private)
     sibling = quiet(StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False))
     image = torch.zeros(1, 3, 16, 16)
     with pytest.raises(dpx.ProtectionLostError):
@@ -210,7 +213,7 @@ def test_a_sibling_pipeline_cannot_send_a_private_prompt(pipe: Any, private: Any
 
 
 def test_the_text_encoder_is_closed(pipe: Any, private: Any) -> None:
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     ids = pipe.tokenizer(PROMPT, return_tensors="pt").input_ids
     with pytest.raises(dpx.ProtectionLostError):
         pipe.text_encoder(ids)
@@ -221,14 +224,14 @@ def test_the_text_encoder_is_closed(pipe: Any, private: Any) -> None:
 
 
 def test_public_holds_for_one_thread(pipe: Any, private: Any) -> None:
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     ids = pipe.tokenizer(PROMPT, return_tensors="pt").input_ids
     with handle.public(), ThreadPoolExecutor(1) as pool, pytest.raises(dpx.ProtectionLostError):
         pool.submit(pipe.text_encoder, ids).result()
 
 
 def test_public_is_left_when_it_fails(pipe: Any, private: Any) -> None:
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     with pytest.raises(ZeroDivisionError), handle.public():
         1 / 0  # noqa: B018
     with pytest.raises(dpx.ProtectionLostError):
@@ -239,7 +242,7 @@ def test_plain_embeddings_need_a_declaration(private: Any) -> None:
     unet = tiny_unet()
     rows = torch.randn(1, 16, CHANNELS)
     before = unet(latents(), 5, rows).sample
-    handle = dpx.protect(unet, private)
+    handle = protect(unet, private)
     with pytest.raises(dpx.ProtectionLostError, match="public"):
         unet(latents(), 5, rows)
     with handle.public():
@@ -248,21 +251,23 @@ def test_plain_embeddings_need_a_declaration(private: Any) -> None:
 
 def test_images_beside_the_text_are_refused(private: Any) -> None:
     unet = tiny_unet()
-    marks = dpx.protect(unet, private).release(torch.randn(1, 16, CHANNELS)).inputs()["encoder_hidden_states"]
+    marks = protect(unet, private).release(torch.randn(1, 16, CHANNELS)).inputs()["encoder_hidden_states"]
     with pytest.raises(dpx.ProtectionLostError):
         unet(latents(), 5, (marks, torch.zeros(1, 4, CHANNELS)))
 
 
+@BOTH
 def test_masks_are_refused_beside_a_private_context(private: Any) -> None:
     unet = tiny_unet()
-    inputs = dpx.protect(unet, private).release(torch.randn(1, 16, CHANNELS)).inputs()
+    inputs = protect(unet, private).release(torch.randn(1, 16, CHANNELS)).inputs()
     with pytest.raises(dpx.ConfigError, match="encoder_attention_mask"):
         unet(latents(), 5, **inputs, encoder_attention_mask=torch.ones(1, 16))
 
 
+@BOTH
 @pytest.mark.parametrize("change", ["scaled", "averaged", "unknown", "other host", "after unprotect"])
 def test_spoilt_and_stale_placeholders(change: str, pipe: Any, private: Any) -> None:
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     release = handle.release(["a", "b"])
     marks = release.inputs()["prompt_embeds"]
     if change == "scaled":
@@ -273,24 +278,24 @@ def test_spoilt_and_stale_placeholders(change: str, pipe: Any, private: Any) -> 
         marks = handle.placeholder([new_tag()], 16, "cpu")
     elif change == "other host":
         pipe = tiny_sd(1)
-        dpx.protect(pipe, private)
+        protect(pipe, private)
     else:
         dpx.unprotect(pipe)
         with pytest.raises(ReleaseError):
             release.inputs()
-        dpx.protect(pipe, private)
+        protect(pipe, private)
     with pytest.raises(DPXAttnError):
         picture(pipe, prompt_embeds=marks)
 
 
 def test_a_lora_scale_per_call_is_refused(pipe: Any, private: Any) -> None:
-    dpx.protect(pipe, private)
+    protect(pipe, private)
     with pytest.raises(dpx.ConfigError, match="set_adapters"):
         picture(pipe, PROMPT, cross_attention_kwargs={"scale": 0.5})
 
 
 def test_clip_skip_is_refused(pipe: Any, private: Any) -> None:
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     with pytest.raises(dpx.ConfigError, match="clip_skip"):
         picture(pipe, PROMPT, clip_skip=1)
     assert handle.report().releases == ()
@@ -306,7 +311,7 @@ def test_a_processor_set_by_hand_refuses_to_run(pipe: Any) -> None:
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, pickle.dumps], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("what", ["handle", "release", "processor", "unet"])
 def test_copies_are_refused(what: str, duplicate: Any, pipe: Any, private: Any) -> None:
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     release = handle.release(PROMPT)
     target = {
         "handle": handle,
@@ -389,7 +394,7 @@ def test_unsupported_hosts_are_refused_untouched(name: str, private: Any) -> Non
     before = dict(unet.attn_processors) if hasattr(unet, "attn_processors") else {}
     attributes = set(vars(host)) if host is not None else set()
     with pytest.raises(dpx.UnsupportedModelError, match=reason):
-        dpx.protect(host, private)
+        protect(host, private)
     if before:
         assert all(unet.attn_processors[n] is p for n, p in before.items())
     assert host is None or set(vars(host)) == attributes
@@ -397,7 +402,7 @@ def test_unsupported_hosts_are_refused_untouched(name: str, private: Any) -> Non
 
 def test_a_subclass_that_inherits_the_prompt_path_is_fine(private: Any) -> None:
     pipe = tiny_sd(cls=Inherits)
-    dpx.protect(pipe, private)
+    protect(pipe, private)
     assert bool(picture(pipe, PROMPT).isfinite().all())
 
 

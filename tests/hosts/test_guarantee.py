@@ -16,6 +16,7 @@ import hf_dp_xattn as dpx
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from ..hosts_tiny import CHANNELS, LENGTH, picture, tiny_sd, tiny_unet
+from .anchor_calibrations import BOTH, protect
 
 PROMPT = "a red circle"
 
@@ -173,13 +174,14 @@ def check_numbers(handle: Any, config: Any) -> None:
     )
 
 
+@BOTH
 @pytest.mark.parametrize("neighboring", ["replace_one", "add_or_remove_one"])
 @pytest.mark.parametrize("epsilon", [0.5, 8.0])
 def test_the_numbers_are_handed_on_unaltered(
     epsilon: float, neighboring: str, pipe: Any, private: Any
 ) -> None:
     config = private.replace(epsilon=epsilon, neighboring=neighboring)
-    handle = dpx.protect(pipe, config)
+    handle = protect(pipe, config)
     picture(pipe, PROMPT)
     check_numbers(handle, config)
 

@@ -16,6 +16,7 @@ import hf_dp_xattn as dpx
 from hf_dp_xattn.errors import DPXAttnError
 
 from ..hosts_tiny import CHANNELS, picture, tiny_sd
+from .anchor_calibrations import BOTH, protect
 
 SECRET = "zebra quartz"
 LONG_SECRET = "zebra quartz jukebox wyvern obelisk marzipan"
@@ -67,7 +68,7 @@ def files(folder: Any) -> dict[str, bytes]:
 
 def everything_written(pipe: Any, config: Any, folder: Any) -> dict[str, bytes]:
     """Uses a protected pipeline in every way, and collects what it shows and writes."""
-    handle = dpx.protect(pipe, config, ledger=dpx.Ledger(folder / "ledger.json"))
+    handle = protect(pipe, config, ledger=dpx.Ledger(folder / "ledger.json"))
     picture(pipe, SECRET, negative_prompt="ugly")
     picture(pipe, LONG_SECRET, num_images_per_prompt=2)
     release = handle.release([SECRET, LONG_SECRET])
@@ -88,6 +89,7 @@ def everything_written(pipe: Any, config: Any, folder: Any) -> dict[str, bytes]:
     return {**blobs, **files(folder)}
 
 
+@BOTH
 def test_nothing_that_is_shown_or_written_holds_the_context(private: Any, tmp_path: Any, logs: Any) -> None:
     pipe = tiny_sd()
     secrets = needles(tiny_sd(), SECRET) + needles(tiny_sd(), LONG_SECRET)
@@ -160,8 +162,9 @@ def provoke(pipe: Any, handle: Any) -> list[str]:
     return texts
 
 
+@BOTH
 def test_errors_do_not_quote_the_context(pipe: Any, private: Any) -> None:
-    texts = provoke(pipe, dpx.protect(pipe, private))
+    texts = provoke(pipe, protect(pipe, private))
     check_clean({"errors": "\n".join(texts).encode()}, [b"zebra", b"quartz", b"0.1234", b"87, 66", b"87"])
 
 
@@ -176,12 +179,13 @@ def test_the_ledger_names_contexts_by_keyed_digests(private: Any, tmp_path: Any)
     names = []
     for name in "ab":
         pipe = tiny_sd()
-        with dpx.protect(pipe, private, ledger=dpx.Ledger(tmp_path / name)) as handle:
+        with protect(pipe, private, ledger=dpx.Ledger(tmp_path / name)) as handle:
             handle.release(SECRET)
             names.append(handle.ledger.entries()[0].digest)
     assert names[0] != names[1]
 
 
+@BOTH
 def test_nothing_of_the_context_stays_in_memory(pipe: Any, private: Any) -> None:
     """After a release, no live tensor holds a private row, key or value."""
     import gc
@@ -209,7 +213,7 @@ def test_nothing_of_the_context_stays_in_memory(pipe: Any, private: Any) -> None
                 )
         return count
 
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     release = handle.release(SECRET)
     picture(pipe, SECRET)
     base = holders()

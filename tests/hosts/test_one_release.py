@@ -11,6 +11,7 @@ import hf_dp_xattn as dpx
 from hf_dp_xattn.hosts import handle as handle_module
 
 from ..hosts_tiny import CHANNELS, latents, picture, tiny_sd
+from .anchor_calibrations import BOTH, protect
 
 
 class Runs:
@@ -46,34 +47,38 @@ def check_one_release(pipe: Any, handle: Any, runs: Runs) -> None:
     assert entry["charges"] == 1
 
 
+@BOTH
 def test_steps_images_and_calls_share_one_release(
     pipe: Any, private: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     check_one_release(pipe, handle, Runs(handle, monkeypatch))
 
 
+@BOTH
 def test_a_release_per_step_is_caught(pipe: Any, private: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    handle = dpx.protect(pipe, private, budget=dpx.Budget(1e4, 0.5))
+    handle = protect(pipe, private, budget=dpx.Budget(1e4, 0.5))
     runs = Runs(handle, monkeypatch)
     pipe.unet.register_forward_pre_hook(lambda *a: handle.release("a red circle", fresh=True) and None)
     with pytest.raises(AssertionError):
         check_one_release(pipe, handle, runs)
 
 
+@BOTH
 def test_the_charge_comes_before_the_context_is_touched(
     pipe: Any, private: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     runs = Runs(handle, monkeypatch)
     handle.release("a red circle")
     assert runs.order[:2] == ["charge", "run"] and "encode" in runs.order[2:]
 
 
+@BOTH
 def test_a_second_release_is_refused_before_it_is_computed(
     pipe: Any, private: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     first = handle.release("a red circle")
     runs = Runs(handle, monkeypatch)
     with pytest.raises(dpx.BudgetExceededError):
@@ -83,7 +88,7 @@ def test_a_second_release_is_refused_before_it_is_computed(
 
 
 def test_a_larger_budget_pays_for_a_second_release(pipe: Any, private: Any) -> None:
-    handle = dpx.protect(pipe, private, budget=dpx.Budget(20.0, 1e-4))
+    handle = protect(pipe, private, budget=dpx.Budget(20.0, 1e-4))
     first, second = (handle.release("a red circle", fresh=True) for _ in range(2))
     a, b = (r.contexts[0].structures[0].tensors()["sums"] for r in (first, second))
     assert not torch.equal(a, b)
@@ -95,7 +100,7 @@ def test_a_larger_budget_pays_for_a_second_release(pipe: Any, private: Any) -> N
 def test_the_ledger_outlives_the_handle(private: Any, tmp_path: Any) -> None:
     for attempt in range(2):
         pipe = tiny_sd()
-        with dpx.protect(pipe, private, ledger=dpx.Ledger(tmp_path / "ledger.json")) as handle:
+        with protect(pipe, private, ledger=dpx.Ledger(tmp_path / "ledger.json")) as handle:
             if attempt == 0:
                 handle.release("a red circle")
                 assert "persistent" in handle.report().ledger
@@ -108,9 +113,9 @@ def test_a_batch_is_charged_whole_or_not_at_all(
     pipe: Any, private: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ledger = dpx.Ledger()
-    with dpx.protect(pipe, private, ledger=ledger) as handle:
+    with protect(pipe, private, ledger=ledger) as handle:
         handle.release("spent already")
-    handle = dpx.protect(pipe, private, ledger=ledger)
+    handle = protect(pipe, private, ledger=ledger)
     runs = Runs(handle, monkeypatch)
     with pytest.raises(dpx.BudgetExceededError):
         picture(pipe, ["new one", "spent already"])
@@ -118,8 +123,9 @@ def test_a_batch_is_charged_whole_or_not_at_all(
     handle.release("new one")
 
 
+@BOTH
 def test_a_batch_has_a_release_and_a_budget_each(pipe: Any, private: Any) -> None:
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     release = handle.release(["a red circle", "a blue star", "a red circle"])
     a, b, again = release.contexts
     assert a is again and a is not b and len(release) == 3
@@ -131,7 +137,7 @@ def test_a_batch_has_a_release_and_a_budget_each(pipe: Any, private: Any) -> Non
 
 
 def test_text_and_its_token_ids_are_one_context(pipe: Any, private: Any) -> None:
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     ids = pipe.tokenizer("a red circle", return_tensors="pt").input_ids
     assert handle.release(ids).contexts == handle.release("a red circle").contexts
     assert handle.release(ids[0]).contexts == handle.release("a red circle").contexts
@@ -141,14 +147,14 @@ def test_text_and_its_token_ids_are_one_context(pipe: Any, private: Any) -> None
 def test_embeddings_are_one_context_whatever_their_rank(dtype: torch.dtype, private: Any) -> None:
     unet = tiny_sd().unet
     rows = torch.randn(1, 16, CHANNELS).to(torch.float16).to(dtype)
-    handle = dpx.protect(unet, private)
+    handle = protect(unet, private)
     first = handle.release(rows)
     assert handle.release(rows[0].clone()).contexts == first.contexts
     assert handle.release(rows.float()).contexts == first.contexts
 
 
 def test_prompt_embeds_are_private_and_charged(pipe: Any, private: Any) -> None:
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     rows = torch.randn(2, 16, CHANNELS)
     picture(pipe, prompt_embeds=rows)
     assert [e["guarantee"]["rows"] for e in handle.report().releases] == [16, 16]
@@ -156,8 +162,9 @@ def test_prompt_embeds_are_private_and_charged(pipe: Any, private: Any) -> None:
     assert len(handle.report().releases) == 2
 
 
+@BOTH
 def test_nothing_public_is_charged(pipe: Any, private: Any) -> None:
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     release = handle.release("a red circle")
     for text in ("a wash", "ink", "a wash"):
         picture(pipe, **release.inputs(prompt=text), negative_prompt=text)

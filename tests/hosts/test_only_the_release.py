@@ -10,10 +10,10 @@ import torch
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.hosts import handle as handle_module
-from hf_dp_xattn.hosts import making
 from hf_dp_xattn.hosts.processor import DPAttnProcessor
 
 from ..hosts_tiny import CHANNELS, latents, picture, tiny_img2img, tiny_inpaint, tiny_sd
+from .anchor_calibrations import BOTH, protect
 
 PROMPTS = ("a red circle", "sixteen green stars")
 HOSTS = {
@@ -45,13 +45,13 @@ def contexts_of(host: Any) -> tuple[Any, Any]:
 
 
 def hold_the_release_fixed(handle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every context gets the structures of the first one: what differs afterwards did not come through the release."""
+    """Every context gets what the first one released: what differs afterwards did not come through the release."""
     original, first = handle_module.ProtectedPipeline._run, []
 
     def fixed(self: Any, *args: Any) -> Any:
         result = original(self, *args)  # so that any way past the release would run
-        first.append(result.structures)
-        return dataclasses.replace(result, structures=first[0])
+        first.append(result)
+        return dataclasses.replace(result, structures=first[0].structures, context=first[0].context)
 
     monkeypatch.setattr(handle_module.ProtectedPipeline, "_run", fixed)
 
@@ -63,12 +63,12 @@ def check_equal_outputs(host: Any, handle: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", HOSTS)
-@pytest.mark.parametrize("mechanism", ["none", "kernel_sum", "dptree"])
+@pytest.mark.parametrize("mechanism", ["none", "kernel_sum", "dptree", "anchors"])
 def test_outputs_depend_on_the_release_alone(
     kind: str, mechanism: str, private: dpx.DPXAttnConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host = HOSTS[kind]()
-    handle = dpx.protect(host, private.replace(mechanism=mechanism))
+    handle = protect(host, private.replace(mechanism=mechanism))
     hold_the_release_fixed(handle, monkeypatch)
     check_equal_outputs(host, handle)
 
@@ -76,18 +76,19 @@ def test_outputs_depend_on_the_release_alone(
 def plant_raw_rows(host: Any, handle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last context's rows are kept aside and one layer reads them."""
     kept: list[torch.Tensor] = []
-    project = making.project_rows
+    recipe = type(handle._maker.prepare(handle._current_fingerprint()))
+    run = recipe.run
 
-    def keep(attn: Any, rows: torch.Tensor) -> Any:
+    def keep(self: Any, rows: torch.Tensor, *rest: Any) -> Any:
         kept.append(rows)
-        return project(attn, rows)
+        return run(self, rows, *rest)
 
     original = DPAttnProcessor._read
 
     def leaky(table: Any, query: torch.Tensor, *rest: Any) -> torch.Tensor:
         return original(table, query, *rest) + 1e-3 * kept[-1][:, 0].mean().to(query.dtype)
 
-    monkeypatch.setattr(making, "project_rows", keep)
+    monkeypatch.setattr(recipe, "run", keep)
     monkeypatch.setattr(DPAttnProcessor, "_read", staticmethod(leaky))
 
 
@@ -102,11 +103,12 @@ def plant_private_first_row(host: Any, handle: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(text, "private_rows", leaky)
 
 
+@BOTH
 @pytest.mark.parametrize("plant", [plant_raw_rows, plant_private_first_row])
 def test_a_planted_leak_is_caught(
     plant: Any, pipe: Any, private: dpx.DPXAttnConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     hold_the_release_fixed(handle, monkeypatch)
     plant(pipe, handle, monkeypatch)
     with pytest.raises(AssertionError):
@@ -141,9 +143,10 @@ def private_rows(pipe: Any, prompt: str) -> torch.Tensor:
         return pipe.encode_prompt(prompt, "cpu", 1, False)[0][0, 1:]
 
 
+@BOTH
 def test_the_unet_never_receives_a_private_row(pipe: Any, private: dpx.DPXAttnConfig) -> None:
     rows = private_rows(pipe, PROMPTS[0])
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     release = handle.release(PROMPTS[0])
     spy = Spy(pipe.unet)
     picture(pipe, PROMPTS[0], negative_prompt="ugly")
@@ -158,7 +161,7 @@ def test_the_unet_never_receives_a_private_row(pipe: Any, private: dpx.DPXAttnCo
 
 def test_the_spy_has_power(pipe: Any, private: dpx.DPXAttnConfig) -> None:
     rows = private_rows(pipe, PROMPTS[0])
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     spy = Spy(pipe.unet)
     with handle.public():
         picture(pipe, PROMPTS[0])
@@ -173,7 +176,7 @@ def test_what_callbacks_see_is_the_placeholder(pipe: Any, private: dpx.DPXAttnCo
         seen.append(values["prompt_embeds"])
         return values
 
-    dpx.protect(pipe, private)
+    protect(pipe, private)
     picture(
         pipe,
         PROMPTS[0],
@@ -184,6 +187,7 @@ def test_what_callbacks_see_is_the_placeholder(pipe: Any, private: dpx.DPXAttnCo
     assert seen and all(bool(s[:, 1:].isnan().all()) for s in seen)
 
 
+@BOTH
 def test_every_cross_attention_layer_is_reached(
     pipe: Any, private: dpx.DPXAttnConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,15 +199,16 @@ def test_every_cross_attention_layer_is_reached(
         return original(table, *rest)
 
     monkeypatch.setattr(DPAttnProcessor, "_read", staticmethod(counted))
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     picture(pipe, PROMPTS[0], num_inference_steps=1)
     cross = [n for n, m in pipe.unet.named_modules() if getattr(m, "is_cross_attention", False)]
     assert sorted(handle.layers) == sorted(cross)
     assert len(set(calls)) == len(calls) == len(cross)
 
 
+@BOTH
 def test_a_layer_that_lost_its_processor_gives_nan_not_a_leak(pipe: Any, private: dpx.DPXAttnConfig) -> None:
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     inputs = handle.release(PROMPTS[0]).inputs()
     name, attn = next(iter(handle.layers.items()))
     attn.set_processor(handle._originals[name])

@@ -15,13 +15,14 @@ from hf_dp_xattn.errors import ReleaseError
 from hf_dp_xattn.hosts.storage import JSON_NAME, TENSORS_NAME
 
 from ..hosts_tiny import CHANNELS, picture, tiny_sd, tiny_unet
+from .anchor_calibrations import BOTH, protect
 
 PROMPTS = ["a red circle", "a blue star"]
 
 
 @pytest.fixture
 def saved(pipe: Any, private: Any, tmp_path: Path) -> tuple[Path, torch.Tensor]:
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     release = handle.release(PROMPTS)
     return release.save_pretrained(tmp_path / "release"), picture(pipe, **release.inputs())
 
@@ -31,27 +32,29 @@ def saved(pipe: Any, private: Any, tmp_path: Path) -> tuple[Path, torch.Tensor]:
 def test_round_trip(features: str, protected_already: bool, pipe: Any, private: Any, tmp_path: Path) -> None:
     """Another process, another handle: the same pictures, the same guarantee, no charge."""
     config = private.replace(features=features, num_features=16)
-    with dpx.protect(pipe, config) as handle:
+    with protect(pipe, config) as handle:
         release = handle.release(PROMPTS)
         image = picture(pipe, **release.inputs(prompt="ink"))
         release.save_pretrained(tmp_path)
     other = tiny_sd()
     if protected_already:
-        dpx.protect(other, config.replace(epsilon=1.0))
+        protect(other, config.replace(epsilon=1.0))
     loaded = dpx.Release.from_pretrained(tmp_path, host=other)
     assert loaded.config == config and loaded.guarantees == release.guarantees
     assert torch.equal(image, picture(other, **loaded.inputs(prompt="ink")))
-    handle = dpx.protect(other, config.replace(epsilon=1.0) if protected_already else config)
+    handle = protect(other, config.replace(epsilon=1.0) if protected_already else config)
     entries = handle.report().releases
     assert [e["name"] for e in entries] == ["loaded", "loaded"] and entries[0]["epsilon"] == config.epsilon
     assert handle.ledger.entries() == () and "as charged where it was made" in str(handle.report())
 
 
+@BOTH
 def test_a_loaded_release_that_is_not_kept(saved: tuple[Path, torch.Tensor]) -> None:
     other = tiny_sd()
     assert torch.equal(saved[1], picture(other, **dpx.Release.from_pretrained(saved[0], host=other).inputs()))
 
 
+@BOTH
 def test_json_states_the_guarantee_and_no_name(saved: tuple[Path, torch.Tensor]) -> None:
     document = json.loads((saved[0] / JSON_NAME).read_text())
     entry = document["contexts"][0]
@@ -62,7 +65,7 @@ def test_json_states_the_guarantee_and_no_name(saved: tuple[Path, torch.Tensor])
 
 
 def test_mechanism_none_is_never_written(pipe: Any, exact: Any, tmp_path: Path) -> None:
-    release = dpx.protect(pipe, exact).release("a")
+    release = protect(pipe, exact).release("a")
     with pytest.raises(ReleaseError, match="private rows"):
         release.save_pretrained(tmp_path / "x")
     assert not (tmp_path / "x").exists()
@@ -85,7 +88,11 @@ def truncate(path: Path, size: int) -> None:
 
 def swap_features(folder: Path) -> None:
     document = json.loads((folder / JSON_NAME).read_text())
-    document["contexts"][0]["structures"][0]["features"] = {"kind": "unheard of"}
+    entry = document["contexts"][0]
+    if entry["structures"]:
+        entry["structures"][0]["features"] = {"kind": "unheard of"}
+    else:
+        entry["kind"] = "unheard of"
     (folder / JSON_NAME).write_text(json.dumps(document))
 
 
@@ -108,6 +115,7 @@ DAMAGE: dict[str, Any] = {
 }
 
 
+@BOTH
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damaged_files(name: str, saved: tuple[Path, torch.Tensor]) -> None:
     DAMAGE[name](saved[0])
@@ -125,6 +133,7 @@ def test_no_such_folder(tmp_path: Path) -> None:
         dpx.Release.from_pretrained(tmp_path / "empty", host=tiny_sd())
 
 
+@BOTH
 @pytest.mark.parametrize("other", ["weights", "shape"])
 def test_another_model(other: str, saved: tuple[Path, torch.Tensor]) -> None:
     unet = tiny_unet(1) if other == "weights" else tiny_unet(layers_per_block=2)
@@ -134,16 +143,18 @@ def test_another_model(other: str, saved: tuple[Path, torch.Tensor]) -> None:
     assert "encode_prompt" not in vars(pipe)
 
 
+@BOTH
 def test_a_loaded_release_and_a_new_one_in_one_batch(saved: tuple[Path, torch.Tensor], private: Any) -> None:
     pipe = tiny_sd()
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     loaded = dpx.Release.from_pretrained(saved[0], host=pipe)
     both = dpx.Release([*loaded.contexts, *handle.release("third").contexts], private, handle)
     assert bool(picture(pipe, **both.inputs()).isfinite().all())
 
 
+@BOTH
 def test_a_release_for_a_bare_unet_serves_its_pipeline(private: Any, tmp_path: Path) -> None:
-    with dpx.protect(tiny_unet(), private) as handle:
+    with protect(tiny_unet(), private) as handle:
         handle.release(torch.randn(16, CHANNELS)).save_pretrained(tmp_path)
     pipe = tiny_sd()
     assert bool(picture(pipe, **dpx.Release.from_pretrained(tmp_path, host=pipe).inputs()).isfinite().all())

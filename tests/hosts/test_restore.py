@@ -13,6 +13,7 @@ from hf_dp_xattn.hosts import handle as handle_module
 from hf_dp_xattn.hosts.processor import DPAttnProcessor
 
 from ..hosts_tiny import CHANNELS, picture, quiet, tiny_sd
+from .anchor_calibrations import BOTH, protect
 
 PROMPT = "a red circle"
 
@@ -53,11 +54,11 @@ def use(pipe: Any, handle: Any) -> None:
     picture(pipe, **handle.release("another one").inputs(prompt="a wash"))
 
 
-@pytest.mark.parametrize("mechanism", ["none", "kernel_sum", "dptree"])
+@pytest.mark.parametrize("mechanism", ["none", "kernel_sum", "dptree", "anchors"])
 def test_unprotect_restores_everything(mechanism: str, pipe: Any, private: Any) -> None:
     image = picture(pipe, PROMPT)
     before = snapshot(pipe)
-    handle = dpx.protect(pipe, private.replace(mechanism=mechanism))
+    handle = protect(pipe, private.replace(mechanism=mechanism))
     assert not equal(before["unet processors"], pipe.unet.attn_processors)
     use(pipe, handle)
     dpx.unprotect(pipe)
@@ -68,7 +69,7 @@ def test_unprotect_restores_everything(mechanism: str, pipe: Any, private: Any) 
 @pytest.mark.parametrize("plant", ["a fresh processor", "a hook", "an attribute", "a weight"])
 def test_the_comparison_has_power(plant: str, pipe: Any, private: Any) -> None:
     before = snapshot(pipe)
-    dpx.protect(pipe, private)
+    protect(pipe, private)
     dpx.unprotect(pipe)
     attn = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
     if plant == "a fresh processor":
@@ -85,49 +86,51 @@ def test_the_comparison_has_power(plant: str, pipe: Any, private: Any) -> None:
 
 def test_the_original_processor_objects_come_back(pipe: Any, private: Any) -> None:
     before = dict(pipe.unet.attn_processors)
-    with dpx.protect(pipe, private) as handle:
+    with protect(pipe, private) as handle:
         during = pipe.unet.attn_processors
         assert {n for n in before if during[n] is not before[n]} == {f"{n}.processor" for n in handle.layers}
         assert all(isinstance(during[f"{n}.processor"], DPAttnProcessor) for n in handle.layers)
     assert all(pipe.unet.attn_processors[n] is p for n, p in before.items())
 
 
+@BOTH
 def test_the_context_manager_restores_on_errors(pipe: Any, private: Any) -> None:
     before = snapshot(pipe)
-    with pytest.raises(ZeroDivisionError), dpx.protect(pipe, private):
+    with pytest.raises(ZeroDivisionError), protect(pipe, private):
         1 / 0  # noqa: B018
     check_restored(before, snapshot(pipe))
 
 
 def test_unprotect_twice_or_unprotected(pipe: Any, private: Any) -> None:
     dpx.unprotect(pipe)
-    dpx.protect(pipe, private)
+    protect(pipe, private)
     dpx.unprotect(pipe.unet)
     dpx.unprotect(pipe)
     assert bool(picture(pipe, PROMPT).isfinite().all())
 
 
 def test_protecting_twice_gives_the_same_handle(pipe: Any, private: Any) -> None:
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     release = handle.release(PROMPT)
-    assert dpx.protect(pipe, dpx.DPXAttnConfig.from_dict(private.to_dict())) is handle
-    assert dpx.protect(pipe.unet, private) is handle
-    assert dpx.protect(pipe, private, ledger=handle.ledger) is handle
+    assert protect(pipe, dpx.DPXAttnConfig.from_dict(private.to_dict())) is handle
+    assert protect(pipe.unet, private) is handle
+    assert protect(pipe, private, ledger=handle.ledger) is handle
     assert handle.release(PROMPT).contexts == release.contexts
 
 
 @pytest.mark.parametrize("change", ["config", "ledger", "budget"])
 def test_protecting_with_other_settings_is_refused(change: str, pipe: Any, private: Any) -> None:
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     settings: dict[str, Any] = (
         {"ledger": dpx.Ledger()} if change == "ledger" else {"budget": dpx.Budget(99.0, 1e-5)}
     )
     config = private.replace(epsilon=4.0) if change == "config" else private
     with pytest.raises(dpx.ConfigError, match="unprotect"):
-        dpx.protect(pipe, config, **({} if change == "config" else settings))
+        protect(pipe, config, **({} if change == "config" else settings))
     handle.check()
 
 
+@BOTH
 @pytest.mark.parametrize("stage", ["processors", "text encoder", "pipeline"])
 def test_nothing_stays_half_patched(
     stage: str, pipe: Any, private: Any, monkeypatch: pytest.MonkeyPatch
@@ -144,23 +147,23 @@ def test_nothing_stays_half_patched(
         else:
             patch.setattr(handle_module.PipelinePatch, "install", fail)
         with pytest.raises(RuntimeError, match="planted"):
-            dpx.protect(pipe, private)
+            protect(pipe, private)
     check_restored(before, snapshot(pipe))
-    dpx.protect(pipe, private)
+    protect(pipe, private)
 
 
 def test_protect_leaves_the_torch_generator_alone(pipe: Any, private: Any) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     handle.release(PROMPT).inputs()
     assert torch.equal(expected, torch.rand(3))
 
 
 def test_save_pretrained_writes_the_same_weights(pipe: Any, private: Any, tmp_path: Any) -> None:
     pipe.unet.save_pretrained(tmp_path / "before")
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     handle.release(PROMPT)
     pipe.unet.save_pretrained(tmp_path / "protected")
     for path in sorted((tmp_path / "before").iterdir()):
@@ -170,16 +173,17 @@ def test_save_pretrained_writes_the_same_weights(pipe: Any, private: Any, tmp_pa
 # ---- pipelines that share a UNet -----------------------------------------------------------------------------------------------
 
 
+@BOTH
 @pytest.mark.parametrize("cls", [StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline])
 @pytest.mark.parametrize("how", ["from_pipe", "components"])
 def test_pipelines_that_share_the_unet_join_one_handle(cls: Any, how: str, pipe: Any, private: Any) -> None:
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     first = picture(pipe, PROMPT)
     other = quiet(
         cls.from_pipe(pipe) if how == "from_pipe" else cls(**pipe.components, requires_safety_checker=False)
     )
     before = dict(vars(other))
-    assert dpx.protect(other, private) is handle
+    assert protect(other, private) is handle
     extra: dict[str, Any] = {"image": torch.zeros(1, 3, 16, 16), "strength": 1.0}
     if cls is StableDiffusionInpaintPipeline:
         extra |= {"mask_image": torch.ones(1, 1, 16, 16), "height": 16, "width": 16}
@@ -192,18 +196,19 @@ def test_pipelines_that_share_the_unet_join_one_handle(cls: Any, how: str, pipe:
     assert not pipe.text_encoder._forward_pre_hooks and not pipe.unet._forward_pre_hooks
 
 
+@BOTH
 def test_a_pipeline_may_join_a_protected_unet(private: Any) -> None:
     pipe = tiny_sd()
-    handle = dpx.protect(pipe.unet, private)
+    handle = protect(pipe.unet, private)
     assert "encoder_hidden_states" in handle.release(torch.randn(16, CHANNELS)).inputs()
-    assert dpx.protect(pipe, private) is handle
+    assert protect(pipe, private) is handle
     assert bool(picture(pipe, PROMPT).isfinite().all())
     assert "prompt_embeds" in handle.release(PROMPT).inputs()
 
 
 def test_two_hosts_do_not_know_each_other(private: Any) -> None:
     one, two = tiny_sd(0), tiny_sd(1)
-    first, second = dpx.protect(one, private), dpx.protect(two, private)
+    first, second = protect(one, private), protect(two, private)
     assert first is not second
     dpx.unprotect(one)
     assert bool(picture(two, PROMPT).isfinite().all())
@@ -211,7 +216,7 @@ def test_two_hosts_do_not_know_each_other(private: Any) -> None:
 
 def test_a_pipeline_without_text_encoder(private: Any) -> None:
     pipe: StableDiffusionPipeline = tiny_sd(text_encoder=None, tokenizer=None)
-    handle = dpx.protect(pipe, private)
+    handle = protect(pipe, private)
     rows = torch.randn(1, 16, CHANNELS)
     image = picture(pipe, prompt_embeds=rows, negative_prompt_embeds=torch.zeros(1, 16, CHANNELS))
     assert bool(image.isfinite().all())
