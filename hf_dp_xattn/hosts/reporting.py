@@ -48,9 +48,9 @@ def _public(handle: ProtectedPipeline) -> tuple[str, ...]:
                 "the first row of a prompt's encoding (BOS: the causal encoder makes it from no word)"
             )
     if handle.config.unit == "group":
-        items.append(
-            f"which rows form a group; where a prompt was split into phrases ({RULE}) and how many there are"
-        )
+        items.append("which rows form a group, and how many groups there are")
+        if text is not None and text.available:
+            items.append(f"where a prompt was split into phrases ({RULE}), and how many there are")
     if handle.calibration is not None:
         items.append("the calibration")
     items += ["the negative prompt and public prompts", "guidance, steps, seeds and sizes of the pictures"]

@@ -143,7 +143,7 @@ def _read_context(i: int, entry: dict[str, Any], tensors: dict[str, torch.Tensor
             )
         )
     layers = tuple((str(n), int(h), int(c), int(o)) for n, h, c, o in entry["fingerprint"]["layers"])
-    context = _read_rows(i, tensors, layers[0][2]) if entry["kind"] == "context" else None
+    context = _read_rows(i, tensors, layers[0][2]) if entry.get("kind") == "context" else None
     if len(structures) != (len(layers) if context is None else 0):
         raise ReleaseError("The release names other layers than it holds; it is damaged.")
     return ReleasedContext(

@@ -158,3 +158,12 @@ def test_a_release_for_a_bare_unet_serves_its_pipeline(private: Any, tmp_path: P
         handle.release(torch.randn(16, CHANNELS)).save_pretrained(tmp_path)
     pipe = tiny_sd()
     assert bool(picture(pipe, **dpx.Release.from_pretrained(tmp_path, host=pipe).inputs()).isfinite().all())
+
+
+def test_files_that_were_written_before_there_were_kinds(saved: tuple[Path, torch.Tensor]) -> None:
+    document = json.loads((saved[0] / JSON_NAME).read_text())
+    for entry in document["contexts"]:
+        del entry["kind"]
+    (saved[0] / JSON_NAME).write_text(json.dumps(document))
+    other = tiny_sd()
+    assert torch.equal(saved[1], picture(other, **dpx.Release.from_pretrained(saved[0], host=other).inputs()))
