@@ -1,0 +1,111 @@
+"""`anchors` at Stable Diffusion 1.5's shapes (random weights): calibration, release, activation, and the time of a denoising step.
+
+Public contexts are synthetic embeddings [10000, 77, 768] with a topic in every row; what is timed does not depend on what they say.
+Protected and unprotected steps alternate in one run. Targets: calibration of 4,096 anchors <= 10 minutes, release of a prompt <= 50 ms
+(decoding included), protected / unprotected step <= 1.00, all on two cores.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from sd15 import CHANNELS, ROWS, build, check, step
+
+import hf_dp_xattn as dpx
+
+TOPICS = 24
+
+
+def contexts(count: int, seed: int = 0) -> torch.Tensor:
+    """[count, 77, 768] float16: a few topics of each context, in proportion to the row, its position, and noise."""
+    fixed = torch.Generator().manual_seed(1)
+    directions = torch.randn(TOPICS, CHANNELS, generator=fixed)
+    position = torch.randn(ROWS, CHANNELS, generator=fixed)
+    gen = torch.Generator().manual_seed(seed)
+    out = torch.empty(count, ROWS, CHANNELS, dtype=torch.float16)
+    for start in range(0, count, 256):
+        size = min(256, count - start)
+        topics = torch.randn(size, TOPICS, generator=gen) @ directions * TOPICS**-0.5
+        noise = torch.randn(size, ROWS, CHANNELS, generator=gen)
+        out[start : start + size] = (position + topics.unsqueeze(1) + 0.5 * noise).half()
+    return out
+
+
+def pipeline() -> StableDiffusionPipeline:
+    """SD 1.5's UNet behind a small VAE; no text encoder, so contexts are embeddings."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(32,), latent_channels=4, norm_num_groups=32)
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        unet=build(),
+        scheduler=DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def measure(count: int = 10_000, anchors: int = 4096, size: int = 64, repeats: int = 5) -> dict[str, object]:
+    """Seconds and ratios."""
+    warnings.simplefilter("ignore")
+    pipe = pipeline()
+    gen = torch.Generator().manual_seed(2)
+    negative, private = torch.randn(2, 1, ROWS, CHANNELS, generator=gen)
+    error = check(pipe.unet, negative, private)
+    public = contexts(count)
+    config = dpx.DPXAttnConfig(mechanism="anchors")
+    start = time.perf_counter()
+    calibration = dpx.calibrate(pipe, public, config, epsilons=(4.0, 8.0), anchors=anchors, progress=False)
+    calibration_s = time.perf_counter() - start
+    del public
+    gc.collect()
+    fresh = contexts(24, seed=9).float()
+    release_s, activation_s, rows = [], [], []
+    with dpx.protect(pipe, config, calibration=calibration) as protected:
+        for context in fresh:  # different contexts: no cache
+            start = time.perf_counter()
+            release = protected.release(context)
+            release_s.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            release.inputs()
+            activation_s.append(time.perf_counter() - start)
+            served = release.contexts[0].context
+            assert served is not None
+            rows.append(served.rows.shape[0])
+    protected_s, plain_s = [], []
+    plain = torch.cat([negative, fresh[:1]])
+    step(pipe.unet, plain, size)
+    for _ in range(repeats):
+        with dpx.protect(pipe, config, calibration=calibration) as protected:
+            inputs = protected.release(fresh[0]).inputs()["prompt_embeds"]
+            states = torch.cat([negative, inputs])
+            start = time.perf_counter()
+            step(pipe.unet, states, size)
+            protected_s.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        step(pipe.unet, plain, size)
+        plain_s.append(time.perf_counter() - start)
+    ratios = sorted(p / q for p, q in zip(protected_s, plain_s, strict=True))
+    return {
+        "contexts": count,
+        "anchors": anchors,
+        "threads": torch.get_num_threads(),
+        "relative_error_checked": error,
+        "calibration_s": calibration_s,
+        "releases": [p.release for p in calibration.plans],
+        "release_s": sorted(release_s)[len(release_s) // 2],
+        "activation_s": sorted(activation_s)[len(activation_s) // 2],
+        "rows_served": max(rows),
+        "step_protected_s": min(protected_s),
+        "step_unprotected_s": min(plain_s),
+        "step_ratio": ratios[len(ratios) // 2],
+        "step_ratios": ratios,
+    }
