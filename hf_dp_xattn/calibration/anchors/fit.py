@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
-from ...mechanisms.anchors.cells import Tilt
 from ...mechanisms.anchors.plan import AnchorPlan, Decoders, Quality
 from ...mechanisms.anchors.release import HistogramSource, prepare_anchors, prepare_source
 from ...mechanisms.anchors.rows import ContextRows
@@ -101,7 +100,7 @@ def fit_anchors(
         book = fit_codebook(
             training.units, objective, settings.anchors, seed=settings.seed, progress=settings.progress
         )
-        found += _histogram_plans(config, book, epsilons, settings)
+        found += [_histogram_plan(config, book, e, settings) for e in epsilons]
     if "sum" in kinds or "response" in kinds:
         fitted, slots = _slot_plans(config, training, objective, kinds, epsilons, settings)
         found += fitted
@@ -110,7 +109,17 @@ def fit_anchors(
         _judge(p, config, decoders, validation, objective)
         for p in tqdm(found, desc="validation", disable=not settings.progress, leave=False)
     ]
-    best = [min((p for p in judged if p.epsilon == e), key=lambda p: p.quality.fvu) for e in epsilons]
+
+    def best_at(epsilon: float) -> AnchorPlan:
+        return min((p for p in judged if p.epsilon == epsilon), key=lambda p: p.quality.fvu)
+
+    if book is not None:
+        for plain in [p for p in judged if p.release == "histogram"]:
+            # a tilt takes a minute and gains some ten per cent: it is fitted where that could decide
+            if plain.quality.fvu < 1.5 * best_at(plain.epsilon).quality.fvu:
+                tilted = _with_tilt(config, book, plain, settings)
+                judged.append(_judge(tilted, config, decoders, validation, objective))
+    best = [best_at(e) for e in epsilons]
     used = {p.release for p in best}
     calibration = AnchorCalibration(
         unit=config.unit,
@@ -155,41 +164,36 @@ def _public_box(contexts: PublicContexts) -> tuple[torch.Tensor, torch.Tensor]:
     return center, 4.0 * (units - center).abs().amax(0).clamp_min(1e-6)
 
 
-def _histogram_plans(
-    config: DPXAttnConfig, book: Codebook, epsilons: Sequence[float], settings: AnchorSettings
-) -> list[AnchorPlan]:
+def _histogram_plan(
+    config: DPXAttnConfig, book: Codebook, epsilon: float, settings: AnchorSettings
+) -> AnchorPlan:
     symmetric = config.neighboring != NeighboringRelation.REPLACE_ONE.value
-    plans = []
-    for epsilon in epsilons:
-        share = choose_share(book, epsilon, symmetric=symmetric, seed=settings.seed)
+    return AnchorPlan(
+        epsilon=epsilon,
+        release="histogram",
+        center=book.center,
+        reach=book.reach,
+        matrix=book.matrix,
+        bias=torch.zeros(book.matrix.shape[0]),
+        codes=book.codes.unsqueeze(0),
+        bound=1.0,
+        share_plus=choose_share(book, epsilon, symmetric=symmetric, seed=settings.seed),
+        noise=0.0,
+        head=None,
+        tilt=None,
+        quality=_UNKNOWN,
+    )
 
-        def plan(
-            tilt: Tilt | None, decoder_noise: float, epsilon: float = epsilon, share: float = share
-        ) -> AnchorPlan:
-            return AnchorPlan(
-                epsilon=epsilon,
-                release="histogram",
-                center=book.center,
-                reach=book.reach,
-                matrix=book.matrix,
-                bias=torch.zeros(book.matrix.shape[0]),
-                codes=book.codes.unsqueeze(0),
-                bound=1.0,
-                share_plus=share,
-                noise=decoder_noise,
-                head=None,
-                tilt=tilt,
-                quality=_UNKNOWN,
-            )
 
-        plain = plan(None, 0.0)
-        source = prepare_source(plain, config.replace(epsilon=epsilon))
-        assert isinstance(source, HistogramSource)
-        tilt = fit_tilt(
-            book, source.rates, steps=settings.tilt_steps, seed=settings.seed, progress=settings.progress
-        )
-        plans += [plain, plan(tilt, 0.0)]
-    return plans
+def _with_tilt(
+    config: DPXAttnConfig, book: Codebook, plan: AnchorPlan, settings: AnchorSettings
+) -> AnchorPlan:
+    source = prepare_source(plan, config.replace(epsilon=plan.epsilon))
+    assert isinstance(source, HistogramSource)
+    tilt = fit_tilt(
+        book, source.rates, steps=settings.tilt_steps, seed=settings.seed, progress=settings.progress
+    )
+    return dataclasses.replace(plan, tilt=tilt)
 
 
 _UNKNOWN = Quality(math.inf, math.inf, math.inf, 0)
