@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from .hosts.calibrate import calibrate
+    from .hosts.phrases import split_phrases
     from .hosts.processor import DPAttnProcessor
     from .hosts.protect import protect, unprotect
     from .hosts.release import Release
@@ -46,6 +47,7 @@ _HOMES = {
     "calibration.calibration": ("Calibration",),
     "calibration.planner": ("Plan", "plan"),
     "hosts.calibrate": ("calibrate",),
+    "hosts.phrases": ("split_phrases",),
     "hosts.processor": ("DPAttnProcessor",),
     "hosts.protect": ("protect", "unprotect"),
     "hosts.release": ("Release",),
@@ -77,6 +79,7 @@ __all__ = [
     "plan",
     "protect",
     "release_attention",
+    "split_phrases",
     "unprotect",
 ]
 

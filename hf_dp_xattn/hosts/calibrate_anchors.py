@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from ..calibration.anchors.calibration import GROUPINGS
 from ..calibration.anchors.objective import LayerProbe
 from ..calibration.anchors.slots_fit import PublicContexts, SlotSettings
 from ..errors import ConfigError
@@ -59,6 +60,14 @@ def gather_contexts(
     Raises:
         ConfigError: a wrong type or shape.
     """
+    if unit == "group" and (grouping != "phrases" or isinstance(public, torch.Tensor)):
+        raise ConfigError(
+            "A calibration of anchors for unit='group' takes prompts that are split into phrases, or lists of phrases (grouping='phrases')."
+        )
+    if grouping not in GROUPINGS[unit]:
+        raise ConfigError(
+            f"grouping={grouping!r} does not go with unit={unit!r}; expected one of {GROUPINGS[unit]}."
+        )
     if isinstance(public, torch.Tensor):
         if public.ndim != 3 or not public.is_floating_point() or not bool(torch.isfinite(public).all()):
             raise ConfigError("Public embeddings must be a finite floating-point tensor [N, n, C].")

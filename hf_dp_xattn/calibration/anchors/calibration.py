@@ -25,12 +25,13 @@ from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
 
 SCHEMA_VERSION = 1
 KIND = "anchors"
+GROUPINGS = {"row": ("rows",), "group": ("rows", "phrases"), "context": ("context",)}
 JSON_NAME = "dp_xattn_calibration.json"
 TENSORS_NAME = "dp_xattn_calibration.safetensors"
 _HALF = ("matrix", "weight", "hidden", "coefficients", "directions", "anchors", "inner", "outer", "cells")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HostIdentity:
     """What tells a host from another one. layers: (name, heads, channels in, channels out); sketch: of their projections; dtype: of
     the weights; probe [n, C]: the text encoder's rows of a fixed public text (empty where the host has none)."""
@@ -53,7 +54,7 @@ class ScorePoint:
     contexts: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AnchorCalibration:
     """Everything that `anchors` reads besides the private rows. Nothing in here may depend on a private context.
 
@@ -234,6 +235,10 @@ class AnchorCalibration:
                 )
         if not self.plans:
             raise ConfigError("The calibration holds no plan; calibrate again.")
+        if self.grouping not in GROUPINGS[self.unit]:
+            raise ConfigError(
+                f"The calibration says grouping={self.grouping!r} for unit={self.unit!r}, expected one of {GROUPINGS[self.unit]}."
+            )
 
 
 _KEYS = {

@@ -49,7 +49,7 @@ _GRID = (
 SHARES = (0.5, 0.65, 0.75, 0.85)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Codebook:
     """center, reach [C], matrix [p, C], codes [m, p], and the decoder; counts: support index [N, m] uint8 of each public context."""
 

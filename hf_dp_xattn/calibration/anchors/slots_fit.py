@@ -14,7 +14,7 @@ from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
 from .objective import Objective
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PublicContexts:
     """Public contexts: units [N, U, C] (rows, or one mean row per group or context), their mask [N, U], and the rows [N, n, C] whose
     attention a decoder must reproduce. Stored in half precision where the host's rows are."""

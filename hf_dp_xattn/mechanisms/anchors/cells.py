@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from .rows import ContextRows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tilt:
     """inner [G, K], inner_bias [G], outer [r, G], cells [m, r], scale []: Delta = cells (outer gelu(inner z / scale + inner_bias))."""
 
@@ -41,7 +41,7 @@ class Tilt:
         return F.linear(F.linear(h, self.outer), self.cells)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CellDecoder:
     """anchors [m, a, C], coarse [m] (public group of each cell), support [J] counts, log_prior [m, J]; rows: how many stay unmerged."""
 

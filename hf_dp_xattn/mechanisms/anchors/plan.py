@@ -22,7 +22,7 @@ class Quality:
     contexts: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AnchorPlan:
     """One epsilon's release and decoder.
 
@@ -55,7 +55,7 @@ class AnchorPlan:
     FIELDS = ("epsilon", "release", "bound", "share_plus", "noise")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Decoders:
     """What the plans share: the slot decoder, and for cells the anchors' rows and priors."""
 

@@ -14,7 +14,7 @@ from ...report import Guarantee
 NEGLIGIBLE = 14.0  # a row whose weight is below e^-14 of the largest changes no output that anyone can see
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ContextRows:
     """Rows [R, C] of context space and their log weights [R], float32: post-processing of a release, and nothing else.
 
@@ -33,7 +33,7 @@ class ContextRows:
         return ContextRows(self.rows.to(device), self.log_weights.to(device))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ContextRelease:
     """What left: decoded rows, and what is promised about them."""
 

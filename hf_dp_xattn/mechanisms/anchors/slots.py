@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from .rows import ContextRows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SlotHead:
     """One plan's first layer: weight [H, K], bias and second_bias [H], gain [K]; center [K] and scale [] of the codes."""
 
@@ -32,7 +32,7 @@ class SlotHead:
     TENSORS = ("weight", "bias", "second_bias", "gain", "center", "scale")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SlotDecoder:
     """The shared part: hidden [H, H], coefficients [R, L, H + K], directions [L, C], slots [R, C], weight_map [R, H + K],
     log_weights [R]."""
