@@ -194,7 +194,7 @@ def _public_queries(
     gen = torch.Generator().manual_seed(seed)
     shape = (len(embeddings), pipe.vae.config.latent_channels, height, width)
     sample = torch.randn(shape, generator=gen).to(device, unet.dtype) * scheduler.init_noise_sigma
-    if text.available:
+    if text.available and embeddings.shape[1] == text.length:
         empty = text.encode(*text.tokenize("")).unsqueeze(0).expand_as(embeddings)
     else:
         empty = torch.zeros_like(embeddings)

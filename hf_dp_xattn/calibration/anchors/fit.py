@@ -337,8 +337,9 @@ def _fit_responses(
     )
     stacks = {}
     for size in ALPHABETS:
-        if size * 8 <= len(flat):
-            stacks[size] = _residual_codebooks(flat, size, settings.seed)
+        stages = _residual_codebooks(flat, size, settings.seed)
+        if stages:
+            stacks[size] = stages
     if not stacks:
         raise ConfigError(f"Too few public units ({len(flat)}) for randomised response; give more contexts.")
     result = {}
@@ -357,9 +358,13 @@ def _fit_responses(
 
 def _residual_codebooks(flat: torch.Tensor, size: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(codes [m, K], share of the units in each cell [m]) of codebooks that each quantise what those before left over."""
-    stages, rest = [], flat
+    stages: list[tuple[torch.Tensor, torch.Tensor]] = []
+    rest = flat
     for _ in range(MAX_CODEBOOKS):
-        codes = kmeans(rest, size, seed=seed)
+        # a phrase may well have a cell of its own, as long as public contexts repeat it
+        if size * 4 > len(rest) or size * 1.5 > len(torch.unique(rest, dim=0)):
+            break
+        codes = kmeans(rest, size, seed=seed, per_cell=1)
         index = assign(rest, codes)[0]
         stages.append((codes, torch.bincount(index, minlength=size).float() / len(index)))
         rest = rest - codes[index]

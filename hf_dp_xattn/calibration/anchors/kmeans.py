@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 from ...errors import ConfigError
 
 POINTS_PER_CELL = 64  # more points than this many per cell do not move the centres noticeably
-_MINIMUM_PER_CELL = 4
+MINIMUM_PER_CELL = 4
 _SEED_ROUNDS = 8
 _SEED_POINTS = 16
 
@@ -40,9 +40,15 @@ def _seeds(points: torch.Tensor, cells: int, generator: torch.Generator) -> torc
 
 
 def kmeans(
-    points: torch.Tensor, cells: int, *, rounds: int = 12, seed: int = 0, progress: bool = False
+    points: torch.Tensor,
+    cells: int,
+    *,
+    rounds: int = 12,
+    seed: int = 0,
+    per_cell: int = MINIMUM_PER_CELL,
+    progress: bool = False,
 ) -> torch.Tensor:
-    """Centres [cells, p] of points [N, p]; no cell is empty and no two are equal.
+    """Centres [cells, p] of points [N, p]; no cell is empty and no two are equal. per_cell: distinct points that are asked for.
 
     Raises:
         ConfigError: too few distinct points for so many cells.
@@ -54,9 +60,9 @@ def kmeans(
     order = torch.randperm(len(points), generator=generator)[: cells * POINTS_PER_CELL]
     points = points[order]
     distinct = torch.unique(points, dim=0)
-    if len(distinct) < _MINIMUM_PER_CELL * cells:
+    if len(distinct) < per_cell * cells:
         raise ConfigError(
-            f"{cells} cells need at least {_MINIMUM_PER_CELL * cells} distinct public rows (units); there are {len(distinct)}. Give "
+            f"{cells} cells need at least {per_cell * cells} distinct public rows (units); there are {len(distinct)}. Give "
             "more public contexts, or ask for fewer anchors."
         )
     sample = distinct[torch.randperm(len(distinct), generator=generator)[: cells * _SEED_POINTS]]
