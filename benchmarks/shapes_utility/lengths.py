@@ -1,0 +1,144 @@
+"""Part c: contexts of k captions' rows side by side (n = 76 k), a small `anchors` calibration for each n, FVU at others' queries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from shapes.private import config
+from shapes.scenes import heldout_examples
+from tqdm.auto import tqdm
+
+from hf_dp_xattn.calibration.anchors.calibration import AnchorCalibration
+from hf_dp_xattn.calibration.anchors.fit import AnchorSettings, fit_anchors
+from hf_dp_xattn.calibration.anchors.slots_fit import PublicContexts, SlotSettings
+from hf_dp_xattn.hosts.identity import host_identity
+from hf_dp_xattn.privacy.bits import SeededEntropy
+
+from .baselines import ResponsePerRow, WienerFilter
+from .fvu import Judge, MeanOutput, Released, RowsReleased
+from .setting import LENGTHS_SEED, Setting
+
+Part = dict[str, Any]
+_PUBLIC_ROWS = 1_200_000  # rows of all public contexts of one n, at most: bounds memory
+_MOST, _LEAST = 4000, 160
+_BATCH_ROWS = 12_000  # rows of one training batch
+_SEED = 3000
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How a calibration for n rows is fitted: fewer and smaller batches where each takes longer."""
+
+    contexts: int
+    batch: int
+    layers: int
+    steps: int
+
+    @classmethod
+    def of(cls, n: int, steps: int) -> Effort:
+        contexts = max(_LEAST, min(_MOST, _PUBLIC_ROWS // n))
+        batch = max(8, min(48, _BATCH_ROWS // n))
+        return cls(contexts, batch, 3 if n < 1000 else 2, steps if n < 2000 else max(10, steps // 3))
+
+
+def side_by_side(setting: Setting, rows: torch.Tensor, k: int, count: int, seed: int) -> torch.Tensor:
+    """[count, p + n, C]: the public rows, then k contexts drawn from rows [N, 76, C], none twice if there are enough."""
+    generator = torch.Generator().manual_seed(seed)
+    out = torch.empty(count, len(setting.first) + k * rows.shape[1], rows.shape[2], dtype=rows.dtype)
+    few = len(rows) < count * k
+    order = (
+        torch.randint(0, len(rows), (count * k,), generator=generator)
+        if few
+        else torch.randperm(len(rows), generator=generator)
+    )
+    for i, pick in enumerate(order[: count * k].view(count, k)):
+        out[i] = setting.with_public(rows[pick].flatten(0, 1).to(out.dtype))
+    return out
+
+
+def fit(setting: Setting, k: int) -> AnchorCalibration:
+    """`anchors` for contexts of k captions, from public captions only."""
+    sizes = setting.sizes
+    n = k * setting.public.shape[1]
+    effort = Effort.of(n, sizes.length_steps)
+    count = effort.contexts if sizes.public >= 1000 else 80
+    whole = side_by_side(setting, setting.public, k, count, LENGTHS_SEED)
+    units = whole[:, len(setting.first) :]
+    slots = SlotSettings(batch=effort.batch, layers=effort.layers, steps=effort.steps, queries=16)
+    settings = AnchorSettings(
+        releases=("sum", "histogram"), anchors=sizes.length_cells, tilt_steps=200, slots=slots, progress=False
+    )
+    return fit_anchors(
+        config(8.0),
+        PublicContexts(units, torch.ones(units.shape[:2], dtype=torch.bool), whole),
+        setting.public_objective,
+        host_identity(setting.layers, setting.pipeline.unet.dtype, setting.text),
+        grouping="rows",
+        epsilons=sizes.length_epsilons,
+        settings=settings,
+    )
+
+
+def blockwise(method: Any, private: torch.Tensor, epsilon: float, seed: int) -> torch.Tensor:
+    """A baseline for single captions on contexts [N, 76 k, C]: every row is released by itself, so blocks are too."""
+    width = method.mean.shape[0]
+    blocks = private.unflatten(1, (-1, width))
+    return method.rows(blocks.flatten(0, 1), epsilon, seed).reshape(private.shape)
+
+
+def measure_lengths(setting: Setting) -> Iterator[Part]:
+    """For each k: anchors and baselines at each epsilon, and the public mean."""
+    sizes = setting.sizes
+    probes = setting.probes(setting.other_queries)
+    baselines = {
+        "wiener": WienerFilter(setting.public, joint=False),
+        "wiener_joint": WienerFilter(setting.public, joint=True),
+        f"response_{sizes.anchors[-1]}": ResponsePerRow(
+            setting.public, setting.public_objective, sizes.anchors[-1]
+        ),
+    }
+    part: Part = {"lines": [], "plans": [], "query_source": "single captions' drawings"}
+    for k in tqdm(sizes.lengths, desc="c: number of rows"):
+        captions = [e.caption for e in heldout_examples(sizes.length_contexts * k, LENGTHS_SEED)]
+        whole = side_by_side(
+            setting, setting.private_rows(setting.encode(captions)), k, sizes.length_contexts, LENGTHS_SEED
+        )
+        private = setting.private_rows(whole)
+        against = Judge(probes, whole)
+        n = private.shape[1]
+
+        def add(name: str, epsilon: float | None, released: list[Released], k: int = k, n: int = n) -> None:
+            summary = against.summary([against.errors(released)])["other"]  # noqa: B023
+            part["lines"].append(
+                {"method": name, "epsilon": epsilon, "captions": k, "rows": n, "contexts": len(released)}
+                | {key: summary[key] for key in ("fvu", "low", "high")}
+            )
+
+        mean = MeanOutput(setting, _public(setting, k))
+        add("public_mean", None, [mean] * len(private))
+        yield part
+        calibration = fit(setting, k)
+        part["plans"] += [
+            {"captions": k, "epsilon": p.epsilon, "release": p.release, "fvu": round(p.quality.fvu, 4)}
+            for p in calibration.plans
+        ]
+        for epsilon in sizes.length_epsilons:
+            prepared = calibration.prepare(config(epsilon))
+            contexts = [
+                prepared.run_rows(rows, entropy=SeededEntropy(_SEED + i)).context
+                for i, rows in enumerate(private)
+            ]
+            add("anchors", epsilon, [RowsReleased(setting, c.rows, c.log_weights) for c in contexts])
+            for name, method in baselines.items():
+                rows = blockwise(method, private, epsilon, _SEED)
+                add(name, epsilon, [RowsReleased(setting, r) for r in rows])
+            yield part
+
+
+def _public(setting: Setting, k: int) -> torch.Tensor:
+    """Public contexts for the mean output; fewer where each is longer."""
+    count = max(16, 128 // k)
+    return setting.private_rows(side_by_side(setting, setting.public, k, count, LENGTHS_SEED + 1))
