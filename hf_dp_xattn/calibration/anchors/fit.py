@@ -32,6 +32,7 @@ GEOMETRY_NOISE = 0.08  # of the auxiliary sum whose codes give the cells of `res
 ALPHABETS = (4, 16, 64, 256, 1024, 4096)
 MAX_CODEBOOKS = 4
 _VALIDATION = 400
+_CODEBOOK_UNITS = 32_768
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,7 @@ def _slot_plans(
             list(alphabets),
             answered,
             settings.slots,
-            parameters=[trainer.head, trainer.head_bias, trainer.second_bias, trainer.gain],
+            parameters=_response_parameters(trainer, shared=not sums),
             label="responses",
             generator=generator,
             progress=settings.progress,
@@ -303,13 +304,28 @@ def _slot_plans(
 
     none = torch.zeros(0, 0, settings.slots.code)
     plans = [plan(i, i, e, "sum", none, noise[i]) for i, e in enumerate(sums)]
-    # a decoder that does not look at the code: what a small epsilon falls back to where looking makes it worse
-    plans += [_blind(p) for p in plans]
     for i, (codes, response) in alphabets.items():
         plans.append(plan(i, auxiliary, answers[i - auxiliary - 1], "response", codes, response.truth))
+    # a decoder that does not look at the code: what a small epsilon falls back to where looking makes it worse
+    plans += [_blind(p) for p in plans]
     shared = trainer.decoder()
     decoder = SlotDecoder(*(getattr(shared, n).detach().clone() for n in SlotDecoder.TENSORS))
     return plans, decoder
+
+
+def _response_parameters(trainer: SlotTrainer, *, shared: bool) -> list[torch.nn.Parameter]:
+    """What the training of responses may move: their heads, and the shared decoder where no learned sum relies on it."""
+    heads = [trainer.head, trainer.head_bias, trainer.second_bias, trainer.gain]
+    decoder = [
+        trainer.common_head,
+        trainer.hidden,
+        trainer.coefficients,
+        trainer.directions,
+        trainer.slots,
+        trainer.weight_map,
+        trainer.log_weights,
+    ]
+    return heads + decoder if shared else heads
 
 
 def _blind(plan: AnchorPlan) -> AnchorPlan:
@@ -335,32 +351,48 @@ def _fit_responses(
             for part in (training.part(i) for i in torch.arange(len(training)).split(512))
         ]
     )
+    generator = torch.Generator().manual_seed(settings.seed)
+    flat = flat[torch.randperm(len(flat), generator=generator)[:_CODEBOOK_UNITS]]
+    seen = _split_by_likeness(flat, settings.seed)
     stacks = {}
     for size in ALPHABETS:
-        stages = _residual_codebooks(flat, size, settings.seed)
+        stages = _residual_codebooks(flat[seen], size, settings.seed)
         if stages:
             stacks[size] = stages
     if not stacks:
         raise ConfigError(f"Too few public units ({len(flat)}) for randomised response; give more contexts.")
     result = {}
     for offset, epsilon in enumerate(epsilons):
-        best: tuple[float, torch.Tensor, RandomizedResponse] | None = None
+        best: tuple[float, int, int] | None = None
         for size, stages in stacks.items():
             for count in range(1, len(stages) + 1):
                 response = RandomizedResponse.of(epsilon / count, size)
-                explained = sum(_explained(codes, share, response) for codes, share in stages[:count])
-                if best is None or explained > best[0]:
-                    best = (explained, torch.stack([codes for codes, _ in stages[:count]]), response)
+                # units like the public ones count as much as units unlike all that the codebooks were fitted to
+                error = sum(_left_over(part, stages[:count], response) for part in (flat[seen], flat[~seen]))
+                if best is None or error < best[0]:
+                    best = (error, size, count)
         assert best is not None
-        result[auxiliary + 1 + offset] = (best[1], best[2])
+        _, size, count = best
+        codes = [codes for codes, _ in _residual_codebooks(flat, size, settings.seed, count)]
+        result[auxiliary + 1 + offset] = (torch.stack(codes), RandomizedResponse.of(epsilon / count, size))
     return result
 
 
-def _residual_codebooks(flat: torch.Tensor, size: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _split_by_likeness(units: torch.Tensor, seed: int) -> torch.Tensor:
+    """bool [N]: all units but those of every eighth cluster, so that what is held out is unlike what is seen."""
+    clusters = min(64, len(torch.unique(units, dim=0)) // 2)
+    if clusters < 8:
+        return torch.arange(len(units)) % 8 > 0
+    return assign(units, kmeans(units, clusters, seed=seed, per_cell=1))[0] % 8 > 0
+
+
+def _residual_codebooks(
+    flat: torch.Tensor, size: int, seed: int, count: int = MAX_CODEBOOKS
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(codes [m, K], share of the units in each cell [m]) of codebooks that each quantise what those before left over."""
     stages: list[tuple[torch.Tensor, torch.Tensor]] = []
     rest = flat
-    for _ in range(MAX_CODEBOOKS):
+    for _ in range(count):
         # a phrase may well have a cell of its own, as long as public contexts repeat it
         if size * 4 > len(rest) or size * 1.5 > len(torch.unique(rest, dim=0)):
             break
@@ -371,15 +403,29 @@ def _residual_codebooks(flat: torch.Tensor, size: int, seed: int) -> list[tuple[
     return stages
 
 
-def _explained(codes: torch.Tensor, share: torch.Tensor, response: RandomizedResponse) -> float:
-    """Variance of a unit's code that the posterior mean given one answer explains."""
-    false = (1 - response.truth) / (len(codes) - 1)
-    told = share * response.truth + (1 - share) * false  # P(answer = s)
-    belief = (
-        share * (response.truth - false) / told.clamp_min(1e-30)
-    )  # beyond the prior, what answer s says for cell s
-    mean = share @ codes
-    return float(told @ (belief.unsqueeze(1) * (codes - mean)).square().sum(-1))
+def _left_over(
+    units: torch.Tensor, stages: Sequence[tuple[torch.Tensor, torch.Tensor]], response: RandomizedResponse
+) -> float:
+    """Mean squared error of the posterior mean code of these units given the answers, stage errors being independent."""
+    rest, error = units, 0.0
+    for codes, share in stages:
+        false = (1 - response.truth) / (len(codes) - 1)
+        told = share * response.truth + (1 - share) * false  # P(answer = s)
+        belief = (
+            share * (response.truth - false) / told.clamp_min(1e-30)
+        )  # beyond the prior, what answer s says for cell s
+        mean = share @ codes
+        guess = mean + belief.unsqueeze(1) * (codes - mean)  # posterior mean after each answer
+        index = assign(rest, codes)[0]
+        # the answer is the truth, or any other cell alike: error of this stage's guess around the true cell's code
+        square = (
+            guess.square().sum(-1) - 2 * codes @ guess.mT + codes.square().sum(-1, keepdim=True)
+        ).clamp_min(0)
+        own = square.diagonal()
+        per_cell = response.truth * own + false * (square.sum(1) - own)
+        error += float(per_cell[index].mean())
+        rest = rest - codes[index]
+    return error + float(rest.square().sum(-1).mean())
 
 
 def _judge(

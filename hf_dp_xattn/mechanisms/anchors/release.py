@@ -133,6 +133,7 @@ class ResponseSource:
     """k-ary randomised response of each unit's cell in each codebook; the code is the sum of the answers' codes."""
 
     response: RandomizedResponse
+    encoder: RowSum
     quantizers: tuple[RowQuantizer, ...]
     codes: torch.Tensor
     unit: str
@@ -150,7 +151,7 @@ class ResponseSource:
 
     def cells(self, rows: torch.Tensor, groups: torch.Tensor | None) -> list[torch.Tensor]:
         """Each unit's cell in each codebook, int64 [U]; private. A function of each unit alone, as every step of it is."""
-        rest = pool(rows, self.unit, groups)
+        rest = self.encoder.features(pool(rows, self.unit, groups))
         found = []
         for i, quantizer in enumerate(self.quantizers):
             found.append(quantizer.cells(rest))
@@ -229,14 +230,11 @@ def prepare_source(plan: AnchorPlan, config: DPXAttnConfig) -> Source:
     Raises:
         ConfigError: the plan's release cannot give this unit or neighbouring relation.
     """
+    encoder = RowSum.from_tensors(plan.center, plan.matrix, plan.bias, reach=plan.reach)
     if plan.release == "sum":
-        row_sum = RowSum.from_tensors(plan.center, plan.matrix, plan.bias, reach=plan.reach)
         # a pooled unit is one row to the sum: the sensitivity of one unit is that of one row
-        prepared = row_sum.prepare(config.epsilon, config.delta, unit="row", neighboring=config.neighboring)
+        prepared = encoder.prepare(config.epsilon, config.delta, unit="row", neighboring=config.neighboring)
         return SumSource(prepared, config.unit)
-    quantizer = RowQuantizer.from_tensors(
-        plan.center, plan.matrix.mT, plan.codes[0] - plan.bias, reach=plan.reach
-    )
     if plan.release == "response":
         if config.neighboring != NeighboringRelation.REPLACE_ONE.value:
             raise ConfigError(
@@ -245,12 +243,14 @@ def prepare_source(plan: AnchorPlan, config: DPXAttnConfig) -> Source:
             )
         stages, alphabet, width = plan.codes.shape
         response = RandomizedResponse.of(config.epsilon / stages, alphabet)
-        identity, span = torch.eye(width), 4.0 * float(plan.codes.abs().max())
-        rest = [
-            RowQuantizer.from_tensors(torch.zeros(width), identity, codes, reach=span)
-            for codes in plan.codes[1:]
-        ]
-        return ResponseSource(response, (quantizer, *rest), plan.codes, config.unit)
+        identity, span = torch.eye(width), 2.0 + 4.0 * float(plan.codes.abs().max())
+        quantizers = tuple(
+            RowQuantizer.from_tensors(torch.zeros(width), identity, codes, reach=span) for codes in plan.codes
+        )
+        return ResponseSource(response, encoder, quantizers, plan.codes, config.unit)
+    quantizer = RowQuantizer.from_tensors(
+        plan.center, plan.matrix.mT, plan.codes[0] - plan.bias, reach=plan.reach
+    )
     symmetric = config.neighboring != NeighboringRelation.REPLACE_ONE.value
     histogram = prepare_geometric(
         config.epsilon,
