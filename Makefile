@@ -5,12 +5,12 @@ STAMP := $(VENV)/.installed
 # One thread per process where several run side by side: more only fight for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),2) --dist loadfile -q
 
-.PHONY: demo test test-slow lint format install bench utility clean help
+.PHONY: demo test test-slow lint format install bench utility calibrations clean help
 
 help:
 	@echo "make demo       draw a private prompt at several epsilons and print the privacy report"
 	@echo "make test       all fast tests      make test-slow  the long ones      make lint  ruff and mypy"
-	@echo "make utility    the README's table (300 captions)                      make bench speed ratios"
+	@echo "make utility    tables and plots of utility     make bench  times      make calibrations  the shipped ones"
 
 install: $(STAMP)
 
@@ -40,10 +40,15 @@ format: $(STAMP)
 
 utility: $(STAMP)
 	$(BIN)/python examples/shapes/sweep.py -n 300 --out docs/shapes
-	$(BIN)/python examples/shapes/ablation.py --out docs/shapes
+	$(BIN)/python benchmarks/utility.py --out docs/utility
+	$(BIN)/python tools/readme_tables.py
+
+calibrations: $(STAMP)
+	$(BIN)/python examples/shapes/calibrate.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py --out docs/benchmarks
+	$(BIN)/python tools/readme_tables.py
 
 clean:
 	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -84,9 +84,9 @@ def calibrate(
     query_prompts = (2 if large else 8) if query_prompts is None else query_prompts
     query_steps = (4 if large else 6) if query_steps is None else query_steps
 
-    def public_queries(whole: torch.Tensor) -> list[torch.Tensor]:
+    def queries_of(whole: torch.Tensor) -> list[torch.Tensor]:
         chosen = whole[:query_prompts].to(pipe.unet.dtype)
-        return _public_queries(pipe, layers, text, chosen, query_steps, queries_per_step, seed, progress)
+        return public_queries(pipe, layers, text, chosen, query_steps, queries_per_step, seed, progress)
 
     gains = [output_gain(attn) for attn in layers.values()]
     if config.mechanism == "anchors":
@@ -98,7 +98,7 @@ def calibrate(
         )
         schedule = slot_schedule(layers, contexts.whole.shape[1], steps, seed)
         settings = dataclasses.replace(settings, slots=schedule)
-        queries = public_queries(contexts.whole)
+        queries = queries_of(contexts.whole)
         objective = Objective(layer_probes(layers, queries, gains), public_rows)
         identity = host_identity(layers, pipe.unet.dtype, text)
         return fit_anchors(
@@ -117,7 +117,7 @@ def calibrate(
         config,
         specs,
         contexts_of_layers,
-        PublicQueries(public_queries(torch.stack(list(whole[:query_prompts]))), gains),
+        PublicQueries(queries_of(torch.stack(list(whole[:query_prompts]))), gains),
         count=len(private),
         epsilons=epsilons,
         rank=rank,
@@ -175,7 +175,7 @@ def _capture(layers: Iterable[Attention], per_step: int, seed: int) -> Iterator[
 
 
 @torch.no_grad()
-def _public_queries(
+def public_queries(
     pipe: Any,
     layers: dict[str, Attention],
     text: TextSide,

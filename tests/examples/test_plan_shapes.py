@@ -1,0 +1,77 @@
+"""The planner against what is then measured on the shapes pipeline, with its shipped calibrations."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import hf_dp_xattn as dpx
+from hf_dp_xattn.calibration.anchors.fit import simulate
+from hf_dp_xattn.calibration.anchors.objective import Objective, fvu
+from hf_dp_xattn.hosts.access import Access
+from hf_dp_xattn.hosts.architectures import find_layers
+from hf_dp_xattn.hosts.calibrate import output_gain, public_queries
+from hf_dp_xattn.hosts.calibrate_anchors import gather_contexts, layer_probes
+from hf_dp_xattn.hosts.text import TextSide
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+from shapes.evaluate import load_pipeline  # noqa: E402
+from shapes.private import UNITS, config, generate_private, load_calibration, prompts  # noqa: E402
+from shapes.reader import load_reader, score  # noqa: E402
+from shapes.scenes import heldout_examples, train_examples  # noqa: E402
+
+TOLERANCE = 0.15
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    return load_pipeline()
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_predicted_fvu_is_what_fresh_public_contexts_give(pipeline: Any, unit: str) -> None:
+    calibration = load_calibration(unit)
+    layers, text = find_layers(pipeline.unet), TextSide(pipeline, Access())
+    public = prompts(train_examples(150, 777), unit, 777)
+    contexts, rows = gather_contexts(
+        text, public, unit, calibration.grouping, memory_mb=512, seed=0, progress=False
+    )
+    queries = public_queries(pipeline, layers, text, contexts.whole[:8].float(), 6, 32, 5, False)
+    objective = Objective(layer_probes(layers, queries, [output_gain(a) for a in layers.values()]), rows)
+    plan = dpx.plan(calibration, epsilons=(4.0, 8.0), measure=False)
+    for point in plan.points:
+        own = next(p for p in calibration.plans if p.epsilon == point.epsilon)
+        decoded = simulate(own, config(8.0, unit=unit), calibration.decoders, contexts, seed=3)
+        measured = fvu(*objective.measure(contexts.whole.float(), [(c.rows, c.log_weights) for c in decoded]))
+        assert measured == pytest.approx(point.fvu.value, rel=TOLERANCE), (unit, point.epsilon)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", UNITS)
+def test_predicted_score_is_what_held_out_pictures_give(pipeline: Any, unit: str) -> None:
+    calibration = load_calibration(unit)
+    examples = heldout_examples(120, 5)
+    plan = dpx.plan(calibration, epsilons=(4.0, 8.0, 16.0), measure=False)
+    for point in plan.points:
+        settings = config(point.epsilon, unit=unit)
+        images, _ = generate_private(pipeline, prompts(examples, unit, 5), settings, calibration, seed=5)
+        measured = score(images, [e.scene for e in examples], load_reader()).accuracy
+        assert point.score is not None
+        assert measured == pytest.approx(point.score.value, rel=TOLERANCE), (unit, point.epsilon)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_shipped_calibrations_fit_the_pipeline_and_improve_with_epsilon(pipeline: Any, unit: str) -> None:
+    calibration = load_calibration(unit)
+    quality = np.array([p.quality.fvu for p in calibration.plans])
+    assert (np.diff(quality) < 0.02).all() and quality[0] < 1.02
+    with dpx.protect(pipeline, config(8.0, unit=unit), calibration=calibration) as protected:
+        release = protected.release(prompts(heldout_examples(1, 3), unit)[0])
+        context = release.contexts[0].context
+        assert context is not None and context.rows.shape[0] < 77 and bool(torch.isfinite(context.rows).all())
