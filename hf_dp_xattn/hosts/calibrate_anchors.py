@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from ..calibration.anchors.objective import LayerProbe
 from ..calibration.anchors.slots_fit import PublicContexts, SlotSettings
 from ..errors import ConfigError
 from ..mechanisms.anchors.release import pool
-from .phrases import encode_phrases, split_phrases
+from .phrases import split_phrases
 from .rows import project
 from .text import TextSide
 
@@ -37,19 +37,16 @@ def choose_contexts(public: Public, bytes_each: int, memory_mb: int, seed: int) 
 
 
 @torch.no_grad()
-def encode_whole(text: TextSide, prompts: Sequence[str], progress: bool) -> torch.Tensor:
-    """[N, length, C] float16: public prompts, encoded in batches (their rounding may depend on each other: they are public)."""
+def encode_batches(
+    text: TextSide, prompts: Sequence[str], label: str, progress: bool
+) -> Iterator[torch.Tensor]:
+    """[B, length, C] rows of public prompts, in batches (their rounding may depend on each other: they are public)."""
     use_mask = getattr(text.encoder.config, "use_attention_mask", None)
     device = text.pipe._execution_device
-    parts = []
-    for start in tqdm(
-        range(0, len(prompts), ENCODER_BATCH), desc="encoding", disable=not progress, leave=False
-    ):
+    for start in tqdm(range(0, len(prompts), ENCODER_BATCH), desc=label, disable=not progress, leave=False):
         ids, masks = zip(*(text.tokenize(p) for p in prompts[start : start + ENCODER_BATCH]), strict=True)
         mask = torch.stack(masks).to(device) if use_mask else None
-        rows = text.encoder(torch.stack(ids).to(device), attention_mask=mask)[0]
-        parts.append(rows.to("cpu", torch.float16))
-    return torch.cat(parts)
+        yield text.encoder(torch.stack(ids).to(device), attention_mask=mask)[0].cpu()
 
 
 def gather_contexts(
@@ -89,7 +86,7 @@ def gather_contexts(
             "Lists of phrases need unit='group' (grouping='phrases'); else public_contexts is a list of prompts."
         )
     prompts = [c if isinstance(c, str) else ", ".join(c) for c in chosen]
-    whole = encode_whole(text, prompts, progress)
+    whole = torch.cat([rows.half() for rows in encode_batches(text, prompts, "encoding", progress)])
     start = 1 if text.first_row_is_public else 0
     public_rows = text.encode(*text.tokenize(""))[:start].to("cpu", torch.float32)
     if grouping == "phrases":
@@ -111,11 +108,14 @@ def _phrase_units(
     text: TextSide, phrases: Sequence[Sequence[str]], whole: torch.Tensor, progress: bool
 ) -> PublicContexts:
     """One mean row per phrase; equal phrases are encoded once."""
-    known: dict[str, torch.Tensor] = {}
-    for group in tqdm(phrases, desc="phrases", disable=not progress, leave=False):
-        for phrase in group:
-            if phrase not in known:
-                known[phrase] = pool(encode_phrases(text, [phrase])[0].float(), "context", None)[0].half()
+    distinct = list(dict.fromkeys(p for group in phrases for p in group))
+    start = 1 if text.first_row_is_public else 0
+    means = [
+        pool(rows[start:].float(), "context", None)[0].half()
+        for batch in encode_batches(text, distinct, "phrases", progress)
+        for rows in batch
+    ]
+    known = dict(zip(distinct, means, strict=True))
     longest = max(len(g) for g in phrases)
     units = torch.zeros(len(phrases), longest, whole.shape[-1], dtype=torch.float16)
     mask = torch.zeros(len(phrases), longest, dtype=torch.bool)

@@ -21,10 +21,10 @@ from hf_dp_xattn.hosts.text import TextSide
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-from shapes.evaluate import load_pipeline  # noqa: E402
-from shapes.private import UNITS, config, generate_private, load_calibration, prompts  # noqa: E402
-from shapes.reader import load_reader, score  # noqa: E402
-from shapes.scenes import heldout_examples, train_examples  # noqa: E402
+from shapes.evaluate import load_pipeline
+from shapes.private import UNITS, config, generate_private, load_calibration, prompts
+from shapes.reader import load_reader, score
+from shapes.scenes import heldout_examples, train_examples
 
 TOLERANCE = 0.15
 
