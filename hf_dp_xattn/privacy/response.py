@@ -39,7 +39,7 @@ class RandomizedResponse:
     odds: int
 
     @classmethod
-    def of(cls, epsilon: float, alphabet: int) -> RandomizedResponse:
+    def of(cls, epsilon: float | Fraction, alphabet: int) -> RandomizedResponse:
         """The most truthful response at epsilon (at most about 19.4: a larger one is not used up).
 
         Raises:

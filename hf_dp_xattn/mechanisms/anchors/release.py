@@ -242,7 +242,7 @@ def prepare_source(plan: AnchorPlan, config: DPXAttnConfig) -> Source:
                 "neighboring='add_or_remove_one'. Use replace_one, or calibrate with releases=('sum',)."
             )
         stages, alphabet, width = plan.codes.shape
-        response = RandomizedResponse.of(config.epsilon / stages, alphabet)
+        response = RandomizedResponse.of(Fraction(config.epsilon) / stages, alphabet)
         identity, span = torch.eye(width), 2.0 + 4.0 * float(plan.codes.abs().max())
         quantizers = tuple(
             RowQuantizer.from_tensors(torch.zeros(width), identity, codes, reach=span) for codes in plan.codes

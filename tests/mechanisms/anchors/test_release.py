@@ -15,6 +15,7 @@ from hf_dp_xattn.mechanisms.anchors.release import nearest_plan, pool, prepare_a
 from hf_dp_xattn.mechanisms.anchors.rows import NEGLIGIBLE, ContextRows
 from hf_dp_xattn.privacy.accountant import epsilon_of
 from hf_dp_xattn.privacy.bits import SeededEntropy
+from hf_dp_xattn.privacy.ledger import Budget, Ledger
 
 from .naive_anchors import CELLS, CHANNELS, SLOTS, decoders, gen, plan
 
@@ -86,6 +87,16 @@ def test_later_codebooks_quantise_what_is_left(stages: int) -> None:
     torch.testing.assert_close(code.float(), expected.sum(0), rtol=1e-4, atol=1e-4)
     assert len(prepared.events) == stages
     assert epsilon_of(prepared.events, 0.0) <= 60.0 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("epsilon", [0.3, 7.0, 11.1], ids=lambda e: f"eps={e:g}")
+@pytest.mark.parametrize("stages", [1, 3], ids=lambda s: f"S={s}")
+def test_shares_of_several_codebooks_never_exceed_the_budget(stages: int, epsilon: float) -> None:
+    """A third of 7 rounds up as a float: the shares are exact fractions, so that a ledger lets the release pass."""
+    prepared = prepare_anchors(config(epsilon=epsilon), [plan("response", stages=stages)], decoders())
+    assert epsilon_of(prepared.events, 1e-5) <= epsilon
+    ledger = Ledger()
+    ledger.charge(ledger.digest([b"context"]), prepared.events, Budget(epsilon, 1e-5))
 
 
 @pytest.mark.parametrize("release", ["sum", "response"])
