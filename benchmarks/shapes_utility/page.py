@@ -333,6 +333,30 @@ def lengths_section(results: Results) -> str:
     return "\n\n".join(out)
 
 
+def predicted_section(results: Results) -> str:
+    """The calibrations' own predictions beside what was measured."""
+    expected = [*results["a"]["predicted"], *results.get("d", {}).get("predicted", [])]
+    lines = [v for v in results["a"]["lines"] if v["method"] == "anchors"] + _beside(results, "fvu")
+    measured = {(v["unit"], v["epsilon"]): v["other"] for v in lines}
+    rows = [
+        [
+            p["unit"],
+            f"{p['epsilon']:g}",
+            p["release"],
+            _interval(p),
+            _interval(found),
+            f"{found['fvu'] / p['fvu']:.2f}",
+        ]
+        for p in expected
+        if (found := measured.get((p["unit"], p["epsilon"]))) is not None
+    ]
+    return (
+        "A calibration predicts its FVU (for `hf-dp-xattn plan`) on public captions that it was not fitted to. The held-out captions here "
+        "are made of combinations that NO public caption has, so a ratio above 1 is what that novelty costs, which no public split shows.\n\n"
+        + table(["unit", "epsilon", "release", "predicted, public", "measured, held-out", "ratio"], rows)
+    )
+
+
 CAVEATS = (
     "* FVU is measured with queries of unprotected drawings; a protected drawing asks other ones, which is why pictures are scored too.\n"
     "* The reader is a trained classifier with errors of its own; the unprotected line is its ceiling.\n"
@@ -350,6 +374,7 @@ SECTIONS = (
     ("What an epsilon means for an attacker's odds", "d", odds_section),
     ("Why a row is a weak unit here", "a", row_section),
     ("Larger units: a phrase, a prompt", "d", units_section),
+    ("Predicted and measured", "a", predicted_section),
     ("More rows", "c", lengths_section),
 )
 

@@ -59,10 +59,27 @@ def _fvu_line(setting: Setting, against: Judge, method: Method, name: str, epsil
     }
 
 
+def predicted(method: Method) -> list[dict[str, Any]]:
+    """What the calibration itself predicts, from public captions that it was not fitted to; empty for other methods."""
+    plans = getattr(getattr(method, "calibration", None), "plans", ())
+    return [
+        {
+            "unit": method.unit,
+            "epsilon": p.epsilon,
+            "release": p.release,
+            "fvu": round(p.quality.fvu, 5),
+            "low": round(p.quality.low, 5),
+            "high": round(p.quality.high, 5),
+        }
+        for p in plans
+    ]
+
+
 def measure_fvu(setting: Setting) -> Iterator[Part]:
     """Part a: every method with unit = row."""
     methods, against = catalogue(setting), judge(setting, "row")
     part: Part = {"layers": list(setting.layers), "padding": padding(setting), "lines": []}
+    part["predicted"] = predicted(methods["anchors"]())
     for name, epsilon in tqdm(_jobs(setting, list(methods)), desc="a: FVU"):
         part["lines"].append(_fvu_line(setting, against, methods[name](), name, epsilon))
         yield part
@@ -104,10 +121,11 @@ def measure_attributes(setting: Setting) -> Iterator[Part]:
 
 def measure_units(setting: Setting) -> Iterator[Part]:
     """Part d: `anchors` for one phrase and for the whole prompt, FVU and pictures; and what the bounds say for every unit."""
-    part: Part = {"fvu": [], "attributes": [], "odds": odds(setting)}
+    part: Part = {"fvu": [], "attributes": [], "odds": odds(setting), "predicted": []}
     for unit in UNITS:
         make: Make = lambda unit=unit: shipped(setting, unit)  # type: ignore[misc] # noqa: E731
         method, against = make(), judge(setting, unit)
+        part["predicted"] += predicted(method)
         part["attributes"] += _references(setting, unit)
         for epsilon in tqdm(setting.sizes.epsilons, desc=f"d: unit = {unit}"):
             part["fvu"].append(_fvu_line(setting, against, method, f"anchors_{unit}", epsilon))
