@@ -46,12 +46,15 @@ _GRID = (
     4096,
     8192,
 )
+_MOST_MEMBERS = 32
+_MEMBER_BYTES = 2**24
 SHARES = (0.5, 0.65, 0.75, 0.85)
 
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
-    """center, reach [C], matrix [p, C], codes [m, p], and the decoder; counts: support index [N, m] uint8 of each public context."""
+    """center, reach [C], matrix [p, C], codes [m, p], and the decoder; counts: support index [N, m] uint8 of each public context;
+    members [m, a, C]: public rows that fell into each cell (its mean, where there are fewer)."""
 
     center: torch.Tensor
     reach: torch.Tensor
@@ -59,6 +62,7 @@ class Codebook:
     codes: torch.Tensor
     decoder: CellDecoder
     counts: torch.Tensor
+    members: torch.Tensor
 
 
 @torch.no_grad()
@@ -100,11 +104,12 @@ def fit_codebook(
     objective: Objective,
     cells: int,
     *,
+    served: int = 48,
     dims: int = 64,
     seed: int = 0,
     progress: bool = False,
 ) -> Codebook:
-    """Cells of public rows [N, n, C].
+    """Cells of public rows [N, n, C]. served: rows that stay unmerged when a release is decoded.
 
     Raises:
         ConfigError: too few distinct rows for so many cells.
@@ -134,8 +139,23 @@ def fit_codebook(
     nearest = sample[assign(codes, points)[0]]
     anchors = torch.where(sizes.unsqueeze(1) > 0, sums / sizes.clamp_min(1).unsqueeze(1), nearest)
     coarse = assign(codes, kmeans(codes, min(_COARSE, max(2, cells // 8)), seed=seed))[0]
-    decoder = CellDecoder(anchors.unsqueeze(1), coarse, support, log_prior(counts, len(support)))
-    return Codebook(center, reach, matrix, codes, decoder, counts)
+    decoder = CellDecoder(anchors.unsqueeze(1), coarse, support, log_prior(counts, len(support)), served)
+    return Codebook(center, reach, matrix, codes, decoder, counts, _members(sample, points, codes, anchors))
+
+
+def _members(
+    sample: torch.Tensor, points: torch.Tensor, codes: torch.Tensor, anchors: torch.Tensor
+) -> torch.Tensor:
+    """[m, a, C]: some public rows of each cell, as many as a shared file can hold."""
+    count = max(2, min(_MOST_MEMBERS, _MEMBER_BYTES // (2 * anchors.numel())))
+    members = anchors.unsqueeze(1).repeat(1, count, 1)
+    index = assign(points, codes)[0]
+    order = torch.argsort(index, stable=True)
+    starts = torch.searchsorted(index[order], torch.arange(len(codes)))
+    rank = torch.arange(len(order)) - starts[index[order]]
+    kept = rank < count
+    members[index[order][kept], rank[kept]] = sample[order[kept]]
+    return members
 
 
 def log_prior(counts: torch.Tensor, bins: int, strength: float = 2.0) -> torch.Tensor:

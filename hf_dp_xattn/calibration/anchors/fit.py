@@ -32,16 +32,18 @@ GEOMETRY_NOISE = 0.08  # of the auxiliary sum whose codes give the cells of `res
 ALPHABETS = (4, 16, 64, 256, 1024, 4096)
 MAX_CODEBOOKS = 4
 _VALIDATION = 400
+_LONG = 256  # rows of a context from which single public rows may stand for a cell
 _CODEBOOK_UNITS = 32_768
 
 
 @dataclass(frozen=True)
 class AnchorSettings:
-    """How a calibration is fitted. releases: candidates; anchors: cells of the histogram's codebook; rows: anchors that stay unmerged."""
+    """How a calibration is fitted. releases: candidates; anchors: cells of the histogram's codebook. rows: cells that stay unmerged when
+    a histogram is decoded; by default 48, or a quarter of a long context's rows."""
 
     releases: tuple[str, ...] = ("sum", "response", "histogram")
     anchors: int = 4096
-    rows: int = 48
+    rows: int | None = None
     tilt_steps: int = 400
     slots: SlotSettings = field(default_factory=SlotSettings)
     seed: int = 0
@@ -98,10 +100,18 @@ def fit_anchors(
     slots: SlotDecoder | None = None
     book: Codebook | None = None
     if "histogram" in kinds:  # first: it is the one that may fail for want of rows
+        served = max(48, min(2048, training.units.shape[1] // 4)) if settings.rows is None else settings.rows
         book = fit_codebook(
-            training.units, objective, settings.anchors, seed=settings.seed, progress=settings.progress
+            training.units,
+            objective,
+            settings.anchors,
+            served=served,
+            seed=settings.seed,
+            progress=settings.progress,
         )
         found += [_histogram_plan(config, book, e, settings) for e in epsilons]
+        if training.units.shape[1] >= _LONG:
+            book = _means_or_members(config, book, found[-1], validation, objective)
     if "sum" in kinds or "response" in kinds:
         fitted, slots = _slot_plans(config, training, objective, kinds, epsilons, settings)
         found += fitted
@@ -184,6 +194,22 @@ def _histogram_plan(
         tilt=None,
         quality=_UNKNOWN,
     )
+
+
+def _means_or_members(
+    config: DPXAttnConfig,
+    book: Codebook,
+    plan: AnchorPlan,
+    validation: PublicContexts,
+    objective: Objective,
+) -> Codebook:
+    """For long contexts: attention over public rows, reweighted to the noised counts, where that beats the cells' means."""
+    members = dataclasses.replace(book.decoder, anchors=book.members)
+    trials = [
+        (_judge(plan, config, Decoders(None, decoder), validation, objective).quality.fvu, i)
+        for i, decoder in enumerate((book.decoder, members))
+    ]
+    return book if min(trials)[1] == 0 else dataclasses.replace(book, decoder=members)
 
 
 def _with_tilt(

@@ -43,7 +43,8 @@ class Tilt:
 
 @dataclass(frozen=True, eq=False)
 class CellDecoder:
-    """anchors [m, a, C], coarse [m] (public group of each cell), support [J] counts, log_prior [m, J]; rows: how many stay unmerged."""
+    """anchors [m, a, C], coarse [m] (public group of each cell), support [J] counts, log_prior [m, J]; rows: cells that stay
+    unmerged."""
 
     anchors: torch.Tensor
     coarse: torch.Tensor
@@ -80,7 +81,7 @@ class CellDecoder:
     def decode(self, weights: torch.Tensor) -> ContextRows:
         """[m] posterior mean counts -> the heaviest anchors and the merged tail."""
         m, a, channels = self.anchors.shape
-        heavy = min(m, max(1, self.rows // a))
+        heavy = min(m, self.rows)
         order = torch.argsort(weights, descending=True, stable=True)
         top, tail = order[:heavy], order[heavy:]
         rows = [self.anchors[top].reshape(-1, channels)]

@@ -13,7 +13,7 @@ from hf_dp_xattn import Calibration, ConfigError, DPXAttnConfig
 from hf_dp_xattn.calibration.anchors.calibration import JSON_NAME, TENSORS_NAME, AnchorCalibration
 from hf_dp_xattn.calibration.anchors.fit import AnchorSettings, candidates, fit_anchors, simulate
 from hf_dp_xattn.calibration.anchors.objective import fvu
-from hf_dp_xattn.calibration.anchors.slots_fit import SlotSettings
+from hf_dp_xattn.calibration.anchors.slots_fit import PublicContexts, SlotSettings
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from .synthetic_contexts import CHANNELS, IDENTITY, contexts, objective
@@ -167,6 +167,24 @@ def test_too_few_rows_for_the_anchors() -> None:
             epsilons=(8.0,),
             settings=dataclasses.replace(SETTINGS, anchors=1024),
         )
+
+
+def test_long_contexts_may_be_read_through_reweighted_public_rows() -> None:
+    """Rows spread within their cells: four public rows stand for a cell better than its mean does."""
+    g = torch.Generator().manual_seed(3)
+    topics = torch.rand(96, 8, generator=g) ** 3
+    centers = 2 * torch.randn(8, CHANNELS, generator=g)
+    which = torch.multinomial(topics, 300, replacement=True, generator=g)
+    rows = (centers[which] + 1.5 * torch.randn(96, 300, CHANNELS, generator=g)).half()
+    data = PublicContexts(rows, torch.ones(rows.shape[:2], dtype=torch.bool), rows)
+    settings = dataclasses.replace(SETTINGS, releases=("histogram",), anchors=16, rows=None)
+    calibration = fit_anchors(
+        config(), data, objective(public=0), IDENTITY, grouping="rows", epsilons=(2.0, 8.0), settings=settings
+    )
+    cells = calibration.decoders.cells
+    assert cells is not None
+    assert cells.anchors.shape == (16, 32, CHANNELS) and cells.rows == 75
+    assert calibration.plans[1].quality.fvu < 0.7
 
 
 def test_candidates_by_unit_and_relation() -> None:

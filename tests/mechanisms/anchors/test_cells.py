@@ -34,7 +34,7 @@ def test_decode_keeps_mass_and_mean(per_cell: int) -> None:
     weights = torch.rand(CELLS, generator=gen(7)) ** 4
     context = decoder.decode(weights)
     mass = context.log_weights.exp()
-    assert context.rows.shape == (decoder.rows // per_cell * per_cell + 3, CHANNELS)
+    assert context.rows.shape == (decoder.rows * per_cell + 3, CHANNELS)
     torch.testing.assert_close(mass.sum(), weights.sum())
     mean = (decoder.anchors.mean(1) * weights[:, None]).sum(0)
     torch.testing.assert_close((context.rows * mass[:, None]).sum(0), mean, rtol=1e-4, atol=1e-5)
