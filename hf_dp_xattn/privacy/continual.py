@@ -337,11 +337,11 @@ class ContinualPlan:
         shift = 0
         while joint_sensitivity(factors, sensitivity, size, shift) > limit:
             shift += 1
-        if shift and sensitivity >> shift < _COARSEST:
-            raise ConfigError(
-                f"At epsilon = {epsilon:g} and a horizon of {horizon} the noise is more than the sampler makes at this precision. Raise "
-                "epsilon or lower the horizon."
-            )
+            if sensitivity >> shift < _COARSEST:
+                raise ConfigError(
+                    f"At epsilon = {epsilon:g} and a horizon of {horizon} the noise is more than the sampler makes at this precision. Raise "
+                    "epsilon or lower the horizon."
+                )
         joint = joint_sensitivity(factors, sensitivity, size, shift)
         sigma_squared = gaussian_sigma_squared_beside(epsilon, delta, joint, beside)
         return cls(factors, size, shift, sigma_squared, GaussianEvent(joint, sigma_squared))

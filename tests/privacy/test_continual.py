@@ -311,7 +311,7 @@ def test_bad_parameters_are_refused() -> None:
         with pytest.raises(ConfigError):
             ContinualPlan.prepare(**{**good, name: value})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="precision"):
-        ContinualPlan.prepare(size=2**20, sensitivity=2**35, horizon=5, epsilon=1e-10, delta=1e-5)
+        ContinualPlan.prepare(size=2**20, sensitivity=2**35, horizon=5, epsilon=1e-7, delta=1e-9)
 
 
 # --- the noise and the error
