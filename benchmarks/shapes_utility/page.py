@@ -352,7 +352,7 @@ def predicted_section(results: Results) -> str:
     ]
     return (
         "A calibration predicts its FVU (for `hf-dp-xattn plan`) on public captions that it was not fitted to. The held-out captions here "
-        "are made of combinations that NO public caption has, so a ratio above 1 is what that novelty costs, which no public split shows.\n\n"
+        "are made of combinations that NO public caption has, so a ratio above 1 is what novelty costs, which no public split shows.\n\n"
         + table(["unit", "epsilon", "release", "predicted, public", "measured, held-out", "ratio"], rows)
     )
 
