@@ -19,7 +19,7 @@ from hf_dp_xattn.calibration.anchors.objective import LayerProbe, Objective
 from hf_dp_xattn.hosts.access import Access
 from hf_dp_xattn.hosts.architectures import find_layers
 from hf_dp_xattn.hosts.calibrate import output_gain
-from hf_dp_xattn.hosts.calibrate_anchors import encode_whole, layer_probes
+from hf_dp_xattn.hosts.calibrate_anchors import encode_batches, layer_probes
 from hf_dp_xattn.hosts.rows import split_heads
 from hf_dp_xattn.hosts.text import TextSide
 
@@ -98,7 +98,8 @@ class Setting:
     def public(self) -> torch.Tensor:
         """[N, 76, C] float16: rows of training captions; they share no (colour, shape, place) with the held-out ones."""
         captions = [e.caption for e in train_examples(self.sizes.public, PUBLIC_SEED)]
-        return self.private_rows(encode_whole(self.text, captions, False)).contiguous()
+        parts = encode_batches(self.text, captions, "encoding", False)
+        return torch.cat([self.private_rows(rows).half() for rows in parts])
 
     def examples(self, count: int) -> list[Example]:
         return heldout_examples(count, HELDOUT_SEED)
