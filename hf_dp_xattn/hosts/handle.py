@@ -21,6 +21,7 @@ from .architectures import find_layers, rowwise_reason, side_channel_reason, unw
 from .bindings import Bindings, bind, unique
 from .context import PrivateContext, name_contexts, name_phrases
 from .fingerprint import Fingerprint, fingerprint
+from .growing import GrowingContext, append_to, only, open_growing
 from .making import Recipe, choose_maker
 from .pipelines import PipelinePatch
 from .placeholder import Tag, make_placeholder, new_tag, read_tags
@@ -274,6 +275,7 @@ class ProtectedPipeline:
         *,
         groups: torch.Tensor | Literal["phrases"] | None = None,
         fresh: bool = False,
+        horizon: int | None = None,
     ) -> Release:
         """Releases private contexts, one budget each. A context that this handle released before is reused and not charged again.
 
@@ -283,20 +285,49 @@ class ProtectedPipeline:
                 context is ONE list of phrases, or a string that is split into them (`phrases.split_phrases`), and each phrase is encoded by
                 itself. With a calibration for phrases and no `groups`, every string is a context that is split.
             fresh: release again with new noise; charged again.
+            horizon: ONE context that grows, by at most so many appends, this one included: `Release.append`. Charged once, now.
 
         Raises:
             ContextError, ConfigError: not valid; nothing was spent.
             BudgetExceededError: the ledger refuses; nothing was spent or computed, for no context of the batch.
         """
+        contexts, own = self._named(context, groups)
+        if horizon is not None:
+            return self._open(contexts, own, horizon)
+        return Release(self.release_contexts(contexts, groups=own, fresh=fresh), self.config, self)
+
+    def _named(
+        self,
+        context: str | Sequence[str] | torch.Tensor,
+        groups: torch.Tensor | Literal["phrases"] | None,
+    ) -> tuple[list[PrivateContext], torch.Tensor | None]:
+        """Contexts, and the groups that are not phrases."""
         if isinstance(groups, str):
             if groups != "phrases":
                 raise ConfigError('`groups` must be integers [n] or "phrases".')
-            contexts, groups = [name_phrases(context, self.text)], None
-        else:
-            contexts = name_contexts(
-                context, self.text, self.channels, phrases=groups is None and self.by_phrases
-            )
-        return Release(self.release_contexts(contexts, groups=groups, fresh=fresh), self.config, self)
+            return [name_phrases(context, self.text)], None
+        phrases = groups is None and self.by_phrases
+        return name_contexts(context, self.text, self.channels, phrases=phrases), groups
+
+    def _open(
+        self, contexts: Sequence[PrivateContext], groups: torch.Tensor | None, horizon: int
+    ) -> Release:
+        self.check_thoroughly()
+        current = self._current_fingerprint()
+        recipe = self._maker.prepare(current)
+        growing = open_growing(self, only(contexts), groups, horizon, recipe, current)
+        self._spent.append(growing.spent)
+        return Release([growing.latest], self.config, self, growing)
+
+    def append(
+        self,
+        growing: GrowingContext,
+        context: str | Sequence[str] | torch.Tensor,
+        groups: torch.Tensor | Literal["phrases"] | None,
+    ) -> ReleasedContext:
+        """See `Release.append`."""
+        contexts, own = self._named(context, groups)
+        return append_to(self, growing, only(contexts), own)
 
     @property
     def text(self) -> TextSide | None:

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -22,6 +22,7 @@ from .fingerprint import FAR, Fingerprint
 from .placeholder import Tag, new_tag
 
 if TYPE_CHECKING:
+    from .growing import GrowingContext
     from .handle import ProtectedPipeline
 
 
@@ -71,11 +72,16 @@ class Release:
     """
 
     def __init__(
-        self, contexts: Sequence[ReleasedContext], config: DPXAttnConfig, handle: ProtectedPipeline
+        self,
+        contexts: Sequence[ReleasedContext],
+        config: DPXAttnConfig,
+        handle: ProtectedPipeline,
+        growing: GrowingContext | None = None,
     ) -> None:
         self._contexts = tuple(contexts)
         self.config = config
         self._handle = weakref.ref(handle)
+        self._growing = growing
 
     def __len__(self) -> int:
         return len(self._contexts)
@@ -112,16 +118,50 @@ class Release:
             ReleaseError: the host is no longer protected, or its weights are no longer those of the release (which `anchors` does not
                 depend on).
         """
+        return self._active_handle().inputs(self, prompt)
+
+    def _active_handle(self) -> ProtectedPipeline:
         handle = self._handle()
         if handle is None or not handle.active:
             raise ReleaseError(
                 "The host of this release is no longer protected. Protect it again, and load the release from disk or make a new one "
                 "(a new one is charged)."
             )
-        return handle.inputs(self, prompt)
+        return handle
+
+    def append(
+        self,
+        context: str | Sequence[str] | torch.Tensor,
+        *,
+        groups: torch.Tensor | Literal["phrases"] | None = None,
+    ) -> Release:
+        """Adds a further document to a release that was opened with a horizon; later `inputs` read both. Nothing is charged.
+
+        What leaves is covered by the guarantee of the opening: each row (or group) enters once, the noise is shared by all appends. It is
+        public when an append comes, and (under replace_one) how many rows it has.
+
+        Args:
+            context, groups: as in `protected.release`; ONE context. Groups have numbers that no earlier append used.
+
+        Returns:
+            This release.
+
+        Raises:
+            BudgetExceededError: all appends are made. ContextError, ConfigError: not valid, or in already; nothing was released.
+            ReleaseError: not opened with a horizon, loaded from disk, or its host is no longer protected or has other weights.
+        """
+        if self._growing is None:
+            raise ReleaseError(
+                "This release does not grow: it was made without a horizon, or loaded (what is private of a growing release is not saved). "
+                "Open one with protected.release(context, horizon=...), which is charged."
+            )
+        self._contexts = (self._active_handle().append(self._growing, context, groups),)
+        return self
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
         """Writes JSON and safetensors: the structures, the guarantee, the config, the fingerprint of the model.
+
+        Of a release that grows, the present state is written, without what is private: once loaded, it takes no appends.
 
         Raises:
             ReleaseError: mechanism "none" holds the private rows themselves and is never written.

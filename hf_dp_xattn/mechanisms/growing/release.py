@@ -272,7 +272,11 @@ class GrowingRelease:
         self._groups |= new
         counted = config.neighboring == NeighboringRelation.REPLACE_ONE.value
         state = State(total, deviation, self.rows if counted else None, self.units if counted else None)
-        content = self.prepared.way.current(state)
+        try:
+            content = self.prepared.way.current(state)
+        except BaseException:
+            self.close()  # made again, the append would enter twice
+            raise
         if isinstance(content, ContextRows):
             return ContextRelease(content, self.guarantee())
         return LayerRelease(content, self.guarantee())

@@ -1,0 +1,135 @@
+"""Contexts of a host that grow: `protected.release(context, horizon=64)` opens one, `release.append(more)` goes on.
+
+*What is charged.* The opening, once, for the whole horizon, to the name of the first content. Content that is appended has a name of its
+own: one that the ledger knows from elsewhere is refused where this release would exceed its budget, and none is taken twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import ConfigError, ContextError, DPXAttnError
+from ..mechanisms.anchors.rows import ContextRelease
+from ..mechanisms.growing import GrowingRelease, LayerRows, grow
+from ..mechanisms.growing.sources import Private
+from .context import PrivateContext
+from .fingerprint import Fingerprint
+from .making import ContextRecipe, LayerRecipe, Recipe
+from .release import ReleasedContext
+from .reporting import Spent
+from .rows import project_rows
+
+if TYPE_CHECKING:
+    from .handle import ProtectedPipeline
+
+ONE = "A growing release is of ONE context, got {count}: release them one by one, and append to each."
+
+
+class GrowingContext:
+    """The private side of a growing release of one handle; in memory only. latest: what queries read; its placeholder keeps its length."""
+
+    def __init__(
+        self, release: GrowingRelease, recipe: Recipe, latest: ReleasedContext, spent: Spent
+    ) -> None:
+        self.release, self.recipe, self.latest, self.spent = release, recipe, latest, spent
+        self.names = {spent.digest}
+
+    def __repr__(self) -> str:
+        return f"GrowingContext({self.release!r})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise DPXAttnError(
+            "A growing release is not pickled or copied; save what it released with save_pretrained."
+        )
+
+
+def only(contexts: Sequence[PrivateContext]) -> PrivateContext:
+    """Raises ConfigError unless there is one context."""
+    if len(contexts) != 1:
+        raise ConfigError(ONE.format(count=len(contexts)))
+    return contexts[0]
+
+
+@torch.inference_mode(False)  # what is kept must serve other modes too
+@torch.no_grad()
+def open_growing(
+    handle: ProtectedPipeline,
+    context: PrivateContext,
+    groups: torch.Tensor | None,
+    horizon: int,
+    recipe: Recipe,
+    current: Fingerprint,
+) -> GrowingContext:
+    """Charges, and releases the first content.
+
+    Raises:
+        ConfigError, ContextError: not valid, or a mechanism or unit that cannot grow; nothing was spent.
+        BudgetExceededError: the ledger refuses; nothing was spent or computed.
+    """
+    own = context.groups(groups, handle.config.unit)
+    if not isinstance(recipe, (LayerRecipe, ContextRecipe)):
+        raise ConfigError("This kind of host has no growing contexts.")
+    prepared = grow(recipe.prepared, horizon, units=getattr(handle.calibration, "units", None))
+    name = handle.ledger.digest(context.name)
+    handle.ledger.charge(name, prepared.events, handle.budget, note={"horizon": horizon})
+    private, public = context.load()
+    release = prepared.open(handle.entropy)
+    latest = _append(release, recipe, private, own, public.detach().clone(), context.rows, current)
+    return GrowingContext(release, recipe, latest, Spent(name, release.guarantee()))
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def append_to(
+    handle: ProtectedPipeline, growing: GrowingContext, context: PrivateContext, groups: torch.Tensor | None
+) -> ReleasedContext:
+    """Encodes and adds a further content; nothing is charged.
+
+    Raises:
+        ContextError, ConfigError: not valid, a group that an earlier append held, or content that is in already; nothing was released.
+        BudgetExceededError: the horizon is reached, or this content has spent its budget elsewhere.
+        ReleaseError: the weights are no longer those that the release was opened with.
+    """
+    growing.release.check()
+    handle.check_thoroughly()
+    current = handle.verify([growing.latest])
+    own = context.groups(groups, handle.config.unit)
+    if own is not None and groups is None:
+        own = own + growing.release.next_group  # phrases: each append's are units of their own
+    name = handle.ledger.digest(context.name)
+    if name in growing.names:
+        raise ContextError(
+            "This content is in the growing context already: a unit enters once. Nothing was released."
+        )
+    handle.ledger.check(name, growing.release.prepared.events, handle.budget)
+    private, _ = context.load()
+    before = growing.latest
+    growing.latest = _append(
+        growing.release, growing.recipe, private, own, before.public_rows, before.rows, current
+    )
+    growing.names.add(name)
+    return growing.latest
+
+
+def _append(
+    release: GrowingRelease,
+    recipe: Recipe,
+    rows: torch.Tensor,
+    groups: torch.Tensor | None,
+    public: torch.Tensor,
+    length: int,
+    current: Fingerprint,
+) -> ReleasedContext:
+    private: Private
+    if isinstance(recipe, LayerRecipe):
+        pairs = [project_rows(attn, rows.to(recipe.dtype)) for attn in recipe.layers]
+        private = LayerRows([k for k, _ in pairs], [v for _, v in pairs])
+    else:
+        private = rows.to(torch.float32)
+    state = release.append(private, groups=groups)
+    if isinstance(state, ContextRelease):
+        return ReleasedContext((), state.guarantee, public, length, current, state.context)
+    return ReleasedContext(state.structures, state.guarantee, public, length, current)
