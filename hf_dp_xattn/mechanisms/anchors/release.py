@@ -315,7 +315,7 @@ class PreparedAnchors:
             sampling_distance=sampling_distance(),
             private_noise=private,
             calibrated=True,
-            clipping=self.source.describe(),
+            clipping=f"{self.source.describe()}; coordinates of rows are first clamped to a public box around the calibration's centre",
         )
 
 

@@ -86,6 +86,21 @@ def test_a_whole_context_is_told_by_randomised_response(by_context: AnchorCalibr
     assert 0.85 * best.quality.low < measured(by_context, 1, pooled=True) < 1.15 * best.quality.high
 
 
+def test_add_or_remove_one_hides_the_number_of_rows() -> None:
+    settings = dataclasses.replace(SETTINGS, slots=dataclasses.replace(SLOTS, steps=60))
+    own = config(neighboring="add_or_remove_one")
+    calibration = fit_anchors(
+        own, contexts(200), objective(), IDENTITY, grouping="rows", epsilons=(1.0, 8.0), settings=settings
+    )
+    assert {c["release"] for c in calibration.settings["candidates"]} == {"sum", "histogram"}
+    for plan in calibration.plans:
+        prepared = calibration.prepare(own.replace(epsilon=plan.epsilon))
+        rows = contexts(1, seed=8).units[0].float()
+        for n in (12, 11, 3):
+            guarantee = prepared.run_rows(rows[:n], entropy=SeededEntropy(1)).guarantee
+            assert guarantee.rows is None and guarantee.units is None
+
+
 @pytest.mark.parametrize("releases", [("histogram",), ("sum",)], ids=lambda r: r[0])
 def test_single_candidates(releases: tuple[str, ...]) -> None:
     settings = dataclasses.replace(SETTINGS, releases=releases, slots=dataclasses.replace(SLOTS, steps=20))
