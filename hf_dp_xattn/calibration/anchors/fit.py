@@ -29,8 +29,8 @@ from .slots_fit import PublicContexts, SlotSettings, SlotTrainer, set_code_scale
 
 MINIMUM_CONTEXTS = 64
 GEOMETRY_NOISE = 0.08  # of the auxiliary sum whose codes give the cells of `response`
-ALPHABETS = (4, 16, 64, 256, 1024, 4096)
-MAX_CODEBOOKS = 4
+ALPHABETS = (4, 8, 16, 32, 64, 128, 256, 1024, 4096)
+MAX_CODEBOOKS = 6
 _VALIDATION = 400
 _LONG = 256  # rows of a context from which single public rows may stand for a cell
 _CODEBOOK_UNITS = 32_768
@@ -298,7 +298,8 @@ def _slot_plans(
             objective,
             list(alphabets),
             answered,
-            settings.slots,
+            # half of the steps: the decoder has been trained on codes without codebooks, and long training forgets unseen combinations
+            dataclasses.replace(settings.slots, steps=max(1, settings.slots.steps // 2)),
             parameters=_response_parameters(trainer, shared=not sums),
             label="responses",
             generator=generator,
@@ -405,8 +406,9 @@ def _fit_responses(
 
 
 def _split_by_likeness(units: torch.Tensor, seed: int) -> torch.Tensor:
-    """bool [N]: all units but those of every eighth cluster, so that what is held out is unlike what is seen."""
-    clusters = min(64, len(torch.unique(units, dim=0)) // 2)
+    """bool [N]: all units but those of every eighth small cluster, so that what is held out is unlike what is seen: codebooks must
+    serve new combinations of known parts too."""
+    clusters = min(400, len(torch.unique(units, dim=0)) // 4)
     if clusters < 8:
         return torch.arange(len(units)) % 8 > 0
     return assign(units, kmeans(units, clusters, seed=seed, per_cell=1))[0] % 8 > 0
