@@ -73,25 +73,26 @@ def strip(pipeline: Any, calibrations: dict[str, Any], epsilons: Sequence[float]
 
 
 def measure(
-    n: int, epsilons: Sequence[float], seed: int = 7, units: Sequence[str] = UNITS
+    n: int, epsilons: Sequence[float], seed: int = 7, series: Sequence[str] = tuple(TITLES)
 ) -> list[dict[str, Any]]:
-    """All lines of the table."""
+    """All lines of these series: privacy units of anchors, or kernel_sum."""
+    units = [u for u in UNITS if u in series]
     pipeline, reader = load_pipeline(), load_reader()
     examples = heldout_examples(n, seed)
     scenes = [e.scene for e in examples]
     public = score(generate(pipeline, [""] * n, seed=seed), scenes, reader)
     lines = [line(unit, PUBLIC, public, scenes) for unit in units]
     jobs = [(u, u, e) for u in units for e in epsilons if not (np.isinf(e) and u == "group")]
-    jobs += [("kernel_sum", "row", e) for e in KERNEL_SUM_EPSILONS if e in epsilons]
     calibrations = {u: load_calibration(u) for u in units}
-    if any(series == "kernel_sum" for series, _, _ in jobs):
+    if "kernel_sum" in series:
+        jobs += [("kernel_sum", "row", e) for e in KERNEL_SUM_EPSILONS if e in epsilons]
         calibrations["kernel_sum"] = calibrate_kernel_sum(pipeline, KERNEL_SUM_EPSILONS)
-    for series, unit, epsilon in tqdm(jobs, desc="releases and pictures"):
-        mechanism = "kernel_sum" if series == "kernel_sum" else "anchors"
+    for which, unit, epsilon in tqdm(jobs, desc="releases and pictures"):
+        mechanism = "kernel_sum" if which == "kernel_sum" else "anchors"
         settings = config(epsilon, unit=unit, mechanism=mechanism)
         captions = prompts(examples, unit, seed)
-        images, _ = generate_private(pipeline, captions, settings, calibrations[series], seed=seed)
-        lines.append(line(series, name(epsilon), score(images, scenes, reader), scenes))
+        images, _ = generate_private(pipeline, captions, settings, calibrations[which], seed=seed)
+        lines.append(line(which, name(epsilon), score(images, scenes, reader), scenes))
     for unit in units:
         images = generate(pipeline, prompts(examples, unit, seed), seed=seed)
         lines.append(line(unit, PLAIN, score(images, scenes, reader), scenes))
@@ -103,15 +104,27 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=300, help="held-out captions")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("out/sweep"))
+    parser.add_argument(
+        "--series",
+        choices=tuple(TITLES),
+        action="append",
+        help="measure only these and keep the other lines of --out",
+    )
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON instead of the table")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)
     start = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
     strip(load_pipeline(), {u: load_calibration(u) for u in UNITS}, STRIP_EPSILONS, args.out / "strip.png")
-    lines = measure(args.n, EPSILONS, args.seed)
+    wanted = args.series or list(TITLES)
+    path = args.out / "accuracy.json"
+    kept = (
+        [x for x in json.loads(path.read_text())["lines"] if x["series"] not in wanted] if args.series else []
+    )
+    lines = kept + measure(args.n, EPSILONS, args.seed, wanted)
+    lines.sort(key=lambda x: list(TITLES).index(x["series"]))
     summary = {"lines": lines, "delta": DELTA, "seed": args.seed}
-    (args.out / "accuracy.json").write_text(json.dumps(summary, indent=2) + "\n")
+    path.write_text(json.dumps(summary, indent=2) + "\n")
     (args.out / "accuracy.md").write_text(markdown(lines, TITLES))
     (args.out / "kinds.md").write_text(kinds_markdown(lines, TITLES))
     plot(lines, TITLES, args.out / "accuracy.png", AXIS)
