@@ -1,8 +1,8 @@
 """Attribute accuracy of private prompts against epsilon: `python examples/shapes/sweep.py -n 300 --out docs/shapes`.
 
 Every held-out caption is released once (its own budget) and drawn once, from the same image noise at every epsilon, for each privacy
-unit: one row, one phrase (group), the whole prompt (context); and by kernel_sum with unit = row, for comparison. Writes tables
-(Markdown), the numbers (JSON), a plot and a strip of pictures.
+unit: one row, one phrase (group), the whole prompt (context). Writes tables (Markdown), the numbers (JSON), a plot and a strip of
+pictures. Other mechanisms and baselines: benchmarks/utility.py.
 """
 
 from __future__ import annotations
@@ -22,28 +22,18 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shapes.evaluate import generate, load_pipeline
-from shapes.private import (
-    DELTA,
-    UNITS,
-    calibrate_kernel_sum,
-    config,
-    generate_private,
-    load_calibration,
-    prompts,
-)
+from shapes.private import DELTA, UNITS, config, generate_private, load_calibration, prompts
 from shapes.reader import load_reader, score
 from shapes.scenes import Example, heldout_examples
 from shapes.tables import PLAIN, PUBLIC, draw_strip, kinds_markdown, line, markdown, name, plot
 
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, float("inf"))
-KERNEL_SUM_EPSILONS = (1.0, 2.0, 4.0, 8.0, 16.0, 64.0)
 STRIP_EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0)
 PROMPT_SEED = 11
 TITLES = {
     "row": "unit = row",
     "group": "unit = group (phrase)",
     "context": "unit = context (prompt)",
-    "kernel_sum": "kernel_sum, row",
 }
 AXIS = f"epsilon of one release (delta = {DELTA:g}, replace_one)"
 
@@ -73,26 +63,21 @@ def strip(pipeline: Any, calibrations: dict[str, Any], epsilons: Sequence[float]
 
 
 def measure(
-    n: int, epsilons: Sequence[float], seed: int = 7, series: Sequence[str] = tuple(TITLES)
+    n: int, epsilons: Sequence[float], seed: int = 7, units: Sequence[str] = UNITS
 ) -> list[dict[str, Any]]:
-    """All lines of these series: privacy units of anchors, or kernel_sum."""
-    units = [u for u in UNITS if u in series]
+    """All lines of these privacy units."""
     pipeline, reader = load_pipeline(), load_reader()
     examples = heldout_examples(n, seed)
     scenes = [e.scene for e in examples]
     public = score(generate(pipeline, [""] * n, seed=seed), scenes, reader)
     lines = [line(unit, PUBLIC, public, scenes) for unit in units]
-    jobs = [(u, u, e) for u in units for e in epsilons if not (np.isinf(e) and u == "group")]
+    jobs = [(u, e) for u in units for e in epsilons if not (np.isinf(e) and u == "group")]
     calibrations = {u: load_calibration(u) for u in units}
-    if "kernel_sum" in series:
-        jobs += [("kernel_sum", "row", e) for e in KERNEL_SUM_EPSILONS if e in epsilons]
-        calibrations["kernel_sum"] = calibrate_kernel_sum(pipeline, KERNEL_SUM_EPSILONS)
-    for which, unit, epsilon in tqdm(jobs, desc="releases and pictures"):
-        mechanism = "kernel_sum" if which == "kernel_sum" else "anchors"
-        settings = config(epsilon, unit=unit, mechanism=mechanism)
+    for unit, epsilon in tqdm(jobs, desc="releases and pictures"):
         captions = prompts(examples, unit, seed)
-        images, _ = generate_private(pipeline, captions, settings, calibrations[which], seed=seed)
-        lines.append(line(which, name(epsilon), score(images, scenes, reader), scenes))
+        settings = config(epsilon, unit=unit)
+        images, _ = generate_private(pipeline, captions, settings, calibrations[unit], seed=seed)
+        lines.append(line(unit, name(epsilon), score(images, scenes, reader), scenes))
     for unit in units:
         images = generate(pipeline, prompts(examples, unit, seed), seed=seed)
         lines.append(line(unit, PLAIN, score(images, scenes, reader), scenes))
@@ -105,8 +90,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("out/sweep"))
     parser.add_argument(
-        "--series",
-        choices=tuple(TITLES),
+        "--unit",
+        choices=UNITS,
         action="append",
         help="measure only these and keep the other lines of --out",
     )
@@ -116,13 +101,13 @@ def main() -> None:
     start = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
     strip(load_pipeline(), {u: load_calibration(u) for u in UNITS}, STRIP_EPSILONS, args.out / "strip.png")
-    wanted = args.series or list(TITLES)
+    wanted = args.unit or list(UNITS)
     path = args.out / "accuracy.json"
     kept = (
-        [x for x in json.loads(path.read_text())["lines"] if x["series"] not in wanted] if args.series else []
+        [x for x in json.loads(path.read_text())["lines"] if x["series"] not in wanted] if args.unit else []
     )
     lines = kept + measure(args.n, EPSILONS, args.seed, wanted)
-    lines.sort(key=lambda x: list(TITLES).index(x["series"]))
+    lines.sort(key=lambda x: UNITS.index(x["series"]))
     summary = {"lines": lines, "delta": DELTA, "seed": args.seed}
     path.write_text(json.dumps(summary, indent=2) + "\n")
     (args.out / "accuracy.md").write_text(markdown(lines, TITLES))
