@@ -37,12 +37,12 @@ class Access(threading.local):
 class TextGate:
     """A forward pre-hook on a text encoder that raises `ProtectionLostError` unless `access` is open in this thread."""
 
-    def __init__(self, encoder: nn.Module, access: Access) -> None:
+    def __init__(self, encoder: nn.Module, access: Access, message: str = CLOSED) -> None:
         # Never traced: under torch.compile it breaks the graph (or, with fullgraph, fails), so the gate stays closed.
         @torch.compiler.disable
         def gate(module: nn.Module, args: Any) -> None:
             if not (access.encoding or access.public):
-                raise ProtectionLostError(CLOSED)
+                raise ProtectionLostError(message)
 
         self.encoder = encoder
         self._hook = encoder.register_forward_pre_hook(gate)

@@ -309,9 +309,7 @@ class ProtectedPipeline:
         phrases = groups is None and self.by_phrases
         return name_contexts(context, self.text, self.channels, phrases=phrases), groups
 
-    def _open(
-        self, contexts: Sequence[PrivateContext], groups: torch.Tensor | None, horizon: int
-    ) -> Release:
+    def _open(self, contexts: Sequence[PrivateContext], groups: torch.Tensor | None, horizon: int) -> Release:
         self.check_thoroughly()
         current = self._current_fingerprint()
         recipe = self._maker.prepare(current)
@@ -422,8 +420,12 @@ class ProtectedPipeline:
         return make_placeholder(tags, rows, self.channels, self.unet.dtype, device)
 
     @torch.no_grad()
-    def inputs(self, release: Release, prompt: str | Sequence[str] | None) -> dict[str, torch.Tensor]:
+    def inputs(self, release: Release, prompt: str | Sequence[str] | None, **public: Any) -> dict[str, Any]:
         """See `Release.inputs`."""
+        if public:
+            raise ConfigError(
+                f"A diffusers host takes a public `prompt` only, got {', '.join(sorted(public))}."
+            )
         self.check_thoroughly()
         rows = {c.rows for c in release.contexts}
         if len(rows) != 1:

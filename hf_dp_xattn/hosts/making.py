@@ -195,4 +195,5 @@ def choose_maker(
             "This calibration is for mechanism='kernel_sum', the config says 'anchors': change the config, or calibrate for it "
             "(dpx.calibrate(pipe, public_contexts, config))."
         )
-    return ContextMaker(config, calibration, unet.config.cross_attention_dim, current)
+    channels = next(iter(layers.values())).cross_attention_dim
+    return ContextMaker(config, calibration, channels, current)

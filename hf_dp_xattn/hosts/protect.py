@@ -16,24 +16,31 @@ if TYPE_CHECKING:
     from .making import AnyCalibration
 
 
-def _unet_of(host: Any) -> tuple[Any, Any]:
-    """(unet, pipeline or None). Raises UnsupportedModelError for anything that is not in the table."""
+def _dispatch(host: Any) -> tuple[Any, Any, type[ProtectedPipeline]]:
+    """(UNet or model, diffusers pipeline or None, kind of handle). Raises UnsupportedModelError for what cannot be protected."""
     from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-    if isinstance(host, DiffusionPipeline):
-        unet = unwrap(getattr(host, "unet", None))
-        if type(unet) is not UNet2DConditionModel:
-            raise refuse_host(host)
-        return unet, host
-    if type(unwrap(host)) is UNet2DConditionModel:
-        return unwrap(host), None
-    raise refuse_host(host)
+    from .seq2seq.handle import ProtectedSeq2Seq
+    from .seq2seq.probing import is_seq2seq
+
+    model = _model_of(host)
+    if is_seq2seq(model):
+        return model, None, ProtectedSeq2Seq
+    if type(model) is not UNet2DConditionModel:
+        raise refuse_host(host)
+    return model, host if isinstance(host, DiffusionPipeline) else None, ProtectedPipeline
+
+
+def _model_of(host: Any) -> Any:
+    """The UNet or model of a host: of a diffusers or transformers pipeline, or the host itself."""
+    from transformers import Pipeline
+
+    return unwrap(host.model if isinstance(host, Pipeline) else getattr(host, "unet", host))
 
 
 def handle_of(host: Any) -> ProtectedPipeline | None:
-    """The handle of a protected pipeline or UNet, or None."""
-    unet = unwrap(getattr(host, "unet", host))
-    return getattr(unet, "__dict__", {}).get(HANDLE_ATTRIBUTE)
+    """The handle of a protected pipeline, UNet or model, or None."""
+    return getattr(_model_of(host), "__dict__", {}).get(HANDLE_ATTRIBUTE)
 
 
 def protect(
@@ -45,13 +52,14 @@ def protect(
     budget: Budget | None = None,
     entropy: Entropy | None = None,
 ) -> ProtectedPipeline:
-    """Patches a Stable Diffusion pipeline (text-to-image, img2img, inpaint) or a bare UNet in place.
+    """Patches a Stable Diffusion pipeline (text-to-image, img2img, inpaint), a bare UNet, or an encoder-decoder model in place.
 
     From then on prompts and prompt_embeds given to the pipeline are private: each is released once under `config`, and the UNet receives a
-    placeholder. Protecting again with the same settings returns the same handle; another pipeline that shares the UNet joins it.
+    placeholder. So is what an encoder-decoder model's `generate` is given for its encoder. Protecting again with the same settings returns
+    the same handle; another pipeline that shares the UNet joins it.
 
     Args:
-        host: a supported pipeline, or a `UNet2DConditionModel`.
+        host: a supported pipeline, a `UNet2DConditionModel`, or an encoder-decoder model of transformers (docs/hosts.md), or its pipeline.
         config: what is released, and at which price.
         calibration: public statistics from `dpx.calibrate`; `anchors` cannot do without.
         ledger: what was spent, and on which context; in memory by default. Give it a path where a restart must not forget.
@@ -59,7 +67,7 @@ def protect(
         entropy: source of the noise, the operating system's by default. A seeded one (tests) makes every release NOT private.
 
     Raises:
-        UnsupportedModelError: the host is not in the table, or its text has ways around cross-attention.
+        UnsupportedModelError: the host is not in the table, or what is private has ways around cross-attention.
         ConfigError: the host is protected with other settings; the calibration is missing, or made for another mechanism, unit, model or
             text encoder.
         ProtectionLostError: the host is protected and something was replaced since.
@@ -85,7 +93,7 @@ def _protect(
 ) -> ProtectedPipeline:
     if not isinstance(config, DPXAttnConfig):
         raise ConfigError(f"config must be a DPXAttnConfig, got {type(config).__name__}.")
-    unet, pipe = _unet_of(host)
+    unet, pipe, kind = _dispatch(host)
     handle = handle_of(unet)
     if handle is not None:
         _check_same(handle, config, calibration, ledger, budget, entropy)
@@ -96,7 +104,7 @@ def _protect(
         return handle
     if pipe is not None:
         check_pipeline_class(pipe)
-    handle = ProtectedPipeline(
+    handle = kind(
         unet,
         config,
         calibration=calibration,

@@ -104,21 +104,23 @@ class Release:
         """What is promised, one per context."""
         return tuple(c.guarantee for c in self._contexts)
 
-    def inputs(self, prompt: str | Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+    def inputs(self, prompt: str | Sequence[str] | None = None, **public: Any) -> dict[str, Any]:
         """Keyword arguments for the host: placeholders [len(self), rows, C] without private content.
 
         Args:
             prompt: public text (or one per context) whose exact rows join the private structure under one softmax.
+            public: transformers only: input_ids (and attention_mask) of public documents that join it likewise, and what else `generate`
+                takes, which is passed on.
 
         Returns:
-            {"prompt_embeds": ...} for a pipeline, {"encoder_hidden_states": ...} for a bare UNet. They name this release only while its
-            host stays protected.
+            {"prompt_embeds": ...} for a pipeline, {"encoder_hidden_states": ...} for a bare UNet, {"encoder_outputs": ...} for an
+            encoder-decoder model. They name this release only while its host stays protected.
 
         Raises:
             ReleaseError: the host is no longer protected, or its weights are no longer those of the release (which `anchors` does not
                 depend on).
         """
-        return self._active_handle().inputs(self, prompt)
+        return self._active_handle().inputs(self, prompt, **public)
 
     def _active_handle(self) -> ProtectedPipeline:
         handle = self._handle()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -11,6 +11,13 @@ from ..mechanisms.contract import LayerSpec
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
+
+
+@runtime_checkable
+class SelfProjecting(Protocol):
+    """A layer that knows its own way from rows [1, n, C] to keys and values [1, H, n, d] (transformers' layers do)."""
+
+    def project(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def split_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
@@ -37,7 +44,8 @@ def project(attn: Attention, states: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 def project_rows(attn: Attention, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [H, n, d] of rows [n, C], where the layer's weights are."""
-    key, value = project(attn, rows.unsqueeze(0).to(_home(attn.to_k, rows.device)))
+    states = rows.unsqueeze(0).to(_home(attn.to_k, rows.device))
+    key, value = attn.project(states) if isinstance(attn, SelfProjecting) else project(attn, states)
     return key[0], value[0]
 
 
@@ -66,7 +74,7 @@ def layer_specs(layers: dict[str, Attention], dtype: torch.dtype) -> list[LayerS
                 heads=attn.heads,
                 key_dim=head_dim,
                 value_dim=head_dim,
-                scale=head_dim**-0.5,
+                scale=attn.scale,
                 query_weight=effective_weight(attn.to_q, attn.heads, dtype),
                 key_weight=effective_weight(attn.to_k, attn.heads, dtype),
             )

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import ReleaseError
 from ..mechanisms.rows_structure import RowsStructure, stack_rows
-from ..mechanisms.structure import stack
+from ..mechanisms.structure import AttentionStructure, stack
 from .fingerprint import Fingerprint
 from .placeholder import Tag
 from .processor import LayerTable
@@ -96,7 +96,13 @@ def _project(
     attn: Attention, rows: torch.Tensor, log_weights: torch.Tensor, device: torch.device
 ) -> RowsStructure:
     key, value = (t.unsqueeze(0).to(device) for t in project_rows(attn, rows))
-    return RowsStructure(key, value, log_weights.view(1, 1, 1, -1), (attn.inner_dim // attn.heads) ** -0.5)
+    return RowsStructure(key, value, log_weights.view(1, 1, 1, -1), attn.scale)
+
+
+def _stack(structures: Sequence[AttentionStructure]) -> AttentionStructure:
+    """As `structure.stack`; rows may differ in number."""
+    rows = [s for s in structures if isinstance(s, RowsStructure)]
+    return stack_rows(rows) if len(rows) == len(structures) else stack(structures)
 
 
 def _structure_table(
@@ -108,7 +114,7 @@ def _structure_table(
     dtype: torch.dtype,
 ) -> LayerTable:
     """One layer's table with the stacked structures, and keys and values of exact PUBLIC rows."""
-    structure = stack([b.context.structures[layer].to(device) for b in bindings])
+    structure = _stack([b.context.structures[layer].to(device) for b in bindings])
     longest = max(b.public_rows.shape[0] for b in bindings)
     if longest == 0:
         return LayerTable(table.allow_public, table.tags, structure)

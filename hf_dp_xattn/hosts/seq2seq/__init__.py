@@ -1,0 +1,1 @@
+"""Encoder-decoder models of transformers: the decoder's cross-attention reads releases of what the encoder made of a private document."""

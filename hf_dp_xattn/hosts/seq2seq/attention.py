@@ -1,0 +1,241 @@
+"""`dp_xattn`: the attention function that cross-attention layers of protected encoder-decoder models are given.
+
+A layer is told by its module's attribute which layer it is, and by the thread's current `Call` which release each batch element reads.
+Of the keys and values that its host hands over it reads only that they are NaN: what it attends to comes from the release.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ...errors import DPXAttnError, ProtectionLostError
+from ...mechanisms.rows_structure import RowsStructure
+from ...ops.merge import merge
+from ..processor import NO_COPY, LayerTable
+
+NAME = "dp_xattn"
+LAYER_ATTRIBUTE = "_dp_xattn_layer"
+NO_RELEASE = (
+    "The attention function 'dp_xattn' has no release to read here. It is set by dpx.protect(model, config), not by hand, and a protected "
+    "model is called as a whole (model.generate(**release.inputs()) or model(**release.inputs(), ...)), not by its parts."
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the layers of one forward may read. tables: one per layer name; index [B]: each batch element's binding; public: inside
+    `protected.public()`, where attention is the host's own."""
+
+    tables: dict[str, LayerTable]
+    index: torch.Tensor
+    public: bool = False
+
+
+class Calls(threading.local):
+    """The forward that this thread is in; no other thread can see or replace it. seen: the placeholder (and its version) parsed last."""
+
+    current: Call | None = None
+    seen: tuple[weakref.ref[torch.Tensor], int, Call] | None = None
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What the attention function finds on a module. implementation: the host's own; padding: zero channels of a head."""
+
+    name: str
+    calls: Calls
+    implementation: str
+    padding: int = 0
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise DPXAttnError(NO_COPY)
+
+
+@dataclass
+class Capture:
+    """What one module hands to its attention function, while we run it by ourselves."""
+
+    module: nn.Module
+    query: torch.Tensor | None = None
+    key: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+    scaling: float | None = None
+    softcap: float | None = None
+    calls: int = 0
+
+
+@dataclass
+class Serving:
+    """How a probe answers a layer: from the keys and values it hands over (recorded on the way), or from recorded ones."""
+
+    recorded: dict[nn.Module, Capture] = field(default_factory=dict)
+    replay: bool = False
+
+
+class _Current(threading.local):
+    capture: Capture | None = None
+    serving: Serving | None = None
+
+
+_current = _Current()
+
+
+@contextmanager
+def capturing(capture: Capture) -> Iterator[Capture]:
+    """While it lasts, this thread's `dp_xattn` on that module keeps what it is given and returns zeros."""
+    before, _current.capture = _current.capture, capture
+    try:
+        yield capture
+    finally:
+        _current.capture = before
+
+
+@contextmanager
+def serving(state: Serving) -> Iterator[Serving]:
+    """While it lasts, this thread's `dp_xattn` is exact attention for the probe of a model."""
+    before, _current.serving = _current.serving, state
+    try:
+        yield state
+    finally:
+        _current.serving = before
+
+
+def group_queries(query: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, Hq, m, d] -> [B, heads, Hq / heads * m, d]: query heads that share a key head become more queries."""
+    batch, query_heads, m, d = query.shape
+    return query.reshape(batch, heads, query_heads // heads * m, d)
+
+
+def ungroup(out: torch.Tensor, query_heads: int, m: int) -> torch.Tensor:
+    return out.reshape(out.shape[0], query_heads, m, out.shape[-1])
+
+
+def capped_partial(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ops.merge.exact_partial` with logits capped by softcap tanh(logit / softcap), as Gemma's attention does."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    logits = (query.to(wide) * scale) @ key.to(wide).mT
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias.to(wide)
+    lse = torch.logsumexp(logits, dim=-1)
+    weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
+    return weights @ value.to(wide), lse
+
+
+def read(
+    table: LayerTable, query: torch.Tensor, index: torch.Tensor, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """[B, H, m, dv]: attention of each element to its binding, exact public rows included.
+
+    Kernel sums ignore `softcap`: capping is far from the logits that they keep (`logit_bound`).
+    """
+    structure, key, value, bias = table.structure, table.public_key, table.public_value, table.public_bias
+    assert structure is not None and table.tags is not None
+    if len(table.tags) > 1:  # a single one serves the batch by broadcasting
+        structure = structure.select(index)
+        if key is not None and value is not None and bias is not None:
+            key, value, bias = (t.index_select(0, index) for t in (key, value, bias))
+    capped = softcap is not None and isinstance(structure, RowsStructure)
+    if key is None and not capped:
+        return structure.attend(query)
+    if isinstance(structure, RowsStructure) and capped:
+        out, lse = capped_partial(
+            query, structure.key, structure.value, structure.scale, structure.bias, softcap
+        )
+    else:
+        out, lse = structure.partial(query)
+    if key is None or value is None:
+        return out.to(query.dtype)
+    return merge(out, lse, *capped_partial(query, key, value, scale, bias, softcap))[0].to(query.dtype)
+
+
+def _probe(state: Serving, module: nn.Module, given: Capture) -> torch.Tensor:
+    """Exact attention for the probe: [B, Hq, m, dv]."""
+    known = state.recorded.setdefault(module, given)
+    known.calls += 1
+    source = known if state.replay else given
+    assert given.query is not None and source.key is not None and source.value is not None
+    query_heads, m = given.query.shape[1:3]
+    grouped = group_queries(given.query, source.key.shape[1])
+    out, _ = capped_partial(grouped, source.key, source.value, scale_of(given), softcap=given.softcap)
+    return ungroup(out, query_heads, m).to(given.query.dtype)
+
+
+def scale_of(given: Capture) -> float:
+    """The factor of the logits: what the host passes on, or the usual one."""
+    assert given.query is not None
+    return float(given.query.shape[-1] ** -0.5 if given.scaling is None else given.scaling)
+
+
+def dp_xattn(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """query [B, H, m, d] -> ([B, m, H, dv], None). Keys, values and the mask are the placeholder's: only that they are NaN is looked at.
+
+    *Formal guarantee.* The output is a function of the query, the release and public rows; where a layer was given anything else than a
+    placeholder (finite keys), it is NaN.
+
+    Raises:
+        ProtectionLostError: no release is at hand.
+    """
+    given = Capture(module, query, key, value, scaling, softcap)
+    capture = _current.capture
+    if capture is not None and capture.module is module:
+        capture.query, capture.key, capture.value = query, key, value
+        capture.scaling, capture.softcap, capture.calls = scaling, softcap, capture.calls + 1
+        zeros = query.new_zeros(*query.shape[:3], value.shape[-1])
+        return zeros.transpose(1, 2).contiguous(), None
+    if _current.serving is not None:
+        return _probe(_current.serving, module, given).transpose(1, 2).contiguous(), None
+    state: LayerState | None = module.__dict__.get(LAYER_ATTRIBUTE)
+    call = None if state is None else state.calls.current
+    if state is None or call is None:
+        raise ProtectionLostError(NO_RELEASE)
+    if call.public:
+        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        original: Any = ALL_ATTENTION_FUNCTIONS.get_interface(state.implementation, eager)
+        capped = {} if softcap is None else {"softcap": softcap}
+        return original(module, query, key, value, attention_mask, scaling=scaling, **capped, **kwargs)
+    table = call.tables[state.name]
+    batch, query_heads, m, width = query.shape
+    if len(call.index) != batch or key.shape[0] != batch:
+        raise ProtectionLostError(
+            f"A layer was called with a batch of {batch}, the placeholder has one of {len(call.index)}."
+        )
+    kept = query[..., : width - state.padding]
+    out = read(table, group_queries(kept, key.shape[1]), call.index, scale_of(given), softcap)
+    out = F.pad(ungroup(out, query_heads, m), (0, state.padding))
+    placeholder = key[:, :1, -1:, :1].isnan()
+    out = torch.where(placeholder, out, torch.full_like(out, torch.nan))
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, dp_xattn)

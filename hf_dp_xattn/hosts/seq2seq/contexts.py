@@ -1,0 +1,143 @@
+"""Private contexts of encoder-decoder models: documents, recordings or pictures, validated and named before they are encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ...errors import ConfigError, ContextError
+from ..context import PrivateContext, Rows, from_embeddings
+from ..placeholder import read_tags
+from .outputs import last_hidden_state
+
+MAIN_INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values")
+MASK = "attention_mask"
+STATES = "encoder_outputs"
+ENCODER_INPUTS = (*MAIN_INPUTS, MASK, STATES)
+Encode = Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor | None]]
+"""Encoder inputs of batch 1 -> rows [n, C] and the mask [n] of those that are rows, or None where all are."""
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    plain = tensor.detach().to("cpu")
+    if plain.is_floating_point():
+        plain = plain.to(torch.float32)
+    elif plain.dtype == torch.bool:
+        plain = plain.to(torch.int64)
+    return plain.contiguous().numpy().tobytes()
+
+
+def gather(context: Any) -> dict[str, torch.Tensor]:
+    """The encoder inputs by name: from a mapping, token ids, or rows of the encoder's output.
+
+    Raises:
+        ConfigError: an unknown name, none or several inputs; ContextError: a wrong type. Nothing was spent.
+    """
+    if isinstance(context, (str, list, tuple)):
+        raise ContextError(
+            "A model has no tokenizer: pass protected.release(**tokenizer(texts, return_tensors='pt', padding=True))."
+        )
+    if isinstance(context, torch.Tensor):
+        context = {STATES if context.is_floating_point() else "input_ids": context}
+    if not isinstance(context, Mapping):
+        raise ContextError(f"A context is a tensor or named encoder inputs, got {type(context).__name__}.")
+    inputs = {str(k): v for k, v in context.items() if v is not None}
+    unknown = sorted(set(inputs) - set(ENCODER_INPUTS))
+    if unknown:
+        raise ConfigError(
+            f"Unknown encoder input(s): {', '.join(unknown)}. Known: {', '.join(ENCODER_INPUTS)}."
+        )
+    main = [k for k in inputs if k != MASK]
+    if len(main) != 1:
+        raise ConfigError(f"Pass one context by one of {', '.join(k for k in ENCODER_INPUTS if k != MASK)}.")
+    if main[0] == STATES:
+        inputs[STATES] = last_hidden_state(inputs[STATES])
+    for name, value in inputs.items():
+        if not isinstance(value, torch.Tensor):
+            raise ContextError(f"`{name}` must be a tensor, got {type(value).__name__}.")
+    return inputs
+
+
+def name_inputs(inputs: dict[str, Any], channels: int, encode: Encode) -> list[PrivateContext]:
+    """One context per batch element.
+
+    Raises:
+        ContextError: a wrong rank, NaN, a mask that does not fit, no rows. Nothing was spent.
+    """
+    name = next(k for k in inputs if k != MASK)
+    main, mask = inputs[name], inputs.get(MASK)
+    if name in ("input_ids", STATES) and main.ndim == {"input_ids": 1, STATES: 2}[name]:
+        main = main.unsqueeze(0)
+        mask = mask.unsqueeze(0) if mask is not None and mask.ndim == 1 else mask
+    if 0 in main.shape or main.ndim < 2:
+        raise ContextError(f"The context is empty, or `{name}` has a wrong shape: {list(main.shape)}.")
+    if mask is not None and (mask.ndim != 2 or mask.shape[0] != main.shape[0]):
+        raise ContextError(f"`attention_mask` must be [B = {main.shape[0]}, n], got {list(mask.shape)}.")
+    if main.is_floating_point() and not bool(torch.isfinite(main).all()):
+        if name == STATES and main.ndim == 3 and any(tag is not None for tag in read_tags(main)):
+            raise ContextError(
+                "This is a placeholder of a release, not a context; pass it as encoder_outputs."
+            )
+        raise ContextError(f"`{name}` holds NaN or Inf; nothing was spent.")
+    masks = [None] * len(main) if mask is None else [m.to(torch.bool) for m in mask]
+    return [_element(name, row, m, channels, encode) for row, m in zip(main, masks, strict=True)]
+
+
+def _element(
+    name: str, main: torch.Tensor, mask: torch.Tensor | None, channels: int, encode: Encode
+) -> PrivateContext:
+    """Masked rows are no rows; padding at the end is cut off, so one document has one name however it was batched."""
+    rows = main.shape[0]
+    if name in ("input_ids", "inputs_embeds", STATES) and mask is not None:
+        if len(mask) != rows:
+            raise ContextError(f"`attention_mask` has {len(mask)} entries, the context has {rows} rows.")
+        if not bool(mask.any()):
+            raise ContextError("The attention mask leaves no row: there is nothing to release.")
+        last = int(mask.nonzero()[-1]) + 1
+        main, mask = main[:last], mask[:last]
+        mask = None if bool(mask.all()) else mask
+    if name == STATES:
+        kept = main if mask is None else main[mask]
+        found = from_embeddings(kept, channels)
+        return PrivateContext(rows, len(kept), found.name, found.load)
+    inputs = {name: main.unsqueeze(0).detach()}
+    if mask is not None:
+        inputs[MASK] = mask.unsqueeze(0).to(torch.int64)
+    features = name not in ("input_ids", "inputs_embeds")
+    count = len(main) if mask is None else int(mask.sum())
+    identity = (
+        name.encode(),
+        repr(tuple(main.shape)).encode(),
+        _bytes(main),
+        b"" if mask is None else _bytes(mask),
+    )
+
+    def load() -> Rows:
+        states, kept = encode(inputs)
+        states = states if kept is None else states[kept]
+        return states, states[:0]
+
+    # how many rows an encoder makes of features is known when they were encoded: a function of public shapes and masks
+    return PrivateContext(0 if features else rows, 0 if features else count, identity, load)
+
+
+def join_documents(documents: Sequence[PrivateContext], unit: str) -> PrivateContext:
+    """ONE context of documents that are encoded apart from each other; with unit="group", each is a group.
+
+    Raises:
+        ContextError: the number of rows of a document is not known before it is encoded.
+    """
+    counts = [d.private_rows for d in documents]
+    if not all(counts):
+        raise ContextError('groups="documents" takes token ids, embeddings, or hidden states.')
+
+    def load() -> Rows:
+        rows = torch.cat([d.load()[0] for d in documents])
+        return rows, rows[:0]
+
+    groups = torch.arange(len(documents)).repeat_interleave(torch.tensor(counts))
+    name = (b"documents", *(part for d in documents for part in (str(len(d.name)).encode(), *d.name)))
+    total = sum(counts)
+    return PrivateContext(total, total, name, load, groups if unit == "group" else None)

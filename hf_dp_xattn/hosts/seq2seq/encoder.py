@@ -1,0 +1,71 @@
+"""The encoder's side of a protected model: inputs checked before anything is spent, then encoded one document at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...errors import ContextError
+from ..access import Access
+from .contexts import MASK, STATES
+
+
+class EncoderSide:
+    """Runs the model's encoder, which is closed to all others."""
+
+    def __init__(self, model: Any, access: Access) -> None:
+        self._model, self._access = model, access
+
+    @property
+    def module(self) -> Any:
+        return self._model.get_encoder()
+
+    @property
+    def _shorten(self) -> Any:
+        """The host's own way from a mask over input frames to one over the encoder's rows, or None."""
+        parts = (self._model, self._model.base_model, self.module)
+        return next((f for p in parts if (f := getattr(p, "_get_feature_vector_attention_mask", None))), None)
+
+    def check(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Checks token ids, and whether a mask can be told from the encoder's rows; leaves out a mask that hides nothing.
+
+        Raises:
+            ContextError: the encoder would fail on them, with a message that may show them; or the mask cannot be followed.
+        """
+        if "input_ids" in inputs:
+            self._check_ids(inputs["input_ids"])
+        features = not {"input_ids", "inputs_embeds", STATES} & set(inputs)
+        if not features or MASK not in inputs:
+            return
+        if self._model.config.model_type == "whisper" or bool(inputs[MASK].all()):
+            del inputs[MASK]  # Whisper attends to silence too
+        elif self._shorten is None:
+            raise ContextError(
+                "The mask of this encoder's input cannot be carried over to its output: release the inputs one by one, without padding."
+            )
+
+    def _check_ids(self, ids: torch.Tensor) -> None:
+        if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim not in (1, 2):
+            raise ContextError(
+                f"Token ids must be an integer tensor [n] or [B, n], got {ids.dtype} {list(ids.shape)}."
+            )
+        size = self.module.get_input_embeddings().num_embeddings
+        if bool(((ids < 0) | (ids >= size)).any()):
+            raise ContextError(f"Token ids must lie in [0, {size}).")
+
+    def encode(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows [n, C] of encoder inputs of batch 1, and which of them are rows (None: all).
+
+        Each document is encoded by itself, so that no other one can change its rounding.
+        """
+        device, dtype = self._model.device, self._model.dtype
+        given = {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+        with self._access.enter("encoding"):
+            rows = self.module(**given, return_dict=True)[0][0]
+        mask = given.get(MASK)
+        if mask is None:
+            return rows, None
+        if mask.shape[1] != len(rows):
+            mask = self._shorten(len(rows), mask)
+        return rows, mask[0].to(torch.bool)

@@ -1,0 +1,357 @@
+"""`ProtectedSeq2Seq`: the handle of a protected encoder-decoder model."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from ...config import DPXAttnConfig
+from ...errors import ConfigError, ProtectionLostError, ReleaseError
+from ...mechanisms.rows_structure import RowsStructure
+from ...mechanisms.structure import AttentionStructure, ExactStructure
+from ...privacy.ledger import Budget, Ledger
+from ...report import PrivacyReport
+from ..access import Access, TextGate
+from ..bindings import Bindings, bind, unique
+from ..context import PrivateContext
+from ..fingerprint import Fingerprint
+from ..handle import HANDLE_ATTRIBUTE, ProtectedPipeline
+from ..making import Recipe, choose_maker
+from ..placeholder import Tag, make_placeholder, new_tag, read_tags
+from ..processor import LayerTable
+from ..release import Release, ReleasedContext
+from ..tables import Tables
+from .attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, dp_xattn
+from .contexts import MASK, STATES, gather, join_documents, name_inputs
+from .encoder import EncoderSide
+from .generation import GenerateShadow, as_inputs, read_placeholder
+from .layers import route, rowwise_reason
+from .outputs import last_hidden_state
+from .probing import context_channels, find_layers
+from .reporting import seq2seq_report
+
+if TYPE_CHECKING:
+    from ...privacy.bits import Entropy
+    from ..making import AnyCalibration
+
+CLOSED = (
+    "The encoder belongs to a protected model and may not run on its own: its output would enter the decoder past a release. Use "
+    "model.generate(...), or release = protected.release(...) and model(**release.inputs(), ...); if this document is public, use "
+    "`with protected.public():`."
+)
+
+
+class ProtectedSeq2Seq(ProtectedPipeline):
+    """A protected encoder-decoder model. Made by `dpx.protect`; a context manager that unprotects.
+
+    While it is active, what `generate` is given for the encoder is private: each document is released once (charged to the ledger before
+    it is encoded), and the decoder receives a placeholder in place of the encoder's output. Every beam, sample and step reads the release.
+
+    *Formal guarantee.* Everything that leaves the model about a private context is post-processing of its `Release`, see `report()`.
+    """
+
+    def __init__(
+        self,
+        model: Any,  # a PreTrainedModel; mypy does not see through its mixins
+        config: DPXAttnConfig,
+        *,
+        calibration: AnyCalibration | None = None,
+        ledger: Ledger | None = None,
+        budget: Budget | None = None,
+        entropy: Entropy | None = None,
+        serving_only: bool = False,
+    ) -> None:
+        self.unet = self.model = model
+        self.config = config
+        self.calibration = calibration
+        self.ledger = Ledger() if ledger is None else ledger
+        self.budget = budget or Budget(config.epsilon, config.delta, config.unit, config.neighboring)
+        self.cross = find_layers(model)
+        self.layers: dict[str, Any] = dict(self.cross)
+        self._channels = context_channels(model)
+        self.access = Access()
+        self._encoder = EncoderSide(model, self.access)
+        self.entropy = entropy
+        self._bindings = Bindings()
+        self._cache = OrderedDict()
+        self._spent = []
+        self._patches = []
+        self._gates = []
+        self._fingerprint = self._current_fingerprint()
+        self._tables = Tables(self.layers)
+        self._maker = choose_maker(
+            model, self.layers, config, calibration, self._fingerprint, serving_only=serving_only
+        )
+        self._calls = Calls()
+        self._configs = {name: layer.module.config for name, layer in self.cross.items()}
+        self._routes = {name: route(config) for name, config in self._configs.items()}
+        self._generate = GenerateShadow(model, self)
+        self._hooks: list[Any] = []
+
+    # ---- installing and removing -------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Routes the layers' attention to `dp_xattn` and closes the encoder; undone by `unprotect`."""
+        for message in self._maker.warnings(self._fingerprint):
+            warnings.warn(message, stacklevel=4)
+        self.active = True
+        self.model.__dict__[HANDLE_ATTRIBUTE] = self
+        for name, layer in self.cross.items():
+            module: Any = layer.module
+            state = LayerState(name, self._calls, module.config._attn_implementation, layer.padding)
+            module.__dict__[LAYER_ATTRIBUTE] = state
+            module.config = self._routes[name]
+        self._gates = [TextGate(self._encoder.module, self.access, CLOSED)]
+        self._hooks = [
+            self.model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self.model.register_forward_hook(self._leave, always_call=True),
+        ]
+        self._generate.install()
+
+    def unprotect(self) -> None:
+        """Restores the model: the original configs of its layers, no hooks, no attributes. Releases stay valid on disk."""
+        if not self.active:
+            return
+        self.active = False
+        for name, layer in self.cross.items():
+            module: Any = layer.module
+            if module.config is self._routes[name]:
+                module.config = self._configs[name]
+            module.__dict__.pop(LAYER_ATTRIBUTE, None)
+        for hook in self._hooks:
+            hook.remove()
+        for gate in self._gates:
+            gate.remove()
+        self._generate.remove()
+        self.model.__dict__.pop(HANDLE_ATTRIBUTE, None)
+        self._calls.current = None
+        self._tables.clear()
+
+    @property
+    def channels(self) -> int:
+        return self._channels
+
+    # ---- gates -------------------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raises `ProtectionLostError` unless everything that `protect` installed is still in place."""
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        hooks = (self.model._forward_pre_hooks, self.model._forward_hooks)
+        lost: str | None = None
+        if not self.active:
+            lost = "it was unprotected"
+        elif self.model.__dict__.get(HANDLE_ATTRIBUTE) is not self or any(
+            hook.id not in known for hook, known in zip(self._hooks, hooks, strict=True)
+        ):
+            lost = "the gate of the model was removed"
+        elif not self._generate.installed():
+            lost = "generate was replaced"
+        elif not all(g.installed() and g.encoder is self._encoder.module for g in self._gates):
+            lost = "the encoder or its gate was replaced"
+        elif ALL_ATTENTION_FUNCTIONS.get(NAME) is not dp_xattn:
+            lost = f"another attention function was registered as {NAME!r}"
+        else:
+            lost = next((reason for name in self.cross if (reason := self._lost_layer(name))), None)
+        if lost is not None:
+            raise ProtectionLostError(
+                f"The protection is no longer in place: {lost}. Nothing was run. Undo that change, call dpx.unprotect(model), and protect "
+                "again."
+            )
+
+    def _lost_layer(self, name: str) -> str | None:
+        module: Any = self.cross[name].module
+        if module.config is not self._routes[name] or module.config._attn_implementation != NAME:
+            return f"the attention function of {name} was replaced"
+        if LAYER_ATTRIBUTE not in module.__dict__ or self.model.get_submodule(name) is not module:
+            return f"{name} was replaced"
+        return None
+
+    def check_thoroughly(self) -> None:
+        """`check`, and that no layer mixes rows since. Before each release and call of `generate`."""
+        self.check()
+        for name, layer in self.cross.items():
+            reason = rowwise_reason(layer.module)
+            if reason is not None:
+                raise ProtectionLostError(
+                    f"The model was changed after it was protected ({name}): {reason}. Call dpx.unprotect(model), undo the change, protect "
+                    "again."
+                )
+
+    def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model's gate. Raises before anything runs."""
+        if torch.compiler.is_compiling():
+            raise ProtectionLostError(
+                "A protected encoder-decoder model is not supported under torch.compile yet."
+            )
+        self._calls.current = None
+        self.check()
+        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        states = last_hidden_state(bound.get(STATES, bound.get("kwargs", {}).get(STATES)))
+        seen = self._calls.seen
+        if seen is not None and seen[0]() is states and states is not None and seen[1] == states._version:
+            self._calls.current = seen[2]  # the same tensor at every step: parsed already
+            return
+        found = [] if states is None else read_tags(states)
+        tags = unique(found)
+        if states is None or not tags:
+            if not self.access.public:
+                raise ProtectionLostError(
+                    "This model is protected and was called without the placeholder of a release. Call model.generate(...) or pass "
+                    "release.inputs(), or declare the document public with `with protected.public():`."
+                )
+            self._calls.current = Call({}, torch.zeros(0, dtype=torch.int64), public=True)
+            return
+        if None in found:
+            raise ReleaseError(
+                "Private and public documents cannot stand in one batch; call the model once for each."
+            )
+        index = torch.tensor([tags.index(tag) for tag in found if tag is not None], device=states.device)
+        call = Call(self._build(tags, states.device), index)
+        self._calls.current = call
+        self._calls.seen = None if states.is_inference() else (weakref.ref(states), states._version, call)
+
+    def _leave(self, *_: Any) -> None:
+        self._calls.current = None
+
+    @torch.inference_mode(False)  # what is kept must serve other modes too
+    @torch.no_grad()
+    def _build(self, tags: Sequence[Tag], device: torch.device) -> dict[str, LayerTable]:
+        """The layers' tables for these bindings.
+
+        Raises:
+            ReleaseError: unknown placeholder, releases that cannot stand in one batch, or ones that the weights do not fit.
+        """
+        bindings = self._bindings.find(tags)
+        current = self.verify([b.context for b in bindings])
+        allow = torch.tensor(False, device=device)
+        return self._tables.build(bindings, allow, device, self.model.dtype, current)
+
+    def _update_access(self) -> None:
+        """Whether public documents may pass is asked at each call."""
+
+    # ---- releases ----------------------------------------------------------------------------------------------------------
+
+    def release(
+        self,
+        context: Any = None,
+        *,
+        groups: torch.Tensor | Literal["documents"] | str | None = None,
+        fresh: bool = False,
+        horizon: int | None = None,
+        **encoder_inputs: Any,
+    ) -> Release:
+        """Releases private contexts, one budget each. A context that this handle released before is reused and not charged again.
+
+        Args:
+            context: token ids [n] or [B, n], or rows of the encoder's output [n, C] or [B, n, C]. Or, by name or in one mapping, what the
+                encoder takes: input_ids, inputs_embeds, input_features, input_values, pixel_values with attention_mask, or
+                encoder_outputs. What the mask hides is no row.
+            groups: for `unit="group"`, public: integers [n] that name each row's group; or "documents": the batch is ONE context of
+                documents, each encoded apart from all others, and each a group.
+            fresh: release again with new noise; charged again.
+            horizon: ONE context that grows, by at most so many appends, this one included: `Release.append`. Charged once, now.
+
+        Raises:
+            ContextError, ConfigError: not valid; nothing was spent.
+            BudgetExceededError: the ledger refuses; nothing was spent or computed, for no context of the batch.
+        """
+        if encoder_inputs and context is not None:
+            raise ConfigError("Pass the context either by itself or by name, not both.")
+        given: Any = encoder_inputs or context
+        given_groups: Any = groups
+        return super().release(given, groups=given_groups, fresh=fresh, horizon=horizon)
+
+    def _named(self, context: Any, groups: Any) -> tuple[list[PrivateContext], torch.Tensor | None]:
+        """Contexts, and the groups that are not documents."""
+        inputs = gather(context)
+        self._encoder.check(inputs)
+        contexts = name_inputs(inputs, self.channels, self._encoder.encode)
+        if not isinstance(groups, str):
+            return contexts, groups
+        if groups != "documents":
+            raise ConfigError('`groups` must be integers [n] or "documents".')
+        return [join_documents(contexts, self.config.unit)], None
+
+    def _open(self, contexts: Sequence[PrivateContext], groups: torch.Tensor | None, horizon: int) -> Release:
+        if not all(context.rows for context in contexts):
+            raise ConfigError("A context that grows is made of token ids, embeddings, or hidden states.")
+        return super()._open(contexts, groups, horizon)
+
+    def _run(
+        self, recipe: Recipe, context: PrivateContext, groups: torch.Tensor | None, current: Fingerprint
+    ) -> ReleasedContext:
+        loaded = context.load()
+        rows = context.rows or len(loaded[0])
+        known = dataclasses.replace(context, rows=rows, load=lambda: loaded)
+        released = super()._run(recipe, known, groups, current)
+        return dataclasses.replace(released, structures=tuple(_as_rows(s) for s in released.structures))
+
+    # ---- placeholders ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def inputs(
+        self, release: Release, prompt: str | Sequence[str] | None = None, **public: Any
+    ) -> dict[str, Any]:
+        """See `Release.inputs`. input_ids, attention_mask: PUBLIC documents, encoded by themselves, whose exact rows join the release under
+        one softmax: one for all contexts or one for each. Anything else (decoder_input_ids, ...) is passed on.
+        """
+        self.check_thoroughly()
+        if prompt is not None:
+            raise ConfigError("A model has no tokenizer: pass public text as input_ids (and attention_mask).")
+        ids, mask = public.pop("input_ids", None), public.pop(MASK, None)
+        count = len(release.contexts)
+        rows = [None] * count if ids is None else self._public_rows(ids, mask, count)
+        tags: list[Tag] = []
+        for context, exact in zip(release.contexts, rows, strict=True):
+            tag = context.tag if exact is None else new_tag()
+            tags.append(self._bindings.add(bind(context, exact, tag)))
+        self._calls.seen = None
+        self._build(unique(tags), self.model.device)
+        length = max(c.rows for c in release.contexts)
+        placeholder = make_placeholder(tags, length, self.channels, self.model.dtype, self.model.device)
+        return {**public, **as_inputs(placeholder, self._takes_mask)}
+
+    @property
+    def _takes_mask(self) -> bool:
+        text = self.model.main_input_name == "input_ids"
+        return text and MASK in inspect.signature(self.model.forward).parameters
+
+    def _public_rows(self, ids: torch.Tensor, mask: torch.Tensor | None, count: int) -> list[torch.Tensor]:
+        documents, _ = self._named({"input_ids": ids, MASK: mask}, None)
+        rows = [d.load()[0] for d in documents]
+        if len(rows) not in (1, count):
+            raise ConfigError(f"Got {len(rows)} public documents for {count} contexts.")
+        return rows * (count if len(rows) == 1 else 1)
+
+    def serve(self, given: dict[str, Any], copies: int = 1) -> dict[str, Any]:
+        """What `generate` passes on in place of its encoder inputs: those of a release that is named, or made of a private context.
+
+        copies: how often each batch element is repeated.
+        """
+        placeholder = read_placeholder(given)
+        if placeholder is None:
+            placeholder = self.inputs(self.release(given))[STATES].last_hidden_state
+        self._calls.seen = None
+        return as_inputs(placeholder.repeat_interleave(copies, dim=0), self._takes_mask)
+
+    # ---- report ------------------------------------------------------------------------------------------------------------
+
+    def report(self) -> PrivacyReport:
+        """What was promised, spent and left open. Holds no private content; str(), to_dict(), to_json()."""
+        return seq2seq_report(self, self._spent, self._maker.warnings(self._current_fingerprint()))
+
+
+def _as_rows(structure: AttentionStructure) -> AttentionStructure:
+    """Exact rows (`mechanism="none"`) as ones that may be batched with others of another number."""
+    if not isinstance(structure, ExactStructure):
+        return structure
+    bias = structure.key.new_zeros(1, 1, 1, structure.key.shape[2])
+    return RowsStructure(structure.key, structure.value, bias, structure.scale)

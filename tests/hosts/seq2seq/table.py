@@ -1,0 +1,96 @@
+"""Writes docs/hosts.md from what the probe finds: `python -m tests.hosts.seq2seq.table > docs/hosts.md`; a test compares the two."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_dp_xattn.errors import UnsupportedModelError
+from hf_dp_xattn.hosts.architectures import PIPELINES
+from hf_dp_xattn.hosts.seq2seq.layers import CrossLayer
+from hf_dp_xattn.hosts.seq2seq.probing import find_layers
+
+from .tiny import BUILDERS, REFUSED, tiny
+
+INPUTS = {
+    "input_ids": "text",
+    "input_features": "speech",
+    "input_values": "speech",
+    "pixel_values": "pictures",
+}
+HEAD = """# Hosts
+
+## diffusers
+
+{pipelines}, and their `UNet2DConditionModel`. All mechanisms.
+
+## Encoder-decoder models of transformers
+
+Supported is what a probe proves, not what stands in a list: `dpx.protect(model, config)` runs the model on public random numbers, finds
+the modules whose attention function sees the encoder's output, and checks that the logits stay the same (with and without the cache)
+after that output was replaced by NaN. Any other model is refused with `UnsupportedModelError` and left as it was. This table is what the
+probe finds on a tiny model of each architecture (written by `tests/hosts/seq2seq/table.py`); each is tested for every mechanism:
+`kernel_sum`, `anchors` (with a calibration), `dptree`, `none`.
+
+| model | context | a cross-attention layer | notes |
+|---|---|---|---|
+"""
+TAIL = """
+Refused, because their cross-attention is computed in code of their own: {refused}.
+Mllama (Llama 3.2 Vision) is refused too: its image states enter a decoder-only model by arguments of their own.
+
+What works: `generate` with greedy search, beams, sampling, `num_return_sequences`, padded batches (masked rows are no rows), and the
+pipelines of transformers; `model(**release.inputs(), labels=...)`; `release.inputs(input_ids=...)` puts a PUBLIC document beside the
+private one; `protected.release(**tokenizer(documents, ...), groups="documents")` with `unit="group"` encodes each document apart
+(Fusion-in-Decoder), so the guarantee for one document is real end to end.
+
+What is refused: assisted decoding and prompt lookup, `encoder_no_repeat_ngram_size` and `encoder_repetition_penalty` (they read the
+document past the release; where a model's own settings ask for the first, as Blenderbot's do, it is switched off and the report says
+so), guidance, static caches and compiled generation, caches made elsewhere, Whisper's token timestamps, quantised projections.
+"""
+
+
+def _notes(model: Any, layer: CrossLayer) -> str:
+    notes = []
+    if layer.scale == 1.0:
+        notes.append(
+            "logits are not scaled" if model.config.model_type != "whisper" else "queries are scaled before"
+        )
+    if layer.query_heads != layer.heads:
+        notes.append("query heads share key heads")
+    if layer.softcap is not None:
+        notes.append("capped logits: `kernel_sum` and `dptree` ignore the cap")
+    if layer.padding:
+        notes.append("padded heads: the padding is not released")
+    if layer.bridge is not None:
+        notes.append("the encoder's output is projected first (`enc_to_dec_proj`)")
+    return "; ".join(notes)
+
+
+def _row(name: str) -> str:
+    model = tiny(name)
+    where, layer = next(iter(find_layers(model).items()))
+    title = type(model).__name__
+    if hasattr(model.config, "decoder") and hasattr(model, "encoder"):
+        parts = (type(model.encoder).__name__, type(model.decoder).__name__)
+        title += f" ({' to '.join(p.removesuffix('Model').removesuffix('LMHead') for p in parts)})"
+    return f"| {title} | {INPUTS[model.main_input_name]} | `{where}` | {_notes(model, layer)} |"
+
+
+def _refused(name: str) -> str:
+    model = tiny(name)
+    try:
+        find_layers(model)
+    except UnsupportedModelError:
+        return type(model).__name__
+    raise AssertionError(f"{name} is not refused any more")
+
+
+def table() -> str:
+    rows = "\n".join(_row(name) for name in BUILDERS)
+    pipelines = ", ".join(f"`{p}`" for p in PIPELINES)
+    refused = ", ".join(f"`{_refused(name)}`" for name in REFUSED)
+    return HEAD.format(pipelines=pipelines) + rows + "\n" + TAIL.format(refused=refused)
+
+
+if __name__ == "__main__":
+    print(table(), end="")
