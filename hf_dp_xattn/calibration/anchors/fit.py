@@ -25,7 +25,14 @@ from .calibration import AnchorCalibration, HostIdentity
 from .cells_fit import Codebook, choose_share, fit_codebook, fit_tilt
 from .kmeans import assign, kmeans
 from .objective import Objective, fvu, fvu_interval
-from .slots_fit import PublicContexts, SlotSettings, SlotTrainer, set_code_scale, train
+from .slots_fit import (
+    PublicContexts,
+    SlotSettings,
+    SlotTrainer,
+    fit_blind_head,
+    set_code_scale,
+    train,
+)
 
 MINIMUM_CONTEXTS = 64
 GEOMETRY_NOISE = 0.08  # of the auxiliary sum whose codes give the cells of `response`
@@ -333,11 +340,11 @@ def _slot_plans(
     plans = [plan(i, i, e, "sum", none, noise[i]) for i, e in enumerate(sums)]
     for i, (codes, response) in alphabets.items():
         plans.append(plan(i, auxiliary, answers[i - auxiliary - 1], "response", codes, response.truth))
-    # a decoder that does not look at the code: what a small epsilon falls back to where looking makes it worse
-    plans += [_blind(p) for p in plans]
     shared = trainer.decoder()
     decoder = SlotDecoder(*(getattr(shared, n).detach().clone() for n in SlotDecoder.TENSORS))
-    return plans, decoder
+    # what a small epsilon falls back to where looking at the code makes it worse
+    blind = fit_blind_head(decoder, training, objective, settings.slots, progress=settings.progress)
+    return plans + [dataclasses.replace(p, head=blind) for p in plans], decoder
 
 
 def _response_parameters(trainer: SlotTrainer, *, shared: bool) -> list[torch.nn.Parameter]:
@@ -353,13 +360,6 @@ def _response_parameters(trainer: SlotTrainer, *, shared: bool) -> list[torch.nn
         trainer.log_weights,
     ]
     return heads + decoder if shared else heads
-
-
-def _blind(plan: AnchorPlan) -> AnchorPlan:
-    assert plan.head is not None
-    zero = {n: torch.zeros_like(getattr(plan.head, n)) for n in ("weight", "gain")}
-    head = dataclasses.replace(plan.head, **zero)
-    return dataclasses.replace(plan, head=head)
 
 
 @torch.no_grad()

@@ -191,3 +191,34 @@ def train(
         optimiser.step()
         if step % 50 == 0:
             bar.set_postfix({"FVU": f"{sum(level.values()) / len(level):.3f}"}, refresh=False)
+
+
+def fit_blind_head(
+    decoder: SlotDecoder,
+    contexts: PublicContexts,
+    objective: Objective,
+    settings: SlotSettings,
+    *,
+    steps: int = 200,
+    progress: bool = False,
+) -> SlotHead:
+    """A head that does not look at the code: the decoder then gives the rows that stand for the public mean (FVU 1, or close to it)."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    width, code = decoder.hidden.shape[0], decoder.weight_map.shape[1] - decoder.hidden.shape[0]
+    bias, second = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+    zero = torch.zeros(code)
+    head = SlotHead(torch.zeros(width, code), bias, second, zero, zero, torch.tensor(1.0))
+    optimiser = torch.optim.Adam([bias, second], lr=2e-2)
+    for step in tqdm(range(steps), desc="public mean", disable=not progress, leave=False):
+        for group in optimiser.param_groups:
+            group["lr"] = 2e-2 * 0.5 * (1 + math.cos(math.pi * step / steps)) + 1e-5
+        index = torch.randint(0, len(contexts), (settings.batch,), generator=generator)
+        whole = contexts.whole[index].float()
+        rows, weights = decoder.decode_batch(zero.expand(len(whole), -1), head)
+        loss = objective.losses(
+            whole, rows, weights, queries=settings.queries, layers=settings.layers, generator=generator
+        ).mean()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward(inputs=[bias, second])
+        optimiser.step()
+    return SlotHead(*(getattr(head, n).detach().clone() for n in SlotHead.TENSORS))
