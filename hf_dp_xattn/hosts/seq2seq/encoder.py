@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from ...errors import ContextError
 from ..access import Access
@@ -50,9 +51,19 @@ class EncoderSide:
             raise ContextError(
                 f"Token ids must be an integer tensor [n] or [B, n], got {ids.dtype} {list(ids.shape)}."
             )
+        limit = self._longest()
+        if limit is not None and ids.shape[-1] > limit:
+            raise ContextError(
+                f"The document has {ids.shape[-1]} tokens, this encoder takes {limit} at most."
+            )
         size = self.module.get_input_embeddings().num_embeddings
         if bool(((ids < 0) | (ids >= size)).any()):
             raise ContextError(f"Token ids must lie in [0, {size}).")
+
+    def _longest(self) -> int | None:
+        """How many tokens an encoder with a table of positions takes; None where there is no such table."""
+        table = any(isinstance(m, nn.Embedding) and "position" in n for n, m in self.module.named_modules())
+        return getattr(self.module.config, "max_position_embeddings", None) if table else None
 
     def encode(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows [n, C] of encoder inputs of batch 1, and which of them are rows (None: all).
@@ -61,8 +72,13 @@ class EncoderSide:
         """
         device, dtype = self._model.device, self._model.dtype
         given = {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
-        with self._access.enter("encoding"):
-            rows = self.module(**given, return_dict=True)[0][0]
+        try:
+            with self._access.enter("encoding"):
+                rows = self.module(**given, return_dict=True)[0][0]
+        except Exception as error:  # its message may quote the document
+            raise ContextError(
+                f"The encoder failed on a context ({type(error).__name__}). Nothing was released; what was charged stays charged."
+            ) from None
         mask = given.get(MASK)
         if mask is None:
             return rows, None

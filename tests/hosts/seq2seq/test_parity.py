@@ -98,3 +98,25 @@ def test_documents_encoded_apart(exact: dpx.DPXAttnConfig) -> None:
         got = model(**release.inputs(decoder_input_ids=ids)).logits
     assert len(release) == 1 and release.contexts[0].rows == 15
     assert float((got - want).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_lora(name: str, exact: dpx.DPXAttnConfig) -> None:
+    """An adapter on the cross-attention takes part; one that comes later is noticed."""
+    peft = pytest.importorskip("peft")
+    names = {
+        "bart": ["encoder_attn.k_proj", "encoder_attn.v_proj"],
+        "t5": ["EncDecAttention.k", "EncDecAttention.v"],
+    }
+    settings = peft.LoraConfig(r=2, target_modules=names[name], init_lora_weights=False)
+    model, inputs = tiny(name), documents(name)
+    plain = generate(model, inputs)
+    with dpx.protect(model, exact) as handle:
+        release = handle.release(**inputs)
+        model.add_adapter(settings)
+        with pytest.raises(dpx.ReleaseError, match="weights"):
+            release.inputs()
+    before = generate(model, inputs)
+    assert not torch.allclose(before[1][0], plain[1][0], atol=1e-3)
+    dpx.protect(model, exact)
+    check_same(generate(model, inputs), before)

@@ -160,6 +160,7 @@ BAD: dict[str, Any] = {
     "nothing": {},
     "no rows": torch.zeros(1, 0, dtype=torch.int64),
     "ids out of range": torch.tensor([[5, 4000]]),
+    "too many ids": torch.full((1, 65), 7),
     "negative ids": torch.tensor([[5, -1]]),
     "NaN": torch.full((1, 3, 16), torch.nan),
     "other channels": torch.zeros(1, 3, 17),
@@ -241,3 +242,38 @@ def test_anchors_need_a_calibration_of_this_model(private: dpx.DPXAttnConfig) ->
         with pytest.raises(dpx.ConfigError, match="calibrat"):
             dpx.protect(model, config, calibration=calibration)
         generate(model, one("bart"))  # nothing was patched
+
+
+def test_an_encoder_that_fails_does_not_quote_the_document(private: dpx.DPXAttnConfig) -> None:
+    model = tiny("bart")
+    handle = dpx.protect(model, private)
+
+    def fail(module: Any, args: Any, kwargs: Any) -> None:
+        raise RuntimeError(f"bad tokens {kwargs['input_ids'].tolist()}")
+
+    model.get_encoder().register_forward_pre_hook(fail, with_kwargs=True)
+    with pytest.raises(dpx.ContextError) as caught:
+        handle.release(torch.tensor([57, 58]))
+    assert "57" not in str(caught.value) and caught.value.__cause__ is None
+    assert not handle.report().releases
+
+
+@pytest.mark.parametrize("unit", ["row", "context"])
+def test_units_and_relations(unit: str, private: dpx.DPXAttnConfig) -> None:
+    model = tiny("t5")
+    handle = dpx.protect(model, private.replace(unit=unit, neighboring="add_or_remove_one"))
+    release = handle.release(**documents("t5"))
+    assert (
+        release.guarantees[1].rows is None and release.contexts[1].rows == 7
+    )  # the padded length, not the document's
+    assert bool(generate(model, release.inputs())[1].isfinite().any())
+
+
+def test_inference_mode_and_training_mode(private: dpx.DPXAttnConfig) -> None:
+    model = tiny("bart").train()
+    handle = dpx.protect(model, private)
+    with torch.inference_mode():
+        tokens = generate(model, one("bart"))[0]
+    release = handle.release(**one("bart"))
+    assert tokens.shape[0] == 1 and model.training
+    model(**release.inputs(labels=torch.tensor([[4, 5, 6]]))).loss.backward()
