@@ -1,4 +1,4 @@
-"""`calibrate`: public statistics of a Stable Diffusion pipeline's cross-attention, from public prompts."""
+"""`calibrate`: public statistics of a host's cross-attention, from public prompts or documents."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from .calibrate_anchors import Public, gather_contexts, is_large, layer_probes, 
 from .identity import host_identity
 from .protect import handle_of
 from .rows import layer_specs, project_rows, split_heads
+from .seq2seq.probing import is_seq2seq
 from .text import TextSide
 
 if TYPE_CHECKING:
@@ -59,14 +60,16 @@ def calibrate(
     * `kernel_sum`: centres, balancing maps, clipping bounds, a sketch basis of `rank` directions, and one plan per epsilon.
 
     Args:
-        public_contexts: prompts; lists of phrases for unit="group"; or embeddings [N, n, C] of which all rows are used.
+        pipe: a Stable Diffusion pipeline, or an encoder-decoder model of transformers.
+        public_contexts: prompts; lists of phrases for unit="group"; or embeddings [N, n, C] of which all rows are used. For an
+            encoder-decoder model: token ids [N, n] cut to one length, or what else its encoder takes, as in `protected.release`.
         config: mechanism, unit and relation to fit for; by default `anchors` with unit="row".
         anchors: cells of the histogram's codebook. releases: candidates of `anchors` ("sum", "response", "histogram").
         steps: training steps of the decoder; by default what takes some five minutes on two cores. More do better.
         grouping: how units are encoded, "rows", "phrases" or "context"; by default what the unit says.
         rank: kernel_sum only; 0 fits geometry and bounds only.
         query_prompts, query_steps, queries_per_step: public denoising runs from which queries are taken; by default 8 prompts over 6
-            steps, or 2 over 4 on a host as large as Stable Diffusion's.
+            steps, or 2 over 4 on a host as large as Stable Diffusion's (16 sampled tokens for each of 8 documents).
 
     Raises:
         ConfigError: too few contexts, wrong type. UnsupportedModelError: not a supported pipeline.
@@ -75,6 +78,25 @@ def calibrate(
     if handle_of(pipe) is not None:
         raise ConfigError(
             "Calibrate before `protect` (or after `unprotect`): a protected pipeline has no exact queries."
+        )
+    if is_seq2seq(pipe):
+        from .seq2seq.calibrate import calibrate_seq2seq
+
+        return calibrate_seq2seq(
+            pipe,
+            public_contexts,
+            config,
+            epsilons=epsilons,
+            anchors=anchors,
+            releases=releases,
+            steps=steps,
+            memory_mb=memory_mb,
+            rank=rank,
+            query_prompts=query_prompts,
+            query_steps=query_steps,
+            queries_per_step=queries_per_step,
+            seed=seed,
+            progress=progress,
         )
     check_pipeline_class(pipe)
     layers = find_layers(pipe.unet)

@@ -65,7 +65,7 @@ class LayerState:
 
 @dataclass
 class Capture:
-    """What one module hands to its attention function, while we run it by ourselves."""
+    """What one module hands to its attention function, while we run it by ourselves. answer: what it is given back, zeros by default."""
 
     module: nn.Module
     query: torch.Tensor | None = None
@@ -74,14 +74,19 @@ class Capture:
     scaling: float | None = None
     softcap: float | None = None
     calls: int = 0
+    answer: torch.Tensor | None = None
 
 
 @dataclass
 class Serving:
-    """How a probe answers a layer: from the keys and values it hands over (recorded on the way), or from recorded ones."""
+    """How a probe answers a layer: from the keys and values it hands over (recorded on the way), or from recorded ones.
+
+    queries: where each module's queries [B, H, m, d] are collected, public ones; H counts key heads.
+    """
 
     recorded: dict[nn.Module, Capture] = field(default_factory=dict)
     replay: bool = False
+    queries: dict[nn.Module, list[torch.Tensor]] = field(default_factory=dict)
 
 
 class _Current(threading.local):
@@ -177,6 +182,8 @@ def _probe(state: Serving, module: nn.Module, given: Capture) -> torch.Tensor:
     assert given.query is not None and source.key is not None and source.value is not None
     query_heads, m = given.query.shape[1:3]
     grouped = group_queries(given.query, source.key.shape[1])
+    if module in state.queries:
+        state.queries[module].append(grouped)
     out, _ = capped_partial(grouped, source.key, source.value, scale_of(given), softcap=given.softcap)
     return ungroup(out, query_heads, m).to(given.query.dtype)
 
@@ -212,7 +219,8 @@ def dp_xattn(
         capture.query, capture.key, capture.value = query, key, value
         capture.scaling, capture.softcap, capture.calls = scaling, softcap, capture.calls + 1
         zeros = query.new_zeros(*query.shape[:3], value.shape[-1])
-        return zeros.transpose(1, 2).contiguous(), None
+        answer = zeros if capture.answer is None else capture.answer.to(zeros)
+        return answer.transpose(1, 2).contiguous(), None
     if _current.serving is not None:
         return _probe(_current.serving, module, given).transpose(1, 2).contiguous(), None
     state: LayerState | None = module.__dict__.get(LAYER_ATTRIBUTE)

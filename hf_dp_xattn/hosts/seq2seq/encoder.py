@@ -70,18 +70,24 @@ class EncoderSide:
 
         Each document is encoded by itself, so that no other one can change its rounding.
         """
+        rows = self.encode_batch(inputs)[0]
+        mask = inputs.get(MASK)
+        if mask is None:
+            return rows, None
+        mask = mask.to(rows.device)
+        if mask.shape[1] != len(rows):
+            mask = self._shorten(len(rows), mask)
+        return rows, mask[0].to(torch.bool)
+
+    def encode_batch(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The encoder's last hidden state [B, n, C]."""
         device, dtype = self._model.device, self._model.dtype
         given = {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
         try:
             with self._access.enter("encoding"):
-                rows = self.module(**given, return_dict=True)[0][0]
+                states: torch.Tensor = self.module(**given, return_dict=True)[0]
         except Exception as error:  # its message may quote the document
             raise ContextError(
                 f"The encoder failed on a context ({type(error).__name__}). Nothing was released; what was charged stays charged."
             ) from None
-        mask = given.get(MASK)
-        if mask is None:
-            return rows, None
-        if mask.shape[1] != len(rows):
-            mask = self._shorten(len(rows), mask)
-        return rows, mask[0].to(torch.bool)
+        return states

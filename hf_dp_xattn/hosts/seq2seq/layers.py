@@ -19,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from ...errors import UnsupportedModelError
 from .attention import NAME, Capture, capturing, scale_of
 
+_SIGNS = 16
+
 
 @dataclass(frozen=True)
 class Invocation:
@@ -114,21 +116,45 @@ class CrossLayer:
         self.to_q = Side(module, self._queries, (invocation.width * groups, self.inner_dim))
 
     def _run(self, hidden: torch.Tensor, states: torch.Tensor) -> Capture:
+        return self._call(hidden, states)[0]
+
+    def _call(
+        self, hidden: torch.Tensor, states: torch.Tensor, answer: torch.Tensor | None = None
+    ) -> tuple[Capture, torch.Tensor]:
+        """What the module hands to its attention function, and what it makes of the answer."""
         args, kwargs = self._invocation.fill(hidden, states if self.bridge is None else self.bridge(states))
-        with capturing(Capture(self.module)) as capture, routed(self.module):
-            self.module(*args, **kwargs)
+        with capturing(Capture(self.module, answer=answer)) as capture, routed(self.module):
+            out = self.module(*args, **kwargs)
         if capture.calls != 1:
             raise UnsupportedModelError(f"{self.name} does not call the attention interface once.")
-        return capture
+        return capture, out[0] if isinstance(out, tuple) else out
 
     def _cut(self, states: torch.Tensor) -> torch.Tensor:
         return states[..., : states.shape[-1] - self.padding]
 
     def project(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [1, H, n, d] of rows [1, n, C] of the encoder's output."""
-        capture = self._run(rows.new_zeros(1, 1, self._invocation.width), rows)
+        """Keys and values [B, H, n, d] of rows [B, n, C] of the encoder's output."""
+        capture = self._run(rows.new_zeros(len(rows), 1, self._invocation.width), rows)
         assert capture.key is not None and capture.value is not None
         return self._cut(capture.key), self._cut(capture.value)
+
+    @torch.no_grad()
+    def output_gain(self) -> torch.Tensor:
+        """[H] mean squared gain from a key head's output channel to the module's output, estimated with random signs."""
+        groups, width = self.query_heads // self.heads, self.inner_dim // self.heads
+        like = next(self.module.parameters())
+        hidden = like.new_zeros(1, _SIGNS, self._invocation.width)
+        states = like.new_zeros(1, 1, self.cross_attention_dim)
+        base = self._call(hidden, states)[1]
+        generator = torch.Generator().manual_seed(0)
+        gains = []
+        for head in range(self.heads):
+            answer = torch.zeros(1, self.query_heads, _SIGNS, width + self.padding)
+            own = answer[:, head * groups : (head + 1) * groups, :, :width]
+            own.copy_(torch.randint(0, 2, own.shape, generator=generator) * 2.0 - 1.0)
+            change = (self._call(hidden, states, answer)[1] - base).double().square().sum()
+            gains.append(change / (_SIGNS * groups * width))
+        return torch.stack(gains).cpu()
 
     def _queries(self, rows: torch.Tensor) -> torch.Tensor:
         """[1, H, n, d] of inputs [1, n, g C] side by side, one block of channels for each query head that shares a key head.

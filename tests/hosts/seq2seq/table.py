@@ -43,6 +43,9 @@ pipelines of transformers; `model(**release.inputs(), labels=...)`; `release.inp
 private one; `protected.release(**tokenizer(documents, ...), groups="documents")` with `unit="group"` encodes each document apart
 (Fusion-in-Decoder), so the guarantee for one document is real end to end.
 
+Calibrations (`anchors` needs one, `kernel_sum` gains by one): `dpx.calibrate(model, ids, config)` with public token ids [N, n] cut to one
+length (long public texts in pieces), for unit="row" or "context".
+
 What is refused: assisted decoding and prompt lookup, `encoder_no_repeat_ngram_size` and `encoder_repetition_penalty` (they read the
 document past the release; where a model's own settings ask for the first, as Blenderbot's do, it is switched off and the report says
 so), guidance, static caches and compiled generation, caches made elsewhere, Whisper's token timestamps, quantised projections.
