@@ -65,7 +65,7 @@ def calibrate(
             encoder-decoder model: token ids [N, n] cut to one length, or what else its encoder takes, as in `protected.release`.
         config: mechanism, unit and relation to fit for; by default `anchors` with unit="row".
         anchors: cells of the histogram's codebook. releases: candidates of `anchors` ("sum", "response", "histogram").
-        steps: training steps of the decoder; by default what takes some five minutes on two cores. More do better.
+        steps: training steps of the decoder; by default what takes a few minutes on two cores. More do better.
         grouping: how units are encoded, "rows", "phrases" or "context"; by default what the unit says.
         rank: kernel_sum only; 0 fits geometry and bounds only.
         query_prompts, query_steps, queries_per_step: public denoising runs from which queries are taken; by default 8 prompts over 6
@@ -112,7 +112,13 @@ def calibrate(
 
     gains = [output_gain(attn) for attn in layers.values()]
     if config.mechanism == "anchors":
-        settings = AnchorSettings(releases=tuple(releases), anchors=anchors, seed=seed, progress=progress)
+        settings = AnchorSettings(
+            releases=tuple(releases),
+            anchors=anchors,
+            validation=128 if large else 400,
+            seed=seed,
+            progress=progress,
+        )
         candidates(config, settings)  # refuses what cannot be before minutes are spent on it
         grouping = grouping or {"row": "rows", "group": "phrases", "context": "context"}[config.unit]
         contexts, public_rows = gather_contexts(

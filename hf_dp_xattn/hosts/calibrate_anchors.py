@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Public = Sequence[str] | Sequence[Sequence[str]] | torch.Tensor
 ENCODER_BATCH = 64
 _LARGE = 5e6
-_EFFORT = 2e13
+_EFFORT = 1.2e13
 
 
 def choose_contexts(public: Public, bytes_each: int, memory_mb: int, seed: int) -> list[Any]:
@@ -138,7 +138,7 @@ def is_large(layers: dict[str, Attention]) -> bool:
 def slot_schedule(layers: dict[str, Attention], rows: int, steps: int | None, seed: int) -> SlotSettings:
     """Batches that this host can afford: large hosts get smaller batches over two layers at a time, and by default fewer steps.
 
-    The default spends about 2e13 multiplications and additions, some five minutes on two cores.
+    The default spends about 1.2e13 multiplications and additions, a few minutes on two cores.
     """
     usual = SlotSettings(seed=seed)
     chosen = dataclasses.replace(usual, batch=16, layers=2, slots=48) if is_large(layers) else usual

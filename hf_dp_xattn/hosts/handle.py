@@ -65,13 +65,13 @@ class ProtectedPipeline:
         self.calibration = calibration
         self.ledger = Ledger() if ledger is None else ledger
         self.budget = budget or Budget(config.epsilon, config.delta, config.unit, config.neighboring)
-        self.layers = find_layers(unet)
+        self.layers = self._find_layers()
         self.access = Access()
         self.entropy = entropy
         self._patches: list[PipelinePatch] = []
         self._gates: list[TextGate] = []
-        self._originals = {name: attn.processor for name, attn in self.layers.items()}
-        self._processors = {name: DPAttnProcessor() for name in self.layers}
+        self._originals: dict[str, Any] = {}
+        self._processors: dict[str, DPAttnProcessor] = {}
         self._bindings = Bindings()
         self._cache: OrderedDict[tuple[str, bytes], ReleasedContext] = OrderedDict()
         self._spent: list[Spent] = []
@@ -86,6 +86,9 @@ class ProtectedPipeline:
         self._hook: Any = None
         self.active = False
 
+    def _find_layers(self) -> dict[str, Any]:
+        return dict(find_layers(self.unet))
+
     # ---- installing and removing -------------------------------------------------------------------------------------------
 
     def install(self) -> None:
@@ -93,6 +96,8 @@ class ProtectedPipeline:
         for message in self._maker.warnings(self._fingerprint):
             warnings.warn(message, stacklevel=4)
         self.active = True
+        self._originals = {name: attn.processor for name, attn in self.layers.items()}
+        self._processors = {name: DPAttnProcessor() for name in self.layers}
         setattr(self.unet, HANDLE_ATTRIBUTE, self)
         current = self.unet.attn_processors
         self.unet.set_attn_processor(

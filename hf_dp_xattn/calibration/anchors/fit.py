@@ -38,7 +38,6 @@ MINIMUM_CONTEXTS = 64
 GEOMETRY_NOISE = 0.08  # of the auxiliary sum whose codes give the cells of `response`
 ALPHABETS = (4, 8, 16, 32, 64, 128, 256, 1024, 4096)
 MAX_CODEBOOKS = 6
-_VALIDATION = 400
 _LONG = 256  # rows of a context from which single public rows may stand for a cell
 _CODEBOOK_UNITS = 32_768
 
@@ -46,12 +45,13 @@ _CODEBOOK_UNITS = 32_768
 @dataclass(frozen=True)
 class AnchorSettings:
     """How a calibration is fitted. releases: candidates; anchors: cells of the histogram's codebook. rows: cells that stay unmerged when
-    a histogram is decoded; by default 48, or a quarter of a long context's rows."""
+    a histogram is decoded; by default 48, or a quarter of a long context's rows. validation: public contexts that are held out."""
 
     releases: tuple[str, ...] = ("sum", "response", "histogram")
     anchors: int = 4096
     rows: int | None = None
     tilt_steps: int = 400
+    validation: int = 400
     slots: SlotSettings = field(default_factory=SlotSettings)
     seed: int = 0
     progress: bool = True
@@ -100,7 +100,7 @@ def fit_anchors(
             f"A calibration of anchors needs at least {MINIMUM_CONTEXTS} public contexts, got {len(contexts)}; thousands do better."
         )
     order = torch.randperm(len(contexts), generator=torch.Generator().manual_seed(settings.seed))
-    held = min(_VALIDATION, len(contexts) // 6)
+    held = min(settings.validation, len(contexts) // 6)
     training, validation = contexts.part(order[held:]), contexts.part(order[:held])
     epsilons = sorted(float(e) for e in epsilons)
     found: list[AnchorPlan] = []
@@ -409,9 +409,19 @@ def _split_by_likeness(units: torch.Tensor, seed: int) -> torch.Tensor:
     """bool [N]: all units but those of every eighth small cluster, so that what is held out is unlike what is seen: codebooks must
     serve new combinations of known parts too."""
     clusters = min(400, len(torch.unique(units, dim=0)) // 4)
-    if clusters < 8:
-        return torch.arange(len(units)) % 8 > 0
-    return assign(units, kmeans(units, clusters, seed=seed, per_cell=1))[0] % 8 > 0
+    centers = _centers(units, clusters, seed) if clusters >= 8 else None
+    return (torch.arange(len(units)) if centers is None else assign(units, centers)[0]) % 8 > 0
+
+
+def _centers(points: torch.Tensor, size: int, seed: int) -> torch.Tensor | None:
+    """k-means, or None where the points are too few or too alike for so many cells. A phrase may well have a cell of its own, as long
+    as public contexts repeat it."""
+    if size * 4 > len(points) or size * 1.5 > len(torch.unique(points, dim=0)):
+        return None
+    try:
+        return kmeans(points, size, seed=seed, per_cell=1)
+    except ConfigError:  # distinct by rounding only
+        return None
 
 
 def _residual_codebooks(
@@ -421,10 +431,9 @@ def _residual_codebooks(
     stages: list[tuple[torch.Tensor, torch.Tensor]] = []
     rest = flat
     for _ in range(count):
-        # a phrase may well have a cell of its own, as long as public contexts repeat it
-        if size * 4 > len(rest) or size * 1.5 > len(torch.unique(rest, dim=0)):
+        codes = _centers(rest, size, seed)
+        if codes is None:
             break
-        codes = kmeans(rest, size, seed=seed, per_cell=1)
         index = assign(rest, codes)[0]
         stages.append((codes, torch.bincount(index, minlength=size).float() / len(index)))
         rest = rest - codes[index]

@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import warnings
 import weakref
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,16 +17,15 @@ from ...mechanisms.rows_structure import RowsStructure
 from ...mechanisms.structure import AttentionStructure, ExactStructure
 from ...privacy.ledger import Budget, Ledger
 from ...report import PrivacyReport
-from ..access import Access, TextGate
-from ..bindings import Bindings, bind, unique
+from ..access import TextGate
+from ..bindings import bind, unique
 from ..context import PrivateContext
 from ..fingerprint import Fingerprint
 from ..handle import HANDLE_ATTRIBUTE, ProtectedPipeline
-from ..making import Recipe, choose_maker
+from ..making import Recipe
 from ..placeholder import Tag, make_placeholder, new_tag, read_tags
 from ..processor import LayerTable
 from ..release import Release, ReleasedContext
-from ..tables import Tables
 from .attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, dp_xattn
 from .contexts import MASK, STATES, gather, join_documents, name_inputs
 from .encoder import EncoderSide
@@ -68,32 +66,26 @@ class ProtectedSeq2Seq(ProtectedPipeline):
         entropy: Entropy | None = None,
         serving_only: bool = False,
     ) -> None:
-        self.unet = self.model = model
-        self.config = config
-        self.calibration = calibration
-        self.ledger = Ledger() if ledger is None else ledger
-        self.budget = budget or Budget(config.epsilon, config.delta, config.unit, config.neighboring)
-        self.cross = find_layers(model)
-        self.layers: dict[str, Any] = dict(self.cross)
-        self._channels = context_channels(model)
-        self.access = Access()
-        self._encoder = EncoderSide(model, self.access)
-        self.entropy = entropy
-        self._bindings = Bindings()
-        self._cache = OrderedDict()
-        self._spent = []
-        self._patches = []
-        self._gates = []
-        self._fingerprint = self._current_fingerprint()
-        self._tables = Tables(self.layers)
-        self._maker = choose_maker(
-            model, self.layers, config, calibration, self._fingerprint, serving_only=serving_only
+        self.model = model
+        super().__init__(
+            model,
+            config,
+            calibration=calibration,
+            ledger=ledger,
+            budget=budget,
+            entropy=entropy,
+            serving_only=serving_only,
         )
+        self._encoder = EncoderSide(model, self.access)
         self._calls = Calls()
         self._configs = {name: layer.module.config for name, layer in self.cross.items()}
         self._routes = {name: route(config) for name, config in self._configs.items()}
         self._generate = GenerateShadow(model, self)
         self._hooks: list[Any] = []
+
+    def _find_layers(self) -> dict[str, Any]:
+        self.cross = find_layers(self.model)
+        return dict(self.cross)
 
     # ---- installing and removing -------------------------------------------------------------------------------------------
 
@@ -136,7 +128,7 @@ class ProtectedSeq2Seq(ProtectedPipeline):
 
     @property
     def channels(self) -> int:
-        return self._channels
+        return context_channels(self.model)
 
     # ---- gates -------------------------------------------------------------------------------------------------------------
 
