@@ -339,8 +339,8 @@ class ContinualPlan:
             shift += 1
             if sensitivity >> shift < _COARSEST:
                 raise ConfigError(
-                    f"At epsilon = {epsilon:g} and a horizon of {horizon} the noise is more than the sampler makes at this precision. Raise "
-                    "epsilon or lower the horizon."
+                    f"At epsilon = {epsilon:g} and a horizon of {horizon} the noise is more than the sampler makes at this precision. "
+                    "Raise epsilon or lower the horizon."
                 )
         joint = joint_sensitivity(factors, sensitivity, size, shift)
         sigma_squared = gaussian_sigma_squared_beside(epsilon, delta, joint, beside)
