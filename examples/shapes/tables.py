@@ -99,6 +99,10 @@ def plot(lines: Sequence[dict[str, Any]], titles: dict[str, str], path: Path, ca
         y_text = y_end if last is None else max(y_end, last + 5.5)  # labels must not overlap
         axes.annotate(title, (x_end, y_end), (x_end * 1.12, y_text), color=colour, fontsize=9, va="center")
         last = y_text
+    axes.set_xscale("log", base=2)
+    ticks = sorted({float(x["epsilon"]) for x in lines if _is_number(x["epsilon"])})
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.set_xlim(ticks[0] * 0.9, ticks[-1] * 4)
     for label, style in ((PLAIN, "--"), (PUBLIC, ":")):
         values = [100 * x["accuracy"] for x in lines if x["epsilon"] == label and x["series"] == "row"]
         if values:
@@ -106,10 +110,6 @@ def plot(lines: Sequence[dict[str, Any]], titles: dict[str, str], path: Path, ca
             axes.annotate(
                 f"{label}, {values[0]:.0f} %", (axes.get_xlim()[0], values[0] - 3.5), color="gray", fontsize=8
             )
-    axes.set_xscale("log", base=2)
-    ticks = sorted({float(x["epsilon"]) for x in lines if _is_number(x["epsilon"])})
-    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    axes.set_xlim(ticks[0] * 0.9, ticks[-1] * 4)
     axes.set_ylim(0, 102)
     axes.set_xlabel(caption)
     axes.set_ylabel("attributes right, %")
