@@ -53,8 +53,8 @@ def pipeline() -> StableDiffusionPipeline:
     return pipe
 
 
-def measure(count: int = 10_000, anchors: int = 4096, size: int = 64, repeats: int = 5) -> dict[str, object]:
-    """Seconds and ratios."""
+def measure(count: int = 10_000, anchors: int = 4096) -> dict[str, object]:
+    """Seconds of a calibration, and of releases with it."""
     warnings.simplefilter("ignore")
     pipe = pipeline()
     gen = torch.Generator().manual_seed(2)
@@ -80,20 +80,6 @@ def measure(count: int = 10_000, anchors: int = 4096, size: int = 64, repeats: i
             served = release.contexts[0].context
             assert served is not None
             rows.append(served.rows.shape[0])
-    protected_s, plain_s = [], []
-    plain = torch.cat([negative, fresh[:1]])
-    step(pipe.unet, plain, size)
-    for _ in range(repeats):
-        with dpx.protect(pipe, config, calibration=calibration) as protected:
-            inputs = protected.release(fresh[0]).inputs()["prompt_embeds"]
-            states = torch.cat([negative, inputs])
-            start = time.perf_counter()
-            step(pipe.unet, states, size)
-            protected_s.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        step(pipe.unet, plain, size)
-        plain_s.append(time.perf_counter() - start)
-    ratios = sorted(p / q for p, q in zip(protected_s, plain_s, strict=True))
     return {
         "contexts": count,
         "anchors": anchors,
@@ -104,8 +90,51 @@ def measure(count: int = 10_000, anchors: int = 4096, size: int = 64, repeats: i
         "release_s": sorted(release_s)[len(release_s) // 2],
         "activation_s": sorted(activation_s)[len(activation_s) // 2],
         "rows_served": max(rows),
-        "step_protected_s": min(protected_s),
-        "step_unprotected_s": min(plain_s),
-        "step_ratio": ratios[len(ratios) // 2],
+    }
+
+
+def measure_step(size: int = 64, repeats: int = 9) -> dict[str, object]:
+    """One denoising step with guidance, protected and unprotected in turn; the calibration is small, the rows served are as many."""
+    warnings.simplefilter("ignore")
+    pipe = pipeline()
+    negative = torch.randn(1, ROWS, CHANNELS, generator=torch.Generator().manual_seed(2))
+    config = dpx.DPXAttnConfig(mechanism="anchors")
+    calibration = dpx.calibrate(
+        pipe,
+        contexts(128),
+        config,
+        epsilons=(8.0,),
+        releases=("sum",),
+        steps=10,
+        query_prompts=1,
+        query_steps=1,
+        progress=False,
+    )
+    private = contexts(1, seed=9).float()
+    plain = torch.cat([negative, private])
+    step(pipe.unet, plain, size)
+    protected_s, plain_s, rows = [], [], 0
+    for i in range(repeats):
+        with dpx.protect(pipe, config, calibration=calibration) as protected:
+            release = protected.release(private[0])
+            served = release.contexts[0].context
+            assert served is not None
+            rows = served.rows.shape[0]
+            states = torch.cat([negative, release.inputs()["prompt_embeds"]])
+            if i == 0:
+                step(pipe.unet, states, size)
+            start = time.perf_counter()
+            step(pipe.unet, states, size)
+            protected_s.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        step(pipe.unet, plain, size)
+        plain_s.append(time.perf_counter() - start)
+    ratios = sorted(p / q for p, q in zip(protected_s, plain_s, strict=True))
+    return {
+        "rows_served": rows,
+        "repeats": repeats,
+        "step_protected_s": sorted(protected_s)[repeats // 2],
+        "step_unprotected_s": sorted(plain_s)[repeats // 2],
+        "step_ratio": ratios[repeats // 2],
         "step_ratios": ratios,
     }

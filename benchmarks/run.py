@@ -26,6 +26,7 @@ SECTIONS = {
     "noise": noise.measure,
     "attend": attend.measure,
     "anchors": anchors.measure,
+    "anchors_step": anchors.measure_step,
     "sd15": sd15.measure,
 }
 
@@ -61,8 +62,13 @@ def markdown(results: dict[str, dict]) -> str:
             f"| release of one prompt's rows, decoded | {1e3 * r['release_s']:.0f} ms | 50 ms |",
             f"| keys and values of the decoded rows, once per picture | {1e3 * r['activation_s']:.0f} ms | |",
             f"| rows served | {r['rows_served']} of 77 | |",
-            f"| denoising step, protected / unprotected | {r['step_ratio']:.3f} "
-            f"({r['step_protected_s']:.2f} s / {r['step_unprotected_s']:.2f} s) | 1.00 |",
+        ]
+    if "anchors_step" in results:
+        r = results["anchors_step"]
+        lines += [
+            f"| denoising step, protected / unprotected, median of {r['repeats']} pairs | {r['step_ratio']:.3f} "
+            f"({r['step_protected_s']:.2f} s / {r['step_unprotected_s']:.2f} s; pairs {r['step_ratios'][0]:.3f} to "
+            f"{r['step_ratios'][-1]:.3f}) | 1.00 |",
         ]
     if "sd15" in results:
         r = results["sd15"]
