@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter, NullLocator
 
 from .common import KERNEL, MECHANISMS, TREE
 
@@ -20,6 +21,7 @@ STYLES = {
     "trees": ("#E69F00", "v", "dptree, through the trees"),
     "exact": ("#666666", "x", "exact attention (not private)"),
     "anchors": ("#009E73", "^", "anchors"),
+    "kernel_sum_small": ("#56B4E9", "D", "kernel_sum, the tree's settings"),
 }
 AXES = {"n": "rows n", "dv": "channels of a value, d", "r": "features r"}
 
@@ -47,6 +49,16 @@ def _lines(axes: Any, points: Sequence[dict[str, Any]], names: Sequence[str], x:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    _ticks(axes, [p[x] for p in points])
+
+
+def _ticks(axes: Any, values: Sequence[float]) -> None:
+    """The measured points themselves, at most five of them."""
+    every = -(-len(values) // 5)
+    shown = values[::every]
+    axes.set_xticks(shown, [f"{v:,g}" if v < 1e4 else f"{v:,.0f}" for v in shown], fontsize=8)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _guide(axes: Any, points: Sequence[dict[str, Any]], name: str, slope: float, text: str) -> None:
@@ -64,14 +76,14 @@ def _save(figure: Any, path: Path) -> None:
 def costs(results: dict[str, Any], folder: Path) -> None:
     for part, names, label in (
         ("space", MECHANISMS, "noised numbers released"),
-        ("initialisation", MECHANISMS, "seconds of a release"),
-        ("queries", ("trees", *MECHANISMS, "exact"), "seconds for {queries:,} queries"),
+        ("initialisation", MECHANISMS, "CPU seconds of a release"),
+        ("queries", ("trees", *MECHANISMS, "exact"), "CPU seconds for {queries:,} queries"),
     ):
         figure, axes = _axes(3)
         for a, by in zip(axes, AXES, strict=True):
             _lines(a, results[part]["points"][by], names)
             a.set_xlabel(AXES[by])
-        axes[0].set_ylabel(label.format(**results[part]) if "{" in label else label)
+        axes[0].set_ylabel(label.format(**results[part]))
         low, high = (f(a.get_ylim()[i] for a in axes) for i, f in enumerate((min, max)))
         for a in axes:
             a.set_ylim(low, high)
@@ -109,7 +121,7 @@ def errors(results: dict[str, Any], folder: Path) -> None:
 
 def relative(results: dict[str, Any], folder: Path) -> None:
     figure, (a,) = _axes(1)
-    points = [p for p in results["relative"]["points"] if p["limit"] < 50]
+    points = results["relative"]["points"]
     order = sorted(points, key=lambda p: p["eps_s"])
     a.plot(
         [p["eps_s"] for p in order],
@@ -142,36 +154,21 @@ def growing(results: dict[str, Any], folder: Path) -> None:
     a = axes[0]
     points = results["growing"]["points"]
     x = [p["x"] for p in points]
-    for name, key, colour, marker, label in (
-        ("naive", "worst_predicted", "#666666", "x", "a release at every append"),
-        ("tree", "worst_predicted", "#D55E00", "s", "binary tree"),
-        ("square_root", "worst_predicted", "#0072B2", "o", "square-root factorisation"),
+    for name, colour, marker, label in (
+        ("naive", "#666666", "x", "a release at every append"),
+        ("tree", "#D55E00", "s", "binary tree"),
+        ("square_root", "#0072B2", "o", "square-root factorisation"),
     ):
-        a.plot(
-            x,
-            [p[name][key] for p in points],
-            color=colour,
-            marker=marker,
-            ms=5,
-            lw=1.6,
-            label=f"{label}: worst prefix",
-        )
-        measured = [p[name]["mean_measured"] for p in points]
-        a.plot(
-            x,
-            measured,
-            color=colour,
-            marker=marker,
-            ms=5,
-            ls="",
-            mfc="none",
-            label=f"{label}: measured, mean",
-        )
-    a.set_xscale("log", base=2)
-    a.set_yscale("log", base=2)
+        a.plot(x, [p[name]["worst_predicted"] for p in points], color=colour, lw=1.6, label=label)
+        a.plot(x, [p[name]["mean_measured"] for p in points], color=colour, marker=marker, ms=5, ls="")
+    a.plot([], [], color="#000000", lw=1.6, label="lines: worst state, predicted")
+    a.plot([], [], color="#000000", marker=".", ls="", label="points: RMS of all states, measured")
+    a.set_xscale("log")
+    a.set_yscale("log")
+    _ticks(a, x)
     a.set_xlabel("appends T")
     a.set_ylabel("error, in noises of one release")
-    a.legend(frameon=False, fontsize=7)
+    a.legend(frameon=False, fontsize=7, loc="upper left")
     _save(figure, folder / "growing.png")
 
 
@@ -181,7 +178,7 @@ def shapes(results: dict[str, Any], folder: Path) -> None:
         return
     figure, axes = _axes(1)
     a = axes[0]
-    for name in ("anchors", KERNEL, TREE):
+    for name in ("anchors", KERNEL, "kernel_sum_small", TREE):
         colour, marker, label = STYLES[name]
         values = [p[name] for p in found["points"]]
         a.plot(
@@ -193,8 +190,9 @@ def shapes(results: dict[str, Any], folder: Path) -> None:
             label=label,
         )
     a.axhline(found["public_mean"], color="#888888", ls=":", label="public mean, no release")
-    a.set_xscale("log", base=2)
+    a.set_xscale("log")
     a.set_yscale("log")
+    _ticks(a, [p["x"] for p in found["points"]])
     a.set_xlabel("epsilon")
     a.set_ylabel("unexplained variance of the outputs")
     a.legend(frameon=False, fontsize=8)

@@ -9,7 +9,6 @@ import hf_dp_xattn as dpx
 
 from .common import KERNEL, TREE, Sizes
 
-NAMES = ("anchors", KERNEL, TREE)
 SEED = 555
 # the tree's best settings on PUBLIC captions: one direction a head, one bin
 TREE_SETTINGS = {"degree": 1, "projection_dim": 1, "logit_bound": 0.1, "tree_bins": 1}
@@ -40,24 +39,26 @@ def shapes(sizes: Sizes) -> dict[str, Any]:
         setting.pipeline, sizes.shapes_epsilons, captions=public, rank=rank, progress=False
     )
 
-    class Tree(Mechanism):
-        """The tree with its own settings and geometry."""
+    class Small(Mechanism):
+        """A mechanism with the tree's settings and geometry, without a sketch."""
 
         def _protect(self, epsilon: float, seed: int) -> Any:
-            settings = config(epsilon, mechanism=TREE, **TREE_SETTINGS)
+            settings = config(epsilon, mechanism=self.mechanism, **TREE_SETTINGS)
             return dpx.protect(self.setting.pipeline, settings, calibration=self.calibration)
 
-    tree_config = config(
+    small_config = config(
         8.0, mechanism=KERNEL, **{k: v for k, v in TREE_SETTINGS.items() if k != "tree_bins"}
     )
     public_captions = [e.caption for e in train_examples(public, SEED + 1)]
-    geometry = dpx.calibrate(
-        setting.pipeline, public_captions, tree_config, epsilons=(8.0,), rank=8, progress=False
+    fitted = dpx.calibrate(
+        setting.pipeline, public_captions, small_config, epsilons=(8.0,), rank=8, progress=False
     )
+    geometry = dataclasses.replace(fitted, basis=None, plans=())
     methods = {
         "anchors": Mechanism(setting, "anchors", dpx.Calibration.from_pretrained(CALIBRATIONS / "row")),
         KERNEL: Mechanism(setting, KERNEL, moments),
-        TREE: Tree(setting, TREE, geometry),
+        "kernel_sum_small": Small(setting, KERNEL, geometry),
+        TREE: Small(setting, TREE, geometry),
     }
     points = []
     for epsilon in sizes.shapes_epsilons:
