@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from .errors import ConfigError
-from .hub import find_files, push_files
+from .hub import (
+    HubOptions,
+    PushOptions,
+    dump_document,
+    find_files,
+    push_with_card,
+    read_document,
+    write_files,
+)
 from .privacy.units import NeighboringRelation, Unit
+
+if TYPE_CHECKING:
+    from .cards import CardOptions
 
 CONFIG_NAME = "dp_xattn_config.json"
 SCHEMA_VERSION = 1
@@ -142,40 +152,43 @@ class DPXAttnConfig:
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
         """Writes `dp_xattn_config.json`; returns its path."""
         folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / CONFIG_NAME
-        path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
-        return path
+        write_files(folder, {CONFIG_NAME: dump_document(self.to_dict())})
+        return folder / CONFIG_NAME
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Uploads `dp_xattn_config.json` to a Hub repository; returns the commit's address."""
-        return push_files(
-            self.save_pretrained,
-            repo_id,
-            message="Upload a DP attention config",
-            private=private,
-            token=token,
-        )
+    def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
+        """Uploads `dp_xattn_config.json` and a card to a Hub repository; returns the commit's address.
+
+        A repository's README.md that somebody else wrote stays as it is.
+
+        Raises:
+            HubError: the upload failed, and the repository is as it was. ConfigError: unknown options.
+        """
+        from .cards import card_file, config_card
+
+        def save(directory: str, card: CardOptions) -> None:
+            self.save_pretrained(directory)
+            write_files(Path(directory), card_file(Path(directory), config_card(self, card)))
+
+        return push_with_card(save, repo_id, options, "Upload a DP attention config")
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **hub_kwargs: Any) -> DPXAttnConfig:
-        """Reads a config from a folder, or from a Hub repository (`revision`, `token`, `subfolder`, ...).
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], **options: Unpack[HubOptions]
+    ) -> DPXAttnConfig:
+        """Reads a config from a folder, or from a Hub repository (`revision`, `token`, `subfolder`, ...: `hub.HubOptions`).
 
-        Every key must be present: a missing key is an error, because a default may be weaker than what was meant.
+        Raises:
+            ConfigError: missing, damaged, of another schema; an unknown key, or a missing one, because a default may be weaker than what
+                was meant.
         """
-        path = find_files(name_or_path, (CONFIG_NAME,), error=ConfigError, **hub_kwargs) / CONFIG_NAME
-        if not path.is_file():
-            raise ConfigError(f"No {CONFIG_NAME} in {path.parent}.")
-        try:
-            values = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{path} is not valid JSON ({error}); it may be damaged or truncated."
-            ) from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} must hold a JSON object.")
+        return cls.from_file(find_files(name_or_path, (CONFIG_NAME,), error=ConfigError, **options))
+
+    @classmethod
+    def from_file(cls, folder: Path) -> DPXAttnConfig:
+        """Reads and checks the file in a local folder; raises ConfigError."""
+        values = read_document(folder / CONFIG_NAME, ConfigError)
         config = cls.from_dict(values)
         missing = sorted({f.name for f in dataclasses.fields(cls)} - set(values))
         if missing:
-            raise ConfigError(f"{path} lacks the key(s) {', '.join(missing)}.")
+            raise ConfigError(f"{CONFIG_NAME} lacks the key(s) {', '.join(missing)}.")
         return config

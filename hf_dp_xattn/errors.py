@@ -36,3 +36,7 @@ class LedgerError(DPXAttnError, RuntimeError):
 
 class ReleaseError(DPXAttnError, ValueError):
     """A release is damaged or does not fit the model that it is used with."""
+
+
+class HubError(DPXAttnError, OSError):
+    """An upload to the Hub did not take place; the message says why, and that nothing was changed there."""

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
-from ..hub import find_files, push_files
+from ..hub import HubOptions, PushOptions, find_files, push_with_card, read_document, write_files
 from ..mechanisms.contract import LayerSpec
 from ..mechanisms.contributions import lattice_exponent
 from ..mechanisms.geometry import HeadGeometry
 from ..mechanisms.sketch import SketchBasis, SketchPlan
-from .anchors.calibration import KIND as ANCHORS
 from .anchors.calibration import AnchorCalibration
+from .anchors.files import JSON_NAME, KIND, TENSORS_NAME, load_anchors
+from .files import load_kernel_sum, save_kernel_sum
 
-SCHEMA_VERSION = 1
-_JSON = "dp_xattn_calibration.json"
-_TENSORS = "dp_xattn_calibration.safetensors"
+if TYPE_CHECKING:
+    from ..cards import CardOptions
+
 # A calibration is made for these fields of the config; epsilon may differ (the nearest plan is used).
 BOUND_FIELDS = ("features", "degree", "num_features", "feature_seed", "logit_bound", "unit")
 
@@ -111,113 +107,43 @@ class Calibration:
             self._cache[entry.epsilon] = sketch_plan(entry, self.basis, self.units)
         return self._cache[entry.epsilon]
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
-        """Writes JSON + safetensors (float32/float64, no pickle); returns the folder."""
+    def save_pretrained(self, directory: str | os.PathLike[str], **card: Unpack[CardOptions]) -> Path:
+        """Writes JSON + safetensors (float32/float64, no pickle) and a card; returns the folder.
+
+        A README.md that somebody else wrote stays as it is. card: license, base_model, utility (`cards.CardOptions`).
+        """
+        from ..cards import calibration_card, card_file, card_options
+
         folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors: dict[str, torch.Tensor] = {}
-        for i, geometry in enumerate(self.geometries):
-            tensors.update({f"geometry.{i}.{k}": v for k, v in geometry.tensors().items()})
-        if self.basis is not None:
-            for name in ("analysis", "synthesis", "mean_sums"):
-                tensors.update({f"basis.{i}.{name}": t for i, t in enumerate(getattr(self.basis, name))})
-        for i, entry in enumerate(self.plans):
-            tensors.update({f"plan.{i}.{name}": getattr(entry, name) for name in PlanEntry.TENSORS})
-        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / _TENSORS)
-        header = {
-            "schema_version": SCHEMA_VERSION,
-            "layers": list(self.layers),
-            "scales": [g.scale for g in self.geometries],
-            "settings": self.settings,
-            "clip_norm": self.clip_norm,
-            "contexts": self.contexts,
-            "units": self.units,
-            "has_basis": self.basis is not None,
-            "plans": [{n: getattr(p, n) for n in PlanEntry.NUMBERS} for p in self.plans],
-            "sha256": hashlib.sha256((folder / _TENSORS).read_bytes()).hexdigest(),
-        }
-        (folder / _JSON).write_text(json.dumps(header, indent=2, sort_keys=True) + "\n")
+        text = calibration_card(self, card_options(card))
+        save_kernel_sum(self, folder)
+        write_files(folder, card_file(folder, text))
         return folder
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Uploads the two files to a Hub repository; returns the commit's address."""
-        return push_files(
-            self.save_pretrained,
+    def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
+        """Uploads the files of `save_pretrained` to a Hub repository; returns the commit's address.
+
+        Raises:
+            HubError: the upload failed, and the repository is as it was. ConfigError: unknown options.
+        """
+        return push_with_card(
+            lambda folder, card: self.save_pretrained(folder, **card),
             repo_id,
-            message="Upload a DP attention calibration",
-            private=private,
-            token=token,
+            options,
+            "Upload a DP attention calibration",
         )
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | os.PathLike[str], **hub_kwargs: Any
+        cls, name_or_path: str | os.PathLike[str], **options: Unpack[HubOptions]
     ) -> Calibration | AnchorCalibration:
-        """Reads a folder or a Hub repository, of whichever mechanism; raises ConfigError on anything missing, unknown, damaged or of
-        another schema."""
-        folder = find_files(name_or_path, (_JSON, _TENSORS), error=ConfigError, **hub_kwargs)
-        try:
-            header = json.loads((folder / _JSON).read_text())
-            payload = (folder / _TENSORS).read_bytes()
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"No readable calibration in {folder}: {type(error).__name__}.") from None
-        if isinstance(header, dict) and header.get("kind") == ANCHORS:
-            return AnchorCalibration.from_folder(folder)
-        if not isinstance(header, dict) or header.get("schema_version") != SCHEMA_VERSION:
-            raise ConfigError(
-                f"The calibration in {folder} has another schema version than {SCHEMA_VERSION}; upgrade or redo it."
-            )
-        if hashlib.sha256(payload).hexdigest() != header.get("sha256"):
-            raise ConfigError(
-                f"The calibration's tensors in {folder} do not match their checksum: damaged or truncated."
-            )
-        expected = {
-            "schema_version",
-            "layers",
-            "scales",
-            "settings",
-            "clip_norm",
-            "contexts",
-            "units",
-            "has_basis",
-            "plans",
-            "sha256",
-        }
-        if set(header) != expected:
-            raise ConfigError(
-                f"Unknown or missing keys in {folder / _JSON}: {sorted(set(header) ^ expected)}."
-            )
-        try:
-            tensors = load_file(folder / _TENSORS)
-            names = [f.name for f in dataclasses.fields(HeadGeometry) if f.name != "scale"]
-            geometries = tuple(
-                HeadGeometry(scale=scale, **{n: tensors[f"geometry.{i}.{n}"] for n in names})
-                for i, scale in enumerate(header["scales"])
-            )
-            basis = None
-            if header["has_basis"]:
-                count = range(len(header["layers"]))
-                basis = SketchBasis(
-                    **{
-                        n: tuple(tensors[f"basis.{i}.{n}"] for i in count)
-                        for n in ("analysis", "synthesis", "mean_sums")
-                    }
-                )
-            plans = tuple(
-                PlanEntry.from_parts(numbers, {n: tensors[f"plan.{i}.{n}"] for n in PlanEntry.TENSORS})
-                for i, numbers in enumerate(header["plans"])
-            )
-        except (KeyError, TypeError, SafetensorError) as error:
-            raise ConfigError(
-                f"The calibration in {folder} is incomplete or damaged ({type(error).__name__})."
-            ) from None
-        return cls(
-            layers=tuple(header["layers"]),
-            geometries=geometries,
-            settings=header["settings"],
-            clip_norm=header["clip_norm"],
-            contexts=header["contexts"],
-            units=header["units"],
-            basis=basis,
-            plans=plans,
-        )
+        """Reads a folder or a Hub repository (`hub.HubOptions`), of whichever mechanism; raises ConfigError on anything missing, unknown,
+        damaged or of another schema."""
+        folder = find_files(name_or_path, (JSON_NAME, TENSORS_NAME), error=ConfigError, **options)
+        return load_calibration(folder)
+
+
+def load_calibration(folder: Path) -> Calibration | AnchorCalibration:
+    """Reads and checks the files in a local folder, of whichever mechanism; raises ConfigError."""
+    kind = read_document(folder / JSON_NAME, ConfigError).get("kind")
+    return load_anchors(folder) if kind == KIND else load_kernel_sum(folder)

@@ -402,6 +402,10 @@ class ProtectedPipeline:
     def _current_fingerprint(self) -> Fingerprint:
         return fingerprint(self.layers, self.unet.dtype)
 
+    def digest_of(self, context: ReleasedContext) -> str | None:
+        """The ledger's name of a context that this handle released."""
+        return next((s.digest for s in self._spent if s.guarantee is context.guarantee), None)
+
     def adopt(self, contexts: Sequence[ReleasedContext]) -> None:
         """Takes in releases that were made elsewhere: verified, and named in the report."""
         current = self._current_fingerprint()

@@ -8,20 +8,22 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, DPXAttnError, ReleaseError
-from ..hub import find_files, push_files
+from ..hub import HubOptions, PushOptions, find_files, push_with_card, write_files
 from ..mechanisms.anchors.rows import ContextRows
 from ..mechanisms.structure import AttentionStructure
 from ..report import Guarantee
 from .fingerprint import FAR, Fingerprint
 from .placeholder import Tag, new_tag
+from .terms import Charges, Terms, charges_of, terms_of
 
 if TYPE_CHECKING:
+    from ..cards import CardOptions
     from .growing import GrowingContext
     from .handle import ProtectedPipeline
 
@@ -31,7 +33,8 @@ class ReleasedContext:
     """One context's release, and the exact public rows [p, C] that stand beside it.
 
     Either a structure (batch 1) per layer, made for the weights that `fingerprint` shows; or `context`: rows of context space, which serve
-    all layers, whatever their weights become. rows: length of the placeholder. tag: names the release in placeholders.
+    all layers, whatever their weights become. rows: length of the placeholder. charges: of one that was loaded. tag: names the release in
+    placeholders.
     """
 
     structures: tuple[AttentionStructure, ...]
@@ -40,6 +43,7 @@ class ReleasedContext:
     rows: int
     fingerprint: Fingerprint
     context: ContextRows | None = None
+    charges: Charges | None = None
     tag: Tag = field(default_factory=new_tag)
 
     def __repr__(self) -> str:
@@ -77,11 +81,16 @@ class Release:
         config: DPXAttnConfig,
         handle: ProtectedPipeline,
         growing: GrowingContext | None = None,
+        *,
+        terms: Terms | None = None,
     ) -> None:
         self._contexts = tuple(contexts)
         self.config = config
         self._handle = weakref.ref(handle)
         self._growing = growing
+        self._loaded = terms is not None
+        self._terms = terms_of(handle) if terms is None else terms
+        self._charges = self._count(handle)
 
     def __len__(self) -> int:
         return len(self._contexts)
@@ -103,6 +112,29 @@ class Release:
     def guarantees(self) -> tuple[Guarantee, ...]:
         """What is promised, one per context."""
         return tuple(c.guarantee for c in self._contexts)
+
+    @property
+    def terms(self) -> Terms:
+        """What is public and what is not covered, in the words of the report of the host that made it."""
+        handle = self._handle()
+        if handle is not None and not self._loaded:
+            self._terms = terms_of(handle)
+        return self._terms
+
+    @property
+    def charges(self) -> tuple[Charges, ...]:
+        """How many releases of each context the ledger counted, as far as is known."""
+        handle = self._handle()
+        if handle is not None:
+            self._charges = self._count(handle)
+        return self._charges
+
+    def _count(self, handle: ProtectedPipeline) -> tuple[Charges, ...]:
+        growing = None if self._growing is None else self._growing.spent.digest
+        return tuple(
+            c.charges or charges_of(handle, growing or handle.digest_of(c), c.guarantee)
+            for c in self._contexts
+        )
 
     def inputs(self, prompt: str | Sequence[str] | None = None, **public: Any) -> dict[str, Any]:
         """Keyword arguments for the host: placeholders [len(self), rows, C] without private content.
@@ -160,39 +192,56 @@ class Release:
         self._contexts = (self._active_handle().append(self._growing, context, groups),)
         return self
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
-        """Writes JSON and safetensors: the structures, the guarantee, the config, the fingerprint of the model.
+    def save_pretrained(self, directory: str | os.PathLike[str], **card: Unpack[CardOptions]) -> Path:
+        """Writes JSON and safetensors (the structures, the guarantee, the config, the fingerprint of the model) and a card.
 
-        Of a release that grows, the present state is written, without what is private: once loaded, it takes no appends.
+        Of a release that grows, the present state is written, without what is private: once loaded, it takes no appends. A README.md that
+        somebody else wrote stays as it is.
+
+        Args:
+            card: license, base_model, utility (`cards.CardOptions`).
 
         Raises:
-            ReleaseError: mechanism "none" holds the private rows themselves and is never written.
+            ReleaseError: mechanism "none" holds the private rows themselves, and seeded noise can be taken off again; such a release is
+                never written.
         """
-        from .storage import save_release
+        from ..cards import card_file, card_options, release_card
+        from .storage import check_writable, save_release
 
-        return save_release(self, Path(directory))
+        check_writable(self)
+        folder = Path(directory)
+        text = release_card(self, card_options(card))
+        save_release(self, folder)
+        write_files(folder, card_file(folder, text))
+        return folder
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | os.PathLike[str], *, host: Any, **hub_kwargs: Any
+        cls, name_or_path: str | os.PathLike[str], *, host: Any, **options: Unpack[HubOptions]
     ) -> Release:
-        """Loads a release (a folder or a Hub repository) for `host`, which is protected with the release's config if it is not yet.
+        """Loads a release (a folder or a Hub repository, `hub.HubOptions`) for `host`, which is protected with the release's config if it
+        is not yet.
 
         No calibration is needed to serve a release; without one, a host that is protected here makes no `anchors` release of its own.
 
         Raises:
-            ReleaseError: damaged, truncated, of another schema, or made for another model.
+            ReleaseError: damaged, truncated, of another schema, or made for another model. The host is as it was.
         """
         from .protect import handle_of, protect_to_serve
         from .storage import JSON_NAME, TENSORS_NAME, load_release
 
-        contexts, config = load_release(
-            find_files(name_or_path, (JSON_NAME, TENSORS_NAME), error=ReleaseError, **hub_kwargs)
+        contexts, config, terms = load_release(
+            find_files(name_or_path, (JSON_NAME, TENSORS_NAME), error=ReleaseError, **options)
         )
         existing = handle_of(host)
         handle = protect_to_serve(host, config) if existing is None else existing
         try:
-            release = cls(contexts, config, handle)
+            if type(handle.unet).__name__ != terms.host:
+                raise ReleaseError(
+                    f"The release does not fit this model: it was made for a {terms.host}, and this is a {type(handle.unet).__name__}. "
+                    "Load the model that it was made with."
+                )
+            release = cls(contexts, config, handle, terms=terms)
             handle.adopt(release.contexts)
         except DPXAttnError:
             if existing is None:
@@ -200,14 +249,17 @@ class Release:
             raise
         return release
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Uploads the files of `save_pretrained` to a Hub repository; returns the commit's address."""
-        return push_files(
-            self.save_pretrained,
+    def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
+        """Uploads the files of `save_pretrained` to a Hub repository; returns the commit's address.
+
+        Raises:
+            HubError: the upload failed, and the repository is as it was. ReleaseError: see `save_pretrained`. ConfigError: unknown options.
+        """
+        return push_with_card(
+            lambda folder, card: self.save_pretrained(folder, **card),
             repo_id,
-            message="Upload a DP attention release",
-            private=private,
-            token=token,
+            options,
+            "Upload a DP attention release",
         )
 
     def public_texts(self, prompt: str | Sequence[str] | None) -> list[str | None]:

@@ -1,10 +1,15 @@
-"""Releases on disk: JSON for what a person reads, safetensors for the structures or rows. No pickle, no private row, no ledger name."""
+"""Releases on disk: JSON for what a person reads, safetensors for the structures or rows. No pickle, no private row, no ledger name.
+
+Both files have checksums, the JSON's own over its content: a changed digit of a guarantee is noticed. They guard against damage, not
+against a publisher who lies.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import asdict
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,20 +19,24 @@ from safetensors.torch import load, save
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, ReleaseError
+from ..hub import canonical_sha256, dump_document, read_document, write_files
 from ..mechanisms.anchors.rows import ContextRows
 from ..mechanisms.dptree.structure import DistanceFeatures, DPTreeStructure
 from ..mechanisms.features import PositiveRandomFeatures, TaylorFeatures
 from ..mechanisms.structure import AttentionStructure, KernelSumStructure
 from ..report import Guarantee
-from .fingerprint import Fingerprint
+from .fingerprint import SIZE, Fingerprint
 from .release import ReleasedContext
+from .terms import Terms, read_charges, read_terms
 
 if TYPE_CHECKING:
     from .release import Release
 
 JSON_NAME = "dp_xattn_release.json"
 TENSORS_NAME = "dp_xattn_release.safetensors"
-SCHEMA = "hf_dp_xattn.release/1"
+SCHEMA = "hf_dp_xattn.release/2"
+_KEYS = {"schema", "config", "host", "contexts", "tensors_sha256", "sha256"}
+_CONTEXT_KEYS = {"rows", "kind", "guarantee", "guarantee_text", "charges", "structures", "fingerprint"}
 _FEATURES: dict[str, Any] = {
     "distance": DistanceFeatures,
     "positive_random": PositiveRandomFeatures,
@@ -37,6 +46,28 @@ _STRUCTURES: dict[str, type[KernelSumStructure]] = {
     "dptree": DPTreeStructure,
     "kernel_sum": KernelSumStructure,
 }
+# shapes: names of dimensions that must agree within a structure; its features fix r
+_SHAPES = {
+    "sums": (1, "H", "r", "dv + 1"),
+    "floor": (1, "H", 1),
+    "query_center": ("H", "d"),
+    "query_map": ("H", "p", "d"),
+    "query_radius": ("H",),
+    "key_center": ("H", "d"),
+    "value_center": ("H", "dv"),
+}
+
+
+def _damaged(what: str) -> ReleaseError:
+    return ReleaseError(
+        f"The release cannot be read ({what}); it is damaged, or of another version. Load it anew."
+    )
+
+
+def _check_keys(values: Any, known: set[str], where: str) -> None:
+    if not isinstance(values, Mapping) or set(values) != known:
+        odd = sorted(set(values) ^ known) if isinstance(values, Mapping) else "no object"
+        raise _damaged(f"unknown or missing keys in {where}: {odd}")
 
 
 def _structure_meta(structure: AttentionStructure) -> dict[str, Any]:
@@ -50,23 +81,65 @@ def _structure_meta(structure: AttentionStructure) -> dict[str, Any]:
     return {"kind": kind, "features": {"kind": feature_kind, **asdict(features)}}
 
 
-def _build_structure(meta: dict[str, Any], tensors: dict[str, torch.Tensor]) -> AttentionStructure:
-    if meta["kind"] not in _STRUCTURES:
-        raise ReleaseError(f"Unknown structure {meta['kind']!r}; upgrade hf_dp_xattn.")
+def _build_structure(
+    meta: dict[str, Any], tensors: dict[str, torch.Tensor], heads: int, where: str
+) -> AttentionStructure:
+    _check_keys(meta, {"kind", "features"}, where)
     features = dict(meta["features"])
-    arguments: dict[str, Any] = {**tensors, "features": _FEATURES[features.pop("kind")](**features)}
+    kind = features.pop("kind", None)
+    if meta["kind"] not in _STRUCTURES or kind not in _FEATURES:
+        raise ReleaseError(
+            f"Unknown structure {meta['kind']!r} or features {kind!r} in {where}; upgrade hf_dp_xattn."
+        )
+    _check_keys(features, {f.name for f in fields(_FEATURES[kind])}, f"the features of {where}")
+    if any(type(v) is not int or v < 0 for v in features.values()):
+        raise _damaged(f"the features of {where}")
+    map_ = _FEATURES[kind](**features)
+    if set(tensors) != {*_SHAPES, "table"}:
+        raise _damaged(f"unknown or missing tensors in {where}")
+    sizes: dict[str, int] = {"H": heads, "r": map_.size}
+    sizes["dv + 1"] = tensors["value_center"].shape[-1] + 1
+    for name, dims in _SHAPES.items():
+        _check_shape(tensors[name], dims, sizes, f"{name} of {where}")
+    if not bool(torch.isfinite(tensors["table"]).all()):
+        raise _damaged(f"table of {where}")
+    arguments: dict[str, Any] = {**tensors, "features": map_}
     return _STRUCTURES[meta["kind"]](**arguments)
 
 
-def save_release(release: Release, folder: Path) -> Path:
-    """Writes the two files; returns the folder. Raises ReleaseError for mechanism "none" before anything is written."""
+def _check_shape(
+    tensor: torch.Tensor, dims: tuple[str | int, ...], sizes: dict[str, int], where: str
+) -> None:
+    """Finite floats of this shape; names that are not in `sizes` yet are bound to what is met."""
+    fit = tensor.ndim == len(dims) and all(
+        (sizes.setdefault(dim, size) if isinstance(dim, str) else dim) == size
+        for dim, size in zip(dims, tensor.shape, strict=False)
+    )
+    if not fit:
+        raise _damaged(f"{where} has shape {list(tensor.shape)}")
+    if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        raise _damaged(f"{where} holds NaN, or no floats")
+
+
+def check_writable(release: Release) -> None:
+    """Raises ReleaseError for what must never be on disk: exact rows, and noise that whoever knows the seed can take off."""
     if not release.config.is_private:
         raise ReleaseError(
             "mechanism='none' keeps the private rows themselves; such a release is never written to disk."
         )
+    if not all(c.guarantee.is_private for c in release.contexts):
+        raise ReleaseError(
+            "The noise of this release came from a seeded generator (for tests): who knows the seed reads the private rows. It is never "
+            "written to disk. Protect without `entropy`, and make a new release."
+        )
+
+
+def save_release(release: Release, folder: Path) -> None:
+    """Writes the two files. Raises ReleaseError, see `check_writable`, before anything is written."""
+    check_writable(release)
     tensors: dict[str, torch.Tensor] = {}
     entries = []
-    for i, context in enumerate(release.contexts):
+    for i, (context, charges) in enumerate(zip(release.contexts, release.charges, strict=True)):
         tensors[f"{i}.public_rows"] = context.public_rows
         tensors[f"{i}.fingerprint"] = context.fingerprint.sketch
         for j, structure in enumerate(context.structures):
@@ -80,6 +153,7 @@ def save_release(release: Release, folder: Path) -> Path:
                 "kind": "layers" if context.context is None else "context",
                 "guarantee": context.guarantee.to_dict(),
                 "guarantee_text": context.guarantee.sentence(),
+                "charges": asdict(charges),
                 "structures": [_structure_meta(s) for s in context.structures],
                 "fingerprint": {
                     "layers": [list(x) for x in context.fingerprint.layers],
@@ -88,81 +162,124 @@ def save_release(release: Release, folder: Path) -> Path:
             }
         )
     blob = save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()})
+    terms = release.terms
     document = {
         "schema": SCHEMA,
         "config": release.config.to_dict(),
+        "host": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(terms).items()},
         "contexts": entries,
         "tensors_sha256": hashlib.sha256(blob).hexdigest(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / TENSORS_NAME).write_bytes(blob)
-    (folder / JSON_NAME).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
-    return folder
+    document["sha256"] = canonical_sha256(document)
+    write_files(folder, {TENSORS_NAME: blob, JSON_NAME: dump_document(document)})
 
 
-def load_release(folder: Path) -> tuple[list[ReleasedContext], DPXAttnConfig]:
+def read_release_document(folder: Path) -> dict[str, Any]:
+    """The JSON, whole and of this schema. Raises ReleaseError."""
+    document = read_document(folder / JSON_NAME, ReleaseError)
+    if document.get("schema") != SCHEMA:
+        raise ReleaseError(
+            f"This release has schema {document.get('schema')!r}, this package reads {SCHEMA!r}. Upgrade hf_dp_xattn, or save it anew."
+        )
+    _check_keys(document, _KEYS, JSON_NAME)
+    stated = document.pop("sha256")
+    if canonical_sha256(document) != stated:
+        raise ReleaseError(
+            f"{JSON_NAME} does not match its own checksum: it was edited or damaged. Download or save the release again."
+        )
+    return document
+
+
+def load_release(folder: Path) -> tuple[list[ReleasedContext], DPXAttnConfig, Terms]:
     """Reads and checks the two files.
 
     Raises:
-        ReleaseError: missing, damaged, truncated, or of another schema.
+        ReleaseError: missing, damaged, truncated, of another schema, or of parts that do not fit each other.
     """
-    for name in (JSON_NAME, TENSORS_NAME):
-        if not (folder / name).is_file():
-            raise ReleaseError(f"No {name} in {folder.name!r}: not a release, or incomplete.")
-    blob = (folder / TENSORS_NAME).read_bytes()
+    document = read_release_document(folder)
     try:
-        document = json.loads((folder / JSON_NAME).read_text())
-        schema = document["schema"]
-    except (ValueError, KeyError, TypeError):
-        raise ReleaseError(f"{JSON_NAME} is damaged or truncated.") from None
-    if schema != SCHEMA:
+        blob = (folder / TENSORS_NAME).read_bytes()
+    except OSError as error:
         raise ReleaseError(
-            f"This release has schema {schema!r}, this package reads {SCHEMA!r}. Upgrade hf_dp_xattn."
+            f"{TENSORS_NAME} cannot be read ({type(error).__name__}); the release in {folder.name!r} is incomplete."
+        ) from None
+    if hashlib.sha256(blob).hexdigest() != document["tensors_sha256"]:
+        raise ReleaseError(
+            f"{TENSORS_NAME} does not have the checksum that {JSON_NAME} states: damaged, truncated, or of another release."
         )
     try:
-        if hashlib.sha256(blob).hexdigest() != document["tensors_sha256"]:
-            raise ReleaseError(
-                f"{TENSORS_NAME} does not have the checksum that {JSON_NAME} states: damaged or truncated."
-            )
         config = DPXAttnConfig.from_dict(document["config"])
+        _check_keys(document["config"], set(config.to_dict()), "the config")
+        _check_keys(document["host"], {f.name for f in fields(Terms)}, "the host")
+        terms = read_terms(document["host"])
         tensors = load(blob)
-        return [_read_context(i, entry, tensors) for i, entry in enumerate(document["contexts"])], config
-    except (KeyError, TypeError, ValueError, SafetensorError, ConfigError) as error:
+        contexts = [_read_context(i, entry, tensors) for i, entry in enumerate(document["contexts"])]
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, ReleaseError):
             raise
-        raise ReleaseError(f"The release cannot be read ({type(error).__name__}); it is damaged.") from None
+        why = f": {error}" if isinstance(error, ConfigError) else ""
+        raise _damaged(type(error).__name__ + why) from None
+    if not contexts or tensors:
+        raise _damaged("no contexts" if not contexts else "unknown tensors")
+    return contexts, config, terms
 
 
 def _read_context(i: int, entry: dict[str, Any], tensors: dict[str, torch.Tensor]) -> ReleasedContext:
+    """Takes its own tensors out of `tensors`."""
+    _check_keys(entry, _CONTEXT_KEYS, f"context {i}")
+    _check_keys(entry["fingerprint"], {"layers", "dtype"}, f"the fingerprint of context {i}")
+    layers = tuple((str(n), int(h), int(c), int(o)) for n, h, c, o in entry["fingerprint"]["layers"])
+    if not layers or entry["kind"] not in ("layers", "context"):
+        raise _damaged(f"context {i} is of no known kind, or for no layers")
+    if len(entry["structures"]) != (len(layers) if entry["kind"] == "layers" else 0):
+        raise ReleaseError("The release names other layers than it holds; it is damaged.")
+    if type(entry["rows"]) is not int or entry["rows"] < 1:
+        raise _damaged(f"rows of context {i}")
     structures = []
     for j, meta in enumerate(entry["structures"]):
         prefix = f"{i}.{j}."
-        structures.append(
-            _build_structure(
-                meta, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            )
-        )
-    layers = tuple((str(n), int(h), int(c), int(o)) for n, h, c, o in entry["fingerprint"]["layers"])
-    context = _read_rows(i, tensors, layers[0][2]) if entry.get("kind") == "context" else None
-    if len(structures) != (len(layers) if context is None else 0):
-        raise ReleaseError("The release names other layers than it holds; it is damaged.")
+        own = {n.removeprefix(prefix): tensors.pop(n) for n in sorted(tensors) if n.startswith(prefix)}
+        structures.append(_build_structure(meta, own, layers[j][1], f"layer {j} of context {i}"))
+    channels = layers[0][2]
+    context = None
+    if entry["kind"] == "context":
+        rows, log_weights = tensors.pop(f"{i}.context.rows"), tensors.pop(f"{i}.context.log_weights")
+        sizes: dict[str, int] = {"C": channels}
+        _check_shape(rows, ("R", "C"), sizes, f"rows of context {i}")
+        _check_shape(log_weights, ("R",), sizes, f"log weights of context {i}")
+        if not len(rows):
+            raise _damaged(f"context {i} has no rows")
+        context = ContextRows(rows.to(torch.float32), log_weights.to(torch.float32))
+    public_rows, sketch = tensors.pop(f"{i}.public_rows"), tensors.pop(f"{i}.fingerprint")
+    _check_shape(public_rows, ("p", channels), {}, f"public rows of context {i}")
+    _check_shape(sketch, (len(layers), 2, SIZE, SIZE), {}, f"fingerprint of context {i}")
     return ReleasedContext(
         structures=tuple(structures),
-        guarantee=Guarantee.from_dict(entry["guarantee"]),
-        public_rows=tensors[f"{i}.public_rows"],
-        rows=int(entry["rows"]),
-        fingerprint=Fingerprint(layers, tensors[f"{i}.fingerprint"], str(entry["fingerprint"]["dtype"])),
+        guarantee=_read_guarantee(entry, i),
+        public_rows=public_rows,
+        rows=entry["rows"],
+        fingerprint=Fingerprint(layers, sketch, str(entry["fingerprint"]["dtype"])),
         context=context,
+        charges=read_charges(entry["charges"]),
     )
 
 
-def _read_rows(i: int, tensors: dict[str, torch.Tensor], channels: int) -> ContextRows:
-    rows, log_weights = tensors[f"{i}.context.rows"], tensors[f"{i}.context.log_weights"]
-    fit = (
-        rows.ndim == 2 and rows.shape[1] == channels and log_weights.shape == rows.shape[:1] and len(rows) > 0
+def _read_guarantee(entry: dict[str, Any], i: int) -> Guarantee:
+    """What is promised, by numbers and in words that agree."""
+    values = entry["guarantee"]
+    _check_keys(values, {*(f.name for f in fields(Guarantee)), "is_private"}, f"the guarantee of context {i}")
+    guarantee = Guarantee.from_dict(values)
+    numbers = (
+        guarantee.epsilon,
+        guarantee.delta,
+        guarantee.clip_norm,
+        guarantee.sensitivity,
+        guarantee.sigma,
     )
-    if not fit or not bool(torch.isfinite(rows).all() and torch.isfinite(log_weights).all()):
-        raise ReleaseError(
-            "The release's rows and weights do not fit each other, or hold NaN; it is damaged."
-        )
-    return ContextRows(rows.to(torch.float32), log_weights.to(torch.float32))
+    if not all(type(x) in (int, float) and math.isfinite(x) and x >= 0 for x in numbers):
+        raise _damaged(f"the numbers of the guarantee of context {i}")
+    if guarantee.to_dict() != values or guarantee.sentence() != entry["guarantee_text"]:
+        raise _damaged(f"the guarantee of context {i} contradicts itself")
+    if not guarantee.is_private:
+        raise ReleaseError("This release promises nothing (no noise, or seeded noise): it is not loaded.")
+    return guarantee

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.errors import ReleaseError
 from hf_dp_xattn.hosts.storage import JSON_NAME, TENSORS_NAME
+from hf_dp_xattn.hub import canonical_sha256
+from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from ..hosts_tiny import CHANNELS, picture, tiny_sd, tiny_unet
 from .anchor_calibrations import BOTH, protect
@@ -60,8 +65,10 @@ def test_json_states_the_guarantee_and_no_name(saved: tuple[Path, torch.Tensor])
     entry = document["contexts"][0]
     assert entry["guarantee"]["epsilon"] == 8.0 and entry["guarantee"]["is_private"]
     assert "differentially private" in entry["guarantee_text"]
-    assert set(document) == {"schema", "config", "contexts", "tensors_sha256"}
-    assert set(entry) == {"rows", "kind", "guarantee", "guarantee_text", "structures", "fingerprint"}
+    assert set(document) == {"schema", "config", "host", "contexts", "tensors_sha256", "sha256"}
+    known = {"rows", "kind", "guarantee", "guarantee_text", "charges", "structures", "fingerprint"}
+    assert set(entry) == known and entry["charges"] == {"number": 1, "epsilon": pytest.approx(8.0, rel=1e-6)}
+    assert document["host"]["host"] == "UNet2DConditionModel" and document["host"]["base_model"] is None
 
 
 def test_mechanism_none_is_never_written(pipe: Any, exact: Any, tmp_path: Path) -> None:
@@ -71,9 +78,50 @@ def test_mechanism_none_is_never_written(pipe: Any, exact: Any, tmp_path: Path) 
     assert not (tmp_path / "x").exists()
 
 
-def edit(folder: Path, **changes: Any) -> None:
-    document = json.loads((folder / JSON_NAME).read_text())
-    (folder / JSON_NAME).write_text(json.dumps({**document, **changes}))
+@BOTH
+def test_noise_that_can_be_taken_off_is_never_written(pipe: Any, private: Any, tmp_path: Path) -> None:
+    """Who knows the seed subtracts the noise."""
+    release = protect(pipe, private, entropy=SeededEntropy(0)).release("a")
+    with pytest.raises(ReleaseError, match="seeded"):
+        release.save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def read(folder: Path) -> Any:
+    return json.loads((folder / JSON_NAME).read_text())
+
+
+def write(folder: Path, document: Any, *, seal: bool = True) -> None:
+    """seal: with the checksums that a forger would write, so that what follows them is reached."""
+    if seal:
+        blob = (folder / TENSORS_NAME).read_bytes()
+        document["tensors_sha256"] = hashlib.sha256(blob).hexdigest()
+        document.pop("sha256", None)
+        document["sha256"] = canonical_sha256(document)
+    (folder / JSON_NAME).write_text(json.dumps(document))
+
+
+def edit(folder: Path, *, seal: bool = True, **changes: Any) -> None:
+    write(folder, {**read(folder), **changes}, seal=seal)
+
+
+def edit_context(folder: Path, change: Callable[[Any], Any]) -> None:
+    document = read(folder)
+    change(document["contexts"][0])
+    write(folder, document)
+
+
+def drop(folder: Path, key: str) -> None:
+    document = read(folder)
+    del document[key]
+    write(folder, document)
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / TENSORS_NAME)
+    change(tensors)
+    save_file(tensors, folder / TENSORS_NAME)
+    edit(folder)
 
 
 def flip(path: Path, position: int) -> None:
@@ -87,13 +135,30 @@ def truncate(path: Path, size: int) -> None:
 
 
 def swap_features(folder: Path) -> None:
-    document = json.loads((folder / JSON_NAME).read_text())
-    entry = document["contexts"][0]
-    if entry["structures"]:
-        entry["structures"][0]["features"] = {"kind": "unheard of"}
-    else:
-        entry["kind"] = "unheard of"
-    (folder / JSON_NAME).write_text(json.dumps(document))
+    def change(entry: Any) -> None:
+        if entry["structures"]:
+            entry["structures"][0]["features"] = {"kind": "unheard of"}
+        else:
+            entry["kind"] = "unheard of"
+
+    edit_context(folder, change)
+
+
+def main_tensor(tensors: dict[str, torch.Tensor]) -> str:
+    return "0.0.sums" if "0.0.sums" in tensors else "0.context.rows"
+
+
+def reshape(tensors: dict[str, torch.Tensor]) -> None:
+    name = main_tensor(tensors)
+    tensors[name] = tensors[name][..., :-1].contiguous()
+
+
+def spoil(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[main_tensor(tensors)].view(-1)[0] = torch.nan
+
+
+def claim(**changes: Any) -> Any:
+    return lambda f: edit_context(f, lambda entry: entry["guarantee"].update(changes))
 
 
 DAMAGE: dict[str, Any] = {
@@ -106,12 +171,41 @@ DAMAGE: dict[str, Any] = {
     "no JSON": lambda f: (f / JSON_NAME).unlink(),
     "a JSON list": lambda f: (f / JSON_NAME).write_text("[]"),
     "binary JSON": lambda f: (f / JSON_NAME).write_bytes(b"\xff\xfe\x00"),
-    "a newer schema": lambda f: edit(f, schema="hf_dp_xattn.release/2"),
+    "a key twice": lambda f: (f / JSON_NAME).write_text(
+        (f / JSON_NAME).read_text().replace('"config"', '"schema": "x", "config"', 1)
+    ),
+    "NaN": lambda f: (f / JSON_NAME).write_text(
+        (f / JSON_NAME).read_text().replace('"rows": ', '"rows": NaN', 1)
+    ),
+    "an edited JSON": lambda f: edit(f, seal=False, tensors_sha256="0" * 64),
+    "another epsilon": lambda f: (f / JSON_NAME).write_text(
+        (f / JSON_NAME).read_text().replace('"epsilon": 8.0', '"epsilon": 0.1')
+    ),
+    "a newer schema": lambda f: edit(f, schema="hf_dp_xattn.release/3"),
+    "an older schema": lambda f: edit(f, schema="hf_dp_xattn.release/1"),
+    "an unknown key": lambda f: edit(f, relation="loose"),
+    "a missing key": lambda f: drop(f, "host"),
     "no contexts": lambda f: edit(f, contexts=None),
+    "empty contexts": lambda f: edit(f, contexts=[]),
     "half a context": lambda f: edit(f, contexts=[{}]),
     "a config of a newer version": lambda f: edit(f, config={"schema_version": 99}),
+    "a config with a key left out": lambda f: edit(
+        f, config={k: v for k, v in read(f)["config"].items() if k != "unit"}
+    ),
     "other features": swap_features,
     "a pickle": lambda f: (f / TENSORS_NAME).write_bytes(pickle.dumps({"a": 1})),
+    "a sealed pickle": lambda f: ((f / TENSORS_NAME).write_bytes(pickle.dumps({"a": 1})), edit(f)),
+    "another shape": lambda f: edit_tensors(f, reshape),
+    "NaN in a tensor": lambda f: edit_tensors(f, spoil),
+    "an unknown tensor": lambda f: edit_tensors(f, lambda t: t.update(extra=torch.zeros(1))),
+    "a missing tensor": lambda f: edit_tensors(f, lambda t: t.pop("0.public_rows")),
+    "no rows": lambda f: edit_context(f, lambda entry: entry.update(rows=0)),
+    "no charges": lambda f: edit_context(f, lambda entry: entry["charges"].update(number=0)),
+    "words that promise more": claim(epsilon=16.0),
+    "a negative epsilon": claim(epsilon=-1.0),
+    "a promise without noise": claim(private_noise=False),
+    "an unknown unit": claim(unit="word"),
+    "an unknown promise": claim(quantum=True),
 }
 
 
@@ -158,12 +252,3 @@ def test_a_release_for_a_bare_unet_serves_its_pipeline(private: Any, tmp_path: P
         handle.release(torch.randn(16, CHANNELS)).save_pretrained(tmp_path)
     pipe = tiny_sd()
     assert bool(picture(pipe, **dpx.Release.from_pretrained(tmp_path, host=pipe).inputs()).isfinite().all())
-
-
-def test_files_that_were_written_before_there_were_kinds(saved: tuple[Path, torch.Tensor]) -> None:
-    document = json.loads((saved[0] / JSON_NAME).read_text())
-    for entry in document["contexts"]:
-        del entry["kind"]
-    (saved[0] / JSON_NAME).write_text(json.dumps(document))
-    other = tiny_sd()
-    assert torch.equal(saved[1], picture(other, **dpx.Release.from_pretrained(saved[0], host=other).inputs()))

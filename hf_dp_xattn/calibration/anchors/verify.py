@@ -1,0 +1,124 @@
+"""Whether the parts of an `AnchorCalibration` fit each other. Privacy does not rest on it; a clear error instead of a late one does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...errors import ConfigError
+from ...mechanisms.anchors.plan import RELEASES, AnchorPlan
+from ...privacy.units import NeighboringRelation
+from ..checks import Sizes, integer, number, refuse
+
+if TYPE_CHECKING:
+    from .calibration import AnchorCalibration
+
+GROUPINGS = {"row": ("rows",), "group": ("rows", "phrases"), "context": ("context",)}
+
+
+def verify_anchors(calibration: AnchorCalibration) -> None:
+    """Raises ConfigError for parts that do not fit each other: shapes, NaN, numbers out of range, unknown releases, cells that repeat."""
+    if calibration.unit not in GROUPINGS:
+        refuse(f"unit is {calibration.unit!r}")
+    if calibration.grouping not in GROUPINGS[calibration.unit]:
+        raise ConfigError(
+            f"The calibration says grouping={calibration.grouping!r} for unit={calibration.unit!r}, expected one of "
+            f"{GROUPINGS[calibration.unit]}."
+        )
+    if calibration.neighboring not in {r.value for r in NeighboringRelation}:
+        refuse(f"neighboring is {calibration.neighboring!r}")
+    for name in ("channels", "contexts", "units"):
+        integer(getattr(calibration, name), name)
+    if not isinstance(calibration.settings, dict):
+        refuse("settings is no object")
+    if not calibration.plans:
+        raise ConfigError("The calibration holds no plan; calibrate again.")
+    _verify_host(calibration)
+    shared = Sizes(C=calibration.channels)
+    _verify_decoders(calibration, shared)
+    for plan in calibration.plans:
+        _verify_plan(plan, calibration, shared)
+    for score in calibration.scores:
+        for name in ("epsilon", "score", "low", "high"):
+            number(getattr(score, name), f"a score's {name}")
+        integer(score.contexts, "a score's contexts")
+
+
+def _verify_host(calibration: AnchorCalibration) -> None:
+    host = calibration.host
+    if not host.layers or any(min(heads, out) < 1 for _, heads, _, out in host.layers):
+        refuse("its layers")
+    if any(channels != calibration.channels for _, _, channels, _ in host.layers):
+        refuse("its layers read other contexts than it is for")
+    Sizes().fit("host.sketch", host.sketch, len(host.layers), 2, "s", "s")
+    Sizes().fit("host.probe", host.probe, "n", calibration.channels)
+
+
+def _verify_decoders(calibration: AnchorCalibration, shared: Sizes) -> None:
+    slots, cells = calibration.decoders.slots, calibration.decoders.cells
+    if slots is not None:
+        shared.fit("slots.hidden", slots.hidden, "H", "H")
+        shared.fit("slots.slots", slots.slots, "R", "C")
+        shared.fit("slots.directions", slots.directions, "L", "C")
+        shared.fit("slots.coefficients", slots.coefficients, "R", "L", "H + K")
+        shared.fit("slots.weight_map", slots.weight_map, "R", "H + K")
+        shared.fit("slots.log_weights", slots.log_weights, "R")
+    if cells is not None:
+        integer(cells.rows, "cells.rows")
+        shared.fit("cells.anchors", cells.anchors, "m", "a", "C")
+        shared.fit("cells.coarse", cells.coarse, "m")
+        shared.fit("cells.support", cells.support, "J")
+        if cells.coarse.is_floating_point() or bool((cells.coarse < 0).any()):
+            refuse("cells.coarse are no groups")
+        # a count that no public context had has no mass
+        shared.fit("cells.log_prior", cells.log_prior.exp(), "m", "J")
+
+
+def _verify_plan(plan: AnchorPlan, calibration: AnchorCalibration, shared: Sizes) -> None:
+    where = f"plan for epsilon {plan.epsilon!r}"
+    number(plan.epsilon, f"{where}: epsilon", low=1e-9)
+    number(plan.bound, f"{where}: bound", low=1e-9)
+    number(plan.share_plus, f"{where}: share_plus", low=1e-6, high=1 - 1e-6)
+    number(plan.noise, f"{where}: noise", low=0.0)
+    for name in ("fvu", "low", "high"):
+        number(getattr(plan.quality, name), f"{where}: {name}")
+    integer(plan.quality.contexts, f"{where}: contexts")
+    if plan.release not in RELEASES:
+        refuse(f"{where}: release {plan.release!r} is unknown")
+    own = Sizes(C=calibration.channels)
+    own.fit(f"{where}: matrix", plan.matrix, "K", "C")
+    own.fit(f"{where}: bias", plan.bias, "K")
+    own.fit(f"{where}: center", plan.center, "C")
+    own.fit(f"{where}: reach", plan.reach, "C")
+    own.fit(f"{where}: codes", plan.codes, "S", "m", "K")
+    if bool((plan.reach < 0).any()):
+        refuse(f"{where}: reach is negative")
+    stages = own.get("S")
+    by_cells = plan.release == "histogram"
+    if (by_cells and stages != 1) or (plan.release == "response" and stages < 1):
+        refuse(f"{where}: {stages} codebooks")
+    if any(len(torch.unique(codes, dim=0)) < len(codes) for codes in plan.codes):
+        raise ConfigError(
+            f"The codebook for epsilon = {plan.epsilon:g} has repeated cells, of which one is always empty. Calibrate again."
+        )
+    slots, cells, head = calibration.decoders.slots, calibration.decoders.cells, plan.head
+    if by_cells and (cells is None or len(cells.anchors) != own.get("m")):
+        refuse(f"{where}: its cells have no decoder")
+    if not by_cells and (slots is None or head is None):
+        refuse(f"{where}: its code has no decoder")
+    if head is not None:
+        if slots is None or shared.get("H + K") != shared.get("H") + own.get("K"):
+            refuse(f"{where}: the decoder reads other codes")
+        own.fit(f"{where}: head.weight", head.weight, shared.get("H"), "K")
+        for name in ("bias", "second_bias"):
+            own.fit(f"{where}: head.{name}", getattr(head, name), shared.get("H"))
+        for name in ("gain", "center"):
+            own.fit(f"{where}: head.{name}", getattr(head, name), "K")
+        own.fit(f"{where}: head.scale", head.scale)
+    if plan.tilt is not None:
+        own.fit(f"{where}: tilt.inner", plan.tilt.inner, "G", "K")
+        own.fit(f"{where}: tilt.inner_bias", plan.tilt.inner_bias, "G")
+        own.fit(f"{where}: tilt.outer", plan.tilt.outer, "r", "G")
+        own.fit(f"{where}: tilt.cells", plan.tilt.cells, "m", "r")
+        own.fit(f"{where}: tilt.scale", plan.tilt.scale)

@@ -1,0 +1,167 @@
+"""The `Calibration` of kernel sums on disk: JSON for what a person reads, safetensors for the rest. Read strictly."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from ..config import FEATURES, DPXAttnConfig
+from ..errors import ConfigError
+from ..hub import dump_document, read_document, write_files
+from ..mechanisms.geometry import HeadGeometry
+from ..mechanisms.sketch import SketchBasis
+from .anchors.files import JSON_NAME, TENSORS_NAME, read_tensors
+from .checks import Sizes, check_keys, integer, number, refuse
+
+if TYPE_CHECKING:
+    from .calibration import Calibration, PlanEntry
+
+SCHEMA_VERSION = 1
+_FIELDS = ("clip_norm", "contexts", "units", "settings")
+_KEYS = {"schema_version", "layers", "scales", "has_basis", "plans", "sha256", *_FIELDS}
+_GEOMETRY = tuple(f.name for f in fields(HeadGeometry) if f.name != "scale")
+_BASIS = tuple(f.name for f in fields(SketchBasis))
+
+
+def _tensors(calibration: Calibration) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for i, geometry in enumerate(calibration.geometries):
+        tensors |= {f"geometry.{i}.{k}": v for k, v in geometry.tensors().items()}
+    if calibration.basis is not None:
+        for name in _BASIS:
+            tensors |= {f"basis.{i}.{name}": t for i, t in enumerate(getattr(calibration.basis, name))}
+    for i, entry in enumerate(calibration.plans):
+        tensors |= {f"plan.{i}.{name}": getattr(entry, name) for name in entry.TENSORS}
+    return tensors
+
+
+def save_kernel_sum(calibration: Calibration, folder: Path) -> None:
+    """Writes the two files."""
+    blob = save({k: v.detach().cpu().contiguous().clone() for k, v in _tensors(calibration).items()})
+    header = {
+        "schema_version": SCHEMA_VERSION,
+        "layers": list(calibration.layers),
+        "scales": [g.scale for g in calibration.geometries],
+        **{name: getattr(calibration, name) for name in _FIELDS},
+        "has_basis": calibration.basis is not None,
+        "plans": [{n: getattr(p, n) for n in p.NUMBERS} for p in calibration.plans],
+        "sha256": hashlib.sha256(blob).hexdigest(),
+    }
+    write_files(folder, {TENSORS_NAME: blob, JSON_NAME: dump_document(header)})
+
+
+def load_kernel_sum(folder: Path) -> Calibration:
+    """Reads and checks the two files; raises ConfigError on anything missing, unknown, damaged or of another schema."""
+    header = read_document(folder / JSON_NAME, ConfigError)
+    if header.get("schema_version") != SCHEMA_VERSION:
+        raise ConfigError(
+            f"The calibration in {folder.name!r} has schema version {header.get('schema_version')!r}, this package reads {SCHEMA_VERSION}. "
+            "Upgrade hf_dp_xattn, or calibrate again."
+        )
+    check_keys(header, _KEYS, JSON_NAME)
+    payload = read_tensors(folder / TENSORS_NAME, header["sha256"])
+    try:
+        tensors = load(payload)
+        calibration = _read(header, tensors)
+        _verify(calibration)
+        unknown = set(tensors) - set(_tensors(calibration))
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"The calibration in {folder.name!r} is incomplete or damaged ({type(error).__name__}). Download it again."
+        ) from None
+    if unknown:
+        raise ConfigError(
+            f"{TENSORS_NAME} holds unknown tensors: {', '.join(sorted(unknown))}. Upgrade hf_dp_xattn."
+        )
+    return calibration
+
+
+def _read(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Calibration:
+    from .calibration import Calibration, PlanEntry
+
+    layers = tuple(str(name) for name in header["layers"])
+    geometries = tuple(
+        HeadGeometry(
+            scale=number(scale, "a layer's scale", low=0.0),
+            **{n: tensors[f"geometry.{i}.{n}"] for n in _GEOMETRY},
+        )
+        for i, scale in enumerate(header["scales"])
+    )
+    basis = None
+    if header["has_basis"]:
+        parts: dict[str, Any] = {
+            n: tuple(tensors[f"basis.{i}.{n}"] for i in range(len(layers))) for n in _BASIS
+        }
+        basis = SketchBasis(**parts)
+    plans = tuple(
+        PlanEntry.from_parts(numbers, {n: tensors[f"plan.{i}.{n}"] for n in PlanEntry.TENSORS})
+        for i, numbers in enumerate(header["plans"])
+    )
+    return Calibration(
+        layers=layers, geometries=geometries, basis=basis, plans=plans, **{n: header[n] for n in _FIELDS}
+    )
+
+
+def _verify(calibration: Calibration) -> None:
+    """Raises ConfigError for parts that do not fit each other."""
+    from .calibration import BOUND_FIELDS
+
+    check_keys(calibration.settings, set(BOUND_FIELDS), "the settings of the calibration")
+    DPXAttnConfig(**calibration.settings)  # each in its range
+    if calibration.settings["features"] not in FEATURES:
+        refuse("features")
+    number(calibration.clip_norm, "clip_norm", low=1e-300)
+    integer(calibration.contexts, "contexts")
+    integer(calibration.units, "units")
+    if not calibration.layers or len(calibration.layers) != len(calibration.geometries):
+        refuse("its layers")
+    for name, g in zip(calibration.layers, calibration.geometries, strict=True):
+        sizes = Sizes()
+        sizes.fit(f"{name}: key_center", g.key_center, "H", "d")
+        sizes.fit(f"{name}: query_center", g.query_center, "H", "d")
+        sizes.fit(f"{name}: key_map", g.key_map, "H", "p", "d")
+        sizes.fit(f"{name}: query_map", g.query_map, "H", "p", "d")
+        sizes.fit(f"{name}: weight_map", g.weight_map, "H", "d")
+        sizes.fit(f"{name}: value_center", g.value_center, "H", "dv")
+        for part in ("key_radius", "query_radius", "value_scale", "normalizer_weight", "key_range"):
+            sizes.fit(f"{name}: {part}", getattr(g, part), "H")
+    if calibration.basis is None and calibration.plans:
+        refuse("plans without a basis")
+    rank = _verify_basis(calibration.basis, calibration.geometries) if calibration.basis is not None else 0
+    for plan in calibration.plans:
+        _verify_plan(plan, rank)
+
+
+def _verify_basis(basis: SketchBasis, geometries: Sequence[HeadGeometry]) -> int:
+    """The rank."""
+    sizes = Sizes()
+    for i, g in enumerate(geometries):
+        rows, columns = f"r{i}", g.value_dim + 1
+        sizes.fit(f"basis {i}: analysis", basis.analysis[i], g.heads, rows, columns, "R")
+        sizes.fit(f"basis {i}: synthesis", basis.synthesis[i], g.heads, rows, columns, "R")
+        sizes.fit(f"basis {i}: mean_sums", basis.mean_sums[i], g.heads, rows, columns)
+    return sizes.get("R")
+
+
+def _verify_plan(plan: PlanEntry, rank: int) -> None:
+    where = f"plan for epsilon {plan.epsilon!r}"
+    number(plan.epsilon, f"{where}: epsilon", low=1e-9)
+    number(plan.delta, f"{where}: delta", low=0.0, high=1.0)
+    number(plan.clip_norm, f"{where}: clip_norm", low=1e-300)
+    number(plan.predicted_fvu, f"{where}: predicted_fvu")
+    sizes = Sizes()  # a plan keeps the first K of R directions
+    for name in ("weight", "center", "mean_a"):
+        sizes.fit(f"{where}: {name}", getattr(plan, name), "K")
+    sizes.fit(f"{where}: cov_y", plan.cov_y, "K", "K")
+    sizes.fit(f"{where}: cov_zy", plan.cov_zy, rank, "K")
+    if sizes.get("K") > rank:
+        refuse(f"{where}: more directions than the basis has")

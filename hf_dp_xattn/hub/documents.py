@@ -1,0 +1,75 @@
+"""JSON documents that are read strictly: what is ambiguous, truncated or not a number is an error, never a guess."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..errors import DPXAttnError
+
+
+def dump_document(values: Mapping[str, Any]) -> bytes:
+    """JSON for people and programs: sorted keys, no NaN, a final line break."""
+    return (json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def canonical_sha256(values: Mapping[str, Any]) -> str:
+    """Digest of a document's content, whatever its layout."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _no_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key stands twice")
+    return values
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def read_document(path: Path, error: type[DPXAttnError]) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        error: there is no such file; it is not JSON (damaged, truncated), holds NaN or a key twice, or is no object.
+    """
+    try:
+        values = json.loads(
+            path.read_bytes().decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+        )
+    except FileNotFoundError:
+        raise error(
+            f"No {path.name} in {path.parent.name!r}: not what was looked for, or incomplete."
+        ) from None
+    except OSError as cause:
+        raise error(f"{path.name} cannot be read ({type(cause).__name__}).") from None
+    except (ValueError, RecursionError) as cause:
+        why = f"line {cause.lineno}" if isinstance(cause, json.JSONDecodeError) else type(cause).__name__
+        if type(cause) is ValueError:
+            why = str(cause)
+        raise error(
+            f"{path.name} is not valid JSON ({why}); it may be damaged or truncated. Download or save it again."
+        ) from None
+    if not isinstance(values, dict):
+        raise error(f"{path.name} must hold a JSON object.")
+    return values
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes each file whole or not at all, in order: put the one that states the others' checksums last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        temporary = folder / f".{name}.{secrets.token_hex(4)}.tmp"
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
