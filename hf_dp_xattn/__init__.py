@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         ConfigError,
         ContextError,
         DPXAttnError,
+        HubError,
         LedgerError,
         ProtectionLostError,
         ReleaseError,
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     from .hosts.calibrate import calibrate
     from .hosts.phrases import split_phrases
     from .hosts.processor import DPAttnProcessor
-    from .hosts.protect import protect, unprotect
+    from .hosts.protect import handle_of, protect, unprotect
     from .hosts.release import Release
+    from .hosts.restoring import from_pretrained
     from .mechanisms.release import release_attention
     from .privacy.ledger import Budget, Ledger
     from .report import Guarantee, PrivacyReport
@@ -38,6 +40,7 @@ _HOMES = {
         "ConfigError",
         "ContextError",
         "DPXAttnError",
+        "HubError",
         "LedgerError",
         "ProtectionLostError",
         "ReleaseError",
@@ -49,8 +52,9 @@ _HOMES = {
     "hosts.calibrate": ("calibrate",),
     "hosts.phrases": ("split_phrases",),
     "hosts.processor": ("DPAttnProcessor",),
-    "hosts.protect": ("protect", "unprotect"),
+    "hosts.protect": ("handle_of", "protect", "unprotect"),
     "hosts.release": ("Release",),
+    "hosts.restoring": ("from_pretrained",),
     "mechanisms.release": ("release_attention",),
     "privacy.ledger": ("Budget", "Ledger"),
 }
@@ -66,6 +70,7 @@ __all__ = [
     "DPXAttnConfig",
     "DPXAttnError",
     "Guarantee",
+    "HubError",
     "Ledger",
     "LedgerError",
     "Plan",
@@ -76,6 +81,8 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "calibrate",
+    "from_pretrained",
+    "handle_of",
     "plan",
     "protect",
     "release_attention",

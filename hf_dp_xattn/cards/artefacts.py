@@ -24,7 +24,10 @@ UNITS = {
     "group": "one group of rows that was encoded apart from all others (a phrase, a document)",
     "context": "the whole context",
 }
-ONE_RELEASE = "The guarantee is that of ONE release. Every further release of the same context adds to it; the ledger of who makes them counts."
+ONE_RELEASE = (
+    "The guarantee is that of ONE release. Every further release of the same context adds to it; the ledger of who makes them "
+    "counts."
+)
 NOT_COVERED = (
     "words: an encoder mixes its rows, so unit='row' protects one row of its output, never a word; unit='context' protects everything at "
     "once and costs accordingly",

@@ -1,4 +1,4 @@
-"""The two methods of a Stable Diffusion pipeline that see the prompt, shadowed by instance attributes."""
+"""The two methods of a Stable Diffusion pipeline that see the prompt, and the one that saves it, shadowed by instance attributes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..errors import ConfigError, ProtectionLostError
 from .architectures import unwrap
 from .context import PrivateContext, name_contexts
 from .placeholder import Tag, read_tags
+from .saving import SaveShadow
 from .text import TextSide, as_texts
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class PipelinePatch:
         self.text = text
         self._handle = handle
         self._shadows: dict[str, Callable[..., Any]] = {}
+        self._saving = SaveShadow(pipe, handle)
 
     def install(self) -> None:
         for name, shadow in (("encode_prompt", self._encode_prompt), ("check_inputs", self._check_inputs)):
@@ -50,11 +52,13 @@ class PipelinePatch:
                 return _shadow(_original, bound)
 
             self._shadows[name] = vars(self.pipe)[name] = functools.wraps(original)(wrapped)
+        self._saving.install()
 
     def remove(self) -> None:
         for name, shadow in self._shadows.items():
             if vars(self.pipe).get(name) is shadow:
                 del vars(self.pipe)[name]
+        self._saving.remove()
 
     def check(self) -> None:
         """Raises ProtectionLostError unless the pipeline still consists of what was protected."""

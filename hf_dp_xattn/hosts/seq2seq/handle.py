@@ -26,6 +26,7 @@ from ..making import Recipe
 from ..placeholder import Tag, make_placeholder, new_tag, read_tags
 from ..processor import LayerTable
 from ..release import Release, ReleasedContext
+from ..saving import SaveShadow
 from .attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, dp_xattn
 from .contexts import MASK, STATES, gather, join_documents, name_inputs
 from .encoder import EncoderSide
@@ -81,6 +82,7 @@ class ProtectedSeq2Seq(ProtectedPipeline):
         self._configs = {name: layer.module.config for name, layer in self.cross.items()}
         self._routes = {name: route(config) for name, config in self._configs.items()}
         self._generate = GenerateShadow(model, self)
+        self._saving = SaveShadow(model, self)
         self._hooks: list[Any] = []
 
     def _find_layers(self) -> dict[str, Any]:
@@ -106,6 +108,7 @@ class ProtectedSeq2Seq(ProtectedPipeline):
             self.model.register_forward_hook(self._leave, always_call=True),
         ]
         self._generate.install()
+        self._saving.install()
 
     def unprotect(self) -> None:
         """Restores the model: the original configs of its layers, no hooks, no attributes. Releases stay valid on disk."""
@@ -122,6 +125,7 @@ class ProtectedSeq2Seq(ProtectedPipeline):
         for gate in self._gates:
             gate.remove()
         self._generate.remove()
+        self._saving.remove()
         self.model.__dict__.pop(HANDLE_ATTRIBUTE, None)
         self._calls.current = None
         self._tables.clear()

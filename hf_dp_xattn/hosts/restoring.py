@@ -1,0 +1,129 @@
+"""`dpx.from_pretrained`: a protected pipeline or model, as `saving.py` wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..calibration.anchors.files import JSON_NAME
+from ..calibration.calibration import load_calibration
+from ..config import CONFIG_NAME, DPXAttnConfig
+from ..errors import ConfigError
+from ..hub import HubOptions, locate, read_document
+from ..privacy.ledger import Budget, Ledger
+from .protect import protect, protect_to_serve
+from .saving import CALIBRATION_NAMES, FOLDER, PROTECTION_NAME, SCHEMA, sha256_of
+
+_KEYS = {"schema", "host", "pipeline", "budget", "sha256"}
+_REFUSED = ("trust_remote_code", "custom_pipeline", "custom_revision", "use_safetensors", "state_dict")
+
+
+def from_pretrained(name_or_path: str | Path, *, ledger: Ledger | None = None, **options: Any) -> Any:
+    """Restores a protected pipeline or model in one call: what its `save_pretrained` or `push_to_hub` wrote.
+
+    Weights are read from safetensors only, and no code of the repository is run. `dpx.handle_of(host)` gives the handle.
+
+    Args:
+        name_or_path: folder or Hub id.
+        ledger: what has been spent so far. Without one the restored host starts with an empty ledger in memory, and contexts that were
+            released before can be released once more.
+        options: revision, token, subfolder, local_files_only, cache_dir, force_download; what else the host's own `from_pretrained` takes
+            (torch_dtype, ...) is passed on.
+
+    Returns:
+        The diffusers pipeline or transformers model, protected.
+
+    Raises:
+        ConfigError: there is no protection, or it is damaged, of another schema, or for another host. No host is returned then.
+    """
+    refused = sorted(set(options) & set(_REFUSED))
+    if refused:
+        raise ConfigError(
+            f"{', '.join(refused)}: a protected host is loaded from safetensors, and without foreign code. Load it with its own library, "
+            "and call dpx.protect."
+        )
+    where: dict[str, Any] = {k: options.pop(k) for k in list(options) if k in HubOptions.__annotations__}
+    subfolder = where.pop("subfolder", None)
+    own = FOLDER if subfolder is None else f"{subfolder}/{FOLDER}"
+    try:
+        found = locate(
+            name_or_path, (PROTECTION_NAME, CONFIG_NAME), error=ConfigError, subfolder=own, **where
+        )
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error} There must be a {FOLDER}/ folder beside the model, as save_pretrained of a protected host writes it; protect a plain "
+            "one with dpx.protect."
+        ) from None
+    document = _read(found.folder)
+    if found.commit is not None:
+        where["revision"] = found.commit  # everything from one commit
+    if JSON_NAME in document["sha256"]:
+        locate(name_or_path, CALIBRATION_NAMES, error=ConfigError, subfolder=own, **where)
+    for name, digest in document["sha256"].items():
+        path = found.folder / name
+        if not path.is_file() or sha256_of(path) != digest:
+            raise ConfigError(
+                f"{name} is missing or does not have the checksum that {PROTECTION_NAME} states. Download or save the folder again."
+            )
+    config = DPXAttnConfig.from_file(found.folder)
+    calibration = load_calibration(found.folder) if JSON_NAME in document["sha256"] else None
+    budget = Budget(**document["budget"])
+    if found.commit is None:
+        host = _load(document, str(found.folder.parent), None, options)
+    else:
+        host = _load(document, str(name_or_path), subfolder, {**where, **options})
+    if calibration is None and config.mechanism == "anchors":
+        protect_to_serve(host, config)
+    else:
+        protect(host, config, calibration=calibration, ledger=ledger, budget=budget)
+    return host
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    document = read_document(folder / PROTECTION_NAME, ConfigError)
+    if document.get("schema") != SCHEMA:
+        raise ConfigError(
+            f"This protection has schema {document.get('schema')!r}, this package reads {SCHEMA!r}. Upgrade hf_dp_xattn, or save it anew."
+        )
+    files, budget = document.get("sha256"), document.get("budget")
+    fit = (
+        set(document) == _KEYS
+        and isinstance(files, dict)
+        and set(files) in ({CONFIG_NAME}, {CONFIG_NAME, *CALIBRATION_NAMES})
+        and isinstance(budget, dict)
+        and set(budget) == {"epsilon", "delta", "unit", "neighboring"}
+        and isinstance(document["host"], str)
+        and isinstance(document["pipeline"], (str, type(None)))
+    )
+    if not fit:
+        raise ConfigError(
+            f"Unknown or missing keys in {PROTECTION_NAME}; it was edited, or upgrade hf_dp_xattn."
+        )
+    return document
+
+
+def _load(document: dict[str, Any], name: str, subfolder: str | None, options: dict[str, Any]) -> Any:
+    """The plain host, by its own library. Raises ConfigError where it is of another class than was saved."""
+    if document["pipeline"] is not None:
+        from diffusers import DiffusionPipeline
+
+        if subfolder is not None:
+            raise ConfigError("A pipeline in a subfolder of a repository cannot be loaded; give it its own.")
+        host: Any = DiffusionPipeline.from_pretrained(name, use_safetensors=True, **options)
+        classes = [type(host).__name__, type(getattr(host, "unet", None)).__name__]
+        expected = [document["pipeline"], document["host"]]
+    else:
+        import transformers
+
+        cls = getattr(transformers, document["host"], None)
+        if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+            raise ConfigError(f"{document['host']!r} is no model of this version of transformers.")
+        if subfolder is not None:
+            options = {**options, "subfolder": subfolder}
+        host = cls.from_pretrained(name, use_safetensors=True, **options)
+        classes, expected = [type(host).__name__], [document["host"]]
+    if classes != expected:
+        raise ConfigError(
+            f"The folder holds a {' with '.join(classes)}, its protection is for a {' with '.join(expected)}."
+        )
+    return host

@@ -1,0 +1,132 @@
+"""All kinds go up to a Hub and come back: by name, revision and subfolder, and from the cache without a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+from huggingface_hub.utils import close_session
+
+import hf_dp_xattn as dpx
+from hf_dp_xattn.hub.transfer import MARKER
+
+from ..hosts_tiny import tiny_sd
+from .artefacts import CONFIG, KINDS, content, drawn, files, load, make
+from .server import FakeHub
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_up_and_back(kind: str, hub: FakeHub) -> None:
+    thing = make(kind)
+    address = thing.push_to_hub("me/thing", license="apache-2.0", base_model="org/base")
+    stored = hub.repos["me/thing"].files()
+    assert address.startswith(hub.url) and set(stored) == files(kind)
+    card = ModelCard(stored["README.md"].decode())
+    assert (card.data.license, card.data.base_model) == ("apache-2.0", "org/base")
+    assert card.data.library_name == "hf_dp_xattn" and "differential-privacy" in card.data.tags
+    assert '"me/thing"' in card.text
+    assert content(kind, load(kind, "me/thing")) == content(kind, thing)
+
+
+def test_a_release_draws_the_same_picture(hub: FakeHub) -> None:
+    pipe = tiny_sd()
+    with dpx.protect(pipe, CONFIG) as handle:
+        release = handle.release("a red circle")
+        want = drawn(release, pipe)
+        release.push_to_hub("me/release")
+    other = tiny_sd()
+    assert torch.equal(want, drawn(dpx.Release.from_pretrained("me/release", host=other), other))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_subfolders(kind: str, hub: FakeHub, tmp_path: Path) -> None:
+    thing = make(kind)
+    thing.push_to_hub("me/many", subfolder="a/b")
+    assert set(hub.repos["me/many"].files()) == {f"a/b/{name}" for name in files(kind)}
+    assert content(kind, load(kind, "me/many", subfolder="a/b")) == content(kind, thing)
+    with pytest.raises(dpx.DPXAttnError, match="could not be read"):
+        load(kind, "me/many")
+    thing.save_pretrained(tmp_path / "a" / "b")
+    assert content(kind, load(kind, tmp_path, subfolder="a/b")) == content(kind, thing)
+    with pytest.raises(dpx.DPXAttnError):
+        load(kind, tmp_path)
+
+
+def test_revisions(hub: FakeHub) -> None:
+    old, new = CONFIG, CONFIG.replace(epsilon=4.0)
+    old.push_to_hub("me/config")
+    first = hub.repos["me/config"].branches["main"]
+    new.push_to_hub("me/config")
+    new.replace(epsilon=9.0).push_to_hub("me/config", revision="loose")
+    read = dpx.DPXAttnConfig.from_pretrained
+    assert read("me/config") == read("me/config", revision="main") == new
+    assert read("me/config", revision=first) == old
+    assert read("me/config", revision="loose").epsilon == 9.0
+    with pytest.raises(dpx.ConfigError, match="could not be read"):
+        read("me/config", revision="nowhere")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_the_cache_without_a_network(kind: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    thing = make(kind)
+    thing.push_to_hub("me/thing")
+    load(kind, "me/thing")
+    hub.log.clear()
+    assert content(kind, load(kind, "me/thing", local_files_only=True)) == content(kind, thing)
+    assert hub.log == []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    close_session()
+    assert content(kind, load(kind, "me/thing")) == content(kind, thing)
+    with pytest.raises(dpx.DPXAttnError, match="could not be read"):
+        load(kind, "me/other")
+    with pytest.raises(dpx.HubError, match="upload failed"):
+        thing.push_to_hub("me/thing")
+
+
+def test_a_cache_folder_of_ones_own(hub: FakeHub, tmp_path: Path) -> None:
+    CONFIG.push_to_hub("me/config")
+    assert dpx.DPXAttnConfig.from_pretrained("me/config", cache_dir=tmp_path / "mine") == CONFIG
+    assert list((tmp_path / "mine").rglob("dp_xattn_config.json"))
+    with pytest.raises(dpx.ConfigError):
+        dpx.DPXAttnConfig.from_pretrained("me/config", local_files_only=True)
+
+
+def test_all_files_come_from_one_commit(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Someone pushes between the two downloads: the second file still comes from the first one's commit."""
+    import huggingface_hub
+
+    first, second = make("release"), make("release")
+    first.push_to_hub("me/release")
+    original = huggingface_hub.hf_hub_download
+
+    def download(*args: Any, **kwargs: Any) -> str:
+        path = original(*args, **kwargs)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", original)
+        second.push_to_hub("me/release")
+        return path
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert content("release", load("release", "me/release")) == content("release", first)
+    assert content("release", load("release", "me/release")) == content("release", second)
+
+
+def test_a_readme_of_somebody_else_stays(hub: FakeHub, tmp_path: Path) -> None:
+    hub.repo("me/model").commit("main", {"README.md": b"# My model\n"})
+    CONFIG.push_to_hub("me/model")
+    assert hub.repos["me/model"].files()["README.md"] == b"# My model\n"
+    (tmp_path / "README.md").write_text("# Mine\n")
+    release = make("release")
+    release.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# Mine\n"
+    (tmp_path / "README.md").write_text(MARKER + "old -->")
+    release.save_pretrained(tmp_path)
+    assert "# Released private context" in (tmp_path / "README.md").read_text()
+
+
+def test_an_own_card_is_written_anew(hub: FakeHub) -> None:
+    CONFIG.push_to_hub("me/config")
+    CONFIG.replace(epsilon=0.25).push_to_hub("me/config")
+    assert "(0.25, 1e-05)-differentially private" in hub.repos["me/config"].files()["README.md"].decode()
