@@ -12,7 +12,8 @@ import time
 import warnings
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from sd15 import CHANNELS, ROWS, build, check, step
 
 import hf_dp_xattn as dpx
@@ -93,8 +94,12 @@ def measure(count: int = 10_000, anchors: int = 4096) -> dict[str, object]:
     }
 
 
-def measure_step(size: int = 64, repeats: int = 9) -> dict[str, object]:
-    """One denoising step with guidance, protected and unprotected in turn; the calibration is small, the rows served are as many."""
+def measure_step(size: int = 64, repeats: int = 15) -> dict[str, object]:
+    """One denoising step with guidance, protected and unprotected in turn; the calibration is small, the rows served are as many.
+
+    A timed step is not a picture's first (that one reads the placeholder, once: `activation_s`). Steps vary by some per cent on a shared
+    machine, cross-attention is a fifteenth of them and all that differs: its layers are also timed alone, in turn, on a step's own inputs.
+    """
     warnings.simplefilter("ignore")
     pipe = pipeline()
     negative = torch.randn(1, ROWS, CHANNELS, generator=torch.Generator().manual_seed(2))
@@ -114,6 +119,7 @@ def measure_step(size: int = 64, repeats: int = 9) -> dict[str, object]:
     plain = torch.cat([negative, private])
     step(pipe.unet, plain, size)
     protected_s, plain_s, rows = [], [], 0
+    layers: dict[str, float] = {}
     for i in range(repeats):
         with dpx.protect(pipe, config, calibration=calibration) as protected:
             release = protected.release(private[0])
@@ -121,20 +127,62 @@ def measure_step(size: int = 64, repeats: int = 9) -> dict[str, object]:
             assert served is not None
             rows = served.rows.shape[0]
             states = torch.cat([negative, release.inputs()["prompt_embeds"]])
-            if i == 0:
-                step(pipe.unet, states, size)
+            step(pipe.unet, states, 8)
             start = time.perf_counter()
             step(pipe.unet, states, size)
             protected_s.append(time.perf_counter() - start)
+            if i == 0:
+                layers = _time_layers(pipe.unet, states, plain, size)
         start = time.perf_counter()
         step(pipe.unet, plain, size)
         plain_s.append(time.perf_counter() - start)
     ratios = sorted(p / q for p, q in zip(protected_s, plain_s, strict=True))
+    unprotected = sorted(plain_s)[repeats // 2]
     return {
         "rows_served": rows,
         "repeats": repeats,
         "step_protected_s": sorted(protected_s)[repeats // 2],
-        "step_unprotected_s": sorted(plain_s)[repeats // 2],
+        "step_unprotected_s": unprotected,
         "step_ratio": ratios[repeats // 2],
         "step_ratios": ratios,
+        **layers,
+        "step_ratio_from_layers": 1
+        + (layers["layers_protected_s"] + layers["gate_s"] - layers["layers_unprotected_s"]) / unprotected,
     }
+
+
+@torch.no_grad()
+def _time_layers(
+    unet: UNet2DConditionModel, states: torch.Tensor, plain: torch.Tensor, size: int, repeats: int = 15
+) -> dict[str, float]:
+    """Seconds in all cross-attention layers of a step, protected and plain in turn on the inputs that a protected step has; and in the
+    gate before the UNet."""
+    inputs: list[tuple[Attention, torch.Tensor]] = []
+
+    def keep(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(module, Attention)
+        inputs.append((module, args[0]))
+
+    cross = [m for n, m in unet.named_modules() if n.endswith(".attn2")]
+    hooks = [m.register_forward_pre_hook(keep) for m in cross]
+    step(unet, states, size)
+    for hook in hooks:
+        hook.remove()
+    seconds = {"layers_protected_s": 0.0, "layers_unprotected_s": 0.0}
+    unprotected = AttnProcessor2_0()
+    for attn, hidden in inputs:
+        taken: dict[str, list[float]] = {name: [] for name in seconds}
+        for _ in range(repeats):
+            for name, processor, given in (
+                ("layers_protected_s", attn.processor, states),
+                ("layers_unprotected_s", unprotected, plain),
+            ):
+                start = time.perf_counter()
+                processor(attn, hidden, encoder_hidden_states=given)
+                taken[name].append(time.perf_counter() - start)
+        for name, values in taken.items():
+            seconds[name] += sorted(values)[repeats // 2]
+    start = time.perf_counter()
+    for gate in list(unet._forward_pre_hooks.values()):
+        gate(unet, (None, 0), {"encoder_hidden_states": states})
+    return {**seconds, "gate_s": time.perf_counter() - start}

@@ -86,3 +86,25 @@ def fingerprint(layers: dict[str, Attention], dtype: torch.dtype) -> Fingerprint
         ),
         dtype=str(dtype).removeprefix("torch."),
     )
+
+
+def stamp(layers: dict[str, Attention]) -> tuple[object, ...]:
+    """Changes whenever the projections do by ordinary means: another parameter, a write to one, an adapter's scale, switch or merge.
+
+    Without arithmetic or synchronisation, so that it can be taken at every step, where `fingerprint` cannot.
+    """
+    modules = [m for attn in layers.values() for p in (attn.to_k, attn.to_v) for m in p.modules()]
+    weights = [w for m in modules for w in m._parameters.values() if w is not None]
+    adapters = [m.__dict__ for m in modules if isinstance(m.__dict__.get("scaling"), dict)]
+    return (
+        *((id(w), w.data_ptr(), w._version) for w in weights),
+        *(
+            (
+                tuple(a["scaling"].items()),
+                str(a.get("_active_adapter")),
+                a.get("_disable_adapters"),
+                str(a.get("merged_adapters")),
+            )
+            for a in adapters
+        ),
+    )

@@ -20,7 +20,7 @@ from .access import Access, TextGate
 from .architectures import find_layers, rowwise_reason, side_channel_reason, unwrap
 from .bindings import Bindings, bind, unique
 from .context import PrivateContext, name_contexts, name_phrases
-from .fingerprint import Fingerprint, fingerprint
+from .fingerprint import Fingerprint, fingerprint, stamp
 from .growing import GrowingContext, append_to, only, open_growing
 from .making import Recipe, choose_maker
 from .pipelines import PipelinePatch
@@ -77,7 +77,7 @@ class ProtectedPipeline:
         self._spent: list[Spent] = []
         self._tags: tuple[Tag, ...] = ()
         self._device = torch.device("cpu")
-        self._seen: tuple[weakref.ref[torch.Tensor], int] | None = None
+        self._seen: tuple[weakref.ref[torch.Tensor], int, object] | None = None
         self._fingerprint = self._current_fingerprint()  # of the weights that the tables were built for
         self._tables = Tables(self.layers)
         self._maker = choose_maker(
@@ -240,7 +240,7 @@ class ProtectedPipeline:
             raise ProtectionLostError(
                 "A protected UNet takes encoder_hidden_states as one tensor (no image prompts beside it)."
             )
-        if self._seen is not None and self._seen[0]() is states and self._seen[1] == states._version:
+        if self._seen is not None and self._seen[0]() is states and self._seen[1:] == self._state_of(states):
             return  # the same tensor at every step: parsed already
         found = read_tags(states)
         tags = unique(found)
@@ -265,7 +265,10 @@ class ProtectedPipeline:
         tensors = (torch.tensor(x, dtype=torch.int64, device=states.device) for x in (rows, order, others))
         self._set_layout(Layout(weakref.ref(states), *tensors))
         if not states.is_inference():
-            self._seen = (weakref.ref(states), states._version)
+            self._seen = (weakref.ref(states), *self._state_of(states))
+
+    def _state_of(self, states: torch.Tensor) -> tuple[int, object]:
+        return states._version, stamp(self.layers)
 
     def _set_layout(self, layout: Layout | None) -> None:
         self._seen = None

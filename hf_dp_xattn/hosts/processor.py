@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import DPXAttnError, ProtectionLostError
+from ..mechanisms.rows_structure import RowsStructure, stack_rows
 from ..mechanisms.structure import AttentionStructure
 from ..ops.merge import exact_partial, merge
 from .placeholder import is_marked, match_tags
@@ -71,7 +72,17 @@ class DPAttnProcessor:
 
     def __init__(self) -> None:
         self.table: LayerTable | None = None
-        self.layout: Layout | None = None
+        self.joint: RowsStructure | None = None  # what the elements of `layout.states` attend to, all of them
+        self._layout: Layout | None = None
+
+    @property
+    def layout(self) -> Layout | None:
+        return self._layout
+
+    @layout.setter
+    def layout(self, layout: Layout | None) -> None:
+        self._layout = layout
+        self.joint = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise DPXAttnError(NO_COPY)
@@ -134,6 +145,10 @@ class DPAttnProcessor:
         """[B, H, m, d], private elements from the release and the others exactly."""
         layout = None if torch.compiler.is_compiling() or attention_mask is not None else self.layout
         if layout is not None and layout.states() is states and table.structure is not None:
+            if self.joint is None and not torch.is_grad_enabled():
+                self.joint = self._join(attn, table, layout, states)
+            if self.joint is not None and not torch.is_grad_enabled():
+                return self.joint.attend(query)
             out = torch.empty_like(query)
             out[layout.rows] = self._read(table, query[layout.rows], layout.index).to(query.dtype)
             if len(layout.public):
@@ -147,6 +162,25 @@ class DPAttnProcessor:
         allowed = marked.any() | table.allow_public.to(marked.device)
         public = torch.where(allowed, public, torch.full_like(public, torch.nan))
         return torch.where(marked[:, None, None, None], private.to(query.dtype), public)
+
+    @staticmethod
+    def _join(
+        attn: Attention, table: LayerTable, layout: Layout, states: torch.Tensor
+    ) -> RowsStructure | None:
+        """Rows that were released, and the keys and values of the public elements: one structure of the batch's size for all steps.
+
+        None where something else than rows was released.
+        """
+        released = table.structure
+        if not isinstance(released, RowsStructure) or table.public_key is not None:
+            return None
+        parts, order = [released.select(layout.index)], layout.rows
+        if len(layout.public):
+            key, value = project(attn, states[layout.public])
+            bias = key.new_zeros(len(key), 1, 1, key.shape[2])
+            parts.append(RowsStructure(key, value, bias, released.scale))
+            order = torch.cat([order, layout.public])
+        return stack_rows(parts).select(order.argsort())
 
     @staticmethod
     def _attend_public(

@@ -83,13 +83,14 @@ def plant_raw_rows(host: Any, handle: Any, monkeypatch: pytest.MonkeyPatch) -> N
         kept.append(rows)
         return run(self, rows, *rest)
 
-    original = DPAttnProcessor._read
+    original = DPAttnProcessor._attend
 
-    def leaky(table: Any, query: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return original(table, query, *rest) + 1e-3 * kept[-1][:, 0].mean().to(query.dtype)
+    def leaky(self: Any, *given: Any) -> torch.Tensor:
+        out = original(self, *given)
+        return out + 1e-3 * kept[-1][:, 0].mean().to(out.dtype)
 
     monkeypatch.setattr(recipe, "run", keep)
-    monkeypatch.setattr(DPAttnProcessor, "_read", staticmethod(leaky))
+    monkeypatch.setattr(DPAttnProcessor, "_attend", leaky)
 
 
 def plant_private_first_row(host: Any, handle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,13 +193,13 @@ def test_every_cross_attention_layer_is_reached(
     pipe: Any, private: dpx.DPXAttnConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    original = DPAttnProcessor._read
+    original = DPAttnProcessor._attend
 
-    def counted(table: Any, *rest: Any) -> torch.Tensor:
+    def counted(self: Any, attn: Any, table: Any, *rest: Any) -> torch.Tensor:
         calls.append(id(table))
-        return original(table, *rest)
+        return original(self, attn, table, *rest)
 
-    monkeypatch.setattr(DPAttnProcessor, "_read", staticmethod(counted))
+    monkeypatch.setattr(DPAttnProcessor, "_attend", counted)
     handle = protect(pipe, private)
     picture(pipe, PROMPTS[0], num_inference_steps=1)
     cross = [n for n, m in pipe.unet.named_modules() if getattr(m, "is_cross_attention", False)]
