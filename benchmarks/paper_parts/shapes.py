@@ -10,13 +10,17 @@ import hf_dp_xattn as dpx
 from .common import KERNEL, TREE, Sizes
 
 SEED = 555
-# the tree's best settings on PUBLIC captions: one direction a head, one bin
-TREE_SETTINGS = {"degree": 1, "projection_dim": 1, "logit_bound": 0.1, "tree_bins": 1}
 
 
 def shapes(sizes: Sizes) -> dict[str, Any]:
     """Fraction of unexplained variance of every layer's and head's output over PUBLIC captions (n = 76 private rows), queries of others."""
-    from shapes.private import CALIBRATIONS, calibrate_kernel_sum, config
+    from shapes.private import (
+        CALIBRATIONS,
+        TREE_SETTINGS,
+        calibrate_dptree,
+        calibrate_kernel_sum,
+        config,
+    )
     from shapes.scenes import train_examples
     from shapes_utility.fvu import Judge, MeanOutput
     from shapes_utility.methods import Mechanism
@@ -46,14 +50,7 @@ def shapes(sizes: Sizes) -> dict[str, Any]:
             settings = config(epsilon, mechanism=self.mechanism, **TREE_SETTINGS)
             return dpx.protect(self.setting.pipeline, settings, calibration=self.calibration)
 
-    small_config = config(
-        8.0, mechanism=KERNEL, **{k: v for k, v in TREE_SETTINGS.items() if k != "tree_bins"}
-    )
-    public_captions = [e.caption for e in train_examples(public, SEED + 1)]
-    fitted = dpx.calibrate(
-        setting.pipeline, public_captions, small_config, epsilons=(8.0,), rank=8, progress=False
-    )
-    geometry = dataclasses.replace(fitted, basis=None, plans=())
+    geometry = calibrate_dptree(setting.pipeline, captions=public)
     methods = {
         "anchors": Mechanism(setting, "anchors", dpx.Calibration.from_pretrained(CALIBRATIONS / "row")),
         KERNEL: Mechanism(setting, KERNEL, moments),

@@ -20,7 +20,13 @@ EXACT = "none (not private)"
 PUBLIC = "public prompt only"
 PLAIN = "unprotected pipeline"
 # colour-blind-safe (Okabe and Ito)
-COLOURS = {"row": "#0072B2", "group": "#009E73", "context": "#D55E00", "kernel_sum": "#CC79A7"}
+COLOURS = {
+    "row": "#0072B2",
+    "group": "#009E73",
+    "context": "#D55E00",
+    "kernel_sum": "#CC79A7",
+    "dptree": "#E69F00",
+}
 
 
 def name(epsilon: float) -> str:
@@ -51,6 +57,7 @@ def line(series: str, label: str, result: Score, scenes: Sequence[Scene]) -> dic
 
 def markdown(lines: Sequence[dict[str, Any]], titles: dict[str, str]) -> str:
     """epsilon down, series across: share of the attributes that are right, with its interval."""
+    titles = {s: t for s, t in titles.items() if any(x["series"] == s for x in lines)}
     epsilons = list(dict.fromkeys(x["epsilon"] for x in lines))
     found = {(x["series"], x["epsilon"]): x for x in lines}
     out = ["| epsilon | " + " | ".join(titles.values()) + " |", "|---" * (1 + len(titles)) + "|"]
