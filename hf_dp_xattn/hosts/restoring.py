@@ -49,12 +49,11 @@ def from_pretrained(name_or_path: str | Path, *, ledger: Ledger | None = None, *
         found = locate(
             name_or_path, (PROTECTION_NAME, CONFIG_NAME), error=ConfigError, subfolder=own, **where
         )
+        document = _read(found.folder)
     except ConfigError as error:
         raise ConfigError(
-            f"{error} There must be a {FOLDER}/ folder beside the model, as save_pretrained of a protected host writes it; protect a plain "
-            "one with dpx.protect."
+            f"{error} A protected host's save_pretrained writes a folder {FOLDER}/ beside the model; protect a plain one with dpx.protect."
         ) from None
-    document = _read(found.folder)
     if found.commit is not None:
         where["revision"] = found.commit  # everything from one commit
     if JSON_NAME in document["sha256"]:

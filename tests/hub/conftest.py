@@ -20,6 +20,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """HF_ENDPOINT takes effect at the import of huggingface_hub only, so its constants are set; test_command_line.py uses the variable."""
     with serve() as fake:
         monkeypatch.setattr(constants, "ENDPOINT", fake.url)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", fake.url)  # whose methods diffusers imports
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", fake.url + "/{repo_id}/resolve/{revision}/{filename}"
         )

@@ -68,7 +68,7 @@ def serve() -> Iterator[FakeHub]:
     hub = FakeHub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield hub
@@ -139,11 +139,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._missing("RepoNotFound")
 
     def _validate(self, content: str) -> None:
-        """The Hub's rules that matter here: a front matter of known types, with a license."""
+        """The Hub's rules that matter here: a front matter of known types."""
         match = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
         values = yaml.safe_load(match[1]) if match else None
         errors = []
-        if not isinstance(values, dict) or not isinstance(values.get("license"), str):
+        if not isinstance(values, dict):
+            errors.append({"message": "no metadata"})
+        elif not isinstance(values.get("license", ""), str):
             errors.append({"message": '"license" must be a string'})
         elif not isinstance(values.get("tags", []), list):
             errors.append({"message": '"tags" must be an array'})

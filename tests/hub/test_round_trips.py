@@ -13,7 +13,9 @@ from huggingface_hub.utils import close_session
 import hf_dp_xattn as dpx
 from hf_dp_xattn.hub.transfer import MARKER
 
-from ..hosts_tiny import tiny_sd
+from ..hosts.anchor_calibrations import protect
+from ..hosts.seq2seq.tiny import tiny
+from ..hosts_tiny import picture, tiny_sd
 from .artefacts import CONFIG, KINDS, content, drawn, files, load, make
 from .server import FakeHub
 
@@ -130,3 +132,31 @@ def test_an_own_card_is_written_anew(hub: FakeHub) -> None:
     CONFIG.push_to_hub("me/config")
     CONFIG.replace(epsilon=0.25).push_to_hub("me/config")
     assert "(0.25, 1e-05)-differentially private" in hub.repos["me/config"].files()["README.md"].decode()
+
+
+@pytest.mark.parametrize("mechanism", ["kernel_sum", "anchors"])
+def test_a_protected_pipeline(mechanism: str, hub: FakeHub) -> None:
+    """`pipe.push_to_hub` of diffusers takes the protection along, and one call restores it."""
+    pipe = tiny_sd()
+    handle = protect(pipe, CONFIG.replace(mechanism=mechanism, epsilon=8.0))
+    handle.release("a red circle")
+    pipe.push_to_hub("me/pipe")
+    assert "dp_xattn/dp_xattn_protection.json" in hub.repos["me/pipe"].files()
+    restored = dpx.from_pretrained("me/pipe")
+    assert dpx.handle_of(restored).config == handle.config
+    assert bool(picture(restored, "a blue star").isfinite().all())
+    hub.log.clear()
+    again = dpx.from_pretrained("me/pipe", local_files_only=True)
+    assert dpx.handle_of(again).budget == handle.budget and hub.log == []
+    with pytest.raises(dpx.ConfigError, match="could not be read"):
+        dpx.from_pretrained("me/pipe", revision="nowhere")
+
+
+def test_a_protected_model(hub: FakeHub) -> None:
+    """Likewise `model.push_to_hub` of transformers."""
+    model = tiny("bart")
+    handle = dpx.protect(model, CONFIG)
+    model.push_to_hub("me/model")
+    restored = dpx.from_pretrained("me/model")
+    assert dpx.handle_of(restored).config == handle.config
+    assert restored.state_dict().keys() == model.state_dict().keys()
