@@ -21,7 +21,8 @@ class PrivateContext:
     """One context. `name` is what the ledger digests; `load` encodes and may be called only after the charge.
 
     rows counts all rows of the placeholder, public ones included; private_rows those that are released. phrases: the groups of the private
-    rows where they are phrases; public.
+    rows where they are phrases; public. variant: how it is encoded, public: another variant is not served by the same release, but charged
+    to the same name.
     """
 
     rows: int
@@ -29,6 +30,7 @@ class PrivateContext:
     name: tuple[bytes, ...] = field(repr=False)
     load: Callable[[], Rows] = field(repr=False, compare=False)
     phrases: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    variant: bytes = field(default=b"", repr=False)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise DPXAttnError("A private context cannot be pickled or copied.")
@@ -54,6 +56,10 @@ class PrivateContext:
                 f"`groups` must be an integer tensor [{self.private_rows}] (or [{self.rows}], all rows)."
             )
         return groups[groups.shape[0] - self.private_rows :]
+
+    def variant_of(self, groups: torch.Tensor | None) -> bytes:
+        """What tells a release from another one of the same context: how it was encoded and grouped."""
+        return self.variant + (b"" if groups is None else _bytes(groups))
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

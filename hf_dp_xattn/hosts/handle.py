@@ -362,7 +362,7 @@ class ProtectedPipeline:
         todo: dict[tuple[str, bytes], tuple[PrivateContext, torch.Tensor | None]] = {}
         for context in contexts:
             own = context.groups(groups, self.config.unit)
-            key = (self.ledger.digest(context.name), b"" if own is None else own.cpu().numpy().tobytes())
+            key = (self.ledger.digest(context.name), context.variant_of(own))
             keys.append(key)
             cached = self._cache.get(key)
             if fresh or cached is None or cached.misfit(current) is not None:

@@ -20,12 +20,16 @@ def _dispatch(host: Any) -> tuple[Any, Any, type[ProtectedPipeline]]:
     """(UNet or model, diffusers pipeline or None, kind of handle). Raises UnsupportedModelError for what cannot be protected."""
     from diffusers import DiffusionPipeline, UNet2DConditionModel
 
+    from .decoder_only.handle import ProtectedDecoder
+    from .decoder_only.probing import is_decoder_only
     from .seq2seq.handle import ProtectedSeq2Seq
     from .seq2seq.probing import is_seq2seq
 
     model = _model_of(host)
     if is_seq2seq(model):
         return model, None, ProtectedSeq2Seq
+    if is_decoder_only(model):
+        return model, None, ProtectedDecoder
     if type(model) is not UNet2DConditionModel:
         raise refuse_host(host)
     return model, host if isinstance(host, DiffusionPipeline) else None, ProtectedPipeline
@@ -52,14 +56,16 @@ def protect(
     budget: Budget | None = None,
     entropy: Entropy | None = None,
 ) -> ProtectedPipeline:
-    """Patches a Stable Diffusion pipeline (text-to-image, img2img, inpaint), a bare UNet, or an encoder-decoder model in place.
+    """Patches a Stable Diffusion pipeline (text-to-image, img2img, inpaint), a bare UNet, an encoder-decoder or a decoder-only model in
+    place.
 
     From then on prompts and prompt_embeds given to the pipeline are private: each is released once under `config`, and the UNet receives a
-    placeholder. So is what an encoder-decoder model's `generate` is given for its encoder. Protecting again with the same settings returns
-    the same handle; another pipeline that shares the UNet joins it.
+    placeholder. So is what an encoder-decoder model's `generate` is given for its encoder. A decoder-only model's
+    private prefix (its system prompt) is given to `protected.release` only; its `generate` runs with `release.inputs(input_ids=...)`.
+    Protecting again with the same settings returns the same handle; another pipeline that shares the UNet joins it.
 
     Args:
-        host: a supported pipeline, a `UNet2DConditionModel`, or an encoder-decoder model of transformers (docs/hosts.md), or its pipeline.
+        host: a supported pipeline, a `UNet2DConditionModel`, or a language model of transformers (docs/hosts.md), or its pipeline.
         config: what is released, and at which price.
         calibration: public statistics from `dpx.calibrate`; `anchors` cannot do without.
         ledger: what was spent, and on which context; in memory by default. Give it a path where a restart must not forget.

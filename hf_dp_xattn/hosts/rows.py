@@ -49,6 +49,13 @@ def project_rows(attn: Attention, rows: torch.Tensor) -> tuple[torch.Tensor, tor
     return key[0], value[0]
 
 
+@runtime_checkable
+class SelfDescribing(Protocol):
+    """A layer that states its own shapes, because no matrix describes how its keys come about (rotary embeddings)."""
+
+    def spec(self) -> LayerSpec: ...
+
+
 @torch.no_grad()
 def effective_weight(module: nn.Module, heads: int, dtype: torch.dtype) -> torch.Tensor:
     """[H, d, channels] float32 CPU: the linear map that a projection applies, with its adapters."""
@@ -67,6 +74,9 @@ def layer_specs(layers: dict[str, Attention], dtype: torch.dtype) -> list[LayerS
     """Public shapes and weights of the layers, for `prepare_release` and calibration."""
     specs = []
     for name, attn in layers.items():
+        if isinstance(attn, SelfDescribing):
+            specs.append(attn.spec())
+            continue
         head_dim = attn.inner_dim // attn.heads
         specs.append(
             LayerSpec(

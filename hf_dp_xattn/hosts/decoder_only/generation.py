@@ -1,0 +1,140 @@
+"""`generate` of a protected decoder-only model, shadowed by an instance attribute: it runs with a release's inputs, or not at all."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ...errors import ConfigError, ProtectionLostError
+from .attention import check_window
+from .cache import PrefixCache
+
+if TYPE_CHECKING:
+    from .handle import ProtectedDecoder
+
+NO_INPUTS = (
+    "This model is protected and was called without a release. Call model.generate(**release.inputs(input_ids=ids)), or declare everything "
+    "public with `with protected.public():`."
+)
+_ASSISTED = "assisted decoding calls the model's parts in ways of its own"
+_POSITIONS = "positions are counted from the release's public length"
+REFUSED: dict[str, str] = {
+    "assistant_model": _ASSISTED,
+    "prompt_lookup_num_tokens": _ASSISTED,
+    "assistant_early_exit": _ASSISTED,
+    "use_mtp": _ASSISTED,
+    "custom_generate": "its code is not known",
+    "guidance_scale": "it runs the model without its prefix",
+    "negative_prompt_ids": "it runs the model without its prefix",
+    "compile_config": "compiled generation is not supported yet",
+    "cache_implementation": "only the dynamic cache of release.inputs() is supported yet",
+    "prefill_chunk_size": "it cuts inputs by the cache's length",
+    "inputs_embeds": "pass token ids",
+    "position_ids": _POSITIONS,
+    "token_type_ids": "they change which tokens see each other",
+    "dola_layers": "it reads layers in ways of its own",
+    "penalty_alpha": "contrastive search splits caches in ways of its own",
+}
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "guidance_scale": (1, 1.0),
+    "cache_implementation": ("dynamic",),
+    "use_mtp": (False,),
+    "penalty_alpha": (0, 0.0),
+}
+
+
+class GenerateShadow:
+    """Stands in for `model.generate` and `model.generate_batch` while the model is protected."""
+
+    def __init__(self, model: Any, handle: ProtectedDecoder) -> None:
+        self._model, self._handle = model, handle
+        self._shadows: dict[str, Callable[..., Any]] = {}
+
+    def install(self) -> None:
+        for name, serve in (("generate", self._generate), ("generate_batch", self._generate_batch)):
+            original = getattr(self._model, name, None)
+            if original is not None:
+                self._shadows[name] = self._model.__dict__[name] = _shadow(original, serve)
+
+    def installed(self) -> bool:
+        own = self._model.__dict__
+        return bool(self._shadows) and all(own.get(n) is s for n, s in self._shadows.items())
+
+    def remove(self) -> None:
+        for name, shadow in self._shadows.items():
+            if self._model.__dict__.get(name) is shadow:
+                del self._model.__dict__[name]
+
+    def _generate_batch(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        self._handle.check_thoroughly()
+        if self._handle.access.public:
+            return original(*bound.args, **bound.kwargs)
+        raise ConfigError(
+            "Continuous batching (generate_batch) keeps a paged cache of its own, which cannot hold a release. Call model.generate."
+        )
+
+    def _generate(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        self._handle.check_thoroughly()
+        if self._handle.access.public:
+            return original(*bound.args, **bound.kwargs)
+        arguments = dict(bound.arguments)
+        for kind in bound.signature.parameters.values():
+            if kind.kind is inspect.Parameter.VAR_KEYWORD:
+                arguments |= arguments.pop(kind.name, {})
+        config = arguments.get("generation_config") or self._model.generation_config
+        cache = arguments.get("past_key_values")
+        if not isinstance(cache, PrefixCache):
+            raise ProtectionLostError(NO_INPUTS)
+        self._check(arguments, config)
+        ids = arguments.get("input_ids", arguments.get("inputs"))
+        mask = arguments.get("attention_mask")
+        if ids is None or mask is None or mask.shape[-1] != cache.offset + cache.own + ids.shape[-1]:
+            raise ConfigError(
+                "generate needs input_ids, attention_mask and past_key_values as release.inputs(input_ids=..., attention_mask=...) gives "
+                "them. For a further turn, call release.inputs with all token ids of the conversation."
+            )
+        self._handle.serve(cache)
+        check_window(self._handle.limit, cache.offset + cache.own + self._planned(arguments, config, ids))
+        cache = cache.fork()  # so that the same inputs can be used again
+        cache.elastic = True
+        return original(**{**arguments, "past_key_values": cache})
+
+    @staticmethod
+    def _planned(arguments: dict[str, Any], config: Any, ids: Any) -> int:
+        """Own tokens after the longest generation that is asked for; the last one is never fed back."""
+
+        def asked(name: str) -> int | None:
+            value = arguments.get(name)
+            return getattr(config, name, None) if value is None else value
+
+        n = int(ids.shape[-1])
+        new = asked("max_new_tokens")
+        if new is None:
+            longest = asked("max_length")
+            new = 20 if longest is None else max(1, longest - n)
+        return n + new - 1
+
+    @staticmethod
+    def _check(arguments: dict[str, Any], config: Any) -> None:
+        """Raises ConfigError for ways of generating that would go past the release, or that are not supported."""
+        for name, reason in REFUSED.items():
+            value = arguments[name] if name in arguments else getattr(config, name, None)
+            if value is not None and value not in HARMLESS.get(name, ()):
+                raise ConfigError(f"{name} is not supported on a protected model: {reason}.")
+        use_cache = arguments.get("use_cache")
+        if use_cache is False or (use_cache is None and getattr(config, "use_cache", None) is False):
+            raise ConfigError(
+                "use_cache=False is not supported on a protected model: the cache names its release."
+            )
+
+
+def _shadow(original: Callable[..., Any], serve: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def shadow(*args: Any, **kwargs: Any) -> Any:
+        return serve(original, signature.bind(*args, **kwargs))
+
+    return shadow

@@ -1,0 +1,333 @@
+"""`ProtectedDecoder`: the handle of a protected decoder-only model."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...config import DPXAttnConfig
+from ...errors import ConfigError, ProtectionLostError, ReleaseError
+from ...privacy.ledger import Budget, Ledger
+from ...report import PrivacyReport
+from ..bindings import bind
+from ..context import PrivateContext
+from ..fingerprint import Fingerprint
+from ..handle import HANDLE_ATTRIBUTE, ProtectedPipeline
+from ..making import Recipe
+from ..placeholder import Tag
+from ..processor import LayerTable
+from ..release import Release, ReleasedContext
+from ..saving import SaveShadow
+from ..seq2seq.handle import _as_rows
+from .attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, check_window, dp_xattn_prefix
+from .cache import PrefixCache
+from .contexts import check_groups, name_prefix, read_prefixes
+from .encoder import PrefixEncoder
+from .generation import NO_INPUTS, GenerateShadow
+from .layers import PrefixLayer, prefix_fingerprint, route
+from .probing import evaluating, find_layers
+from .reporting import prefix_report
+
+if TYPE_CHECKING:
+    from ...privacy.bits import Entropy
+    from ..making import AnyCalibration
+
+
+class ProtectedDecoder(ProtectedPipeline):
+    """A protected decoder-only model. Made by `dpx.protect`; a context manager that unprotects.
+
+    A private prefix (a system prompt, documents, examples) is released once; `generate` then runs with `release.inputs(input_ids=...)`:
+    the prefix's tokens, keys and values never enter it. Every layer, beam, sample, step and turn reads the release.
+
+    *Formal guarantee.* Everything that leaves the model about a private prefix is post-processing of its `Release` and of public lengths,
+    see `report()`.
+    """
+
+    def __init__(
+        self,
+        model: Any,  # a PreTrainedModel; mypy does not see through its mixins
+        config: DPXAttnConfig,
+        *,
+        calibration: AnyCalibration | None = None,
+        ledger: Ledger | None = None,
+        budget: Budget | None = None,
+        entropy: Entropy | None = None,
+        serving_only: bool = False,
+    ) -> None:
+        self.model = model
+        super().__init__(
+            model,
+            config,
+            calibration=calibration,
+            ledger=ledger,
+            budget=budget,
+            entropy=entropy,
+            serving_only=serving_only,
+        )
+        self._encoder = PrefixEncoder(model, self.decoder_layers)
+        self._calls = Calls()
+        self._routes = {name: route(layer.config) for name, layer in self.decoder_layers.items()}
+        self._generate = GenerateShadow(model, self)
+        self._saving = SaveShadow(model, self)
+        self._hooks: list[Any] = []
+        self._served: tuple[tuple[Tag, ...], torch.device, dict[str, LayerTable]] | None = None
+
+    def _find_layers(self) -> dict[str, Any]:
+        self.decoder_layers: dict[str, PrefixLayer] = find_layers(self.model)
+        return dict(self.decoder_layers)
+
+    # ---- installing and removing -------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Routes the layers' attention to `dp_xattn_prefix`; undone by `unprotect`."""
+        for message in self._maker.warnings(self._fingerprint):
+            warnings.warn(message, stacklevel=4)
+        self.active = True
+        self.model.__dict__[HANDLE_ATTRIBUTE] = self
+        for name, layer in self.decoder_layers.items():
+            module: Any = layer.module
+            module.__dict__[LAYER_ATTRIBUTE] = LayerState(name, self._calls, layer.config)
+            module.config = self._routes[name]
+        self._hooks = [
+            self.model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self.model.register_forward_hook(self._leave, always_call=True),
+        ]
+        self._generate.install()
+        self._saving.install()
+
+    def unprotect(self) -> None:
+        """Restores the model: the original configs of its layers, no hooks, no attributes. Releases stay valid on disk."""
+        if not self.active:
+            return
+        self.active = False
+        for name, layer in self.decoder_layers.items():
+            module: Any = layer.module
+            if module.config is self._routes[name]:
+                module.config = layer.config
+            module.__dict__.pop(LAYER_ATTRIBUTE, None)
+        for hook in self._hooks:
+            hook.remove()
+        self._generate.remove()
+        self._saving.remove()
+        self.model.__dict__.pop(HANDLE_ATTRIBUTE, None)
+        self._calls.current = None
+        self._served = None
+        self._tables.clear()
+
+    @property
+    def channels(self) -> int:
+        return next(iter(self.decoder_layers.values())).cross_attention_dim
+
+    @property
+    def limit(self) -> int | None:
+        """How many positions the model's layers see at once; None: as many as there are."""
+        return self._encoder.limit
+
+    # ---- gates -------------------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raises `ProtectionLostError` unless everything that `protect` installed is still in place."""
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        hooks = (self.model._forward_pre_hooks, self.model._forward_hooks)
+        lost: str | None = None
+        if not self.active:
+            lost = "it was unprotected"
+        elif self.model.__dict__.get(HANDLE_ATTRIBUTE) is not self or any(
+            hook.id not in known for hook, known in zip(self._hooks, hooks, strict=True)
+        ):
+            lost = "the gate of the model was removed"
+        elif not self._generate.installed():
+            lost = "generate was replaced"
+        elif ALL_ATTENTION_FUNCTIONS.get(NAME) is not dp_xattn_prefix:
+            lost = f"another attention function was registered as {NAME!r}"
+        else:
+            lost = next((reason for name in self.decoder_layers if (reason := self._lost_layer(name))), None)
+        if lost is not None:
+            raise ProtectionLostError(
+                f"The protection is no longer in place: {lost}. Nothing was run. Undo that change, call dpx.unprotect(model), and protect "
+                "again."
+            )
+
+    def _lost_layer(self, name: str) -> str | None:
+        module: Any = self.decoder_layers[name].module
+        if module.config is not self._routes[name] or module.config._attn_implementation != NAME:
+            return f"the attention function of {name} was replaced"
+        if LAYER_ATTRIBUTE not in module.__dict__ or self.model.get_submodule(name) is not module:
+            return f"{name} was replaced"
+        return None
+
+    def check_thoroughly(self) -> None:
+        """`check`; what a layer reads is decided in one place, so there is nothing more to look at."""
+        self.check()
+
+    def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model's gate. Raises before anything runs."""
+        if torch.compiler.is_compiling():
+            raise ProtectionLostError(
+                "A protected decoder-only model is not supported under torch.compile yet."
+            )
+        self._calls.current = None
+        self.check()
+        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        given = {**bound, **bound.pop("kwargs", {})}
+        cache = given.get("past_key_values")
+        if not isinstance(cache, PrefixCache):
+            if not self.access.public:
+                raise ProtectionLostError(NO_INPUTS)
+            self._calls.current = Call({}, torch.zeros(0, dtype=torch.int64), public=True)
+            return
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        if ids is None or given.get("use_cache") is False:
+            raise ConfigError(
+                "A protected model takes input_ids and the cache of release.inputs(), not inputs_embeds or use_cache=False."
+            )
+        batch, queries = ids.shape
+        cache.fit(batch)
+        own = cache.own + queries
+        total = cache.offset + own
+        if len(cache.index) != batch:
+            raise ProtectionLostError(
+                f"A batch of {batch} was passed with the inputs of {len(cache.index)} release(s). Call release.inputs(input_ids=ids) "
+                "for each batch."
+            )
+        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != (batch, total)):
+            raise ConfigError(
+                f"attention_mask must be [{batch}, {total}] as release.inputs(...) gives it: public head, padded prefix, own tokens."
+            )
+        check_window(self.limit, total)
+        visible = None if mask is None else mask[:, cache.offset :].to(torch.bool)
+        tables = self._read(cache, ids.device)
+        self._calls.current = Call(tables, cache.index.to(ids.device), cache.offset, own, visible)
+
+    def _leave(self, *_: Any) -> None:
+        self._calls.current = None
+
+    def _read(self, cache: PrefixCache, device: torch.device) -> dict[str, LayerTable]:
+        """The tables that `serve` made for this cache last, or new ones."""
+        served = self._served
+        if served is not None and served[:2] == (cache.tags, device):
+            return served[2]
+        return self.serve(cache)
+
+    @torch.inference_mode(False)  # what is kept must serve other modes too
+    @torch.no_grad()
+    def serve(self, cache: PrefixCache) -> dict[str, LayerTable]:
+        """Makes what a cache names readable by the layers.
+
+        Raises:
+            ReleaseError: unknown releases, ones that cannot stand in one batch, or ones that the weights do not fit.
+        """
+        bindings = self._bindings.find(cache.tags)
+        current = self.verify([b.context for b in bindings])
+        device = torch.device(self.model.device)
+        allow = torch.tensor(False, device=device)
+        tables = self._tables.build(bindings, allow, device, self.model.dtype, current)
+        self._served = (cache.tags, device, tables)
+        return tables
+
+    def _update_access(self) -> None:
+        """Whether public text may pass is asked at each call."""
+
+    def _current_fingerprint(self) -> Fingerprint:
+        with evaluating(self.model):
+            return prefix_fingerprint(self.model, self.decoder_layers)
+
+    # ---- releases ----------------------------------------------------------------------------------------------------------
+
+    def release(
+        self,
+        context: Any,
+        *,
+        groups: Any = None,
+        public_head: Any = 0,
+        prefix_bucket: int | None = None,
+        fresh: bool = False,
+        horizon: int | None = None,
+    ) -> Release:
+        """Releases private prefixes, one budget each. A prefix that this handle released before is reused and not charged again.
+
+        Args:
+            context: token ids [n] or [B, n] (lists, tensors, or what a chat template gives); with groups="segments", ONE prefix as a list
+                of token id lists.
+            groups: for `unit="group"`, public: "segments": each list is encoded apart from the others, after the public head, at
+                positions that start behind it (parallel context windows), and is a group; or integers [n] that name each private
+                token's group in one sequence, whose tokens know of each other.
+            public_head: how many tokens at the start are PUBLIC (BOS, a chat template's fixed words), or their ids, which then stand
+                before those of `context`. They stay exact.
+            prefix_bucket: positions that the prefix (or each segment) takes, public; by default the next multiple of 64. A user's tokens
+                start behind head and bucket.
+            fresh: release again with new noise; charged again.
+
+        Raises:
+            ContextError, ConfigError: not valid; nothing was spent.
+            BudgetExceededError: the ledger refuses; nothing was spent or computed, for no prefix of the batch.
+        """
+        if horizon is not None:
+            raise ConfigError("A prefix that grows is not supported on a decoder-only model.")
+        size = self.model.get_input_embeddings().num_embeddings
+        prefixes = read_prefixes(context, groups, public_head, prefix_bucket, size)
+        own = check_groups(groups, prefixes)
+        apart = isinstance(groups, str)
+        contexts = [name_prefix(p, self._encoder, self.config.unit, apart=apart) for p in prefixes]
+        return Release(self.release_contexts(contexts, groups=own, fresh=fresh), self.config, self)
+
+    def _run(
+        self, recipe: Recipe, context: PrivateContext, groups: torch.Tensor | None, current: Fingerprint
+    ) -> ReleasedContext:
+        released = super()._run(recipe, context, groups, current)
+        guarantee = released.guarantee
+        if self.config.unit != "row":  # the padded length is public, the number of tokens need not be
+            guarantee = dataclasses.replace(guarantee, rows=None)
+        structures = tuple(_as_rows(s) for s in released.structures)
+        return dataclasses.replace(released, structures=structures, guarantee=guarantee)
+
+    # ---- inputs ------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def inputs(
+        self, release: Release, prompt: str | Sequence[str] | None = None, **public: Any
+    ) -> dict[str, Any]:
+        """See `Release.inputs`. input_ids [B, m] (and attention_mask [B, m]): the user's own PUBLIC tokens, all of the conversation after
+        the system prompt; one release serves all of them, or there is one for each. Anything else is passed on.
+
+        Returns:
+            input_ids, attention_mask (which counts head and padded prefix), past_key_values (a `PrefixCache`: the release's name).
+        """
+        self.check_thoroughly()
+        if prompt is not None:
+            raise ConfigError(
+                "A model has no tokenizer: pass the user's text as input_ids (and attention_mask)."
+            )
+        ids, mask = public.pop("input_ids", None), public.pop("attention_mask", None)
+        if not isinstance(ids, torch.Tensor) or ids.ndim not in (1, 2) or ids.shape[-1] == 0:
+            raise ConfigError("Pass the user's tokens: release.inputs(input_ids=ids) with ids [B, m] or [m].")
+        ids = ids.unsqueeze(0) if ids.ndim == 1 else ids
+        mask = torch.ones_like(ids) if mask is None else torch.atleast_2d(mask).to(ids)
+        if mask.shape != ids.shape:
+            raise ConfigError(f"attention_mask must be {list(ids.shape)}, got {list(mask.shape)}.")
+        if len(release.contexts) not in (1, len(ids)):
+            raise ConfigError(f"Got {len(ids)} texts for {len(release.contexts)} prefixes.")
+        offsets = {len(c.public_rows) + c.rows for c in release.contexts}
+        if len(offsets) != 1:
+            raise ReleaseError(
+                "Prefixes of different padded lengths cannot be batched: release them with the same public head and prefix_bucket."
+            )
+        offset = offsets.pop()
+        check_window(self.limit, offset + ids.shape[1])
+        tags = [self._bindings.add(bind(c, None, c.tag)) for c in release.contexts]
+        cache = PrefixCache(tags * (len(ids) if len(tags) == 1 else 1), offset, len(self.decoder_layers))
+        self.serve(cache)
+        full = torch.cat([mask.new_ones(len(ids), offset), mask], dim=1)
+        return {**public, "input_ids": ids, "attention_mask": full, "past_key_values": cache}
+
+    # ---- report ------------------------------------------------------------------------------------------------------------
+
+    def report(self) -> PrivacyReport:
+        """What was promised, spent and left open. Holds no private content; str(), to_dict(), to_json()."""
+        return prefix_report(self, self._spent, self._maker.warnings(self._current_fingerprint()))

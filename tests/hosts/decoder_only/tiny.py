@@ -1,0 +1,120 @@
+"""Tiny decoder-only models with random weights, one for each architecture; no download."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as tf
+
+VOCABULARY = 40
+POSITIONS = 512
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GROUPED = {"num_key_value_heads": 2}
+
+
+def _of(family: str, *, text: bool = False, **changes: Any) -> Callable[[], Any]:
+    def build() -> Any:
+        config = getattr(tf, f"{family}{'Text' if text else ''}Config")(**{**_COMMON, **changes})
+        return getattr(tf, f"{family}ForCausalLM")(config)
+
+    return build
+
+
+def _gpt2() -> Any:
+    config = tf.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=POSITIONS,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return tf.GPT2LMHeadModel(config)
+
+
+BUILDERS: dict[str, Callable[[], Any]] = {
+    "llama": _of("Llama", **_GROUPED),
+    "qwen2": _of("Qwen2", **_GROUPED),
+    "qwen3": _of("Qwen3", head_dim=8, **_GROUPED),
+    "qwen3_moe": _of(
+        "Qwen3Moe", head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, **_GROUPED
+    ),
+    "mistral": _of("Mistral", sliding_window=None, **_GROUPED),
+    "mistral_window": _of("Mistral", sliding_window=256, **_GROUPED),
+    "mixtral": _of("Mixtral", num_local_experts=4, **_GROUPED),
+    "gemma": _of("Gemma", head_dim=8, **_GROUPED),
+    "gemma2": _of("Gemma2", head_dim=8, query_pre_attn_scalar=8, sliding_window=256, **_GROUPED),
+    "gemma3": _of("Gemma3", text=True, head_dim=8, query_pre_attn_scalar=8, sliding_window=256, **_GROUPED),
+    "gpt2": _gpt2,
+    "phi": _of("Phi"),
+    "phi3": _of("Phi3", **_GROUPED),
+    "olmo": _of("Olmo", **_GROUPED),
+    "olmo2": _of("Olmo2", **_GROUPED),
+    "olmo3": _of("Olmo3", sliding_window=256, **_GROUPED),
+    "granite": _of("Granite", **_GROUPED),
+    "cohere": _of("Cohere", **_GROUPED),
+    "cohere2": _of("Cohere2", sliding_window=256, **_GROUPED),
+    "stablelm": _of("StableLm", **_GROUPED),
+    "starcoder2": _of("Starcoder2", **_GROUPED),
+    "gpt_neox": _of("GPTNeoX"),
+    "opt": _of("OPT", ffn_dim=48, word_embed_proj_dim=32),
+    "smollm3": _of("SmolLM3", **_GROUPED),
+    "glm": _of("Glm", head_dim=8, **_GROUPED),
+    "nemotron": _of("Nemotron", **_GROUPED),
+    "helium": _of("Helium", head_dim=8, **_GROUPED),
+    "exaone4": _of("Exaone4", sliding_window=256, **_GROUPED),
+    "ernie4_5": _of("Ernie4_5", head_dim=8, **_GROUPED),
+    "seed_oss": _of("SeedOss", head_dim=8, **_GROUPED),
+    "gpt_neo": _of("GPTNeo", num_layers=2, num_heads=4, attention_types=[[["global"], 2]]),
+    "gptj": _of("GPTJ", n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=POSITIONS),
+    "codegen": _of("CodeGen", n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=POSITIONS),
+    "bloom": _of("Bloom", n_layer=2, n_head=4),
+    "falcon": _of("Falcon"),
+    "mpt": _of("Mpt", d_model=32, n_layers=2, n_heads=4),
+    "gpt_oss": _of("GptOss", head_dim=8, num_local_experts=4, sliding_window=256, **_GROUPED),
+    "mamba": _of("Mamba", state_size=4),
+    "bamba": _of(
+        "Bamba", mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, attn_layer_indices=[1], **_GROUPED
+    ),
+    "recurrent_gemma": _of("RecurrentGemma", **_GROUPED),
+    "deepseek_v3": _of(
+        "DeepseekV3",
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        first_k_dense_replace=1,
+    ),
+}
+
+
+def tiny(name: str) -> Any:
+    """The model in evaluation mode, the same weights each time, large enough ones that tokens matter."""
+    torch.manual_seed(3)
+    model = BUILDERS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6.0)
+    model.generation_config.pad_token_id = 0
+    return model
