@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from .access import Access
 from .architectures import check_pipeline_class, find_layers
 from .calibrate_anchors import Public, gather_contexts, is_large, layer_probes, slot_schedule
+from .decoder_only.probing import is_decoder_only
 from .identity import host_identity
 from .protect import handle_of
 from .rows import layer_specs, project_rows, split_heads
@@ -49,6 +50,9 @@ def calibrate(
     queries_per_step: int = 32,
     seed: int = 0,
     progress: bool = True,
+    public_head: Any = 0,
+    questions: Sequence[Any] | None = None,
+    prefix_bucket: int | None = None,
 ) -> Calibration | AnchorCalibration:
     """Everything data-dependent that a mechanism reads, fitted to PUBLIC prompts.
 
@@ -62,14 +66,17 @@ def calibrate(
     Args:
         pipe: a Stable Diffusion pipeline, or an encoder-decoder model of transformers.
         public_contexts: prompts; lists of phrases for unit="group"; or embeddings [N, n, C] of which all rows are used. For an
-            encoder-decoder model: token ids [N, n] cut to one length, or what else its encoder takes, as in `protected.release`.
+            encoder-decoder model: token ids [N, n] cut to one length, or what else its encoder takes, as in `protected.release`. For a
+            decoder-only model: token ids [N, n] or a list of token id lists; for unit="group", a list of lists of segments.
         config: mechanism, unit and relation to fit for; by default `anchors` with unit="row".
         anchors: cells of the histogram's codebook. releases: candidates of `anchors` ("sum", "response", "histogram").
         steps: training steps of the decoder; by default what takes a few minutes on two cores. More do better.
         grouping: how units are encoded, "rows", "phrases" or "context"; by default what the unit says.
         rank: kernel_sum only; 0 fits geometry and bounds only.
         query_prompts, query_steps, queries_per_step: public denoising runs from which queries are taken; by default 8 prompts over 6
-            steps, or 2 over 4 on a host as large as Stable Diffusion's (16 sampled tokens for each of 8 documents).
+            steps, or 2 over 4 on a host as large as Stable Diffusion's (16 sampled tokens for each of 8 documents or prefixes).
+        public_head, prefix_bucket: decoder-only models, as in `protected.release`. questions: token ids of public users' turns, whose
+            queries (and those of answers that are sampled) the calibration is fitted to; by default only sampled text.
 
     Raises:
         ConfigError: too few contexts, wrong type. UnsupportedModelError: not a supported pipeline.
@@ -79,6 +86,30 @@ def calibrate(
         raise ConfigError(
             "Calibrate before `protect` (or after `unprotect`): a protected pipeline has no exact queries."
         )
+    if is_decoder_only(pipe):
+        from .decoder_only.calibrate import calibrate_decoder
+
+        return calibrate_decoder(
+            pipe,
+            public_contexts,
+            config,
+            public_head=public_head,
+            questions=questions,
+            prefix_bucket=prefix_bucket,
+            epsilons=epsilons,
+            anchors=anchors,
+            releases=releases,
+            steps=steps,
+            memory_mb=memory_mb,
+            rank=rank,
+            query_prompts=query_prompts,
+            query_steps=query_steps,
+            queries_per_step=queries_per_step,
+            seed=seed,
+            progress=progress,
+        )
+    if questions is not None or prefix_bucket is not None or public_head != 0:
+        raise ConfigError("public_head, questions and prefix_bucket are for decoder-only models.")
     if is_seq2seq(pipe):
         from .seq2seq.calibrate import calibrate_seq2seq
 

@@ -14,7 +14,7 @@ from ..checks import Sizes, integer, number, refuse
 if TYPE_CHECKING:
     from .calibration import AnchorCalibration
 
-GROUPINGS = {"row": ("rows",), "group": ("rows", "phrases"), "context": ("context",)}
+GROUPINGS = {"row": ("rows",), "group": ("rows", "phrases", "segments"), "context": ("context",)}
 
 
 def verify_anchors(calibration: AnchorCalibration) -> None:

@@ -38,7 +38,8 @@ class Call:
     """What the layers of one forward may read.
 
     tables: one per layer name; index [B]: each batch element's binding; offset: positions before the first own token; own: own tokens so
-    far, this forward's included; mask: bool [B, own] of those that are no padding, or None; public: inside `protected.public()`.
+    far, this forward's included; mask: bool [B, own] of those that are no padding, or None; public: inside `protected.public()`;
+    queries: where each layer's queries [B, H, m, d] are collected, public ones; H counts key heads.
     """
 
     tables: dict[str, LayerTable]
@@ -47,6 +48,7 @@ class Call:
     own: int = 0
     mask: torch.Tensor | None = None
     public: bool = False
+    queries: dict[str, list[torch.Tensor]] | None = None
 
 
 class Calls(threading.local):
@@ -188,6 +190,8 @@ def dp_xattn_prefix(
     check_window(kwargs.get("sliding_window"), call.offset + call.own)
     heads = key.shape[1]
     grouped = group_queries(query, heads)
+    if call.queries is not None:
+        call.queries.setdefault(layer.name, []).append(grouped)
     prefix = read_prefix(call.tables[layer.name], grouped, call.index, scale, softcap)
     bias = _own_bias(call, m, query_heads // heads, query.device)
     own = capped_partial(grouped, key, value, scale, bias, softcap)

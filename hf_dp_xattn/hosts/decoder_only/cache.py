@@ -30,7 +30,7 @@ class OwnTokens(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.own + query_length, self.offset
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.own:
             super().reorder_cache(beam_idx)
 
@@ -77,7 +77,7 @@ class PrefixCache(Cache):
         if self.elastic and self.own == 0 and repeats > 1 and batch == repeats * len(self.index):
             self.index = self.index.repeat_interleave(repeats)
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self.index = self.index[beam_idx.to(self.index.device)]
 

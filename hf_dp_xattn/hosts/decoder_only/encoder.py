@@ -27,8 +27,8 @@ class PrefixEncoder:
         limit = self.limit
         if limit is not None and head + slots >= limit:
             raise ContextError(
-                f"A public head of {head} tokens and a prefix of {slots} positions (padded) leave no room in this model's {limit} positions "
-                "for a user's tokens. Shorten it, split it into segments, or pass a smaller prefix_bucket; nothing was spent."
+                f"A public head of {head} tokens and a prefix of {slots} positions (padded) leave no room for a user's tokens: this model "
+                f"has {limit}. Shorten it, split it into segments, or pass a smaller prefix_bucket; nothing was spent."
             )
 
     @torch.no_grad()

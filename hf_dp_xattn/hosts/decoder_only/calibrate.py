@@ -1,0 +1,311 @@
+"""Public statistics of a decoder-only model's attention to prefixes, from public prefixes and public questions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from ...calibration.anchors.calibration import AnchorCalibration, HostIdentity
+from ...calibration.anchors.fit import AnchorSettings, candidates, fit_anchors
+from ...calibration.anchors.objective import LayerProbe, Objective
+from ...calibration.anchors.slots_fit import PublicContexts, SlotSettings
+from ...calibration.calibration import Calibration
+from ...calibration.fit import PublicQueries, Rows, fit_calibration
+from ...config import DPXAttnConfig
+from ...errors import ConfigError
+from ...mechanisms.anchors.release import pool
+from ..calibrate_anchors import choose_contexts
+from ..placeholder import new_tag
+from ..rows import layer_specs
+from .attention import Call
+from .cache import PrefixCache
+from .contexts import SEGMENTS, Prefix, as_ids, read_prefixes
+from .layers import PrefixLayer, prefix_fingerprint, rows_of, run_recorded
+from .probing import evaluating, find_layers, serving
+
+GROUPING = {"row": "rows", "group": "segments", "context": "context"}
+ENCODER_BATCH = 64
+_EFFORT = 5e10  # numbers of context space that training passes: a few minutes on two cores
+_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
+
+
+@dataclass(frozen=True)
+class SoftmaxProbe(LayerProbe):
+    """A layer that attends as the model does: logits may be capped, and rows of zeros are padding."""
+
+    softcap: float | None = None
+
+    def attend(
+        self, rows: torch.Tensor, queries: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        key, value = self.project(rows)
+        logits = (queries.to(key) * self.scale).unsqueeze(0) @ key.mT
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        if bias is not None:
+            logits = logits + bias.to(key)[:, None, None, :]
+        padding = (rows == 0).all(-1)
+        return logits.masked_fill(padding[:, None, None, :], -torch.inf).softmax(-1) @ value
+
+
+@torch.no_grad()
+def calibrate_decoder(
+    model: Any,
+    public_contexts: Any,
+    config: DPXAttnConfig,
+    *,
+    public_head: Any,
+    questions: Sequence[Any] | None,
+    prefix_bucket: int | None,
+    epsilons: Sequence[float],
+    anchors: int,
+    releases: Sequence[str],
+    steps: int | None,
+    memory_mb: int,
+    rank: int,
+    query_prompts: int | None,
+    query_steps: int | None,
+    queries_per_step: int,
+    seed: int,
+    progress: bool,
+) -> Calibration | AnchorCalibration:
+    """See `hosts.calibrate.calibrate`. Queries are those of public questions, and of `query_steps` tokens sampled after each, behind
+    `query_prompts` public prefixes."""
+    settings = AnchorSettings(releases=tuple(releases), anchors=anchors, seed=seed, progress=progress)
+    if config.mechanism == "anchors":
+        candidates(config, settings)  # refuses what cannot be before minutes are spent on it
+    with evaluating(model):
+        layers = find_layers(model)
+        prefixes = _prefixes(
+            model, layers, public_contexts, config, public_head, prefix_bucket, memory_mb, seed
+        )
+        head, private = _encode(model, layers, prefixes, progress)
+        texts = _questions(model, questions)
+        queries, own = _queries(
+            model,
+            layers,
+            prefixes,
+            private,
+            head,
+            texts,
+            query_prompts or 8,
+            query_steps or 16,
+            queries_per_step,
+            seed,
+        )
+        sketch = prefix_fingerprint(model, layers)
+    gains = [output_gain(layer) for layer in layers.values()]
+    units = [_units(parts, config.unit) for parts in private]
+    whole = [torch.cat(parts) for parts in private]
+    if config.mechanism == "anchors":
+        public_rows = torch.cat([head, own])
+        contexts = _padded(units, [torch.cat([public_rows, rows]) for rows in whole])
+        probes = [
+            SoftmaxProbe(layer.project, layer.scale, q, g.float(), layer.softcap)
+            for layer, q, g in zip(layers.values(), queries, gains, strict=True)
+        ]
+        channels = whole[0].shape[-1]
+        identity = HostIdentity(sketch.layers, sketch.sketch, sketch.dtype, torch.zeros(0, channels))
+        slots = _schedule(contexts, steps, seed)
+        with torch.enable_grad():
+            return fit_anchors(
+                config,
+                contexts,
+                Objective(probes, public_rows.float()),
+                identity,
+                grouping=GROUPING[config.unit],
+                epsilons=epsilons,
+                settings=dataclasses.replace(settings, slots=slots),
+            )
+    shapes = {tuple(len(part) for part in parts) for parts in private}
+    if len(shapes) > 1:
+        raise ConfigError(
+            "A calibration of kernel_sum takes public prefixes of one shape: cut them to one length (for unit='group', to one number of "
+            "segments of the same lengths)."
+        )
+    groups = None
+    if config.unit == "group":
+        lengths = torch.tensor(shapes.pop())
+        groups = torch.arange(len(lengths)).repeat_interleave(lengths)
+
+    def contexts_of_layers() -> Iterator[Rows]:
+        for rows in whole:
+            pairs = [layer.project(rows.float().unsqueeze(0)) for layer in layers.values()]
+            yield [k[0] for k, _ in pairs], [v[0] for _, v in pairs]
+
+    untyped: dict[str, Any] = dict(layers)
+    return fit_calibration(
+        config,
+        layer_specs(untyped, model.dtype),
+        contexts_of_layers,
+        PublicQueries(queries, gains),
+        count=len(whole),
+        epsilons=epsilons,
+        rank=rank,
+        groups=groups,
+        progress=progress,
+    )
+
+
+def _prefixes(
+    model: Any,
+    layers: dict[str, PrefixLayer],
+    public: Any,
+    config: DPXAttnConfig,
+    public_head: Any,
+    bucket: int | None,
+    memory_mb: int,
+    seed: int,
+) -> list[Prefix]:
+    """The public prefixes to fit to, all with the same head. Raises ConfigError or ContextError where they are none."""
+    if isinstance(public, (str, bytes)) or not len(public):
+        raise ConfigError(
+            "public_contexts of a decoder-only model are token ids [N, n] or a list of token id lists; for unit='group', a list of lists "
+            "of segments."
+        )
+    apart = config.unit == "group"
+    size = model.get_input_embeddings().num_embeddings
+    tokens = max(sum(map(len, c)) if apart else len(c) for c in public)
+    channels = next(iter(layers.values())).cross_attention_dim
+    chosen = choose_contexts(public, 2 * tokens * channels, memory_mb, seed)
+    prefixes = [read_prefixes(c, SEGMENTS if apart else None, public_head, bucket, size)[0] for c in chosen]
+    if any(not torch.equal(p.head, prefixes[0].head) for p in prefixes):
+        raise ConfigError("All public prefixes must begin with the same public head.")
+    return prefixes
+
+
+def _encode(
+    model: Any, layers: dict[str, PrefixLayer], prefixes: Sequence[Prefix], progress: bool
+) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
+    """The head's rows [h, C], and each prefix's segments' rows [n, C], float16 on the CPU.
+
+    Equal segments are run once, those of one length in batches (their rounding may depend on each other: they are public).
+    """
+    head = prefixes[0].head
+    distinct = {tuple(s.tolist()): s for p in prefixes for s in p.segments}
+    by_length: dict[int, list[tuple[int, ...]]] = {}
+    for key in distinct:
+        by_length.setdefault(len(key), []).append(key)
+    batches = [
+        keys[i : i + ENCODER_BATCH] for keys in by_length.values() for i in range(0, len(keys), ENCODER_BATCH)
+    ]
+    known = {}
+    for keys in tqdm(batches, desc="encoding", disable=not progress, leave=False):
+        ids = torch.stack([torch.cat([head, distinct[key]]) for key in keys])
+        rows = rows_of(run_recorded(model, layers, ids))[:, len(head) :].to("cpu", torch.float16)
+        known.update(zip(keys, rows, strict=True))
+    private = [[known[tuple(s.tolist())] for s in p.segments] for p in prefixes]
+    if not len(head):
+        return private[0][0][:0], private
+    return rows_of(run_recorded(model, layers, head.unsqueeze(0)))[0].to("cpu", torch.float16), private
+
+
+def _units(parts: Sequence[torch.Tensor], unit: str) -> torch.Tensor:
+    """[U, C]: what a release treats as one row each."""
+    rows = torch.cat(list(parts))
+    if unit == "row":
+        return rows
+    if unit == "context":
+        return pool(rows.float(), unit, None).half()
+    return torch.cat([pool(part.float(), "context", None) for part in parts]).half()
+
+
+def _questions(model: Any, questions: Sequence[Any] | None) -> list[torch.Tensor]:
+    """Public token ids of users' turns; where there are none, the BOS token."""
+    size = model.get_input_embeddings().num_embeddings
+    if questions is None:
+        bos = getattr(model.config.get_text_config(decoder=True), "bos_token_id", None)
+        return [torch.tensor([bos if isinstance(bos, int) else 0])]
+    texts = [as_ids(q, "a question", size) for q in questions]
+    if not texts or not all(len(t) for t in texts):
+        raise ConfigError("`questions` must be token id lists, none of them empty.")
+    return texts
+
+
+def _queries(
+    model: Any,
+    layers: dict[str, PrefixLayer],
+    prefixes: Sequence[Prefix],
+    private: Sequence[Sequence[torch.Tensor]],
+    head: torch.Tensor,
+    questions: Sequence[torch.Tensor],
+    count: int,
+    steps: int,
+    per_step: int,
+    seed: int,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Public queries [H, m, d] of each layer, and one text's own rows [p, C], which stand beside the prefix where users' tokens will."""
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    own = head[:0]
+    for i, (prefix, parts) in enumerate(zip(prefixes[:count], private, strict=False)):
+        rows = torch.cat([head, *parts]).to(model.device, model.dtype)
+        offset = len(head) + prefix.slots
+        ids = questions[i % len(questions)].to(model.device).unsqueeze(0)
+        with serving(model, layers, rows.unsqueeze(0)) as calls:
+            first = calls.current
+            assert first is not None
+            for _ in range(steps + 1):
+                call = Call(first.tables, first.index, offset, ids.shape[1], queries={})
+                calls.current = call
+                cache = PrefixCache([new_tag()], offset, len(layers))
+                logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
+                drawn = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)
+                ids = torch.cat([ids, drawn.to(ids).unsqueeze(0)], dim=1)
+        assert call.queries is not None
+        for name, (query,) in call.queries.items():
+            found[name].append(query[0].to("cpu", torch.float32))
+        if i == 0:
+            layered: list[Any] = cache.layers
+            pairs = [t.transpose(1, 2).flatten(2) for c in layered for t in (c.keys, c.values)]
+            own = torch.cat(pairs, dim=-1)[0].to("cpu", torch.float16)
+    queries = []
+    for parts in found.values():
+        flat = torch.cat(parts, dim=1)
+        keep = torch.randperm(flat.shape[1], generator=generator)[: per_step * steps]
+        queries.append(flat[:, keep])
+    return queries, own
+
+
+def _padded(units: Sequence[torch.Tensor], whole: Sequence[torch.Tensor]) -> PublicContexts:
+    """Contexts of different lengths side by side; rows of zeros are padding."""
+    mask = nn.utils.rnn.pad_sequence([torch.ones(len(u), dtype=torch.bool) for u in units], batch_first=True)
+    return PublicContexts(
+        nn.utils.rnn.pad_sequence(list(units), batch_first=True),
+        mask,
+        nn.utils.rnn.pad_sequence(list(whole), batch_first=True),
+    )
+
+
+def _schedule(contexts: PublicContexts, steps: int | None, seed: int) -> SlotSettings:
+    """Batches that long prefixes can afford."""
+    usual = SlotSettings(seed=seed)
+    each = contexts.whole[0].numel() + contexts.units[0].numel()
+    batch = max(8, min(usual.batch, int(4e7 / each)))
+    affordable = max(200, min(usual.steps, int(_EFFORT / (batch * each))))
+    return dataclasses.replace(usual, batch=batch, steps=affordable if steps is None else steps)
+
+
+@torch.no_grad()
+def output_gain(layer: PrefixLayer) -> torch.Tensor:
+    """[H] mean squared gain from a key head's output channel to the module's output; ones where its last projection is not known."""
+    width = layer.query_heads * layer.value_dim
+    for name in _OUTPUTS:
+        module: Any = getattr(layer.module, name, None)
+        module = getattr(module, "base_layer", module)
+        if type(module) is nn.Linear and module.in_features == width:
+            weight = module.weight
+        elif type(module) is Conv1D and module.weight.shape[0] == width:
+            weight = module.weight.mT
+        else:
+            continue
+        squares = weight.detach().to("cpu", torch.float64).square().sum(0)
+        return squares.reshape(layer.heads, -1).mean(1)
+    return torch.ones(layer.heads, dtype=torch.float64)
