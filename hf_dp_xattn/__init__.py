@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from .hosts.calibrate import calibrate
+    from .hosts.decoder_only.chat import SplitChat, split_chat
     from .hosts.phrases import split_phrases
     from .hosts.processor import DPAttnProcessor
     from .hosts.protect import handle_of, protect, unprotect
@@ -50,6 +51,7 @@ _HOMES = {
     "calibration.calibration": ("Calibration",),
     "calibration.planner": ("Plan", "plan"),
     "hosts.calibrate": ("calibrate",),
+    "hosts.decoder_only.chat": ("SplitChat", "split_chat"),
     "hosts.phrases": ("split_phrases",),
     "hosts.processor": ("DPAttnProcessor",),
     "hosts.protect": ("handle_of", "protect", "unprotect"),
@@ -78,6 +80,7 @@ __all__ = [
     "ProtectionLostError",
     "Release",
     "ReleaseError",
+    "SplitChat",
     "UnsupportedModelError",
     "__version__",
     "calibrate",
@@ -86,6 +89,7 @@ __all__ = [
     "plan",
     "protect",
     "release_attention",
+    "split_chat",
     "split_phrases",
     "unprotect",
 ]

@@ -141,12 +141,12 @@ class Release:
 
         Args:
             prompt: public text (or one per context) whose exact rows join the private structure under one softmax.
-            public: transformers only: input_ids (and attention_mask) of public documents that join it likewise, and what else `generate`
-                takes, which is passed on.
+            public: transformers only: input_ids (and attention_mask) of public documents that join it likewise, or, for a decoder-only
+                model, of the user's own text, which follows the private prefix; and what else `generate` takes, which is passed on.
 
         Returns:
             {"prompt_embeds": ...} for a pipeline, {"encoder_hidden_states": ...} for a bare UNet, {"encoder_outputs": ...} for an
-            encoder-decoder model. They name this release only while its host stays protected.
+            encoder-decoder model, {"input_ids", "attention_mask", "past_key_values": ...} for a decoder-only one. They name this release only while its host stays protected.
 
         Raises:
             ReleaseError: the host is no longer protected, or its weights are no longer those of the release (which `anchors` does not

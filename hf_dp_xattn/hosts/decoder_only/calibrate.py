@@ -196,7 +196,7 @@ def _encode(
     batches = [
         keys[i : i + ENCODER_BATCH] for keys in by_length.values() for i in range(0, len(keys), ENCODER_BATCH)
     ]
-    known = {}
+    known: dict[tuple[int, ...], torch.Tensor] = {}
     for keys in tqdm(batches, desc="encoding", disable=not progress, leave=False):
         ids = torch.stack([torch.cat([head, distinct[key]]) for key in keys])
         rows = rows_of(run_recorded(model, layers, ids))[:, len(head) :].to("cpu", torch.float16)
