@@ -146,7 +146,8 @@ class Release:
 
         Returns:
             {"prompt_embeds": ...} for a pipeline, {"encoder_hidden_states": ...} for a bare UNet, {"encoder_outputs": ...} for an
-            encoder-decoder model, {"input_ids", "attention_mask", "past_key_values": ...} for a decoder-only one. They name this release only while its host stays protected.
+            encoder-decoder model, {"input_ids", "attention_mask", "past_key_values": ...} for a decoder-only one. They name this release
+            only while its host stays protected.
 
         Raises:
             ReleaseError: the host is no longer protected, or its weights are no longer those of the release (which `anchors` does not

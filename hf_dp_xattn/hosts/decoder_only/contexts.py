@@ -1,7 +1,7 @@
 """Private prefixes: token ids, validated and named before they are encoded.
 
-*Name.* The ledger's name of a prefix is made of all its token ids, public head included: another split into head and private tokens, or
-into segments, is the same prefix, and is charged to the same budget.
+*Name.* The ledger's name of a prefix is made of its private token ids: behind another public head (today's date), with another padded
+length or split into other segments it is the same prefix, and is charged to the same budget.
 """
 
 from __future__ import annotations
@@ -132,10 +132,10 @@ def name_prefix(prefix: Prefix, encoder: PrefixEncoder, unit: str, *, apart: boo
     def load() -> tuple[torch.Tensor, torch.Tensor]:
         return encoder.encode(prefix.head, prefix.segments)
 
-    name = (b"prefix", _bytes(torch.cat([prefix.head, *prefix.segments])))
-    total = sum(len(s) for s in prefix.segments)
-    splits = [len(prefix.head), prefix.slots, *(len(s) for s in prefix.segments)]
-    return PrivateContext(prefix.slots, total, name, load, groups, variant=_bytes(torch.tensor(splits)))
+    private = torch.cat(prefix.segments)
+    splits = torch.tensor([prefix.slots, len(prefix.segments), *(len(s) for s in prefix.segments)])
+    variant = _bytes(splits) + _bytes(prefix.head)
+    return PrivateContext(prefix.slots, len(private), (b"prefix", _bytes(private)), load, groups, variant)
 
 
 def check_groups(groups: Any, prefixes: Sequence[Prefix]) -> torch.Tensor | None:

@@ -38,6 +38,9 @@ _TABLES = (
 )
 
 
+_BY_LENGTH = ("dynamic", "longrope")
+
+
 def refuse(model: Any, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{type(model).__name__} cannot be protected: {reason}. {SUPPORTED} Nothing was patched."
@@ -73,6 +76,13 @@ def position_limit(model: Any) -> int | None:
     return min(limits, default=None)
 
 
+def _rotations(config: Any) -> set[str]:
+    """The kinds of rotary embedding that a config names, for all layers or for each type of layer."""
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    parts = [given, *(v for v in given.values() if isinstance(v, dict))]
+    return {str(p.get("rope_type", p.get("type"))) for p in parts}
+
+
 @torch.no_grad()
 def find_layers(model: Any) -> dict[str, PrefixLayer]:
     """The attention layers by module name, in the order in which they run. The model is left as it was.
@@ -86,6 +96,11 @@ def find_layers(model: Any) -> dict[str, PrefixLayer]:
         raise refuse(model, f"it generates from {model.main_input_name}, not from token ids")
     if next(model.parameters()).device.type == "meta":
         raise refuse(model, "its weights are not loaded")
+    if _rotations(model.config.get_text_config(decoder=True)) & set(_BY_LENGTH):
+        raise refuse(
+            model,
+            "its rotary embedding changes with the length of a sequence, so keys of a prefix would not keep",
+        )
     try:
         with evaluating(model):
             return _probe(model)

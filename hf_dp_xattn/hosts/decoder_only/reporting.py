@@ -19,7 +19,8 @@ NOT_COVERED = (
     "what can be learned from the release at this epsilon, by anyone who sees it or many texts made from it",
     "the user's own tokens, the public head, and anything inside protected.public(): they are attended exactly",
     "that a prefix was used before: the same prefix reads the same release, and a ledger refuses a second one",
-    "the same text as other tokens: the ledger names a prefix by all its token ids in order, and counts other tokens as another prefix",
+    "the same text as other tokens: the ledger names a prefix by its private token ids in order, so a prefix with one token more or less, "
+    "or with its segments in another order, is another one to it",
     "weights: an adapter or a model that was trained on private data reveals it on its own",
     "timing, memory, the number of requests, and the time that a release takes",
     "prefixes that the surrounding program logs, keeps or shows in tracebacks; hooks and logits processors that the operator installs",
