@@ -8,6 +8,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import transformers
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
@@ -20,7 +21,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """HF_ENDPOINT takes effect at the import of huggingface_hub only, so its constants are set; test_command_line.py uses the variable."""
     with serve() as fake:
         monkeypatch.setattr(constants, "ENDPOINT", fake.url)
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", fake.url)  # whose methods diffusers imports
+        # the client whose methods diffusers imports, and the one that transformers makes when first needed
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", fake.url)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", fake.url + "/{repo_id}/resolve/{revision}/{filename}"
         )
