@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -79,18 +81,6 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "exaone4": _of("Exaone4", sliding_window=256, **_GROUPED),
     "ernie4_5": _of("Ernie4_5", head_dim=8, **_GROUPED),
     "seed_oss": _of("SeedOss", head_dim=8, **_GROUPED),
-    "gpt_neo": _of("GPTNeo", num_layers=2, num_heads=4, attention_types=[[["global"], 2]]),
-    "gptj": _of("GPTJ", n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=POSITIONS),
-    "codegen": _of("CodeGen", n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=POSITIONS),
-    "bloom": _of("Bloom", n_layer=2, n_head=4),
-    "falcon": _of("Falcon"),
-    "mpt": _of("Mpt", d_model=32, n_layers=2, n_heads=4),
-    "gpt_oss": _of("GptOss", head_dim=8, num_local_experts=4, sliding_window=256, **_GROUPED),
-    "mamba": _of("Mamba", state_size=4),
-    "bamba": _of(
-        "Bamba", mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, attn_layer_indices=[1], **_GROUPED
-    ),
-    "recurrent_gemma": _of("RecurrentGemma", **_GROUPED),
     "deepseek_v3": _of(
         "DeepseekV3",
         q_lora_rank=8,
@@ -106,15 +96,65 @@ BUILDERS: dict[str, Callable[[], Any]] = {
         first_k_dense_replace=1,
     ),
 }
+REFUSED: dict[str, Callable[[], Any]] = {
+    "gpt_neo": _of("GPTNeo", num_layers=2, num_heads=4, attention_types=[[["global"], 2]]),
+    "gptj": _of("GPTJ", n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=POSITIONS),
+    "codegen": _of("CodeGen", n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=POSITIONS),
+    "bloom": _of("Bloom", n_layer=2, n_head=4),
+    "falcon": _of("Falcon"),
+    "mpt": _of("Mpt", d_model=32, n_layers=2, n_heads=4),
+    "gpt_oss": _of("GptOss", head_dim=8, num_local_experts=4, sliding_window=256, **_GROUPED),
+    "mamba": _of("Mamba", state_size=4),
+    "bamba": _of(
+        "Bamba", mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, attn_layer_indices=[1], **_GROUPED
+    ),
+    "recurrent_gemma": _of("RecurrentGemma", **_GROUPED),
+    "llama_dynamic": _of("Llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+}
 
 
-def tiny(name: str) -> Any:
-    """The model in evaluation mode, the same weights each time, large enough ones that tokens matter."""
+@functools.cache
+def _built(name: str) -> Any:
     torch.manual_seed(3)
-    model = BUILDERS[name]().eval()
+    model = {**BUILDERS, **REFUSED}[name]().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(6.0)
+                parameter.mul_(6.0)  # so that the prefix has a visible effect in an untrained model
     model.generation_config.pad_token_id = 0
     return model
+
+
+def tiny(name: str) -> Any:
+    """A fresh copy of the tiny model, in evaluation mode."""
+    return copy.deepcopy(_built(name))
+
+
+def tokens(count: int, seed: int = 0) -> torch.Tensor:
+    """[count] ordinary token ids."""
+    return torch.randint(3, VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def segments(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    ids = tokens(sum(lengths), seed)
+    return [part.tolist() for part in ids.split(list(lengths))]
+
+
+def questions() -> dict[str, torch.Tensor]:
+    """Two users' turns [2, 6], the second shorter and padded on the left."""
+    ids, mask = tokens(12, 7).view(2, 6).clone(), torch.ones(2, 6, dtype=torch.int64)
+    mask[1, :2] = 0
+    ids[1, :2] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model: Any, inputs: dict[str, Any], **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(new tokens, scores of all steps); sampling starts from one seed."""
+    torch.manual_seed(0)
+    out: Any = model.generate(
+        **inputs,
+        **{"max_new_tokens": 5, "min_new_tokens": 5, **options},
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(tuple(out.scores))
