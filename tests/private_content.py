@@ -103,4 +103,4 @@ def check_clean(blobs: dict[str, bytes], content: PrivateContent) -> None:
     """Fails with where and what, never with the content."""
     needles = content.needles()
     found = {where: what for where, blob in blobs.items() if (what := content.find(blob, needles))}
-    assert not found
+    assert not found, found

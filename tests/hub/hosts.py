@@ -1,4 +1,4 @@
-"""Two kinds of host with a private context: used in every way, and everything that they show or write collected."""
+"""Three kinds of host with a private context: used in every way, and everything that they show or write collected."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 import hf_dp_xattn as dpx
 
 from ..hosts import anchor_calibrations
+from ..hosts.decoder_only.tiny import tiny as decoder_tiny
 from ..hosts.seq2seq import calibrations
 from ..hosts.seq2seq.tiny import generate, one, tiny
 from ..hosts_tiny import CHANNELS, picture, tiny_sd
@@ -121,11 +122,57 @@ def _wrong_seq2seq(model: Any, handle: Any) -> Calls:
     ]
 
 
+PREFIXES = (torch.tensor([1, 31, 17, 23, 9, 38, 12, 5]), torch.tensor([1, 29, 14, 33, 8, 21, 36, 11, 7]))
+HEAD = 1  # BOS is public
+
+
+def _decoder() -> Any:
+    return decoder_tiny("llama")
+
+
+@torch.no_grad()
+def _decoder_content() -> PrivateContent:
+    model, rows = _decoder(), []
+    attn = model.model.layers[1].self_attn
+    for ids in PREFIXES:
+        hidden = model(ids[None], output_hidden_states=True, use_cache=False).hidden_states
+        private = [
+            h[0, HEAD:] for h in hidden[1:]
+        ]  # the first are rows of the embedding table, which is public
+        first = model.model.layers[1].input_layernorm(private[0])
+        rows += [*private, first, attn.k_proj(first), attn.v_proj(first)]
+    return PrivateContent((), PREFIXES, tuple(rows))
+
+
+def _use_decoder(model: Any, handle: Any) -> list[Any]:
+    releases = [handle.release(ids, public_head=HEAD) for ids in PREFIXES]
+    for release in releases:
+        model.generate(**release.inputs(input_ids=torch.tensor([[3, 4, 6]])), max_new_tokens=2)
+    return releases
+
+
+def _wrong_decoder(model: Any, handle: Any) -> Calls:
+    ids = PREFIXES[0]
+    return [
+        lambda: handle.release(ids, public_head=HEAD, fresh=True),
+        lambda: handle.release(ids + 30, public_head=HEAD),
+        lambda: handle.release(-ids, public_head=HEAD),
+        lambda: handle.release(ids.float(), public_head=HEAD),
+        lambda: handle.release(ids, public_head=HEAD, prefix_bucket=2),
+        lambda: handle.release(ids, groups="segments"),
+        lambda: handle.release(ids, groups=torch.zeros(3)),
+        lambda: handle.release({"input_ids": str(ids.tolist())}),
+        lambda: model(ids[None]),
+        lambda: model.generate(ids[None]),
+    ]
+
+
 HOSTS: dict[str, Host] = {
     "unet": Host(tiny_sd, anchor_calibrations.protect, _unet_content, _use_unet, _wrong_unet),
     "seq2seq": Host(
         lambda: tiny("bart"), calibrations.protect, _seq2seq_content, _use_seq2seq, _wrong_seq2seq
     ),
+    "decoder": Host(_decoder, dpx.protect, _decoder_content, _use_decoder, _wrong_decoder),
 }
 
 

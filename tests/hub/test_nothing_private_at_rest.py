@@ -53,6 +53,8 @@ def logs(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]
 def test_nothing_private_is_written_or_shown(
     host: Host, mechanism: str, tmp_path: Path, logs: Any, capfd: Any, hub: FakeHub
 ) -> None:
+    if host is HOSTS["decoder"] and mechanism == "anchors":
+        pytest.skip("needs a fitted calibration; its files are those of the other hosts")
     content = host.content()
     capfd.readouterr()
     logs.clear()
