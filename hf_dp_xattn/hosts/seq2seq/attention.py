@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from ...mechanisms.rows_structure import RowsStructure
 from ...ops.merge import merge
 from ..processor import NO_COPY, LayerTable
 
+if TYPE_CHECKING:
+    from ..release import ReleasedContext
+
 NAME = "dp_xattn"
 LAYER_ATTRIBUTE = "_dp_xattn_layer"
 NO_RELEASE = (
@@ -36,11 +39,12 @@ NO_RELEASE = (
 @dataclass(frozen=True)
 class Call:
     """What the layers of one forward may read. tables: one per layer name; index [B]: each batch element's binding; public: inside
-    `protected.public()`, where attention is the host's own."""
+    `protected.public()`, where attention is the host's own; contexts: what the bindings were made of."""
 
     tables: dict[str, LayerTable]
     index: torch.Tensor
     public: bool = False
+    contexts: tuple[ReleasedContext, ...] = ()
 
 
 class Calls(threading.local):

@@ -48,6 +48,8 @@ SWITCHED_OFF = ("encoder_no_repeat_ngram_size",)  # where a model's own settings
 class GenerateShadow:
     """Stands in for `model.generate` while the model is protected."""
 
+    refused = REFUSED
+
     def __init__(self, model: Any, handle: ProtectedSeq2Seq) -> None:
         self._model, self._handle = model, handle
         self._shadow: Callable[..., Any] | None = None
@@ -74,10 +76,7 @@ class GenerateShadow:
         self._handle.check_thoroughly()
         if self._handle.access.public:
             return original(*bound.args, **bound.kwargs)
-        arguments = dict(bound.arguments)
-        for kind in bound.signature.parameters.values():
-            if kind.kind is inspect.Parameter.VAR_KEYWORD:
-                arguments |= arguments.pop(kind.name, {})
+        arguments = named_arguments(bound)
         config = arguments.get("generation_config") or self._model.generation_config
         self._check(arguments, config)
         given = self._encoder_inputs(arguments)
@@ -89,10 +88,10 @@ class GenerateShadow:
             copies, arguments["num_return_sequences"] = asked or 1, 1
         return original(**arguments, **self._handle.serve(given, copies))
 
-    @staticmethod
-    def _check(arguments: dict[str, Any], config: Any) -> None:
+    @classmethod
+    def _check(cls, arguments: dict[str, Any], config: Any) -> None:
         """Raises ConfigError for ways of generating that would go past the release, or that are not supported."""
-        for name, reason in REFUSED.items():
+        for name, reason in cls.refused.items():
             value = arguments.get(name)
             if name not in arguments and name not in SWITCHED_OFF:
                 value = getattr(config, name, None)
@@ -111,6 +110,15 @@ class GenerateShadow:
                 "generate needs a private document: pass release.inputs(), or the encoder's inputs, which are released first."
             )
         return given
+
+
+def named_arguments(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """All arguments of a call by name, those of `**kwargs` among them."""
+    arguments = dict(bound.arguments)
+    for kind in bound.signature.parameters.values():
+        if kind.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(kind.name, {})
+    return arguments
 
 
 def read_placeholder(given: dict[str, Any]) -> torch.Tensor | None:

@@ -46,6 +46,8 @@ CLOSED = (
     "`with protected.public():`."
 )
 
+PUBLIC_CALL = Call({}, torch.zeros(0, dtype=torch.int64), public=True)
+
 
 class ProtectedSeq2Seq(ProtectedPipeline):
     """A protected encoder-decoder model. Made by `dpx.protect`; a context manager that unprotects.
@@ -55,6 +57,8 @@ class ProtectedSeq2Seq(ProtectedPipeline):
 
     *Formal guarantee.* Everything that leaves the model about a private context is post-processing of its `Release`, see `report()`.
     """
+
+    closed = CLOSED  # what the encoder's gate says
 
     def __init__(
         self,
@@ -102,7 +106,7 @@ class ProtectedSeq2Seq(ProtectedPipeline):
             state = LayerState(name, self._calls, module.config._attn_implementation, layer.padding)
             module.__dict__[LAYER_ATTRIBUTE] = state
             module.config = self._routes[name]
-        self._gates = [TextGate(self._encoder.module, self.access, CLOSED)]
+        self._gates = [TextGate(self._encoder.module, self.access, self.closed)]
         self._hooks = [
             self.model.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.model.register_forward_hook(self._leave, always_call=True),
@@ -190,29 +194,38 @@ class ProtectedSeq2Seq(ProtectedPipeline):
         self._calls.current = None
         self.check()
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        states = last_hidden_state(bound.get(STATES, bound.get("kwargs", {}).get(STATES)))
+        call = self._read_call(last_hidden_state(bound.get(STATES, bound.get("kwargs", {}).get(STATES))))
+        if call is None and not self.access.public:
+            raise ProtectionLostError(
+                "This model is protected and was called without the placeholder of a release. Call model.generate(...) or pass "
+                "release.inputs(), or declare the document public with `with protected.public():`."
+            )
+        self._calls.current = PUBLIC_CALL if call is None else call
+
+    def _read_call(self, states: torch.Tensor | None) -> Call | None:
+        """What these states name; None where they are no placeholder.
+
+        Raises:
+            ReleaseError: see `_build`; or only a part of the batch is a placeholder.
+        """
+        if states is None:
+            return None
         seen = self._calls.seen
-        if seen is not None and seen[0]() is states and states is not None and seen[1] == states._version:
-            self._calls.current = seen[2]  # the same tensor at every step: parsed already
-            return
-        found = [] if states is None else read_tags(states)
+        if seen is not None and seen[0]() is states and seen[1] == states._version:
+            return seen[2]  # the same tensor at every step: parsed already
+        found = read_tags(states)
         tags = unique(found)
-        if states is None or not tags:
-            if not self.access.public:
-                raise ProtectionLostError(
-                    "This model is protected and was called without the placeholder of a release. Call model.generate(...) or pass "
-                    "release.inputs(), or declare the document public with `with protected.public():`."
-                )
-            self._calls.current = Call({}, torch.zeros(0, dtype=torch.int64), public=True)
-            return
+        if not tags:
+            return None
         if None in found:
             raise ReleaseError(
-                "Private and public documents cannot stand in one batch; call the model once for each."
+                "Private and public contexts cannot stand in one batch; call the model once for each."
             )
         index = torch.tensor([tags.index(tag) for tag in found if tag is not None], device=states.device)
-        call = Call(self._build(tags, states.device), index)
-        self._calls.current = call
+        contexts = tuple(b.context for b in self._bindings.find(tags))
+        call = Call(self._build(tags, states.device), index, contexts=contexts)
         self._calls.seen = None if states.is_inference() else (weakref.ref(states), states._version, call)
+        return call
 
     def _leave(self, *_: Any) -> None:
         self._calls.current = None

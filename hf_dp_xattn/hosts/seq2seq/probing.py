@@ -6,7 +6,7 @@ its cache) after the encoder's output was replaced by a placeholder that is NaN:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -32,7 +32,6 @@ REASONS = {
     "ProphetNet": _HARD_CODED,
     "FSMT": _HARD_CODED,
     "SpeechT5": _HARD_CODED,
-    "Mllama": "its image states enter the text model's layers by arguments of their own, which is not supported yet",
 }
 SUPPORTED = (
     "Supported: encoder-decoder models of transformers (BART, T5, Marian, Whisper, ... see docs/hosts.md) whose cross-attention calls the "
@@ -74,8 +73,8 @@ def find_layers(model: Any) -> dict[str, CrossLayer]:
     if next(model.parameters()).device.type == "meta":
         raise refuse(model, "its weights are not loaded")
     try:
-        with _evaluating(model):
-            return _probe(model)
+        with evaluating(model):
+            return probe(model, context_channels(model), _forward)
     except DPXAttnError as error:
         raise error if known is None else refuse(model, known) from None
     except Exception as error:
@@ -83,7 +82,7 @@ def find_layers(model: Any) -> dict[str, CrossLayer]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, every module's own mode restored afterwards."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
@@ -94,8 +93,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _probe(model: Any) -> dict[str, CrossLayer]:
-    channels = context_channels(model)
+Forward = Callable[..., Any]
+"""Runs a model on states [1, n, C] of its context and token ids: (model, states, ids, **forward's keywords) -> its outputs."""
+
+
+def probe(model: Any, channels: int, forward: Forward, stand_in: int = ROWS) -> dict[str, CrossLayer]:
+    """The layers of a model that is in evaluation mode; `find_layers` says what is proven.
+
+    channels: of a row of the context. stand_in: rows of the placeholder.
+    """
     if channels <= CODE_CHANNELS:
         raise refuse(model, f"its encoder's output needs more than {CODE_CHANNELS} channels")
     device, dtype = model.device, model.dtype
@@ -103,7 +109,7 @@ def _probe(model: Any) -> dict[str, CrossLayer]:
     states = torch.randn(1, ROWS, channels, generator=generator).to(device, dtype)
     ids = _token_ids(model).to(device)
     with _watching(model) as calls:
-        reference = _logits(model, states, ids)
+        reference = _logits(forward, model, states, ids)
     bridge = getattr(model, "enc_to_dec_proj", None)
     layers = {}
     for name, (module, args, kwargs) in _deepest(calls).items():
@@ -114,12 +120,12 @@ def _probe(model: Any) -> dict[str, CrossLayer]:
         for layer in layers.values():
             stack.enter_context(routed(layer.module))
         with serving(Serving()) as exact:
-            _compare(model, _logits(model, states, ids), reference)
+            _compare(model, _logits(forward, model, states, ids), reference)
         _check_reached(model, layers, exact)
-        placeholder = make_placeholder([new_tag()], ROWS, channels, dtype, device)
+        placeholder = make_placeholder([new_tag()], stand_in, channels, dtype, device)
         with serving(Serving(exact.recorded, replay=True)):
-            _compare(model, _logits(model, placeholder, ids), reference)
-            _compare(model, _stepwise(model, placeholder, ids), reference[:, -1:])
+            _compare(model, _logits(forward, model, placeholder, ids), reference)
+            _compare(model, _stepwise(forward, model, placeholder, ids), reference[:, -1:])
     for layer in layers.values():
         _check_rows(model, layer, states)
     return layers
@@ -138,15 +144,15 @@ def _forward(model: Any, states: torch.Tensor, ids: torch.Tensor, **kwargs: Any)
     return model(encoder_outputs=outputs, decoder_input_ids=ids, return_dict=True, **kwargs)
 
 
-def _logits(model: Any, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    return _forward(model, states, ids, use_cache=False).logits.float()
+def _logits(forward: Forward, model: Any, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return forward(model, states, ids, use_cache=False).logits.float()
 
 
-def _stepwise(model: Any, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def _stepwise(forward: Forward, model: Any, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """The last token's logits, by way of the cache."""
-    first = _forward(model, states, ids[:, :-1], use_cache=True)
+    first = forward(model, states, ids[:, :-1], use_cache=True)
     cache = first.past_key_values
-    return _forward(model, states, ids[:, -1:], use_cache=True, past_key_values=cache).logits.float()
+    return forward(model, states, ids[:, -1:], use_cache=True, past_key_values=cache).logits.float()
 
 
 def _compare(model: Any, logits: torch.Tensor, reference: torch.Tensor) -> None:
