@@ -56,7 +56,7 @@ def fit_calibration(
     count: int,
     epsilons: Sequence[float],
     rank: int = 128,
-    groups: torch.Tensor | None = None,
+    groups: torch.Tensor | Sequence[torch.Tensor] | None = None,
     row_weight_spread: float = 0.0,
     progress: bool = True,
 ) -> Calibration:
@@ -64,7 +64,7 @@ def fit_calibration(
 
     Args:
         rank: directions of the sketch; 0 fits geometry and bounds only.
-        groups: [n] public grouping of the rows, for unit="group".
+        groups: [n] public grouping of the rows, for unit="group"; or one for each context, all with as many groups.
         row_weight_spread: how much of the mean query may become a row weight (see `absorbed_query`); 0 for none, which has been the
             best choice where logits are large.
 
@@ -79,7 +79,7 @@ def fit_calibration(
 
     geometries, n = _fit_geometry(config, specs, stream("moments"), public_queries, row_weight_spread)
     features = [features_of(config, g.projected_dim) for g in geometries]
-    units = unit_rows(config.unit, n, groups)
+    units = _units(config.unit, n, groups)
     clip_norm = _unit_norm(geometries, features, stream("clipping bound"), units, limit=64)
     encoders = [
         LayerEncoder(g, f, lattice_exponent(clip_norm)) for g, f in zip(geometries, features, strict=True)
@@ -91,13 +91,13 @@ def fit_calibration(
         settings=settings,
         clip_norm=clip_norm,
         contexts=count,
-        units=len(units),
+        units=len(units[0]),
     )
     if rank == 0:
         return result
     metric = _fit_metric(encoders, public_queries, stream("metric"), limit=32)
     used = max(4, count * 2 // 3)
-    basis = _fit_basis(encoders, metric, stream("sketch basis"), used, min(rank, used - 1), len(units))
+    basis = _fit_basis(encoders, metric, stream("sketch basis"), used, min(rank, used - 1), len(units[0]))
     held_out = _sketch_held_out(
         encoders, metric, basis, stream("held-out contexts"), used, units, public_queries, 24
     )
@@ -109,6 +109,18 @@ def fit_calibration(
         for e in tqdm(epsilons, desc="plans", disable=not progress, leave=False)
     )
     return dataclasses.replace(result, basis=basis, plans=plans)
+
+
+def _units(
+    unit: str, n: int, groups: torch.Tensor | Sequence[torch.Tensor] | None
+) -> Sequence[Sequence[torch.Tensor]]:
+    """Each context's units, by its number modulo their length."""
+    if groups is None or isinstance(groups, torch.Tensor):
+        return [unit_rows(unit, n, groups)]
+    units = [unit_rows(unit, len(g), g) for g in groups]
+    if len({len(u) for u in units}) > 1:
+        raise ConfigError("Public contexts of kernel_sum must have as many groups as each other.")
+    return units
 
 
 def _fit_geometry(
@@ -173,7 +185,7 @@ def _unit_norm(
     geometries: Sequence[HeadGeometry],
     features: Sequence[FeatureMap],
     contexts: Iterable[Rows],
-    units: Sequence[torch.Tensor],
+    units: Sequence[Sequence[torch.Tensor]],
     limit: int,
 ) -> float:
     """95 % quantile of the public units' joint norms: the clipping bound without a sketch."""
@@ -182,11 +194,12 @@ def _unit_norm(
     for i, (keys, values) in enumerate(contexts):
         if i == limit:
             break
-        if len(units) == keys[0].shape[1]:  # unit = row
+        own = units[i % len(units)]
+        if len(own) == keys[0].shape[1]:  # unit = row
             factors = [e.factors(k, v) for e, k, v in zip(encoders, keys, values, strict=True)]
             norms.append(joint_norm_squared(factors).sqrt())
             continue
-        for unit in units:
+        for unit in own:
             parts = unit_contribution(encoders, keys, values, unit)
             norms.append(torch.stack([p.square().sum() for p in parts]).sum().sqrt().reshape(1))
     return float(torch.cat(norms).quantile(0.95)) * 2.0 ** -lattice_exponent(64.0)
@@ -306,7 +319,7 @@ def _sketch_held_out(
     basis: SketchBasis,
     contexts: Iterable[Rows],
     used: int,
-    units: Sequence[torch.Tensor],
+    units: Sequence[Sequence[torch.Tensor]],
     public: PublicQueries,
     simulated: int,
 ) -> HeldOut:
@@ -321,11 +334,12 @@ def _sketch_held_out(
             outputs.append(
                 [_exact(q, k, v, s) for q, k, v, s in zip(public.queries, keys, values, scales, strict=True)]
             )
-        sketches.append(sketch_units(encoders, keys, values, units, matrices))
+        own = units[i % len(units)]
+        sketches.append(sketch_units(encoders, keys, values, own, matrices))
         parts = unit_contribution(encoders, keys, values, torch.arange(keys[0].shape[1]))
         total = torch.zeros((), dtype=torch.float64)
         for part, encoder, mean, m in zip(parts, encoders, basis.mean_sums, metric, strict=True):
-            deviation = part.cpu() * 2.0**-encoder.exponent - mean * len(units)
+            deviation = part.cpu() * 2.0**-encoder.exponent - mean * len(own)
             total = total + (m.root @ deviation * m.column[:, None]).square().sum()
         totals.append(total)
     return HeldOut(torch.stack(sketches).cpu(), torch.stack(totals), outputs)

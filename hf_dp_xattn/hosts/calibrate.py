@@ -66,7 +66,8 @@ def calibrate(
     Args:
         pipe: a Stable Diffusion pipeline, or an encoder-decoder model of transformers.
         public_contexts: prompts; lists of phrases for unit="group"; or embeddings [N, n, C] of which all rows are used. For an
-            encoder-decoder model: token ids [N, n] cut to one length, or what else its encoder takes, as in `protected.release`. For a
+            encoder-decoder model: token ids [N, n] cut to one length, or what else its encoder takes, as in `protected.release`; for
+            unit="group" a list of contexts, each a batch of documents as `release(..., groups="documents")` takes it. For a
             decoder-only model: token ids [N, n] or a list of token id lists; for unit="group", a list of lists of segments.
         config: mechanism, unit and relation to fit for; by default `anchors` with unit="row".
         anchors: cells of the histogram's codebook. releases: candidates of `anchors` ("sum", "response", "histogram").
@@ -75,8 +76,9 @@ def calibrate(
         rank: kernel_sum only; 0 fits geometry and bounds only.
         query_prompts, query_steps, queries_per_step: public denoising runs from which queries are taken; by default 8 prompts over 6
             steps, or 2 over 4 on a host as large as Stable Diffusion's (16 sampled tokens for each of 8 documents or prefixes).
-        public_head, prefix_bucket: decoder-only models, as in `protected.release`. questions: token ids of public users' turns, whose
-            queries (and those of answers that are sampled) the calibration is fitted to; by default only sampled text.
+        public_head, prefix_bucket: decoder-only models, as in `protected.release`.
+        questions: token ids of public users' turns (of an encoder-decoder model: of what its decoder's texts start with), whose queries
+            (and those of answers that are sampled) the calibration is fitted to; by default only sampled text.
 
     Raises:
         ConfigError: too few contexts, wrong type. UnsupportedModelError: not a supported pipeline.
@@ -108,8 +110,8 @@ def calibrate(
             seed=seed,
             progress=progress,
         )
-    if questions is not None or prefix_bucket is not None or public_head != 0:
-        raise ConfigError("public_head, questions and prefix_bucket are for decoder-only models.")
+    if prefix_bucket is not None or public_head != 0:
+        raise ConfigError("public_head and prefix_bucket are for decoder-only models.")
     if is_seq2seq(pipe):
         from .seq2seq.calibrate import calibrate_seq2seq
 
@@ -126,9 +128,12 @@ def calibrate(
             query_prompts=query_prompts,
             query_steps=query_steps,
             queries_per_step=queries_per_step,
+            questions=questions,
             seed=seed,
             progress=progress,
         )
+    if questions is not None:
+        raise ConfigError("questions are for models that generate text.")
     check_pipeline_class(pipe)
     layers = find_layers(pipe.unet)
     text = TextSide(pipe, Access())

@@ -475,7 +475,9 @@ def _judge(
     """The plan with its predicted quality: real releases (seeded noise) of held-out public contexts."""
     decoded = simulate(plan, config, decoders, validation)
     errors, variances = objective.measure(
-        validation.whole.float(), [(c.rows, c.log_weights) for c in decoded]
+        validation.whole.float(),
+        [(c.rows, c.log_weights) for c in decoded],
+        outputs=validation.outputs,
     )
     low, high = fvu_interval(errors, variances)
     return dataclasses.replace(plan, quality=Quality(fvu(errors, variances), low, high, len(validation)))

@@ -62,10 +62,11 @@ class Objective:
         queries: int,
         layers: int,
         generator: torch.Generator,
+        outputs: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """[B] each context's share of the FVU over a random choice of layers and queries; the variance is the batch's own.
 
-        whole: [B, n, C] the rows whose attention is the target.
+        whole: [B, n, C] the rows whose attention is the target; outputs: or that attention itself, for all queries of each layer.
         """
         decoded, bias = self.with_public(rows, log_weights)
         chosen = torch.randperm(len(self.layers), generator=generator)[:layers].tolist()
@@ -76,7 +77,7 @@ class Objective:
             q = layer.queries[:, pick]
             gain = layer.gain.to(whole.dtype)
             with torch.no_grad():
-                exact = layer.attend(whole, q)
+                exact = layer.attend(whole, q) if outputs is None else outputs[i][:, :, pick].to(whole)
                 variance = ((exact - exact.mean(0)).square().sum((0, 2, 3)) * gain).sum() / len(whole)
             error = ((layer.attend(decoded, q, bias) - exact).square().sum((2, 3)) * gain).sum(1)
             parts.append(error / variance.clamp_min(1e-12))
@@ -90,6 +91,7 @@ class Objective:
         *,
         queries: int = 64,
         seed: int = 0,
+        outputs: Sequence[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared error and variance of each context, layer and head [N, L, H] float64, gains included; `decoded`: (rows, log weights)."""
         generator = torch.Generator().manual_seed(seed)
@@ -98,10 +100,13 @@ class Objective:
         rows = torch.stack([F.pad(r, (0, 0, 0, longest - r.shape[0])) for r, _ in decoded])
         weights = torch.stack([F.pad(w, (0, longest - w.shape[0]), value=-torch.inf) for _, w in decoded])
         padded, bias = self.with_public(rows, weights)
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
             pick = torch.randint(0, layer.queries.shape[1], (queries,), generator=generator)
             q = layer.queries[:, pick]
-            exact = torch.cat([layer.attend(part, q) for part in whole.split(32)]).double()
+            if outputs is None:
+                exact = torch.cat([layer.attend(part, q) for part in whole.split(32)]).double()
+            else:
+                exact = outputs[i][:, :, pick].double()
             parts = zip(padded.split(32), (bias if bias is not None else weights).split(32), strict=True)
             out = torch.cat([layer.attend(p, q, b) for p, b in parts]).double()
             gain = layer.gain.double()

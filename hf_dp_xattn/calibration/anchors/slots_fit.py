@@ -17,20 +17,26 @@ from .objective import Objective
 @dataclass(frozen=True, eq=False)
 class PublicContexts:
     """Public contexts: units [N, U, C] (rows, or one mean row per group or context), their mask [N, U], and the rows [N, n, C] whose
-    attention a decoder must reproduce. Stored in half precision where the host's rows are."""
+    attention a decoder must reproduce. Stored in half precision where the host's rows are.
+
+    outputs: for contexts of too many rows, the attention itself: one [N, H, m, dv] per layer for its public queries; `whole` is then a
+    sample of the rows.
+    """
 
     units: torch.Tensor
     mask: torch.Tensor
     whole: torch.Tensor
+    outputs: tuple[torch.Tensor, ...] | None = None
 
     def __len__(self) -> int:
         return self.whole.shape[0]
 
     def part(self, index: torch.Tensor) -> PublicContexts:
-        return PublicContexts(self.units[index], self.mask[index], self.whole[index])
+        outputs = None if self.outputs is None else tuple(o[index] for o in self.outputs)
+        return PublicContexts(self.units[index], self.mask[index], self.whole[index], outputs)
 
     def float(self) -> PublicContexts:
-        return PublicContexts(self.units.float(), self.mask, self.whole.float())
+        return PublicContexts(self.units.float(), self.mask, self.whole.float(), self.outputs)
 
 
 @dataclass(frozen=True)
@@ -177,6 +183,7 @@ def train(
             queries=settings.queries,
             layers=settings.layers,
             generator=generator,
+            outputs=batch.outputs,
         )
         total = losses.new_zeros(())
         start = 0
@@ -213,10 +220,16 @@ def fit_blind_head(
         for group in optimiser.param_groups:
             group["lr"] = 2e-2 * 0.5 * (1 + math.cos(math.pi * step / steps)) + 1e-5
         index = torch.randint(0, len(contexts), (settings.batch,), generator=generator)
-        whole = contexts.whole[index].float()
-        rows, weights = decoder.decode_batch(zero.expand(len(whole), -1), head)
+        batch = contexts.part(index)
+        rows, weights = decoder.decode_batch(zero.expand(len(index), -1), head)
         loss = objective.losses(
-            whole, rows, weights, queries=settings.queries, layers=settings.layers, generator=generator
+            batch.whole.float(),
+            rows,
+            weights,
+            queries=settings.queries,
+            layers=settings.layers,
+            generator=generator,
+            outputs=batch.outputs,
         ).mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward(inputs=[bias, second])

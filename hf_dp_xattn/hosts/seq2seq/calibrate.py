@@ -1,4 +1,4 @@
-"""Public statistics of an encoder-decoder model's cross-attention, from public documents of one length."""
+"""Public statistics of an encoder-decoder model's cross-attention, from public documents of one length, or contexts of documents."""
 
 from __future__ import annotations
 
@@ -24,6 +24,15 @@ from ..calibrate_anchors import choose_contexts, slot_schedule
 from ..identity import host_identity
 from ..rows import layer_specs
 from .attention import Serving, serving
+from .calibrate_documents import (
+    MEMBERS,
+    QUERY_ROWS,
+    DocumentReader,
+    choose,
+    gather_documents,
+    releases_for,
+    slots_for,
+)
 from .contexts import MASK, STATES, gather
 from .encoder import EncoderSide
 from .layers import CrossLayer, routed
@@ -31,6 +40,7 @@ from .outputs import PlaceholderOutputs
 from .probing import context_channels, find_layers
 
 ENCODER_BATCH = 16
+STARTS = 16  # questions at once
 NEEDS = (
     "public_contexts of an encoder-decoder model are what its encoder takes, {what}: token ids [N, n] cut to one length, or rows of its "
     "output [N, n, C]."
@@ -52,20 +62,41 @@ def calibrate_seq2seq(
     query_prompts: int | None,
     query_steps: int | None,
     queries_per_step: int,
+    questions: Sequence[Any] | None,
     seed: int,
     progress: bool,
 ) -> Calibration | AnchorCalibration:
-    """See `hosts.calibrate.calibrate`. Queries are those of `query_prompts` public documents, over `query_steps` sampled tokens."""
-    if config.unit == "group":
-        raise ConfigError("A calibration of an encoder-decoder model is for unit='row' or 'context' so far.")
+    """See `hosts.calibrate.calibrate`. Queries are those of `query_prompts` public documents, over `query_steps` sampled tokens, each
+    text started by one of `questions` (decoder ids)."""
     settings = AnchorSettings(releases=tuple(releases), anchors=anchors, seed=seed, progress=progress)
     if config.mechanism == "anchors":
         candidates(config, settings)  # refuses what cannot be before minutes are spent on it
     layers = find_layers(model)
     untyped: dict[str, Any] = dict(layers)
+    starts = _starts(model, questions)
+    sampled = query_steps or 16
+    if config.unit == "group":
+        return _calibrate_documents(
+            model,
+            public_contexts,
+            config,
+            layers,
+            settings,
+            epsilons=epsilons,
+            steps=steps,
+            memory_mb=memory_mb,
+            rank=rank,
+            starts=starts,
+            query_contexts=query_prompts or 8,
+            query_steps=sampled,
+            queries=queries_per_step * sampled,
+            seed=seed,
+            progress=progress,
+        )
     whole = _encode(model, public_contexts, memory_mb, seed, progress)
-    chosen = whole[: query_prompts or 8]
-    queries = _queries(model, layers, chosen, query_steps or 16, queries_per_step, seed)
+    queries = _queries(
+        model, layers, list(whole[: query_prompts or 8]), starts, sampled, queries_per_step * sampled, seed
+    )
     gains = [layer.output_gain() for layer in layers.values()]
     if config.mechanism == "anchors":
         schedule = slot_schedule(untyped, whole.shape[1], steps, seed)
@@ -125,33 +156,134 @@ def _encode(model: Any, public: Any, memory_mb: int, seed: int, progress: bool) 
     return torch.cat(parts)
 
 
-def _queries(
-    model: Any, layers: dict[str, CrossLayer], whole: torch.Tensor, steps: int, per_step: int, seed: int
-) -> list[torch.Tensor]:
-    """Public queries [H, m, d] of each layer, along tokens that are sampled with a generator of our own."""
-    states = PlaceholderOutputs(last_hidden_state=whole.to(model.device, model.dtype))
+def _calibrate_documents(
+    model: Any,
+    public: Any,
+    config: DPXAttnConfig,
+    layers: dict[str, CrossLayer],
+    settings: AnchorSettings,
+    *,
+    epsilons: Sequence[float],
+    steps: int | None,
+    memory_mb: int,
+    rank: int,
+    starts: Sequence[torch.Tensor],
+    query_contexts: int,
+    query_steps: int,
+    queries: int,
+    seed: int,
+    progress: bool,
+) -> Calibration | AnchorCalibration:
+    """Contexts of documents that are encoded apart from each other, each document a unit."""
+    untyped: dict[str, Any] = dict(layers)
+    width = queries * sum(layer.inner_dim for layer in untyped.values()) + MEMBERS * context_channels(model)
+    chosen = choose(model, public, width, memory_mb, seed)
+    reader = DocumentReader(model, memory_mb // 4)
+    generator = torch.Generator().manual_seed(seed)
+    seen = []
+    for context in chosen[:query_contexts]:
+        rows = torch.cat(reader.read(context))
+        seen.append(rows[torch.randperm(len(rows), generator=generator)[:QUERY_ROWS]])
+    found = _queries(model, layers, seen, starts, query_steps, queries, seed)
+    gains = [layer.output_gain() for layer in layers.values()]
+    if config.mechanism == "anchors":
+        probes = [_probe(*parts) for parts in zip(layers.values(), found, gains, strict=True)]
+        contexts = gather_documents(reader, chosen, probes, seed=seed, progress=progress)
+        documents = contexts.units.shape[1]
+        schedule = slots_for(slot_schedule(untyped, contexts.whole.shape[1], steps, seed), documents)
+        with torch.enable_grad():
+            return fit_anchors(
+                config,
+                contexts,
+                Objective(probes, torch.zeros(0, contexts.whole.shape[-1])),
+                host_identity(untyped, model.dtype, None),
+                grouping="rows",
+                epsilons=epsilons,
+                settings=dataclasses.replace(
+                    settings, slots=schedule, releases=releases_for(settings.releases, documents)
+                ),
+            )
+    groups = []
+    for context in chosen:
+        _, mask, _ = reader.check(context)
+        groups.append(torch.arange(len(mask)).repeat_interleave(mask.sum(1)))
+
+    def contexts_of_layers() -> Iterator[Rows]:
+        for context in chosen:
+            rows = torch.cat(reader.read(context)).unsqueeze(0).to(model.device, model.dtype)
+            pairs = [layer.project(rows) for layer in layers.values()]
+            yield [k[0] for k, _ in pairs], [v[0] for _, v in pairs]
+
+    return fit_calibration(
+        config,
+        layer_specs(untyped, model.dtype),
+        contexts_of_layers,
+        PublicQueries(found, gains),
+        count=len(chosen),
+        epsilons=epsilons,
+        rank=rank,
+        groups=groups,
+        progress=progress,
+    )
+
+
+def _starts(model: Any, questions: Sequence[Any] | None) -> list[torch.Tensor]:
+    """What public texts of the decoder start with, [m] each: the start token, and a question after it.
+
+    Raises:
+        ConfigError: a question is no list of token ids.
+    """
     places = [
         (c, n)
         for n in ("decoder_start_token_id", "bos_token_id")
         for c in (model.generation_config, model.config)
     ]
-    starts = [getattr(c, n, None) for c, n in places]
-    start = next((s for s in starts if isinstance(s, int)), 0)
-    ids = torch.full((len(whole), 1), start, device=model.device)
+    found = [getattr(c, n, None) for c, n in places]
+    start = torch.tensor([next((s for s in found if isinstance(s, int)), 0)])
+    if questions is None:
+        return [start]
+    ids = [torch.as_tensor(q) for q in questions]
+    if not ids or any(q.ndim != 1 or not len(q) or q.is_floating_point() for q in ids):
+        raise ConfigError("`questions` must be lists of decoder token ids, none of them empty.")
+    return [q if int(q[0]) == int(start) else torch.cat([start, q]) for q in ids]
+
+
+def _queries(
+    model: Any,
+    layers: dict[str, CrossLayer],
+    contexts: Sequence[torch.Tensor],
+    starts: Sequence[torch.Tensor],
+    steps: int,
+    count: int,
+    seed: int,
+) -> list[torch.Tensor]:
+    """`count` public queries [H, m, d] of each layer, along tokens that are sampled with a generator of our own after each of `starts`
+    (or `STARTS` of them) over each of the contexts [n, C]."""
     generator = torch.Generator().manual_seed(seed)
     state = Serving(queries={layer.module: [] for layer in layers.values()})
+    lengths = sorted({len(s) for s in starts})
     with ExitStack() as stack, serving(state):
         for layer in layers.values():
             stack.enter_context(routed(layer.module))
-        for _ in range(steps):
-            logits = model(encoder_outputs=states, decoder_input_ids=ids, use_cache=False).logits[:, -1]
-            chances = logits.float().softmax(-1).cpu()
-            ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator).to(ids)], dim=1)
+        for i, rows in enumerate(contexts):
+            alike = [s for s in starts if len(s) == lengths[i % len(lengths)]]
+            order = torch.randperm(len(alike), generator=generator)[:STARTS].tolist()
+            ids = torch.stack([alike[j] for j in order]).to(model.device)
+            states = PlaceholderOutputs(
+                last_hidden_state=rows.to(model.device, model.dtype).expand(len(ids), -1, -1)
+            )
+            for step in range(steps):
+                if step:  # the queries that are kept are those of the whole text
+                    for known in state.queries.values():
+                        known.pop()
+                logits = model(encoder_outputs=states, decoder_input_ids=ids, use_cache=False).logits[:, -1]
+                chances = logits.float().softmax(-1).cpu()
+                ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator).to(ids)], dim=1)
     found = []
     for layer in layers.values():
-        last = state.queries[layer.module][-1]  # of the whole text so far
-        flat = last[..., : last.shape[-1] - layer.padding].transpose(0, 1).flatten(1, 2)
-        keep = torch.randperm(flat.shape[1], generator=generator)[: per_step * steps]
+        parts = [q[..., : q.shape[-1] - layer.padding] for q in state.queries[layer.module]]
+        flat = torch.cat([q.transpose(0, 1).flatten(1, 2) for q in parts], dim=1)
+        keep = torch.randperm(flat.shape[1], generator=generator)[:count]
         found.append(flat[:, keep.to(flat.device)].to("cpu", torch.float32))
     return found
 
