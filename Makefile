@@ -42,9 +42,11 @@ utility: $(STAMP)
 	$(BIN)/python examples/shapes/sweep.py -n 300 --out docs/shapes
 	$(BIN)/python benchmarks/utility.py --out docs/utility
 	$(BIN)/python tools/readme_tables.py
+	$(BIN)/python tools/cards.py
 
 calibrations: $(STAMP)
 	$(BIN)/python examples/shapes/calibrate.py
+	$(BIN)/python tools/cards.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py --out docs/benchmarks

@@ -211,6 +211,15 @@ def _context_row(i: int, context: Any, charges: Any) -> tuple[Any, ...]:
     )
 
 
+def _use(host: str) -> tuple[str, str]:
+    """What the lines that load a release call the host, and how they serve it."""
+    if host.startswith("UNet"):
+        return "pipe", "image = pipe(**release.inputs()).images[0]"
+    if host.endswith(("ForCausalLM", "LMHeadModel")):
+        return "model", "tokens = model.generate(**release.inputs(input_ids=ids))"
+    return "model", "tokens = model.generate(**release.inputs())"
+
+
 def release_card(release: Release, options: CardOptions) -> ModelCard:
     """The card of a release: one context or several, each with its guarantee and charges."""
     terms = release.terms
@@ -222,13 +231,8 @@ def release_card(release: Release, options: CardOptions) -> ModelCard:
     )
     rows = [_context_row(i, c, x) for i, (c, x) in enumerate(zip(release.contexts, charges, strict=True))]
     fingerprint = release.contexts[0].fingerprint
-    use = (
-        "image = pipe(**release.inputs()).images[0]"
-        if terms.host.startswith("UNet")
-        else "tokens = model.generate(**release.inputs())"
-    )
-    host = "pipe" if terms.host.startswith("UNet") else "model"
-    fits = f"{terms.host} with {len(fingerprint.layers)} cross-attention layers, checked by their names, shapes and weights (LoRA included)"
+    host, use = _use(terms.host)
+    fits = f"{terms.host} with {len(fingerprint.layers)} layers, checked by their names, shapes and weights (LoRA included)"
     kept = (
         "rows of context space that serve all layers"
         if release.contexts[0].context is not None
@@ -239,7 +243,7 @@ def release_card(release: Release, options: CardOptions) -> ModelCard:
             title=f"Released private context{'s' if len(release) > 1 else ''} for {terms.host}",
             summary=(
                 "A private context, released once with noise by `hf_dp_xattn`: every query reads this release and nothing else. It holds "
-                "the noised release and public data; no prompt, no token, no exact row."
+                "the noised release and public data; no prompt, no token, no exact private row."
             ),
             code=_code(
                 f'release = dpx.Release.from_pretrained("{_name(options)}", host={host})',

@@ -26,8 +26,8 @@ _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 class CardOptions(TypedDict, total=False):
     """What only the publisher knows.
 
-    license: a Hub license id ("apache-2.0"). base_model: Hub id of the model it is for. utility: measured utility, in Markdown. repo_id:
-    where the card will stand, for the lines that load it.
+    license: a Hub license id ("apache-2.0"). base_model: Hub id of the model it is for. utility: what more was measured, in Markdown.
+    repo_id: where the card will stand, for the lines that load it.
     """
 
     license: str | None
@@ -94,7 +94,7 @@ def render(parts: Parts, options: CardOptions) -> ModelCard:
         guarantee=parts.guarantee,
         public=bullets(parts.public),
         not_covered=bullets(parts.not_covered),
-        utility=options.get("utility") or parts.utility,
+        utility="\n\n".join(text for text in (parts.utility, options.get("utility")) if text),
         details=parts.details,
     )
 
