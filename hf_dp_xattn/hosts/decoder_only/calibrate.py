@@ -167,10 +167,10 @@ def _prefixes(
     """The public prefixes to fit to, all with the same head. Raises ConfigError or ContextError where they are none."""
     if isinstance(public, (str, bytes)) or not len(public):
         raise ConfigError(
-            "public_contexts of a decoder-only model are token ids [N, n] or a list of token id lists; for unit='group', a list of lists "
-            "of segments."
+            "public_contexts of a decoder-only model are token ids [N, n] or a list of token id lists; for unit='group' (or where segments "
+            "are encoded apart), a list of lists of segments."
         )
-    apart = config.unit == "group"
+    apart = config.unit == "group" or _in_segments(public[0])
     size = model.get_input_embeddings().num_embeddings
     tokens = max(sum(map(len, c)) if apart else len(c) for c in public)
     channels = next(iter(layers.values())).cross_attention_dim
@@ -179,6 +179,12 @@ def _prefixes(
     if any(not torch.equal(p.head, prefixes[0].head) for p in prefixes):
         raise ConfigError("All public prefixes must begin with the same public head.")
     return prefixes
+
+
+def _in_segments(context: Any) -> bool:
+    """Whether a public context is a list of token id lists: units may be rows of segments that are encoded apart, too."""
+    first = context[0] if isinstance(context, (list, tuple)) and context else None
+    return isinstance(first, (list, tuple)) or getattr(first, "ndim", 0) == 1
 
 
 def _encode(
