@@ -29,7 +29,7 @@ from .cache import PrefixCache
 from .contexts import check_groups, name_prefix, read_prefixes
 from .encoder import PrefixEncoder
 from .generation import NO_INPUTS, GenerateShadow
-from .layers import PrefixLayer, prefix_fingerprint, route
+from .layers import PrefixLayer, prefix_fingerprint, route, weights_stamp
 from .probing import evaluating, find_layers
 from .reporting import prefix_report
 
@@ -60,6 +60,7 @@ class ProtectedDecoder(ProtectedPipeline):
         serving_only: bool = False,
     ) -> None:
         self.model = model
+        self._sketched: tuple[object, Fingerprint] | None = None
         super().__init__(
             model,
             config,
@@ -235,8 +236,12 @@ class ProtectedDecoder(ProtectedPipeline):
         """Whether public text may pass is asked at each call."""
 
     def _current_fingerprint(self) -> Fingerprint:
-        with evaluating(self.model):
-            return prefix_fingerprint(self.model, self.decoder_layers)
+        """Taken anew only where a weight or an adapter has changed since: it costs a short run of the model."""
+        now = weights_stamp(self.model)
+        if self._sketched is None or self._sketched[0] != now:
+            with evaluating(self.model):
+                self._sketched = now, prefix_fingerprint(self.model, self.decoder_layers)
+        return self._sketched[1]
 
     # ---- releases ----------------------------------------------------------------------------------------------------------
 

@@ -12,13 +12,14 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...mechanisms.contract import LayerSpec
-from ..fingerprint import SIZE, Fingerprint, _signs
+from ..fingerprint import SIZE, Fingerprint, _signs, stamp
 from .attention import NAME, Recording, Seen, recording
 
 PROBE_STEP = 7  # of the token ids that a fingerprint is made of; never change it: it is in saved releases
@@ -123,6 +124,12 @@ def rows_of(seen: Sequence[Seen]) -> torch.Tensor:
     """[B, n, C]: the rows of context space."""
     parts = [t.transpose(1, 2).flatten(2) for s in seen for t in (s.key, s.value)]
     return torch.cat(parts, dim=-1)
+
+
+def weights_stamp(model: Any) -> object:
+    """`fingerprint.stamp` of all of a model's weights."""
+    body: Any = SimpleNamespace(to_k=model.base_model, to_v=nn.Identity())
+    return (str(model.dtype), *stamp({"": body}))
 
 
 @torch.no_grad()

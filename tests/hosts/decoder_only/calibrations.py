@@ -26,9 +26,7 @@ def calibration_for(model: Any, unit: str) -> AnchorCalibration:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=gen)
 
-    head = SlotHead(
-        draw(HIDDEN, CODE), draw(HIDDEN), draw(HIDDEN), draw(CODE), draw(CODE), torch.tensor(2.0)
-    )
+    head = SlotHead(draw(HIDDEN, CODE), draw(HIDDEN), draw(HIDDEN), draw(CODE), draw(CODE), torch.tensor(2.0))
     slots = SlotDecoder(
         draw(HIDDEN, HIDDEN),
         draw(SLOTS, DIRECTIONS, HIDDEN + CODE),

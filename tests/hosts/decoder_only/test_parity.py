@@ -150,8 +150,7 @@ def test_prefixes_of_different_lengths_in_one_batch(name: str, exact: dpx.DPXAtt
     handle = dpx.protect(model, exact)
     releases = [handle.release(tokens(n, n)) for n in (5, 9)]
     want = [
-        generate(model, r.inputs(**{k: v[i : i + 1] for k, v in own.items()}))
-        for i, r in enumerate(releases)
+        generate(model, r.inputs(**{k: v[i : i + 1] for k, v in own.items()})) for i, r in enumerate(releases)
     ]
     both = dpx.Release([c for r in releases for c in r.contexts], exact, handle)
     for beams in (1, 3):
