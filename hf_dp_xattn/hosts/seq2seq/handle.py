@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from ...privacy.bits import Entropy
     from ..making import AnyCalibration
 
+# the marker's row and one of NaN: layers project a placeholder's rows at the first token, which must not take longer for a long context
+PLACEHOLDER_ROWS = 2
 CLOSED = (
     "The encoder belongs to a protected model and may not run on its own: its output would enter the decoder past a release. Use "
     "model.generate(...), or release = protected.release(...) and model(**release.inputs(), ...); if this document is public, use "
@@ -324,8 +326,9 @@ class ProtectedSeq2Seq(ProtectedPipeline):
             tags.append(self._bindings.add(bind(context, exact, tag)))
         self._calls.seen = None
         self._build(unique(tags), self.model.device)
-        length = max(c.rows for c in release.contexts)
-        placeholder = make_placeholder(tags, length, self.channels, self.model.dtype, self.model.device)
+        placeholder = make_placeholder(
+            tags, PLACEHOLDER_ROWS, self.channels, self.model.dtype, self.model.device
+        )
         return {**public, **as_inputs(placeholder, self._takes_mask)}
 
     @property
