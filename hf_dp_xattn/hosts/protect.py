@@ -22,12 +22,16 @@ def _dispatch(host: Any) -> tuple[Any, Any, type[ProtectedPipeline]]:
 
     from .decoder_only.handle import ProtectedDecoder
     from .decoder_only.probing import is_decoder_only
+    from .image_text.handle import ProtectedImageText
+    from .image_text.probing import is_image_text
     from .seq2seq.handle import ProtectedSeq2Seq
     from .seq2seq.probing import is_seq2seq
 
     model = _model_of(host)
     if is_seq2seq(model):
         return model, None, ProtectedSeq2Seq
+    if is_image_text(model):
+        return model, None, ProtectedImageText
     if is_decoder_only(model):
         return model, None, ProtectedDecoder
     if type(model) is not UNet2DConditionModel:
@@ -61,7 +65,8 @@ def protect(
 
     From then on prompts and prompt_embeds given to the pipeline are private: each is released once under `config`, and the UNet receives a
     placeholder. So is what an encoder-decoder model's `generate` is given for its encoder. A decoder-only model's
-    private prefix (its system prompt) is given to `protected.release` only; its `generate` runs with `release.inputs(input_ids=...)`.
+    private prefix (its system prompt) is given to `protected.release` only; its `generate` runs with `release.inputs(input_ids=...)`. Of
+    Mllama, the image is private and the text public.
     Protecting again with the same settings returns the same handle; another pipeline that shares the UNet joins it.
 
     Args:

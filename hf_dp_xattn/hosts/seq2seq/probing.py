@@ -97,18 +97,20 @@ Forward = Callable[..., Any]
 """Runs a model on states [1, n, C] of its context and token ids: (model, states, ids, **forward's keywords) -> its outputs."""
 
 
-def probe(model: Any, channels: int, forward: Forward, stand_in: int = ROWS) -> dict[str, CrossLayer]:
+def probe(
+    model: Any, channels: int, forward: Forward, rows: int = ROWS, stand_in: int = ROWS
+) -> dict[str, CrossLayer]:
     """The layers of a model that is in evaluation mode; `find_layers` says what is proven.
 
-    channels: of a row of the context. stand_in: rows of the placeholder.
+    channels: of a row of the context. rows: how many, no length that tokens have. stand_in: rows of the placeholder.
     """
     if channels <= CODE_CHANNELS:
         raise refuse(model, f"its encoder's output needs more than {CODE_CHANNELS} channels")
     device, dtype = model.device, model.dtype
     generator = torch.Generator().manual_seed(0)
-    states = torch.randn(1, ROWS, channels, generator=generator).to(device, dtype)
+    states = torch.randn(1, rows, channels, generator=generator).to(device, dtype)
     ids = _token_ids(model).to(device)
-    with _watching(model) as calls:
+    with _watching(model, rows) as calls:
         reference = _logits(forward, model, states, ids)
     bridge = getattr(model, "enc_to_dec_proj", None)
     layers = {}
@@ -168,12 +170,12 @@ def _compare(model: Any, logits: torch.Tensor, reference: torch.Tensor) -> None:
 Seen = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
 
-def _is_states(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[:-1] == (1, ROWS)
+def _is_states(value: Any, rows: int) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[:-1] == (1, rows)
 
 
 @contextmanager
-def _watching(model: nn.Module) -> Iterator[dict[str, Seen]]:
+def _watching(model: nn.Module, rows: int) -> Iterator[dict[str, Seen]]:
     """Collects the modules with a config that are given encoder states, and how."""
     calls: dict[str, Seen] = {}
     hooks = []
@@ -184,7 +186,7 @@ def _watching(model: nn.Module) -> Iterator[dict[str, Seen]]:
             continue
 
         def watch(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            if any(_is_states(v) for v in (*args, *kwargs.values())):
+            if any(_is_states(v, rows) for v in (*args, *kwargs.values())):
                 calls[name] = (module, args, kwargs)
 
         hooks.append(module.register_forward_pre_hook(watch, with_kwargs=True))
@@ -205,8 +207,9 @@ def _layer(
     """The layer, with the host's way of calling it: tensors other than hidden and encoder states are left out."""
     hidden: int | str = "hidden_states" if "hidden_states" in kwargs else 0
     width = (kwargs["hidden_states"] if hidden == "hidden_states" else args[0]).shape[-1]
-    places: list[int | str] = [i for i, v in enumerate(args) if _is_states(v)]
-    places += [k for k, v in kwargs.items() if _is_states(v)]
+    rows = states.shape[1]
+    places: list[int | str] = [i for i, v in enumerate(args) if _is_states(v, rows)]
+    places += [k for k, v in kwargs.items() if _is_states(v, rows)]
     if len(places) != 1 or places[0] == hidden:
         raise refuse(model, f"{name} is called in a way that is not understood")
     given = args[places[0]] if isinstance(places[0], int) else kwargs[places[0]]

@@ -1,0 +1,40 @@
+"""`generate` of a protected model, shadowed by an instance attribute: an image is released before transformers sees it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..seq2seq.generation import REFUSED, GenerateShadow, named_arguments
+from .contexts import IMAGE_INPUTS
+from .probing import STATES
+
+if TYPE_CHECKING:
+    from .handle import ProtectedImageText
+
+REFUSED_HERE = {
+    **REFUSED,
+    "past_key_values": "a cache made elsewhere may hold keys and values of a private image",
+    "prefill_chunk_size": "it cuts inputs in ways of its own",
+    "dola_layers": "it reads layers in ways of its own",
+}
+
+
+class ImageGenerateShadow(GenerateShadow):
+    """As for encoder-decoder models; a call without an image is the host's own."""
+
+    _handle: ProtectedImageText
+    refused = REFUSED_HERE
+
+    def _generate(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        self._handle.check_thoroughly()
+        arguments = named_arguments(bound)
+        image = {n: arguments[n] for n in IMAGE_INPUTS if arguments.get(n) is not None}
+        if self._handle.access.public or not image:
+            return original(*bound.args, **bound.kwargs)
+        config = arguments.get("generation_config") or self._model.generation_config
+        self._check(arguments, config)
+        for name in IMAGE_INPUTS:
+            arguments.pop(name, None)
+        return original(**arguments, **{STATES: self._handle.stand_in(image, arguments)})
