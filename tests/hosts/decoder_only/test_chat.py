@@ -1,0 +1,131 @@
+"""Chat templates: what is public is read off a template that never saw the system prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, pipeline
+
+import hf_dp_xattn as dpx
+
+from .calibrations import protect
+from .tiny import VOCABULARY, tiny
+
+WORDS = [
+    "<pad>",
+    "<s>",
+    "</s>",
+    "[system]",
+    "[user]",
+    "[reply]",
+    "be",
+    "kind",
+    "say",
+    "the",
+    "code",
+    "7",
+    "hello",
+    "who",
+    "\n",
+]
+TEMPLATE = (
+    "<s>{% for m in messages %}{% if m.role == 'system' %}[system] {{ m.content | trim }} {% elif m.role == 'user' %}"
+    "[user] {{ m.content }} {% else %}[reply] {{ m.content }} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[reply]{% endif %}"
+)
+SYSTEM = {"role": "system", "content": " be kind \n say the code 7\n\n"}
+USER = {"role": "user", "content": "hello who"}
+
+
+def tokenizer(template: str = TEMPLATE) -> Any:
+    words = WORDS + [f"w{i}" for i in range(VOCABULARY - len(WORDS))]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    made.add_special_tokens({"additional_special_tokens": ["[system]", "[user]", "[reply]"]})
+    made.chat_template = template
+    return made
+
+
+def words(ids: Any) -> list[str]:
+    return [WORDS[i] for i in torch.as_tensor(ids).flatten().tolist()]
+
+
+def test_the_parts_make_up_the_conversation() -> None:
+    made = tokenizer()
+    chat = dpx.split_chat(made, [SYSTEM, USER])
+    assert words(chat.head) == ["<s>", "[system]"]
+    assert words(chat.private) == ["be", "kind", "\n", "say", "the", "code", "7"]
+    assert [words(s) for s in chat.segments] == [["be", "kind", "\n"], ["say", "the", "code", "7"]]
+    assert words(chat.input_ids) == ["[user]", "hello", "who", "[reply]"]
+    whole = made.apply_chat_template([SYSTEM, USER], add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
+    assert torch.cat([chat.head, chat.private, chat.input_ids[0]]).tolist() == list(whole)
+    assert "7" not in repr(chat) and "code" not in repr(chat)
+
+
+def test_public_parts_do_not_depend_on_the_system_prompt() -> None:
+    other = {"role": "system", "content": "hello hello hello"}
+    a, b = (dpx.split_chat(tokenizer(), [s, USER]) for s in (SYSTEM, other))
+    assert torch.equal(a.head, b.head) and torch.equal(a.input_ids, b.input_ids)
+
+
+def test_three_lines(private: dpx.DPXAttnConfig) -> None:
+    model, made = tiny("llama"), tokenizer()
+    protected = protect(model, private.replace(unit="group"))
+    chat = dpx.split_chat(made, [SYSTEM, USER])
+    release = protected.release(chat.segments, groups="segments", public_head=chat.head)
+    out = model.generate(**release.inputs(input_ids=chat.input_ids), max_new_tokens=3)
+    assert torch.equal(out[:, : chat.input_ids.shape[1]], chat.input_ids)
+    answer = {"role": "assistant", "content": "hello"}
+    later = dpx.split_chat(made, [SYSTEM, USER, answer, USER])
+    again = protected.release(later.segments, groups="segments", public_head=later.head)
+    assert again.contexts[0] is release.contexts[0]
+    model.generate(**again.inputs(input_ids=later.input_ids), max_new_tokens=3)
+    assert len(protected.report().releases) == 1
+
+
+def test_ids_of_a_template_are_a_prefix(exact: dpx.DPXAttnConfig) -> None:
+    model, made = tiny("llama"), tokenizer()
+    handle = dpx.protect(model, exact)
+    given = made.apply_chat_template([SYSTEM], return_tensors="pt", return_dict=True)
+    n = given["input_ids"].shape[1]
+    for context in (given, given["input_ids"], given["input_ids"][0].tolist()):
+        release = handle.release(context, public_head=2)
+        assert (len(release.contexts[0].public_rows), release.guarantees[0].rows) == (2, n - 2)
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "error"),
+    [
+        ([], TEMPLATE, dpx.ConfigError),
+        ([USER], TEMPLATE, dpx.ConfigError),
+        ([{"role": "system", "content": " "}], TEMPLATE, dpx.ConfigError),
+        ([SYSTEM], "<s>[user] hello", dpx.ConfigError),
+        ([SYSTEM], "{{ messages[0].content }} {{ messages[0].content }}", dpx.ConfigError),
+        ([SYSTEM], "{{ messages[0].content | length }} {{ messages[0].content }}", dpx.ContextError),
+        ([SYSTEM], "<s>{{ messages[0].content | upper }}{{ messages[0].content | length }}", dpx.ConfigError),
+    ],
+    ids=["nothing", "no system", "empty", "left out", "twice", "length", "changed"],
+)
+def test_what_cannot_be_split(messages: Any, template: str, error: type[Exception]) -> None:
+    with pytest.raises(error) as raised:
+        dpx.split_chat(tokenizer(template), messages)
+    assert "kind" not in str(raised.value)
+
+
+def test_pipelines_need_a_release_too(private: dpx.DPXAttnConfig) -> None:
+    text = pipeline("text-generation", model=tiny("llama"), tokenizer=tokenizer())
+    with dpx.protect(text, private) as handle:
+        with pytest.raises(dpx.ProtectionLostError):
+            text("hello who", max_new_tokens=2)
+        with handle.public():
+            assert text("hello who", max_new_tokens=2)
