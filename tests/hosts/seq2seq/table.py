@@ -9,6 +9,7 @@ from hf_dp_xattn.hosts.architectures import PIPELINES
 from hf_dp_xattn.hosts.seq2seq.layers import CrossLayer
 from hf_dp_xattn.hosts.seq2seq.probing import find_layers
 
+from ..decoder_only.table import section
 from .tiny import BUILDERS, REFUSED, tiny
 
 INPUTS = {
@@ -92,7 +93,7 @@ def table() -> str:
     rows = "\n".join(_row(name) for name in BUILDERS)
     pipelines = ", ".join(f"`{p}`" for p in PIPELINES)
     refused = ", ".join(f"`{_refused(name)}`" for name in REFUSED)
-    return HEAD.format(pipelines=pipelines) + rows + "\n" + TAIL.format(refused=refused)
+    return HEAD.format(pipelines=pipelines) + rows + "\n" + TAIL.format(refused=refused) + section()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""The part of docs/hosts.md on decoder-only models, from what the probe finds (`tests.hosts.seq2seq.table` writes the page)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_dp_xattn.errors import UnsupportedModelError
+from hf_dp_xattn.hosts.decoder_only.layers import PrefixLayer
+from hf_dp_xattn.hosts.decoder_only.probing import find_layers, position_limit
+
+from .tiny import BUILDERS, REFUSED, tiny
+
+HEAD = """
+## Decoder-only models of transformers
+
+A private prefix (a system prompt, documents, examples) is released once; the user's own tokens and a public head (BOS, the chat
+template's fixed words) are attended exactly, under one softmax with the release. Supported is what a probe proves: the model's logits
+must stay the same after its first tokens were taken away and are read from their keys and values alone. Each model is tested with
+`none`, which gives the tokens of the unprotected model for greedy search, beams, samples and padded batches, and with a release.
+
+| model | an attention layer | notes |
+|---|---|---|
+"""
+TAIL = """
+Refused: {refused} (attention in code of their own, attention sinks, recurrent layers, rotary embeddings that change with the length).
+
+`release = protected.release(ids, public_head=h)` takes token ids; `dpx.split_chat(tokenizer, messages)` finds the head, the private
+system prompt and the public rest by the tokenizer's own chat template. `protected.release(segments, groups="segments",
+public_head=head)` with `unit="group"` runs each segment by itself, after the head and at positions that start behind it (parallel
+context windows), so the guarantee for one segment is real end to end. Tokens of one sequence know of those before them: `unit="row"`
+protects one position's keys and values, `unit="context"` the whole prefix.
+
+The user's tokens start behind the head and the prefix's padded length, which is public: the next multiple of 64, or `prefix_bucket`.
+What is released: keys and values of all layers together, as attention sees them, after rotary embedding (`kernel_sum`, `dptree`); or rows
+of context space, one position's keys and values of all layers side by side (`anchors`).
+
+What works: `generate(**release.inputs(input_ids=ids, attention_mask=mask))` with greedy search, beams, sampling,
+`num_return_sequences`, left padding, streamers, and several turns (all tokens so far, or the returned cache and the new ones); direct
+calls `model(**release.inputs(input_ids=ids))`; batches with one release or one for each element.
+
+Calibrations: `dpx.calibrate(model, prefixes, config, public_head=..., questions=...)` with public token ids, or lists of segments for
+unit="group", and public questions.
+
+What is refused: assisted decoding and prompt lookup, static, offloaded and paged caches (`generate_batch`), chunked prefill,
+`use_cache=False`, guidance, positions or caches made elsewhere, a call without a release, and going beyond a sliding window or a table
+of learned positions.
+"""
+
+
+def _notes(model: Any, layer: PrefixLayer) -> str:
+    notes = []
+    if layer.query_heads != layer.heads:
+        notes.append("query heads share key heads")
+    if layer.key_dim != layer.value_dim:
+        notes.append("values narrower than keys")
+    if layer.softcap is not None:
+        notes.append("capped logits: `kernel_sum` and `dptree` ignore the cap")
+    limit = position_limit(model)
+    if limit is not None:
+        sliding = model.config.get_text_config().to_dict().get("sliding_window") is not None
+        kind = "within its sliding window" if sliding else "within its learned positions"
+        notes.append(f"{kind} only")
+    return "; ".join(notes)
+
+
+def _row(name: str) -> str:
+    model = tiny(name)
+    where, layer = next(iter(find_layers(model).items()))
+    return f"| {type(model).__name__} | `{where}` | {_notes(model, layer)} |"
+
+
+def _refused(name: str) -> str:
+    model = tiny(name)
+    try:
+        find_layers(model)
+    except UnsupportedModelError:
+        return f"`{type(model).__name__}`" + (" with dynamic rotation" if name == "llama_dynamic" else "")
+    raise AssertionError(f"{name} is not refused any more")
+
+
+def section() -> str:
+    rows = "\n".join(dict.fromkeys(_row(name) for name in BUILDERS))
+    return HEAD + rows + "\n" + TAIL.format(refused=", ".join(_refused(name) for name in REFUSED))
