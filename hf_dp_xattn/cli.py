@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .commands import plan
+from .commands import plan, push, release, report
 from .errors import DPXAttnError
 
-COMMANDS = (plan,)
+COMMANDS = (plan, release, report, push)
 BAD_INPUT = 2  # argparse's own code for a wrong usage, too
 _DESCRIPTION = """\
 Differentially private attention for Hugging Face models: a private context is released once as a noised structure, and every layer,
@@ -19,6 +19,8 @@ head, step and query reads that release and nothing else.
 _EPILOG = """\
 start here:
   hf-dp-xattn plan ./my-calibration --want-fvu 0.5    what would it cost to be useful? (spends nothing)
+  hf-dp-xattn release ./my-pipeline --help            release a private context once; it is never an argument, and the help says why
+  hf-dp-xattn report ./release                        what does this release promise?
   hf-dp-xattn COMMAND --help                          options and examples of a command
 
 exit codes: 0 done; 1 the answer is no (see the command's help); 2 bad input, with a message on stderr.
@@ -41,7 +43,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns its exit code. The package's own errors are told in one line, anything else is a bug and raises."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:  # argparse would print them, and one may be a prompt
+        parser.error(
+            f"{len(unknown)} argument(s) not understood (not shown: they may be private); see --help"
+        )
     try:
         return int(args.run(args))
     except DPXAttnError as error:

@@ -7,6 +7,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+ELSEWHERE = "as charged where it was made"  # what a context has spent, where its ledger is not at hand
+
 
 @dataclass(frozen=True)
 class Guarantee:

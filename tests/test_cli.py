@@ -91,7 +91,7 @@ def test_help_teaches(name: str | None, capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit) as stop:
         main(["--help"] if name is None else [name, "--help"])
     out = capsys.readouterr().out
-    assert stop.value.code == 0 and "hf-dp-xattn plan ./my-calibration" in out and "exit codes" in out
+    assert stop.value.code == 0 and f"hf-dp-xattn {name or 'plan'} ./" in out and "exit codes" in out
 
 
 def test_python_m() -> None:

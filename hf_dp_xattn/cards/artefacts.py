@@ -7,7 +7,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from ..report import Guarantee
+from ..report import ELSEWHERE, Guarantee
 from .rendering import HERE, CardOptions, Parts, render, table
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..calibration.calibration import Calibration
     from ..config import DPXAttnConfig
     from ..hosts.release import Release
+    from ..hosts.storage import ReleaseFile
     from ..privacy.ledger import Budget
 
 UNITS = {
@@ -197,7 +198,7 @@ def calibration_card(calibration: Calibration | AnchorCalibration, options: Card
 
 def _context_row(i: int, context: Any, charges: Any) -> tuple[Any, ...]:
     g = context.guarantee
-    spent = "as charged where it was made" if charges.epsilon is None else f"{charges.epsilon:g}"
+    spent = ELSEWHERE if charges.epsilon is None else f"{charges.epsilon:g}"
     return (
         i + 1,
         f"`{g.mechanism}`",
@@ -220,7 +221,7 @@ def _use(host: str) -> tuple[str, str]:
     return "model", "tokens = model.generate(**release.inputs())"
 
 
-def release_card(release: Release, options: CardOptions) -> ModelCard:
+def release_card(release: Release | ReleaseFile, options: CardOptions) -> ModelCard:
     """The card of a release: one context or several, each with its guarantee and charges."""
     terms = release.terms
     charges = release.charges

@@ -14,7 +14,7 @@ import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, DPXAttnError, ReleaseError
-from ..hub import HubOptions, PushOptions, find_files, push_with_card, write_files
+from ..hub import HubOptions, PushOptions, find_files, push_with_card
 from ..mechanisms.anchors.rows import ContextRows
 from ..mechanisms.structure import AttentionStructure
 from ..report import Guarantee
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from ..cards import CardOptions
     from .growing import GrowingContext
     from .handle import ProtectedPipeline
+
+PUSH_MESSAGE = "Upload a DP attention release"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -206,15 +208,9 @@ class Release:
             ReleaseError: mechanism "none" holds the private rows themselves, and seeded noise can be taken off again; such a release is
                 never written.
         """
-        from ..cards import card_file, card_options, release_card
-        from .storage import check_writable, save_release
+        from .storage import save_with_card
 
-        check_writable(self)
-        folder = Path(directory)
-        text = release_card(self, card_options(card))
-        save_release(self, folder)
-        write_files(folder, card_file(folder, text))
-        return folder
+        return save_with_card(self, Path(directory), card)
 
     @classmethod
     def from_pretrained(
@@ -260,7 +256,7 @@ class Release:
             lambda folder, card: self.save_pretrained(folder, **card),
             repo_id,
             options,
-            "Upload a DP attention release",
+            PUSH_MESSAGE,
         )
 
     def public_texts(self, prompt: str | Sequence[str] | None) -> list[str | None]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..report import Guarantee, PrivacyReport
+from ..report import ELSEWHERE, Guarantee, PrivacyReport
 from .phrases import RULE
 
 if TYPE_CHECKING:
@@ -57,27 +57,30 @@ def _public(handle: ProtectedPipeline) -> tuple[str, ...]:
     return tuple(items)
 
 
-def _entry(handle: ProtectedPipeline, name: str, spent: Spent) -> dict[str, Any]:
-    g = spent.guarantee
-    charges: Sequence[Any] = ()
-    total: float | str = "unbounded"
-    if spent.digest is None:
-        total = "as charged where it was made"
-    elif g.mechanism != "none":
-        charges = handle.ledger.charges(spent.digest)
-        total = handle.ledger.spent(spent.digest, g.delta)
+def release_entry(name: str, guarantee: Guarantee, charges: int, spent: float | str) -> dict[str, Any]:
+    """One release in a report."""
     return {
         "name": name,
-        "guarantee": g.to_dict(),
-        "guarantee_text": g.sentence(),
-        "epsilon": g.to_dict()["epsilon"],
-        "delta": g.delta,
-        "unit": g.unit,
-        "neighboring": g.neighboring,
-        "charges": len(charges),
-        "spent_epsilon": total,
-        "details": g.clipping or "exact attention",
+        "guarantee": guarantee.to_dict(),
+        "guarantee_text": guarantee.sentence(),
+        "epsilon": guarantee.to_dict()["epsilon"],
+        "delta": guarantee.delta,
+        "unit": guarantee.unit,
+        "neighboring": guarantee.neighboring,
+        "charges": charges,
+        "spent_epsilon": spent,
+        "details": guarantee.clipping or "exact attention",
     }
+
+
+def _entry(handle: ProtectedPipeline, name: str, spent: Spent) -> dict[str, Any]:
+    g = spent.guarantee
+    if spent.digest is None:
+        return release_entry(name, g, 0, ELSEWHERE)
+    if g.mechanism == "none":
+        return release_entry(name, g, 0, "unbounded")
+    charges = handle.ledger.charges(spent.digest)
+    return release_entry(name, g, len(charges), handle.ledger.spent(spent.digest, g.delta))
 
 
 def build_report(handle: ProtectedPipeline, spent: Sequence[Spent], warnings: Sequence[str]) -> PrivacyReport:

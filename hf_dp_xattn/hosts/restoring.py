@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
+from ..calibration.anchors.calibration import AnchorCalibration
 from ..calibration.anchors.files import JSON_NAME
-from ..calibration.calibration import load_calibration
+from ..calibration.calibration import Calibration, load_calibration
 from ..config import CONFIG_NAME, DPXAttnConfig
 from ..errors import ConfigError
-from ..hub import HubOptions, locate, read_document
+from ..hub import Found, HubOptions, locate, read_document
 from ..privacy.ledger import Budget, Ledger
 from .protect import protect, protect_to_serve
 from .saving import CALIBRATION_NAMES, FOLDER, PROTECTION_NAME, SCHEMA, sha256_of
 
-_KEYS = {"schema", "host", "pipeline", "budget", "sha256"}
+_KEYS = {"schema", "host", "pipeline", "budget", "public", "not_covered", "sha256"}
 _REFUSED = ("trust_remote_code", "custom_pipeline", "custom_revision", "use_safetensors", "state_dict")
 
 
@@ -44,6 +46,34 @@ def from_pretrained(name_or_path: str | Path, *, ledger: Ledger | None = None, *
         )
     where: dict[str, Any] = {k: options.pop(k) for k in list(options) if k in HubOptions.__annotations__}
     subfolder = where.pop("subfolder", None)
+    found = locate_protection(name_or_path, subfolder=subfolder, **where)
+    protection = read_protection(found.folder)
+    if found.commit is None:
+        host = _load(protection.document, str(found.folder.parent), None, options)
+    else:
+        where |= {"revision": found.commit}  # everything from one commit
+        host = _load(protection.document, str(name_or_path), subfolder, {**where, **options})
+    config, calibration = protection.config, protection.calibration
+    if calibration is None and config.mechanism == "anchors":
+        protect_to_serve(host, config)
+    else:
+        protect(host, config, calibration=calibration, ledger=ledger, budget=protection.budget)
+    return host
+
+
+@dataclass(frozen=True)
+class Protection:
+    """What stands in `dp_xattn/`. document: the JSON."""
+
+    document: dict[str, Any]
+    config: DPXAttnConfig
+    calibration: Calibration | AnchorCalibration | None
+    budget: Budget
+
+
+def locate_protection(name_or_path: str | Path, **where: Unpack[HubOptions]) -> Found:
+    """The folder with a protection's files, all of one commit. Raises ConfigError where there is none."""
+    subfolder = where.pop("subfolder", None)
     own = FOLDER if subfolder is None else f"{subfolder}/{FOLDER}"
     try:
         found = locate(
@@ -54,28 +84,24 @@ def from_pretrained(name_or_path: str | Path, *, ledger: Ledger | None = None, *
         raise ConfigError(
             f"{error} A protected host's save_pretrained writes a folder {FOLDER}/ beside the model; protect a plain one with dpx.protect."
         ) from None
-    if found.commit is not None:
-        where["revision"] = found.commit  # everything from one commit
-    if JSON_NAME in document["sha256"]:
+    if found.commit is not None and JSON_NAME in document["sha256"]:
+        where["revision"] = found.commit
         locate(name_or_path, CALIBRATION_NAMES, error=ConfigError, subfolder=own, **where)
+    return found
+
+
+def read_protection(folder: Path) -> Protection:
+    """Reads and checks all of it; raises ConfigError."""
+    document = _read(folder)
     for name, digest in document["sha256"].items():
-        path = found.folder / name
+        path = folder / name
         if not path.is_file() or sha256_of(path) != digest:
             raise ConfigError(
                 f"{name} is missing or does not have the checksum that {PROTECTION_NAME} states. Download or save the folder again."
             )
-    config = DPXAttnConfig.from_file(found.folder)
-    calibration = load_calibration(found.folder) if JSON_NAME in document["sha256"] else None
-    budget = Budget(**document["budget"])
-    if found.commit is None:
-        host = _load(document, str(found.folder.parent), None, options)
-    else:
-        host = _load(document, str(name_or_path), subfolder, {**where, **options})
-    if calibration is None and config.mechanism == "anchors":
-        protect_to_serve(host, config)
-    else:
-        protect(host, config, calibration=calibration, ledger=ledger, budget=budget)
-    return host
+    config = DPXAttnConfig.from_file(folder)
+    calibration = load_calibration(folder) if JSON_NAME in document["sha256"] else None
+    return Protection(document, config, calibration, Budget(**document["budget"]))
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -92,6 +118,7 @@ def _read(folder: Path) -> dict[str, Any]:
         and isinstance(budget, dict)
         and set(budget) == {"epsilon", "delta", "unit", "neighboring"}
         and isinstance(document["host"], str)
+        and all(isinstance(document[name], list) for name in ("public", "not_covered"))
         and isinstance(document["pipeline"], (str, type(None)))
     )
     if not fit:

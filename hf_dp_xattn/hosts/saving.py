@@ -103,6 +103,8 @@ def save_protection(handle: ProtectedPipeline, host: Any, directory: Path) -> Pa
         "host": type(handle.unet).__name__,
         "pipeline": None if host is handle.unet else type(host).__name__,
         "budget": asdict(handle.budget),
+        "public": list(report.public),
+        "not_covered": list(report.not_covered),
         "sha256": {name: sha256_of(folder / name) for name in names},
     }
     write_files(folder, {**text, PROTECTION_NAME: dump_document(document)})

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from safetensors import SafetensorError
@@ -19,17 +19,26 @@ from safetensors.torch import load, save
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, ReleaseError
-from ..hub import canonical_sha256, dump_document, read_document, write_files
+from ..hub import (
+    PushOptions,
+    canonical_sha256,
+    dump_document,
+    push_with_card,
+    read_document,
+    write_files,
+)
 from ..mechanisms.anchors.rows import ContextRows
 from ..mechanisms.dptree.structure import DistanceFeatures, DPTreeStructure
 from ..mechanisms.features import PositiveRandomFeatures, TaylorFeatures
 from ..mechanisms.structure import AttentionStructure, KernelSumStructure
-from ..report import Guarantee
+from ..report import ELSEWHERE, Guarantee, PrivacyReport
 from .fingerprint import SIZE, Fingerprint
-from .release import ReleasedContext
-from .terms import Terms, read_charges, read_terms
+from .release import PUSH_MESSAGE, ReleasedContext
+from .reporting import release_entry
+from .terms import Charges, Terms, read_charges, read_terms
 
 if TYPE_CHECKING:
+    from ..cards import CardOptions
     from .release import Release
 
 JSON_NAME = "dp_xattn_release.json"
@@ -121,7 +130,73 @@ def _check_shape(
         raise _damaged(f"{where} holds NaN, or no floats")
 
 
-def check_writable(release: Release) -> None:
+@dataclass(frozen=True)
+class ReleaseFile:
+    """A release as its files hold it, without a host: to be reported, saved and pushed, not served."""
+
+    contexts: tuple[ReleasedContext, ...]
+    config: DPXAttnConfig
+    terms: Terms
+
+    def __len__(self) -> int:
+        return len(self.contexts)
+
+    @property
+    def charges(self) -> tuple[Charges, ...]:
+        return tuple(c.charges for c in self.contexts if c.charges is not None)
+
+    def save_pretrained(self, directory: str, **card: Unpack[CardOptions]) -> Path:
+        """See `Release.save_pretrained`."""
+        return save_with_card(self, Path(directory), card)
+
+    def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
+        """See `Release.push_to_hub`."""
+        return push_with_card(
+            lambda folder, card: self.save_pretrained(folder, **card), repo_id, options, PUSH_MESSAGE
+        )
+
+    def report(self) -> PrivacyReport:
+        """What is promised, in the words of the host that made it."""
+        layers = self.contexts[0].fingerprint.layers
+        return PrivacyReport(
+            host=self.terms.host,
+            layers=len(layers),
+            heads=sum(heads for _, heads, _, _ in layers),
+            config=self.config.to_dict(),
+            releases=tuple(
+                release_entry(
+                    f"context {i + 1}",
+                    c.guarantee,
+                    x.number,
+                    ELSEWHERE if x.epsilon is None else x.epsilon,
+                )
+                for i, (c, x) in enumerate(zip(self.contexts, self.charges, strict=True))
+            ),
+            public=self.terms.public,
+            not_covered=self.terms.not_covered,
+            ledger="with whoever made the release",
+            warnings=self.terms.warnings,
+        )
+
+
+def load_file(folder: Path) -> ReleaseFile:
+    """Reads and checks the two files; raises ReleaseError as `load_release` does."""
+    contexts, config, terms = load_release(folder)
+    return ReleaseFile(tuple(contexts), config, terms)
+
+
+def save_with_card(release: Release | ReleaseFile, folder: Path, card: CardOptions) -> Path:
+    """Writes the files and the card; returns the folder. Raises ReleaseError, see `check_writable`, before anything is written."""
+    from ..cards import card_file, card_options, release_card
+
+    check_writable(release)
+    text = release_card(release, card_options(card))
+    save_release(release, folder)
+    write_files(folder, card_file(folder, text))
+    return folder
+
+
+def check_writable(release: Release | ReleaseFile) -> None:
     """Raises ReleaseError for what must never be on disk: exact rows, and noise that whoever knows the seed can take off."""
     if not release.config.is_private:
         raise ReleaseError(
@@ -134,7 +209,7 @@ def check_writable(release: Release) -> None:
         )
 
 
-def save_release(release: Release, folder: Path) -> None:
+def save_release(release: Release | ReleaseFile, folder: Path) -> None:
     """Writes the two files. Raises ReleaseError, see `check_writable`, before anything is written."""
     check_writable(release)
     tensors: dict[str, torch.Tensor] = {}

@@ -55,7 +55,7 @@ class TextSide:
     def tokenize(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """ids and mask [length], padded and truncated without a word in the logs."""
         try:
-            with _without_length_warning(self.tokenizer):
+            with without_length_warning(self.tokenizer):
                 if hasattr(self.pipe, "maybe_convert_prompt"):  # textual inversion
                     text = self.pipe.maybe_convert_prompt(text, self.tokenizer)
                 tokens = self.tokenizer(
@@ -121,7 +121,7 @@ class TextSide:
 
 
 @contextmanager
-def _without_length_warning(tokenizer: Any) -> Iterator[None]:
+def without_length_warning(tokenizer: Any) -> Iterator[None]:
     """Keeps transformers from logging how long a private text is; it warns once per tokenizer, by this flag."""
     flags = getattr(tokenizer, "deprecation_warnings", {})
     before = dict(flags)

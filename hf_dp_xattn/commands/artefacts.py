@@ -1,0 +1,59 @@
+"""What a folder or Hub repository holds: a release, a protected model, a config or a calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, DPXAttnError
+
+
+def find_artefact(name: str, **options: Any) -> tuple[str, Path]:
+    """(kind, folder) of a folder or Hub id: "protection", "release", "config" or "calibration".
+
+    Raises:
+        ConfigError: none of them is there.
+    """
+    from ..calibration.anchors.files import JSON_NAME as CALIBRATION_JSON
+    from ..calibration.anchors.files import TENSORS_NAME as CALIBRATION_TENSORS
+    from ..config import CONFIG_NAME
+    from ..hosts.restoring import locate_protection
+    from ..hosts.saving import FOLDER
+    from ..hosts.storage import JSON_NAME, TENSORS_NAME
+    from ..hub import locate
+
+    if (Path(name) / (options.get("subfolder") or "") / FOLDER).is_dir():
+        return "protection", locate_protection(name, **options).folder
+    problem: DPXAttnError | None = None
+    if not Path(name).is_dir():
+        try:
+            return "protection", locate_protection(name, **options).folder
+        except ConfigError as error:
+            problem = error
+    for kind, names in (
+        ("release", (JSON_NAME, TENSORS_NAME)),
+        ("calibration", (CALIBRATION_JSON, CALIBRATION_TENSORS)),
+        ("config", (CONFIG_NAME,)),
+    ):
+        try:
+            folder = locate(name, names, error=ConfigError, **options).folder
+        except ConfigError as error:
+            problem = error
+            continue
+        if (folder / names[0]).is_file():
+            return kind, folder
+    if Path(name).is_dir() or problem is None:
+        raise ConfigError(
+            f"{Path(name).name!r} holds no release, config, calibration or protected model of this package."
+        )
+    raise problem
+
+
+def readers() -> dict[str, Callable[[Path], Any]]:
+    """How each kind that stands by itself is read, strictly."""
+    from ..calibration.calibration import load_calibration
+    from ..config import DPXAttnConfig
+    from ..hosts.storage import load_file
+
+    return {"release": load_file, "config": DPXAttnConfig.from_file, "calibration": load_calibration}

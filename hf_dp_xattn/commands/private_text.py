@@ -1,0 +1,44 @@
+"""Where a private context comes from on the command line: a file, standard input, or a hidden prompt. Never the argument list."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import sys
+from pathlib import Path
+
+from ..errors import ContextError
+
+WHY = """\
+The private context is read from a file, from standard input, or from a hidden prompt; it is never an argument. Arguments are private to
+nobody: the shell keeps them in its history, every user of the machine sees them in the process table (ps), and jobs and containers log
+them.
+"""
+
+
+def add_private_text(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="file with the private context, '-' for standard input (default: standard input where it is a pipe, else a hidden prompt)",
+    )
+
+
+def read_private_text(file: str | None) -> str:
+    """The text, without its last line break. Raises ContextError, which quotes neither the text nor the file's name: it may be the text."""
+    try:
+        if file is None and sys.stdin.isatty():
+            text = getpass.getpass("Private context (hidden): ")
+        elif file in (None, "-"):
+            text = sys.stdin.read()
+        else:
+            text = Path(str(file)).read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError, EOFError) as error:
+        raise ContextError(
+            f"The private context cannot be read ({type(error).__name__}); nothing was spent. --prompt-file takes the NAME of a text file "
+            "in UTF-8, not the text."
+        ) from None
+    text = text.removesuffix("\n").removesuffix("\r")
+    if not text.strip():
+        raise ContextError("The private context is empty; nothing was spent.")
+    return text

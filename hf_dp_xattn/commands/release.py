@@ -1,0 +1,96 @@
+"""`hf-dp-xattn release`: releases one private context once, and writes the release to a folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..errors import BudgetExceededError, ConfigError
+from .models import add_protection, protected_model, release_text
+from .private_text import WHY, add_private_text, read_private_text
+
+NAME = "release"
+REFUSED = 1
+_DESCRIPTION = f"""\
+Releases a private context once, with noise, and writes the release: any number of pictures or texts can then be made from it, on any
+machine, and nothing else of the context leaves. The ledger is charged before the context is encoded; the same context twice is refused
+where that exceeds its budget.
+
+{WHY}"""
+_EXAMPLES = """\
+examples:
+  a hidden prompt asks for the text:
+    hf-dp-xattn release ./my-pipeline --config ./my-config --calibration ./my-calibration --ledger ledger.json --out ./release
+  from a file, or from a program:
+    hf-dp-xattn release ./my-protected-pipeline --prompt-file prompt.txt --ledger ledger.json --out ./release
+    pass show prompt | hf-dp-xattn release ./my-bart --mechanism kernel_sum --epsilon 8 --ledger ledger.json --out ./release --json
+  then, in Python:
+    release = dpx.Release.from_pretrained("./release", host=pipe); pipe(**release.inputs())
+
+exit codes: 0 done; 1 the ledger refuses, nothing was released; 2 bad input, nothing was spent (the message is on stderr).
+"""
+
+
+def add(subparsers: Any) -> None:
+    """Registers the subcommand."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        NAME,
+        help="release a private context once and write it to a folder",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --prompt must not be taken for --prompt-file
+    )
+    add_protection(parser)
+    add_private_text(parser)
+    parser.add_argument(
+        "--ledger",
+        required=True,
+        metavar="FILE",
+        help="file that counts what each context has spent; made if needed",
+    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the release")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the report")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the release and prints its report; 1 where the ledger refuses."""
+    from ..hosts.storage import JSON_NAME
+    from ..privacy.ledger import Ledger
+
+    out = Path(args.out)
+    if (out / JSON_NAME).exists():
+        raise ConfigError(
+            f"There is a release in {out.name!r} already; choose a new folder. Nothing was spent."
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{out.name!r} cannot be made ({type(error).__name__}). Nothing was spent."
+        ) from None
+    text = read_private_text(args.prompt_file)
+    _say(args, "loading the model")
+    handle = protected_model(args, Ledger(args.ledger))
+    _say(args, "releasing")
+    try:
+        release = release_text(handle, args, text)
+    except BudgetExceededError as error:
+        print(f"hf-dp-xattn: {error}", file=sys.stderr)
+        return REFUSED
+    release.save_pretrained(out)
+    report = handle.report()
+    if args.json:
+        print(json.dumps({"folder": str(out), "report": report.to_dict()}, sort_keys=True))
+    else:
+        print(f"{report}\nwrote {out}")
+    return 0
+
+
+def _say(args: argparse.Namespace, what: str) -> None:
+    if not args.json:
+        print(f"{what} ...", file=sys.stderr, flush=True)

@@ -1,0 +1,73 @@
+"""`hf-dp-xattn report`: what something that was saved promises. Needs no model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .artefacts import find_artefact, readers
+
+NAME = "report"
+NOT_PRIVATE = 1
+_DESCRIPTION = """\
+Says what a saved release, protected model, config or calibration promises: (epsilon, delta), unit, neighbouring relation, what is public,
+how many releases were charged, and what is NOT covered. Reads and checks the files only; no model is loaded, nothing is spent.
+"""
+_EXAMPLES = """\
+examples:
+    hf-dp-xattn report ./release
+    hf-dp-xattn report ./my-protected-pipeline
+    hf-dp-xattn report me/my-calibration --revision v1 --json
+
+exit codes: 0 something is promised (or, of a calibration, nothing needs to be); 1 NOT PRIVATE; 2 nothing readable there (the message is
+on stderr).
+"""
+
+
+def add(subparsers: Any) -> None:
+    """Registers the subcommand."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        NAME,
+        help="what a saved release, model, config or calibration promises",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("artefact", help="folder or Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+    parser.add_argument("--subfolder", help="of the folder or repository")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report; 1 where nothing is promised."""
+    kind, folder = find_artefact(args.artefact, revision=args.revision, subfolder=args.subfolder)
+    private, values, text = _report(kind, folder, args.artefact)
+    print(json.dumps({"kind": kind, "is_private": private, **values}, sort_keys=True) if args.json else text)
+    return 0 if private else NOT_PRIVATE
+
+
+def _report(kind: str, folder: Path, name: str) -> tuple[bool, dict[str, Any], str]:
+    """Whether something is promised, for programs, for people."""
+    from ..cards import calibration_card, config_card, protection_card
+    from ..hosts.restoring import read_protection
+
+    if kind == "protection":
+        found = read_protection(folder)
+        public, not_covered = (tuple(found.document[k]) for k in ("public", "not_covered"))
+        card = protection_card(
+            found.config, found.budget, found.calibration, public, not_covered, {"repo_id": name}
+        )
+        values = {"config": found.config.to_dict(), "public": public, "not_covered": not_covered}
+        return found.config.is_private, {**values, "budget": found.document["budget"]}, card.text.strip()
+    thing = readers()[kind](folder)
+    if kind == "release":
+        report = thing.report()
+        return True, {"report": report.to_dict()}, str(report)
+    if kind == "config":
+        text = config_card(thing, {"repo_id": name}).text.strip()
+        return thing.is_private, {"config": thing.to_dict()}, text
+    return True, {}, calibration_card(thing, {"repo_id": name}).text.strip()

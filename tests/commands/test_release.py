@@ -1,0 +1,164 @@
+"""`hf-dp-xattn release`: the private text comes in by a file, a pipe or a hidden prompt, and is nowhere afterwards."""
+
+from __future__ import annotations
+
+import getpass
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hf_dp_xattn as dpx
+from hf_dp_xattn.cli import main
+from hf_dp_xattn.hosts.storage import load_file
+
+from ..hub.hosts import SECRET, files
+from ..private_content import PrivateContent, check_clean
+
+KERNEL = ["--mechanism", "kernel_sum", "--epsilon", "4"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def arguments(models: Path, out: Path, model: str = "plain", *more: str) -> list[str]:
+    ledger = str(out.parent / "ledger.json")
+    return ["release", str(models / model), "--out", str(out), "--ledger", ledger, *more]
+
+
+@pytest.fixture
+def prompt(tmp_path: Path) -> str:
+    """A file with the private text."""
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "prompt.txt"
+    path.write_text(SECRET + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "made").mkdir()
+    return tmp_path / "made" / "release"
+
+
+@pytest.mark.parametrize(
+    ("model", "more"),
+    [
+        ("plain", KERNEL),
+        ("plain", ["--config", "config"]),
+        ("plain", ["--mechanism", "anchors", "--epsilon", "8", "--calibration", "calibration"]),
+        ("protected", []),
+        ("bart", KERNEL),
+        ("llama", KERNEL),
+        ("llama", [*KERNEL, "--unit", "context"]),
+    ],
+    ids=lambda x: x if isinstance(x, str) else " ".join(x) or "as saved",
+)
+def test_each_kind_of_host(
+    model: str, more: list[str], models_folder: Path, prompt: str, out: Path, capfd: Any
+) -> None:
+    folders = [str(models_folder / x) if x in ("config", "calibration") else x for x in more]
+    assert main([*arguments(models_folder, out, model, *folders), "--prompt-file", prompt, "--json"]) == 0
+    shown = capfd.readouterr()
+    values = json.loads(shown.out)
+    assert values["folder"] == str(out) and values["report"]["releases"][0]["charges"] == 1
+    release = load_file(out)
+    assert release.charges[0].number == 1 and release.contexts[0].guarantee.is_private
+    blobs = {**files(out.parent), "stdout": shown.out.encode(), "stderr": shown.err.encode()}
+    check_clean(blobs, PrivateContent(texts=(SECRET,)))
+
+
+def test_what_was_released_can_be_drawn(models_folder: Path, prompt: str, out: Path) -> None:
+    main([*arguments(models_folder, out, "plain", *KERNEL), "--prompt-file", prompt])
+    from ..hosts_tiny import picture, tiny_sd
+
+    pipe = tiny_sd()
+    release = dpx.Release.from_pretrained(out, host=pipe)
+    assert bool(picture(pipe, **release.inputs()).isfinite().all())
+
+
+@pytest.mark.parametrize("way", ["pipe", "dash", "hidden"])
+def test_ways_in(way: str, models_folder: Path, out: Path, monkeypatch: Any, capsys: Any) -> None:
+    asked = []
+    monkeypatch.setattr(getpass, "getpass", lambda text: asked.append(text) or SECRET)
+    monkeypatch.setattr("sys.stdin", Terminal() if way == "hidden" else io.StringIO(SECRET + "\n"))
+    more = ["--prompt-file", "-"] if way == "dash" else []
+    assert main([*arguments(models_folder, out, "plain", *KERNEL), *more]) == 0
+    assert bool(asked) == (way == "hidden")
+    shown = capsys.readouterr()
+    assert "differentially private" in shown.out and "releasing" in shown.err
+
+
+def test_the_same_text_by_another_way_is_charged_once(models_folder: Path, prompt: str, out: Path) -> None:
+    """The last line break of a file is not part of the context: the ledger knows it again, and refuses."""
+    start = arguments(models_folder, out, "plain", *KERNEL)
+    assert main([*start, "--prompt-file", prompt]) == 0
+    bare = Path(prompt).with_name("bare.txt")
+    bare.write_text(SECRET)
+    again = arguments(models_folder, out.with_name("again"), "plain", *KERNEL)
+    assert main([*again, "--prompt-file", str(bare)]) == 1
+    assert not files(out.with_name("again"))
+
+
+def test_a_prompt_among_the_arguments_is_not_repeated(models_folder: Path, out: Path, capsys: Any) -> None:
+    start = arguments(models_folder, out, "plain", *KERNEL)
+    for wrong in ([SECRET], ["--prompt", SECRET], [f"--prompt={SECRET}"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*start, *wrong])
+        assert stop.value.code == 2
+        assert "zebra" not in "".join(capsys.readouterr())
+    assert main([*start, "--prompt-file", SECRET]) == 2
+    err = capsys.readouterr().err
+    assert "zebra" not in err and "NAME" in err
+    assert not (out.parent / "ledger.json").exists()
+
+
+BAD: dict[str, tuple[str, list[str], str]] = {
+    "no price": ("plain", [], "--epsilon"),
+    "a price and a config": ("plain", [*KERNEL, "--config", "x"], "not both"),
+    "settings of a protected one": ("protected", KERNEL, "protected already"),
+    "no such model": ("nothing", KERNEL, "could not be read"),
+    "no model": ("config", KERNEL, "config.json"),
+    "no calibration": ("plain", ["--mechanism", "anchors", "--epsilon", "8"], "calibration"),
+    "a bad type": ("plain", [*KERNEL, "--dtype", "int8"], "--dtype"),
+    "a bad epsilon": ("plain", ["--epsilon", "-1"], "epsilon"),
+    "groups of one text": ("bart", [*KERNEL, "--unit", "group"], "--unit"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str, models_folder: Path, prompt: str, out: Path, capsys: Any) -> None:
+    model, more, expected = BAD[name]
+    assert main([*arguments(models_folder, out, model, *more), "--prompt-file", prompt]) == 2
+    err = capsys.readouterr().err
+    assert expected in err and "Traceback" not in err
+    ledger = out.parent / "ledger.json"
+    assert not ledger.exists() or dpx.Ledger(ledger).entries() == ()
+
+
+@pytest.mark.parametrize("text", ["", "\n", "  \n", "\xff"])
+def test_texts_that_are_none(text: str, models_folder: Path, out: Path, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(text.encode("latin-1"))
+    assert main([*arguments(models_folder, out, "plain", *KERNEL), "--prompt-file", str(path)]) == 2
+    assert "nothing was spent" in capsys.readouterr().err
+
+
+def test_an_earlier_release_is_not_overwritten(models_folder: Path, prompt: str, out: Path) -> None:
+    start = [*arguments(models_folder, out, "plain", *KERNEL), "--prompt-file", prompt]
+    assert main(start) == 0
+    before = files(out)
+    Path(prompt).write_text("another")
+    assert main(start) == 2
+    assert files(out) == before and len(dpx.Ledger(out.parent / "ledger.json").entries()) == 1
+
+
+def test_the_help_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["release", "--help"])
+    out = capsys.readouterr().out
+    assert "history" in out and "process table" in out and "never an argument" in out
