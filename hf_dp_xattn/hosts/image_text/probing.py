@@ -16,9 +16,8 @@ from ..seq2seq.layers import CrossLayer
 from ..seq2seq.probing import ROWS, evaluating, probe
 
 STATES = "cross_attention_states"
-PLACEHOLDER_ROWS = (
-    1  # what a layer reads is the release's; so neither its projections nor its cache grow with the image
-)
+# the marker's row and one of NaN: neither the projections of the first token nor the layers' cache grow with the image
+PLACEHOLDER_ROWS = 2
 SUPPORTED = "Supported of this kind: MllamaForConditionalGeneration (Llama 3.2 Vision)."
 
 
