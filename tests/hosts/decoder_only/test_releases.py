@@ -215,3 +215,21 @@ def test_what_the_report_says(private: dpx.DPXAttnConfig) -> None:
         assert ("number of private tokens" in public) == (unit == "row")
         assert ("how many there are" in public) == (unit == "group" and relation == "replace_one")
         assert "own tokens" in open_ends and "timing" in open_ends
+
+
+def test_a_saved_protection_is_restored(private: dpx.DPXAttnConfig, tmp_path: Path) -> None:
+    """The model's folder brings its protection along, and no release; the ledger counts on."""
+    model, own, ledger = tiny("llama"), questions(), dpx.Ledger()
+    config = private.replace(mechanism="anchors", unit="group")
+    handle = protect(model, config, ledger=ledger)
+    parts = segments((3, 1, 4))
+    release = handle.release(parts, groups="segments", public_head=HEAD)
+    model.save_pretrained(tmp_path / "model")
+    release.save_pretrained(tmp_path / "release")
+    other = dpx.from_pretrained(tmp_path / "model", ledger=ledger)
+    with pytest.raises(dpx.BudgetExceededError):
+        dpx.handle_of(other).release(parts, groups="segments", public_head=HEAD)
+    loaded = dpx.Release.from_pretrained(tmp_path / "release", host=other)
+    want = generate(model, release.inputs(**own))
+    ids, scores = generate(other, loaded.inputs(**own))
+    assert torch.equal(ids, want[0]) and torch.equal(scores, want[1])
