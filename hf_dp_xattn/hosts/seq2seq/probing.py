@@ -74,7 +74,7 @@ def find_layers(model: Any) -> dict[str, CrossLayer]:
         raise refuse(model, "its weights are not loaded")
     try:
         with evaluating(model):
-            return probe(model, context_channels(model), _forward)
+            return probe(model, context_channels(model), run_decoder)
     except DPXAttnError as error:
         raise error if known is None else refuse(model, known) from None
     except Exception as error:
@@ -141,7 +141,7 @@ def _token_ids(model: Any) -> torch.Tensor:
     return torch.tensor([found[-3:]])
 
 
-def _forward(model: Any, states: torch.Tensor, ids: torch.Tensor, **kwargs: Any) -> Any:
+def run_decoder(model: Any, states: torch.Tensor, ids: torch.Tensor, **kwargs: Any) -> Any:
     outputs = PlaceholderOutputs(last_hidden_state=states)
     return model(encoder_outputs=outputs, decoder_input_ids=ids, return_dict=True, **kwargs)
 
