@@ -36,8 +36,7 @@ from .calibrate_documents import (
 from .contexts import MASK, STATES, gather
 from .encoder import EncoderSide
 from .layers import CrossLayer, routed
-from .outputs import PlaceholderOutputs
-from .probing import context_channels, find_layers
+from .probing import Forward, context_channels, find_layers, run_decoder
 
 ENCODER_BATCH = 16
 STARTS = 16  # questions at once
@@ -72,8 +71,7 @@ def calibrate_seq2seq(
     if config.mechanism == "anchors":
         candidates(config, settings)  # refuses what cannot be before minutes are spent on it
     layers = find_layers(model)
-    untyped: dict[str, Any] = dict(layers)
-    starts = _starts(model, questions)
+    starts = starts_of(model, questions)
     sampled = query_steps or 16
     if config.unit == "group":
         return _calibrate_documents(
@@ -94,12 +92,31 @@ def calibrate_seq2seq(
             progress=progress,
         )
     whole = _encode(model, public_contexts, memory_mb, seed, progress)
-    queries = _queries(
+    queries = sample_queries(
         model, layers, list(whole[: query_prompts or 8]), starts, sampled, queries_per_step * sampled, seed
     )
+    return fit_rows(
+        model, layers, whole, queries, config, settings, epsilons=epsilons, steps=steps, rank=rank
+    )
+
+
+def fit_rows(
+    model: Any,
+    layers: dict[str, CrossLayer],
+    whole: torch.Tensor,
+    queries: Sequence[torch.Tensor],
+    config: DPXAttnConfig,
+    settings: AnchorSettings,
+    *,
+    epsilons: Sequence[float],
+    steps: int | None,
+    rank: int,
+) -> Calibration | AnchorCalibration:
+    """A calibration from the rows [N, n, C] of public contexts and each layer's public queries [H, m, d]; unit "row" or "context"."""
+    untyped: dict[str, Any] = dict(layers)
     gains = [layer.output_gain() for layer in layers.values()]
     if config.mechanism == "anchors":
-        schedule = slot_schedule(untyped, whole.shape[1], steps, seed)
+        schedule = slot_schedule(untyped, whole.shape[1], steps, settings.seed)
         units = whole
         if config.unit == "context":
             units = torch.stack([pool(rows.float(), "context", None) for rows in whole]).to(whole.dtype)
@@ -127,11 +144,11 @@ def calibrate_seq2seq(
         config,
         layer_specs(untyped, model.dtype),
         contexts_of_layers,
-        PublicQueries(queries, gains),
+        PublicQueries(list(queries), gains),
         count=len(whole),
         epsilons=epsilons,
         rank=rank,
-        progress=progress,
+        progress=settings.progress,
     )
 
 
@@ -184,7 +201,7 @@ def _calibrate_documents(
     for context in chosen[:query_contexts]:
         rows = torch.cat(reader.read(context))
         seen.append(rows[torch.randperm(len(rows), generator=generator)[:QUERY_ROWS]])
-    found = _queries(model, layers, seen, starts, query_steps, queries, seed)
+    found = sample_queries(model, layers, seen, starts, query_steps, queries, seed)
     gains = [layer.output_gain() for layer in layers.values()]
     if config.mechanism == "anchors":
         probes = [_probe(*parts) for parts in zip(layers.values(), found, gains, strict=True)]
@@ -227,7 +244,7 @@ def _calibrate_documents(
     )
 
 
-def _starts(model: Any, questions: Sequence[Any] | None) -> list[torch.Tensor]:
+def starts_of(model: Any, questions: Sequence[Any] | None) -> list[torch.Tensor]:
     """What public texts of the decoder start with, [m] each: the start token, and a question after it.
 
     Raises:
@@ -248,7 +265,7 @@ def _starts(model: Any, questions: Sequence[Any] | None) -> list[torch.Tensor]:
     return [q if int(q[0]) == int(start) else torch.cat([start, q]) for q in ids]
 
 
-def _queries(
+def sample_queries(
     model: Any,
     layers: dict[str, CrossLayer],
     contexts: Sequence[torch.Tensor],
@@ -256,6 +273,7 @@ def _queries(
     steps: int,
     count: int,
     seed: int,
+    forward: Forward = run_decoder,
 ) -> list[torch.Tensor]:
     """`count` public queries [H, m, d] of each layer, along tokens that are sampled with a generator of our own after each of `starts`
     (or `STARTS` of them) over each of the contexts [n, C]."""
@@ -269,14 +287,12 @@ def _queries(
             alike = [s for s in starts if len(s) == lengths[i % len(lengths)]]
             order = torch.randperm(len(alike), generator=generator)[:STARTS].tolist()
             ids = torch.stack([alike[j] for j in order]).to(model.device)
-            states = PlaceholderOutputs(
-                last_hidden_state=rows.to(model.device, model.dtype).expand(len(ids), -1, -1)
-            )
+            states = rows.to(model.device, model.dtype).expand(len(ids), -1, -1)
             for step in range(steps):
                 if step:  # the queries that are kept are those of the whole text
                     for known in state.queries.values():
                         known.pop()
-                logits = model(encoder_outputs=states, decoder_input_ids=ids, use_cache=False).logits[:, -1]
+                logits = forward(model, states, ids, use_cache=False).logits[:, -1]
                 chances = logits.float().softmax(-1).cpu()
                 ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator).to(ids)], dim=1)
     found = []
