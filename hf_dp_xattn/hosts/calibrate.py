@@ -22,6 +22,7 @@ from .architectures import check_pipeline_class, find_layers
 from .calibrate_anchors import Public, gather_contexts, is_large, layer_probes, slot_schedule
 from .decoder_only.probing import is_decoder_only
 from .identity import host_identity
+from .image_text.probing import is_image_text
 from .protect import handle_of
 from .rows import layer_specs, project_rows, split_heads
 from .seq2seq.probing import is_seq2seq
@@ -67,7 +68,8 @@ def calibrate(
         pipe: a Stable Diffusion pipeline, or an encoder-decoder model of transformers.
         public_contexts: prompts; lists of phrases for unit="group"; or embeddings [N, n, C] of which all rows are used. For an
             encoder-decoder model: token ids [N, n] cut to one length, or what else its encoder takes, as in `protected.release`; for
-            unit="group" a list of contexts, each a batch of documents as `release(..., groups="documents")` takes it. For a
+            unit="group" a list of contexts, each a batch of documents as `release(..., groups="documents")` takes it. For a Mllama:
+            what its image processor gives for images of one number of tiles. For a
             decoder-only model: token ids [N, n] or a list of token id lists; for unit="group", a list of lists of segments.
         config: mechanism, unit and relation to fit for; by default `anchors` with unit="row".
         anchors: cells of the histogram's codebook. releases: candidates of `anchors` ("sum", "response", "histogram").
@@ -88,7 +90,7 @@ def calibrate(
         raise ConfigError(
             "Calibrate before `protect` (or after `unprotect`): a protected pipeline has no exact queries."
         )
-    if is_decoder_only(pipe):
+    if is_decoder_only(pipe) and not is_image_text(pipe):
         from .decoder_only.calibrate import calibrate_decoder
 
         return calibrate_decoder(
@@ -112,10 +114,12 @@ def calibrate(
         )
     if prefix_bucket is not None or public_head != 0:
         raise ConfigError("public_head and prefix_bucket are for decoder-only models.")
-    if is_seq2seq(pipe):
+    if is_seq2seq(pipe) or is_image_text(pipe):
+        from .image_text.calibrate import calibrate_image_text
         from .seq2seq.calibrate import calibrate_seq2seq
 
-        return calibrate_seq2seq(
+        fit = calibrate_seq2seq if is_seq2seq(pipe) else calibrate_image_text
+        return fit(
             pipe,
             public_contexts,
             config,
