@@ -61,7 +61,7 @@ def _tiles(model: Any) -> int:
     return -(-ROWS // int(vision_parts(model)[0].num_patches))  # type: ignore[arg-type]
 
 
-def _forward(model: Any, states: torch.Tensor, ids: torch.Tensor, **kwargs: Any) -> Any:
+def run_text(model: Any, states: torch.Tensor, ids: torch.Tensor, **kwargs: Any) -> Any:
     """All tokens see all tiles. Without that mask, sdpa takes the layers of transformers 5.23 for causal ones."""
     given = None if kwargs.get("past_key_values") is not None else states  # later tokens read the cache
     mask = torch.ones(1, ids.shape[1], 1, _tiles(model), dtype=torch.int64, device=ids.device)
@@ -84,7 +84,7 @@ def find_layers(model: Any) -> dict[str, CrossLayer]:
     try:
         with evaluating(model):
             rows = _tiles(model) * int(vision_parts(model)[0].num_patches)  # type: ignore[arg-type]
-            return probe(model, context_channels(model), _forward, rows, PLACEHOLDER_ROWS)
+            return probe(model, context_channels(model), run_text, rows, PLACEHOLDER_ROWS)
     except DPXAttnError:
         raise
     except Exception as error:

@@ -10,6 +10,7 @@ from hf_dp_xattn.hosts.seq2seq.layers import CrossLayer
 from hf_dp_xattn.hosts.seq2seq.probing import find_layers
 
 from ..decoder_only.table import section
+from ..image_text.table import section as image_section
 from .tiny import BUILDERS, REFUSED, tiny
 
 INPUTS = {
@@ -37,7 +38,6 @@ probe finds on a tiny model of each architecture (written by `tests/hosts/seq2se
 """
 TAIL = """
 Refused, because their cross-attention is computed in code of their own: {refused}.
-Mllama (Llama 3.2 Vision) is refused too: its image states enter a decoder-only model by arguments of their own.
 
 What works: `generate` with greedy search, beams, sampling, `num_return_sequences`, padded batches (masked rows are no rows), and the
 pipelines of transformers; `model(**release.inputs(), labels=...)`; `release.inputs(input_ids=...)` puts a PUBLIC document beside the
@@ -93,7 +93,8 @@ def table() -> str:
     rows = "\n".join(_row(name) for name in BUILDERS)
     pipelines = ", ".join(f"`{p}`" for p in PIPELINES)
     refused = ", ".join(f"`{_refused(name)}`" for name in REFUSED)
-    return HEAD.format(pipelines=pipelines) + rows + "\n" + TAIL.format(refused=refused) + section()
+    encoder_decoder = HEAD.format(pipelines=pipelines) + rows + "\n" + TAIL.format(refused=refused)
+    return encoder_decoder + image_section() + section()
 
 
 if __name__ == "__main__":
