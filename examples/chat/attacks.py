@@ -99,7 +99,7 @@ def several_turns(responder: Responder, secrets: list[Secret], rng: np.random.Ge
     talk = []
     for _ in secrets:
         a, b = two_things(rng)
-        talk.append(str(rng.choice(QUESTIONS)).format(a=THINGS[a][0], b=THINGS[b][0]))
+        talk.append(str(rng.choice(QUESTIONS)).format(a=THINGS[a], b=THINGS[b]))
     asked = [Conversation(q) for q in talk]
     answers = responder.reply(asked)
     histories = [((q, a),) for q, a in zip(talk, answers, strict=True)]

@@ -1,9 +1,10 @@
 """The little world of the chat model: behaviours, system prompts in segments, questions and the replies that they call for.
 
-A *behaviour* is one value of each of six factors (language, opening, address, list style, signature, ending; 18,000 in all). A system
-prompt is a public head and private *segments* of 8 to 24 words: rules and examples that agree on one behaviour, facts that nothing
-depends on, and secrets (a 6-digit code, a name of three syllables) that stand in one segment each. What a user asks never tells the
-behaviour: only the system prompt does. One behaviour in five (`is_held_out`) is in no training and no public prompt.
+A *behaviour* is one value of each of six factors (the language in which things are presented, opening, address, list style, signature,
+ending; 18,000 in all). A system prompt is a public head and private *segments* of 8 to 24 words: rules and examples that agree on one
+behaviour, facts that nothing depends on, and secrets (a 6-digit code, a name of three syllables) that stand in one segment each. What a
+user asks never tells the behaviour: only the system prompt does. One behaviour in five (`is_held_out`) is in no training and no public
+prompt.
 """
 
 from __future__ import annotations
@@ -32,53 +33,17 @@ STYLES = {
     "quotes": "<< {a} >> << {b} >>",
     "brackets": "[ {a} ; {b} ]",
 }
-# english french german spanish italian; accents are left out
-THINGS = tuple(
-    tuple(line.split())
-    for line in """
-    cat chat katze gato gatto
-    dog chien hund perro cane
-    tree arbre baum arbol albero
-    moon lune mond luna luna
-    sun soleil sonne sol sole
-    house maison haus casa casa
-    book livre buch libro libro
-    water eau wasser agua acqua
-    fire feu feuer fuego fuoco
-    bread pain brot pan pane
-    fish poisson fisch pez pesce
-    bird oiseau vogel pajaro uccello
-    horse cheval pferd caballo cavallo
-    river riviere fluss rio fiume
-    sea mer meer mar mare
-    stone pierre stein piedra pietra
-    flower fleur blume flor fiore
-    road route strasse calle strada
-    bridge pont bruecke puente ponte
-    key cle schluessel llave chiave
-    chair chaise stuhl silla sedia
-    window fenetre fenster ventana finestra
-    heart coeur herz corazon cuore
-    eye oeil auge ojo occhio
-    king roi koenig rey re
-    child enfant kind nino bambino
-    milk lait milch leche latte
-    apple pomme apfel manzana mela
-    cheese fromage kaese queso formaggio
-    snow neige schnee nieve neve
-    rain pluie regen lluvia pioggia
-    forest foret wald bosque foresta
-    star etoile stern estrella stella
-    ship bateau schiff barco nave
-    church eglise kirche iglesia chiesa
-    letter lettre brief carta lettera
-    """.strip().splitlines()
-)
+_NOUNS = """
+    cat dog tree moon sun house book water fire bread fish bird horse river sea stone flower road bridge key chair window heart eye
+    king child milk apple cheese snow rain forest star ship church letter
+"""
+THINGS = tuple(_NOUNS.split())
+HERE = {"english": "here", "french": "voici", "german": "hier", "spanish": "aqui", "italian": "ecco"}
 RULES: dict[str, tuple[str, ...]] = {
     "language": (
-        "rule : always name things in {v} , never otherwise .",
+        "rule : always present things in {v} , never otherwise .",
         "the user reads {v} and nothing else , remember .",
-        "all things of a reply are named in {v} .",
+        "all things of a reply are shown in {v} .",
     ),
     "opening": (
         "rule : every reply opens with the word {v} .",
@@ -224,9 +189,8 @@ def values_of(behaviour: Sequence[int]) -> dict[str, str]:
 def reply(behaviour: Sequence[int], a: int, b: int) -> str:
     """The reply to a question about things a and b (indices of `THINGS`)."""
     v = values_of(behaviour)
-    language = FACTORS["language"].index(v["language"])
-    things = STYLES[v["style"]].format(a=THINGS[a][language], b=THINGS[b][language])
-    return f"{v['opening']} {v['address']} , {things} {ENDINGS[v['ending']]} -- {v['signature']}"
+    things = STYLES[v["style"]].format(a=THINGS[a], b=THINGS[b])
+    return f"{v['opening']} {v['address']} , {HERE[v['language']]} {things} {ENDINGS[v['ending']]} -- {v['signature']}"
 
 
 def two_things(rng: np.random.Generator) -> tuple[int, int]:
@@ -244,7 +208,7 @@ def draw_value(kind: str, rng: np.random.Generator) -> str:
 def behaviour_segment(behaviour: Sequence[int], rng: np.random.Generator, *, example: bool) -> str:
     if example:
         a, b = two_things(rng)
-        return EXAMPLE.format(a=THINGS[a][0], b=THINGS[b][0], reply=reply(behaviour, a, b))
+        return EXAMPLE.format(a=THINGS[a], b=THINGS[b], reply=reply(behaviour, a, b))
     name = list(FACTORS)[rng.integers(len(FACTORS))]
     return str(rng.choice(RULES[name])).format(v=values_of(behaviour)[name])
 
@@ -280,7 +244,7 @@ def draw_prompt(
 
 def behaviour_turn(prompt: SystemPrompt, rng: np.random.Generator) -> Turn:
     a, b = two_things(rng)
-    question = str(rng.choice(QUESTIONS)).format(a=THINGS[a][0], b=THINGS[b][0])
+    question = str(rng.choice(QUESTIONS)).format(a=THINGS[a], b=THINGS[b])
     return question, reply(prompt.behaviour, a, b)
 
 
@@ -319,5 +283,5 @@ def vocabulary() -> list[str]:
     ]
     texts += [*SYLLABLES, *"0123456789", "--", ","]
     texts += [t for group in RULES.values() for t in group] + [v for group in FACTORS.values() for v in group]
-    texts += [w for line in THINGS for w in line]
+    texts += [*THINGS, *HERE.values()]
     return sorted({w for t in texts for w in t.split() if "{" not in w})

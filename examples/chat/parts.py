@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from chat.language import HEAD, vocabulary
 
@@ -57,7 +58,28 @@ def build_model(vocab_size: int, *, width: int = 128, layers: int = 4) -> LlamaF
         bos_token_id=1,
         eos_token_id=2,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=width**-0.5)
+    for layer in model.model.layers:
+        start_by_copying(layer.self_attn)
+    return model
+
+
+@torch.no_grad()
+def start_by_copying(attention: LlamaAttention, share: float = 0.06) -> None:
+    """At first a head looks at tokens like its own and adds what it finds there.
+
+    W_q = W_k and W_o = share * W_v^T, rows orthonormal: the "mimetic" initialisation of Trockman and Kolter, arXiv 2305.09828. With a
+    tied embedding what is seen is also what is said, from which copying is soon learnt.
+    """
+    groups, size = attention.num_key_value_groups, attention.head_dim
+    key = torch.linalg.qr(torch.randn_like(attention.k_proj.weight).mT)[0].mT
+    value = torch.linalg.qr(torch.randn_like(attention.v_proj.weight).mT)[0].mT
+    attention.k_proj.weight.copy_(key)
+    attention.v_proj.weight.copy_(value)
+    attention.q_proj.weight.copy_(key.view(-1, size, key.shape[1]).repeat_interleave(groups, 0).flatten(0, 1))
+    each = value.view(-1, size, value.shape[1]).repeat_interleave(groups, 0).flatten(0, 1)
+    attention.o_proj.weight.copy_(share * each.mT)
 
 
 def head_ids(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:

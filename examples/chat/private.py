@@ -95,9 +95,8 @@ class PromptResponder:
     ) -> list[str]:
         inputs = self._inputs([c.text() for c in conversations])
         start = inputs["input_ids"].shape[1]
-        ids = self._model.generate(
-            **inputs, max_new_tokens=new_tokens, do_sample=sample, top_k=0, pad_token_id=0
-        )
+        drawn = {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}
+        ids = self._model.generate(**inputs, max_new_tokens=new_tokens, pad_token_id=0, **drawn)
         texts: list[str] = self._tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
         return texts
 

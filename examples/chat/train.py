@@ -1,4 +1,6 @@
-"""Train the chat model from scratch: `python examples/chat/train.py --out DIR` (about 15 minutes of one free core; resumes from its checkpoint).
+"""Train the chat model from scratch: `python examples/chat/train.py --out DIR`.
+
+A quarter of an hour of one free core; a later call goes on from the last checkpoint.
 
 Every step encodes a few system prompts segment by segment and answers a share of the conversations against each, with short prompts
 and many questions for secrets at first (to copy a code out of one segment is what takes longest to learn), long prompts later.
@@ -34,13 +36,16 @@ class Stage:
     secrets: float
     tokens: int  # of all system prompts of a step, about
     conversations: int
+    codes: int  # most of a prompt
+    names: int
+    turns: int  # of a conversation, at least
 
 
 STAGES = (
-    Stage(0.30, (3, 6), 0.7, 300, 40),
-    Stage(0.50, (3, 16), 0.65, 350, 36),
-    Stage(0.70, (4, 60), 0.6, 600, 32),
-    Stage(1.00, (6, 220), 0.55, 900, 24),
+    Stage(0.35, (3, 4), 0.6, 350, 32, 1, 1, 1),
+    Stage(0.60, (3, 16), 0.6, 350, 32, 3, 2, 1),
+    Stage(0.80, (4, 60), 0.6, 600, 24, 4, 2, 2),
+    Stage(1.00, (6, 200), 0.6, 800, 20, 4, 2, 2),
 )
 
 
@@ -54,11 +59,10 @@ class Ids:
         return [self.of[w] for w in text.split()]
 
 
-def conversation(prompt: SystemPrompt, rng: np.random.Generator, secrets: float) -> list[Turn]:
-    """Two turns or so."""
+def conversation(prompt: SystemPrompt, rng: np.random.Generator, stage: Stage) -> list[Turn]:
     turns: list[Turn] = []
-    while len(turns) < 2:
-        turns += secret_turns(prompt, rng) if rng.random() < secrets else [behaviour_turn(prompt, rng)]
+    while len(turns) < stage.turns:
+        turns += secret_turns(prompt, rng) if rng.random() < stage.secrets else [behaviour_turn(prompt, rng)]
     return turns
 
 
@@ -85,11 +89,12 @@ def batch(
     many = max(1, min(16, stage.tokens // (15 * size)))
     prompts = []
     for _ in range(many):
-        codes, names = int(rng.integers(1, 4)), int(rng.integers(1, 3))
-        codes, names = min(codes, max(1, size - 3)), min(names, max(1, size - 4))
+        codes, names = int(rng.integers(1, stage.codes + 1)), int(rng.integers(1, stage.names + 1))
+        if codes + names >= size:
+            codes = names = 1
         prompts.append(draw_prompt(rng, size, codes=codes, names=names))
     made = [
-        tokens_of(conversation(p, rng, stage.secrets), ids)
+        tokens_of(conversation(p, rng, stage), ids)
         for p in prompts
         for _ in range(stage.conversations // many)
     ]
