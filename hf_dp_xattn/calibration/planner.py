@@ -15,6 +15,7 @@ import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
+from ..mechanisms.anchors.mixed import MixedSource
 from ..mechanisms.anchors.plan import AnchorPlan, Decoders
 from ..mechanisms.anchors.release import HistogramSource, PreparedAnchors, ResponseSource, SumSource
 from ..privacy.accountant import epsilon_of, needs_delta
@@ -256,7 +257,7 @@ def _dtype(name: str | torch.dtype) -> torch.dtype:
 
 def _rows(plan: AnchorPlan, decoders: Decoders) -> int:
     """The most rows that a release is decoded to; pruning leaves fewer."""
-    if plan.release != "histogram":
+    if plan.release not in ("histogram", "mixed"):
         return 0 if decoders.slots is None else decoders.slots.slots.shape[0]
     if decoders.cells is None:
         return 0
@@ -276,7 +277,13 @@ def _noise(prepared: PreparedAnchors) -> dict[str, float]:
             "cells": source.response.alphabet,
             "codebooks": len(source.quantizers),
         }
+    if isinstance(source, MixedSource):
+        return {**_counts(source.histogram), "sigma": source.sum.sigma}
     assert isinstance(source, HistogramSource)
+    return _counts(source)
+
+
+def _counts(source: HistogramSource) -> dict[str, float]:
     plus, minus = source.rates
     return {"rate_plus": plus, "rate_minus": minus, "cells": source.prepared.cells}
 

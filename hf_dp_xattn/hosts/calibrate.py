@@ -41,7 +41,7 @@ def calibrate(
     *,
     epsilons: Sequence[float] = EPSILONS,
     anchors: int = 4096,
-    releases: Sequence[str] = ("sum", "response", "histogram"),
+    releases: Sequence[str] = ("sum", "response", "histogram", "mixed"),
     steps: int | None = None,
     grouping: str | None = None,
     memory_mb: int = 2048,
@@ -72,7 +72,7 @@ def calibrate(
             what its image processor gives for images of one number of tiles. For a
             decoder-only model: token ids [N, n] or a list of token id lists; for unit="group", a list of lists of segments.
         config: mechanism, unit and relation to fit for; by default `anchors` with unit="row".
-        anchors: cells of the histogram's codebook. releases: candidates of `anchors` ("sum", "response", "histogram").
+        anchors: cells of the histogram's codebook. releases: candidates of `anchors` ("sum", "response", "histogram", "mixed").
         steps: training steps of the decoder; by default what takes a few minutes on two cores. More do better.
         grouping: how units are encoded, "rows", "phrases" or "context"; by default what the unit says.
         rank: kernel_sum only; 0 fits geometry and bounds only.

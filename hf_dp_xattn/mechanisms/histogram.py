@@ -170,7 +170,7 @@ class PreparedHistogram:
 
 
 def prepare_geometric(
-    epsilon: float,
+    epsilon: float | Fraction,
     *,
     cells: int,
     unit: str,
@@ -203,7 +203,7 @@ def prepare_geometric(
         )
     if min(rates) * MAX_SCALE < 1:
         raise ConfigError(
-            f"epsilon = {epsilon!r} is too small for this lattice (scale above 2^40); raise it."
+            f"epsilon = {float(epsilon)!r} is too small for this lattice (scale above 2^40); raise it."
         )
     return PreparedHistogram(
         cells=_cells(cells),
@@ -271,7 +271,7 @@ def _fraction(name: str, value: float | Fraction) -> Fraction:
     return Fraction(value)
 
 
-def _epsilon(epsilon: float) -> Fraction:
+def _epsilon(epsilon: float | Fraction) -> Fraction:
     exact = _fraction("epsilon", epsilon)
     if exact <= 0:
         raise ConfigError(f"epsilon must be a positive finite number, got {epsilon!r}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 
 from ..errors import ConfigError
 from .accountant import Event, GaussianEvent, epsilon_of, gaussian_sigma_squared
@@ -26,7 +27,13 @@ def gaussian_sigma_squared_beside(
     Raises:
         ConfigError: invalid parameters, the others alone leave nothing of epsilon, or the sampler cannot draw such noise.
     """
-    others = tuple(others)
+    return _least_beside(epsilon, delta, sensitivity, tuple(others))
+
+
+@lru_cache(maxsize=256)  # a pure function that takes a second
+def _least_beside(
+    epsilon: float, delta: float, sensitivity: int, others: tuple[Event, ...]
+) -> int | Fraction:
     alone = gaussian_sigma_squared(epsilon, delta, sensitivity)
     if not others:
         return _drawable(alone, epsilon)

@@ -59,6 +59,6 @@ def calibration(
             tuple(layers), torch.zeros(len(layers), 2, 4, 4), "float16", torch.zeros(0, CHANNELS)
         ),
         plans=tuple(plans),
-        decoders=decoders(),
+        decoders=decoders("mixed" if any(p.release == "mixed" for p in plans) else ""),
         scores=tuple(ScorePoint("accuracy", e, s, lo, hi, 50) for e, (s, lo, hi) in measured.items()),
     )

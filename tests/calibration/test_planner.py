@@ -125,8 +125,13 @@ def test_rows_and_bytes_by_hand() -> None:
     assert one.points[0].kv_bytes == 5 * 2 * 32 * 4 and (one.layers, one.heads) == (1, 4)
 
 
-@pytest.mark.parametrize("release", ["sum", "response", "histogram"])
-@pytest.mark.parametrize("unit", ["row", "group", "context"])
+@pytest.mark.parametrize(
+    ("release", "unit"),
+    [
+        *((r, u) for r in ("sum", "response", "histogram") for u in ("row", "group", "context")),
+        ("mixed", "row"),
+    ],
+)
 def test_rows_are_never_more_than_predicted(release: str, unit: str) -> None:
     c = calibration(unit=unit, units=1 if unit == "context" else 9, qualities={4.0: (release, 0.5, 0.4, 0.6)})
     found = dpx.plan(c)

@@ -14,6 +14,7 @@ from safetensors.torch import load, save
 from ...errors import ConfigError
 from ...hub import dump_document, read_document, write_files
 from ...mechanisms.anchors.cells import CellDecoder, Tilt
+from ...mechanisms.anchors.move import RowMove
 from ...mechanisms.anchors.plan import AnchorPlan, Decoders, Quality
 from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
 from ..checks import check_keys
@@ -47,6 +48,7 @@ def tensors_of(calibration: AnchorCalibration) -> dict[str, torch.Tensor]:
 
     add("slots", calibration.decoders.slots)
     add("cells", calibration.decoders.cells)
+    add("move", calibration.decoders.move)
     for i, plan in enumerate(calibration.plans):
         add(f"plan.{i}", plan)
         add(f"plan.{i}.head", plan.head)
@@ -139,6 +141,7 @@ def rounded(calibration: AnchorCalibration) -> AnchorCalibration:
         decoders=Decoders(
             None if calibration.decoders.slots is None else _part(SlotDecoder, "slots", tensors),
             None if cells is None else _part(CellDecoder, "cells", tensors, rows=cells.rows),
+            None if calibration.decoders.move is None else _part(RowMove, "move", tensors),
         ),
     )
 
@@ -188,5 +191,8 @@ def _read(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> AnchorCal
         decoders=Decoders(
             _part(SlotDecoder, "slots", tensors) if header["has_slots"] else None,
             None if cells is None else _part(CellDecoder, "cells", tensors, rows=cells["rows"]),
+            _part(RowMove, "move", tensors)
+            if any(p["release"] == "mixed" for p in header["plans"])
+            else None,
         ),
     )

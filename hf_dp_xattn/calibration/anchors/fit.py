@@ -14,17 +14,17 @@ from tqdm.auto import tqdm
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
 from ...mechanisms.anchors.plan import AnchorPlan, Decoders, Quality
-from ...mechanisms.anchors.release import HistogramSource, prepare_anchors, prepare_source
-from ...mechanisms.anchors.rows import ContextRows
+from ...mechanisms.anchors.release import HistogramSource, prepare_source
 from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
 from ...mechanisms.row_sum import RowSum
-from ...privacy.bits import SeededEntropy
 from ...privacy.response import RandomizedResponse
 from ...privacy.units import NeighboringRelation
 from .calibration import AnchorCalibration, HostIdentity
 from .cells_fit import Codebook, choose_share, fit_codebook, fit_tilt
+from .judge import judge, simulate
 from .kmeans import assign, kmeans
-from .objective import Objective, fvu, fvu_interval
+from .mixed_fit import Compared, means_or_members, with_mixed
+from .objective import Objective
 from .slots_fit import (
     PublicContexts,
     SlotSettings,
@@ -33,6 +33,8 @@ from .slots_fit import (
     set_code_scale,
     train,
 )
+
+__all__ = ["AnchorSettings", "candidates", "fit_anchors", "simulate", "sum_noise"]
 
 MINIMUM_CONTEXTS = 64
 GEOMETRY_NOISE = 0.08  # of the auxiliary sum whose codes give the cells of `response`
@@ -44,10 +46,11 @@ _CODEBOOK_UNITS = 32_768
 
 @dataclass(frozen=True)
 class AnchorSettings:
-    """How a calibration is fitted. releases: candidates; anchors: cells of the histogram's codebook. rows: cells that stay unmerged when
-    a histogram is decoded; by default 48, or a quarter of a long context's rows. validation: public contexts that are held out."""
+    """How a calibration is fitted. releases: candidates ("mixed" brings "histogram" along); anchors: cells of the histogram's codebook.
+    rows: cells that stay unmerged when a histogram is decoded; by default 48, or a quarter of a long context's rows. validation: public
+    contexts that are held out."""
 
-    releases: tuple[str, ...] = ("sum", "response", "histogram")
+    releases: tuple[str, ...] = ("sum", "response", "histogram", "mixed")
     anchors: int = 4096
     rows: int | None = None
     tilt_steps: int = 400
@@ -58,7 +61,7 @@ class AnchorSettings:
 
 
 def candidates(config: DPXAttnConfig, settings: AnchorSettings) -> tuple[str, ...]:
-    """The releases that can give this unit and relation.
+    """The releases that can give this unit and relation ("mixed" asks for long contexts of one length besides: `fit_anchors`).
 
     Raises:
         ConfigError: none of those asked for can.
@@ -68,6 +71,8 @@ def candidates(config: DPXAttnConfig, settings: AnchorSettings) -> tuple[str, ..
         possible.add("response")
     if config.unit == "row":
         possible.add("histogram")
+        if config.neighboring == NeighboringRelation.REPLACE_ONE.value:
+            possible.add("mixed")
         # one answer for each of many rows: always far behind a sum or a histogram
         possible.discard("response")
     chosen = tuple(r for r in settings.releases if r in possible)
@@ -103,10 +108,11 @@ def fit_anchors(
     held = min(settings.validation, len(contexts) // 6)
     training, validation = contexts.part(order[held:]), contexts.part(order[:held])
     epsilons = sorted(float(e) for e in epsilons)
+    kinds = _for_length(kinds, contexts)
     found: list[AnchorPlan] = []
     slots: SlotDecoder | None = None
     book: Codebook | None = None
-    if "histogram" in kinds:  # first: it is the one that may fail for want of rows
+    if {"histogram", "mixed"} & set(kinds):  # first: it is the one that may fail for want of rows
         served = max(48, min(2048, training.units.shape[1] // 4)) if settings.rows is None else settings.rows
         book = fit_codebook(
             training.units,
@@ -118,13 +124,13 @@ def fit_anchors(
         )
         found += [_histogram_plan(config, book, e, settings) for e in epsilons]
         if training.units.shape[1] >= _LONG:
-            book = _means_or_members(config, book, found[-1], validation, objective)
+            book = means_or_members(config, book, found[-1], validation, objective)
     if "sum" in kinds or "response" in kinds:
         fitted, slots = _slot_plans(config, training, objective, kinds, epsilons, settings)
         found += fitted
     decoders = Decoders(slots, None if book is None else book.decoder)
     judged = [
-        _judge(p, config, decoders, validation, objective)
+        judge(p, config, decoders, validation, objective)
         for p in tqdm(found, desc="validation", disable=not settings.progress, leave=False)
     ]
 
@@ -136,8 +142,15 @@ def fit_anchors(
             # a tilt takes a minute and gains some ten per cent: it is fitted where that could decide
             if plain.quality.fvu < 1.5 * best_at(plain.epsilon).quality.fvu:
                 tilted = _with_tilt(config, book, plain, settings)
-                judged.append(_judge(tilted, config, decoders, validation, objective))
+                judged.append(judge(tilted, config, decoders, validation, objective))
     best = [best_at(e) for e in epsilons]
+    compared: list[Compared] = []
+    if book is not None and "mixed" in kinds:
+        plain = found[: len(epsilons)]
+        best, move, compared = with_mixed(
+            config, book, plain, best, training, validation, objective, seed=settings.seed
+        )
+        decoders = dataclasses.replace(decoders, move=move)
     used = {p.release for p in best}
     calibration = AnchorCalibration(
         unit=config.unit,
@@ -146,24 +159,47 @@ def fit_anchors(
         channels=contexts.whole.shape[-1],
         contexts=len(contexts),
         units=contexts.mask.shape[1],
-        settings=_settings(config, settings, kinds, judged),
+        settings=_settings(config, settings, kinds, judged, compared),
         host=host,
         plans=tuple(best),
         decoders=Decoders(
-            slots if used & {"sum", "response"} else None, decoders.cells if "histogram" in used else None
+            slots if used & {"sum", "response"} else None,
+            decoders.cells if used & {"histogram", "mixed"} else None,
+            decoders.move if "mixed" in used else None,
         ),
     ).rounded()
     calibration.verify()
     return calibration
 
 
+def _for_length(kinds: tuple[str, ...], contexts: PublicContexts) -> tuple[str, ...]:
+    """Without "mixed" where contexts are short, so that a mean drowns in noise, or of several lengths.
+
+    Raises:
+        ConfigError: nothing else was asked for.
+    """
+    if contexts.units.shape[1] >= _LONG and contexts.outputs is None and bool(contexts.mask.all()):
+        return kinds
+    rest = tuple(k for k in kinds if k != "mixed")
+    if not rest:
+        raise ConfigError(
+            f"'mixed' is for public contexts of at least {_LONG} rows, all of one length; these have {contexts.units.shape[1]} or "
+            "fewer. Use releases=('sum', 'histogram')."
+        )
+    return rest
+
+
 def _settings(
-    config: DPXAttnConfig, settings: AnchorSettings, kinds: Sequence[str], judged: Sequence[AnchorPlan]
+    config: DPXAttnConfig,
+    settings: AnchorSettings,
+    kinds: Sequence[str],
+    judged: Sequence[AnchorPlan],
+    compared: Sequence[Compared],
 ) -> dict[str, Any]:
     return {
         "delta": config.delta,
         "releases": list(kinds),
-        "anchors": settings.anchors if "histogram" in kinds else 0,
+        "anchors": settings.anchors if {"histogram", "mixed"} & set(kinds) else 0,
         "steps": settings.slots.steps,
         "slots": settings.slots.slots,
         "code": settings.slots.code,
@@ -171,6 +207,7 @@ def _settings(
         "candidates": [
             {"epsilon": p.epsilon, "release": p.release, "fvu": round(p.quality.fvu, 4)} for p in judged
         ],
+        "mixed": [{k: round(v, 4) for k, v in dataclasses.asdict(c).items()} for c in compared],
     }
 
 
@@ -203,26 +240,10 @@ def _histogram_plan(
     )
 
 
-def _means_or_members(
-    config: DPXAttnConfig,
-    book: Codebook,
-    plan: AnchorPlan,
-    validation: PublicContexts,
-    objective: Objective,
-) -> Codebook:
-    """For long contexts: attention over public rows, reweighted to the noised counts, where that beats the cells' means."""
-    members = dataclasses.replace(book.decoder, anchors=book.members)
-    trials = [
-        (_judge(plan, config, Decoders(None, decoder), validation, objective).quality.fvu, i)
-        for i, decoder in enumerate((book.decoder, members))
-    ]
-    return book if min(trials)[1] == 0 else dataclasses.replace(book, decoder=members)
-
-
 def _with_tilt(
     config: DPXAttnConfig, book: Codebook, plan: AnchorPlan, settings: AnchorSettings
 ) -> AnchorPlan:
-    source = prepare_source(plan, config.replace(epsilon=plan.epsilon))
+    source = prepare_source(plan, config.replace(epsilon=plan.epsilon), Decoders(None, book.decoder))
     assert isinstance(source, HistogramSource)
     tilt = fit_tilt(
         book, source.rates, steps=settings.tilt_steps, seed=settings.seed, progress=settings.progress
@@ -463,33 +484,3 @@ def _left_over(
         error += float(per_cell[index].mean())
         rest = rest - codes[index]
     return error + float(rest.square().sum(-1).mean())
-
-
-def _judge(
-    plan: AnchorPlan,
-    config: DPXAttnConfig,
-    decoders: Decoders,
-    validation: PublicContexts,
-    objective: Objective,
-) -> AnchorPlan:
-    """The plan with its predicted quality: real releases (seeded noise) of held-out public contexts."""
-    decoded = simulate(plan, config, decoders, validation)
-    errors, variances = objective.measure(
-        validation.whole.float(),
-        [(c.rows, c.log_weights) for c in decoded],
-        outputs=validation.outputs,
-    )
-    low, high = fvu_interval(errors, variances)
-    return dataclasses.replace(plan, quality=Quality(fvu(errors, variances), low, high, len(validation)))
-
-
-def simulate(
-    plan: AnchorPlan, config: DPXAttnConfig, decoders: Decoders, contexts: PublicContexts, *, seed: int = 1
-) -> list[ContextRows]:
-    """Decoded rows of PUBLIC contexts through the mechanism itself, with seeded noise. A pooled unit is one row to it."""
-    prepared = prepare_anchors(config.replace(epsilon=plan.epsilon, unit="row"), [plan], decoders)
-    out = []
-    for i in range(len(contexts)):
-        rows = contexts.units[i][contexts.mask[i]].float()
-        out.append(prepared.run_rows(rows, entropy=SeededEntropy(seed * 1_000_003 + i)).context)
-    return out

@@ -56,7 +56,7 @@ def _verify_host(calibration: AnchorCalibration) -> None:
 
 
 def _verify_decoders(calibration: AnchorCalibration, shared: Sizes) -> None:
-    slots, cells = calibration.decoders.slots, calibration.decoders.cells
+    slots, cells, move = calibration.decoders.slots, calibration.decoders.cells, calibration.decoders.move
     if slots is not None:
         shared.fit("slots.hidden", slots.hidden, "H", "H")
         shared.fit("slots.slots", slots.slots, "R", "C")
@@ -73,6 +73,15 @@ def _verify_decoders(calibration: AnchorCalibration, shared: Sizes) -> None:
             refuse("cells.coarse are no groups")
         # a count that no public context had has no mass
         shared.fit("cells.log_prior", cells.log_prior.exp(), "m", "J")
+    if move is not None:
+        if cells is None or all(p.release != "mixed" for p in calibration.plans):
+            refuse("a move of anchors that no plan uses")
+        shared.fit("move.codes", move.codes, "m", "k")
+        shared.fit("move.cross", move.cross, "C", "k")
+        shared.fit("move.moment", move.moment, "k", "k")
+        shared.fit("move.scale", move.scale)
+        if float(move.scale) <= 0 or bool((torch.linalg.eigvalsh(move.moment.double()) <= 0).any()):
+            refuse("move.scale or move.moment is not positive")
 
 
 def _verify_plan(plan: AnchorPlan, calibration: AnchorCalibration, shared: Sizes) -> None:
@@ -95,7 +104,7 @@ def _verify_plan(plan: AnchorPlan, calibration: AnchorCalibration, shared: Sizes
     if bool((plan.reach < 0).any()):
         refuse(f"{where}: reach is negative")
     stages = own.get("S")
-    by_cells = plan.release == "histogram"
+    by_cells = plan.release in ("histogram", "mixed")
     if (by_cells and stages != 1) or (plan.release == "response" and stages < 1):
         refuse(f"{where}: {stages} codebooks")
     if any(len(torch.unique(codes, dim=0)) < len(codes) for codes in plan.codes):
@@ -107,6 +116,9 @@ def _verify_plan(plan: AnchorPlan, calibration: AnchorCalibration, shared: Sizes
         refuse(f"{where}: its cells have no decoder")
     if not by_cells and (slots is None or head is None):
         refuse(f"{where}: its code has no decoder")
+    move = calibration.decoders.move
+    if plan.release == "mixed" and (move is None or move.codes.shape[1] != own.get("K")):
+        refuse(f"{where}: its mean code has no move")
     if head is not None:
         if slots is None or shared.get("H + K") != shared.get("H") + own.get("K"):
             refuse(f"{where}: the decoder reads other codes")

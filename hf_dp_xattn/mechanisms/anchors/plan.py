@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from .cells import CellDecoder, Tilt
+from .move import RowMove
 from .slots import SlotDecoder, SlotHead
 
-RELEASES = ("sum", "response", "histogram")
+RELEASES = ("sum", "response", "histogram", "mixed")
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,11 @@ class Quality:
 class AnchorPlan:
     """One epsilon's release and decoder.
 
-    release: "sum" (B: learned sum, discrete Gaussian), "response" (k-ary randomised response of each unit's cell) or "histogram"
-        (A, C: geometric noise on the cells' counts).
+    release: "sum" (B: learned sum, discrete Gaussian), "response" (k-ary randomised response of each unit's cell), "histogram"
+        (A, C: geometric noise on the cells' counts) or "mixed" (counts, and a sum of the codebook's own codes beside them).
     center, reach [C], matrix [K, C], bias [K]: the public map from units to codes; coordinates further than `reach` from the centre are
-        clamped. codes [S, m, K]: the cells ("histogram": S = 1; "response": S codebooks, each of what the one before left over), empty for
-        "sum".
+        clamped. codes [S, m, K]: the cells ("histogram", "mixed": S = 1; "response": S codebooks, each of what the one before left
+        over), empty for "sum".
     bound: l1 bound of one unit's counts ("histogram" of larger units). share_plus: part of epsilon that keeps empty cells empty (A;
         1/2 is C).
     noise: standard deviation of the noise that the decoder was trained for ("sum"), or probability of a true answer ("response").
@@ -57,7 +58,8 @@ class AnchorPlan:
 
 @dataclass(frozen=True, eq=False)
 class Decoders:
-    """What the plans share: the slot decoder, and for cells the anchors' rows and priors."""
+    """What the plans share: the slot decoder, for cells the anchors' rows and priors, and for "mixed" how a mean code moves them."""
 
     slots: SlotDecoder | None = None
     cells: CellDecoder | None = None
+    move: RowMove | None = None

@@ -5,13 +5,14 @@ r"""`anchors`: one release of the context's rows for all layers and heads, decod
 * **sum** (B): y = sum_u f(x_u) + N_Z(0, sigma^2 I), `row_sum.py`;
 * **response**: each unit's cell by k-ary randomised response, `privacy/response.py`; with S codebooks (the second one quantises what the
   first left over, and so on) it answers S times at epsilon / S each, by basic composition;
-* **histogram** (A, C): counts over public cells with geometric noise, `histogram.py`.
+* **histogram** (A, C): counts over public cells with geometric noise, `histogram.py`;
+* **mixed**: such counts, and a sum beside them, `mixed.py`.
 
 *Formal guarantee.* **Released:** that y, and nothing else. **Unit:** a row; or a group or the context, which enters `sum` and `response`
-as ONE row, the mean of its rows (an exact function of the unit alone, `pool`), and `histogram` with its clipped count vector.
-**Neighbouring relation:** replace_one, or add_or_remove_one for sum and histogram (`response` answers once for each unit, so it needs a
-public number of units and is refused by name). **Sensitivity, noise, theorem:** stated in the three modules. Decoding, pruning and all
-attention is post-processing.
+as ONE row, the mean of its rows (an exact function of the unit alone, `pool`), and `histogram` with its clipped count vector; `mixed` is
+for rows. **Neighbouring relation:** replace_one, or add_or_remove_one for sum and histogram (`response` answers once for each unit and
+`mixed` reads a mean, so both need a public number of units and are refused by name). **Sensitivity, noise, theorem:** stated in the
+modules. Decoding, pruning and all attention is post-processing.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from ..contributions import check_groups
 from ..histogram import GeometricNoise, PreparedHistogram, prepare_geometric
 from ..quantizer import RowQuantizer, check_context
 from ..row_sum import PreparedRowSum, RowSum
+from .cells import CellDecoder
+from .mixed import HISTOGRAM_SHARE, check_mixed, prepare_mixed
 from .plan import AnchorPlan, Decoders
 from .rows import ContextRelease, ContextRows
 
@@ -201,8 +204,11 @@ class HistogramSource:
     def decode(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
         if decoders.cells is None:
             raise ConfigError("The calibration holds no anchors for this plan; calibrate again.")
-        weights = decoders.cells.weights(code.cpu().float(), self.rates, plan.codes[0], plan.tilt)
-        return decoders.cells.decode(weights)
+        return decoders.cells.decode(self.weights(code, plan, decoders.cells))
+
+    def weights(self, code: torch.Tensor, plan: AnchorPlan, cells: CellDecoder) -> torch.Tensor:
+        """Posterior mean counts [m] of noised counts [m]."""
+        return cells.weights(code.cpu().float(), self.rates, plan.codes[0], plan.tilt)
 
     def describe(self) -> str:
         plus, minus = self.rates
@@ -224,7 +230,7 @@ class HistogramSource:
         return bound, factor * bound, 0.0
 
 
-def prepare_source(plan: AnchorPlan, config: DPXAttnConfig) -> Source:
+def prepare_source(plan: AnchorPlan, config: DPXAttnConfig, decoders: Decoders) -> Source:
     """Fixes what is released at config.epsilon by the kind of `plan`. Public data only.
 
     Raises:
@@ -248,12 +254,20 @@ def prepare_source(plan: AnchorPlan, config: DPXAttnConfig) -> Source:
             RowQuantizer.from_tensors(torch.zeros(width), identity, codes, reach=span) for codes in plan.codes
         )
         return ResponseSource(response, encoder, quantizers, plan.codes, config.unit)
+    if plan.release == "mixed":
+        check_mixed(config)
+        histogram = _histogram(plan, config, Fraction(config.epsilon) * HISTOGRAM_SHARE)
+        return prepare_mixed(plan, config, decoders, histogram)
+    return _histogram(plan, config, Fraction(config.epsilon))
+
+
+def _histogram(plan: AnchorPlan, config: DPXAttnConfig, epsilon: Fraction) -> HistogramSource:
     quantizer = RowQuantizer.from_tensors(
         plan.center, plan.matrix.mT, plan.codes[0] - plan.bias, reach=plan.reach
     )
     symmetric = config.neighboring != NeighboringRelation.REPLACE_ONE.value
     histogram = prepare_geometric(
-        config.epsilon,
+        epsilon,
         cells=plan.codes.shape[1],
         unit=config.unit,
         neighboring=config.neighboring,
@@ -331,4 +345,4 @@ def prepare_anchors(
     if not plans:
         raise ConfigError(NO_CALIBRATION)
     plan = nearest_plan(plans, config.epsilon)
-    return PreparedAnchors(config, plan, decoders, prepare_source(plan, config))
+    return PreparedAnchors(config, plan, decoders, prepare_source(plan, config, decoders))

@@ -29,6 +29,7 @@ from ...privacy.continual import ContinualPlan, RunningSum, choose_factors
 from ...privacy.noise import sampling_distance
 from ...privacy.units import NeighboringRelation
 from ...report import Guarantee
+from ..anchors.mixed import MixedSource
 from ..anchors.plan import AnchorPlan, Decoders
 from ..anchors.release import HistogramSource, PreparedAnchors, ResponseSource, SumSource
 from ..anchors.rows import ContextRelease, ContextRows
@@ -349,6 +350,10 @@ def grow(prepared: Any, horizon: int, *, units: int | None = None) -> PreparedGr
         kernel = KernelSource(prepared)
         return _continual(config, horizon, kernel, prepared.calibrated, prepared.warnings)
     source, plan, decoders = prepared.source, prepared.plan, prepared.decoders
+    if isinstance(source, MixedSource):
+        raise ConfigError(
+            "A context that grows cannot be released as 'mixed' (counts beside a sum). Calibrate with releases=('histogram',) or ('sum',)."
+        )
     if isinstance(source, HistogramSource):
         counts = prepare_gaussian(
             config.epsilon,

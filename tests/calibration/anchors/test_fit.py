@@ -203,7 +203,7 @@ def test_long_contexts_may_be_read_through_reweighted_public_rows() -> None:
 
 
 def test_candidates_by_unit_and_relation() -> None:
-    assert candidates(config(), SETTINGS) == ("sum", "histogram")
+    assert candidates(config(), SETTINGS) == ("sum", "histogram", "mixed")
     assert candidates(config(unit="context"), SETTINGS) == ("sum", "response")
     assert candidates(config(unit="group", neighboring="add_or_remove_one"), SETTINGS) == ("sum",)
     with pytest.raises(ConfigError, match="possible: sum"):

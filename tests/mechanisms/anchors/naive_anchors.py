@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_dp_xattn.mechanisms.anchors.cells import CellDecoder, Tilt
+from hf_dp_xattn.mechanisms.anchors.move import RowMove
 from hf_dp_xattn.mechanisms.anchors.plan import AnchorPlan, Decoders, Quality
 from hf_dp_xattn.mechanisms.anchors.slots import SlotDecoder, SlotHead
 
@@ -131,12 +132,34 @@ def plan(
         codes=torch.randn(shape, generator=g),
         bound=2.0,
         share_plus=0.75,
-        noise={"sum": 2.0, "response": 0.5, "histogram": 0.0}[release] if noise is None else noise,
-        head=None if release == "histogram" else slot_head(),
+        noise={"sum": 2.0, "response": 0.5, "histogram": 0.0, "mixed": 0.0}[release]
+        if noise is None
+        else noise,
+        head=None if release in ("histogram", "mixed") else slot_head(),
         tilt=tilt() if joint else None,
         quality=QUALITY,
     )
 
 
-def decoders() -> Decoders:
-    return Decoders(slot_decoder(), cell_decoder())
+def row_move(seed: int = 8) -> RowMove:
+    g = gen(seed)
+    root = torch.randn(CODE, CODE, generator=g) * 0.1
+    return RowMove(
+        torch.tensor(0.4),
+        torch.randn(CELLS, CODE, generator=g) * 0.3,
+        torch.randn(CHANNELS, CODE, generator=g) * 0.05,
+        root @ root.mT + 0.01 * torch.eye(CODE),
+    )
+
+
+def naive_shift(move: RowMove, mean_code: torch.Tensor, weights: list[float], noise: float) -> torch.Tensor:
+    """Sum by sum, with an explicit inverse."""
+    code = sum(w * move.codes[c].double() for c, w in enumerate(weights)) / sum(weights)
+    moment = move.moment.double() + noise**2 * torch.eye(CODE, dtype=torch.float64)
+    told = torch.linalg.inv(moment) @ (mean_code.double() - code)
+    return torch.stack([sum(b * t for b, t in zip(row.double(), told, strict=True)) for row in move.cross])
+
+
+def decoders(release: str = "") -> Decoders:
+    """With a move of the anchors for a plan that uses one."""
+    return Decoders(slot_decoder(), cell_decoder(), row_move() if release == "mixed" else None)

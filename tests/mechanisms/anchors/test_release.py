@@ -38,10 +38,12 @@ def groups_for(unit: str) -> torch.Tensor | None:
     return GROUPS if unit == "group" else None
 
 
-@pytest.mark.parametrize("unit", ["row", "group", "context"])
-@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize(
+    ("release", "unit"),
+    [*((r, u) for r in RELEASES for u in ("row", "group", "context")), ("mixed", "row")],
+)
 def test_what_is_charged_covers_the_config(release: str, unit: str) -> None:
-    prepared = prepare_anchors(config(unit=unit), [plan(release)], decoders())
+    prepared = prepare_anchors(config(unit=unit), [plan(release)], decoders(release))
     assert epsilon_of(prepared.events, 1e-5) <= 4.0 * (1 + 1e-9)
     result = prepared.run_rows(rows(), groups=groups_for(unit), entropy=SeededEntropy(0))
     g = result.guarantee
@@ -129,12 +131,12 @@ def test_add_or_remove_hides_the_counts(release: str) -> None:
     assert guarantee.rows is None and guarantee.units is None
 
 
-@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("release", [*RELEASES, "mixed"])
 @pytest.mark.parametrize(
     "bad", [rows()[:0], rows()[:, :-1], rows().long(), rows().index_fill(0, torch.tensor([2]), math.nan)]
 )
 def test_bad_rows(release: str, bad: torch.Tensor) -> None:
-    prepared = prepare_anchors(config(), [plan(release)], decoders())
+    prepared = prepare_anchors(config(), [plan(release)], decoders(release))
     with pytest.raises((ConfigError, ContextError)):
         prepared.run_rows(bad, entropy=SeededEntropy(0))
 
