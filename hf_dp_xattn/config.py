@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -34,7 +35,7 @@ def _require_number(name: str, value: Any, *, low: float, high: float, open_low:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigError(f"{name} must be a number, got {type(value).__name__}.")
     bad_low = value <= low if open_low else value < low
-    if math.isnan(value) or bad_low or value >= high:
+    if not abs(value) <= sys.float_info.max or bad_low or value >= high:
         bracket = "(" if open_low else "["
         raise ConfigError(f"{name} must lie in {bracket}{low:g}, {high:g}), got {value!r}.")
 

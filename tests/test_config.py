@@ -40,6 +40,9 @@ def test_round_trip(tmp_path: Path) -> None:
         {"normalizer_floor": 0.0},
         {"schema_version": 2},
         {"temperature": 1.0},
+        {"epsilon": 10**400},
+        {"epsilon": float("inf")},
+        {"epsilon": float("nan")},
     ],
     ids=str,
 )

@@ -142,6 +142,10 @@ class ReleaseFile:
         return len(self.contexts)
 
     @property
+    def guarantees(self) -> tuple[Guarantee, ...]:
+        return tuple(c.guarantee for c in self.contexts)
+
+    @property
     def charges(self) -> tuple[Charges, ...]:
         return tuple(c.charges for c in self.contexts if c.charges is not None)
 

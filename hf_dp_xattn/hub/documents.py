@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -35,15 +36,33 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
+def _integer(text: str) -> int:
+    if len(text) > 19:  # beyond 64 bits
+        raise ValueError("a number is too large")
+    return int(text)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError("a number is too large")
+    return value
+
+
 def read_document(path: Path, error: type[DPXAttnError]) -> dict[str, Any]:
     """The JSON object in `path`.
 
     Raises:
-        error: there is no such file; it is not JSON (damaged, truncated), holds NaN or a key twice, or is no object.
+        error: there is no such file; it is not JSON (damaged, truncated), holds NaN, a number that no machine
+            holds, or a key twice, or is no object.
     """
     try:
         values = json.loads(
-            path.read_bytes().decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+            path.read_bytes().decode(),
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_no_constant,
+            parse_int=_integer,
+            parse_float=_float,
         )
     except FileNotFoundError:
         raise error(
