@@ -20,7 +20,7 @@ from .objective import Objective
 _SKETCH = 256
 _SAMPLE = 4096
 _COARSE = 16
-_GRID = (
+GRID = (
     0,
     1,
     2,
@@ -124,7 +124,7 @@ def fit_codebook(
     points = (sample - center) @ matrix.mT
     codes = kmeans(points, cells, seed=seed, progress=progress)
     quantizer = RowQuantizer.from_tensors(center, matrix.mT, codes, reach=reach)
-    support = torch.tensor([v for v in _GRID if v <= n], dtype=torch.float32)
+    support = torch.tensor([v for v in GRID if v <= n], dtype=torch.float32)
     counts = torch.zeros(contexts, cells, dtype=torch.uint8)
     sums, sizes = torch.zeros(cells, channels), torch.zeros(cells)
     block = max(1, 2**20 // n)

@@ -25,12 +25,11 @@ from ..identity import host_identity
 from ..rows import layer_specs
 from .attention import Serving, serving
 from .calibrate_documents import (
-    MEMBERS,
     QUERY_ROWS,
     DocumentReader,
     choose,
+    fit_documents_of,
     gather_documents,
-    releases_for,
     slots_for,
 )
 from .contexts import MASK, STATES, gather
@@ -68,7 +67,7 @@ def calibrate_seq2seq(
     """See `hosts.calibrate.calibrate`. Queries are those of `query_prompts` public documents, over `query_steps` sampled tokens, each
     text started by one of `questions` (decoder ids)."""
     settings = AnchorSettings(releases=tuple(releases), anchors=anchors, seed=seed, progress=progress)
-    if config.mechanism == "anchors":
+    if config.mechanism == "anchors" and (config.unit != "group" or "histogram" not in releases):
         candidates(config, settings)  # refuses what cannot be before minutes are spent on it
     layers = find_layers(model)
     starts = starts_of(model, questions)
@@ -193,7 +192,7 @@ def _calibrate_documents(
 ) -> Calibration | AnchorCalibration:
     """Contexts of documents that are encoded apart from each other, each document a unit."""
     untyped: dict[str, Any] = dict(layers)
-    width = queries * sum(layer.inner_dim for layer in untyped.values()) + MEMBERS * context_channels(model)
+    width = queries * sum(layer.inner_dim for layer in untyped.values())
     chosen = choose(model, public, width, memory_mb, seed)
     reader = DocumentReader(model, memory_mb // 4)
     generator = torch.Generator().manual_seed(seed)
@@ -205,20 +204,17 @@ def _calibrate_documents(
     gains = [layer.output_gain() for layer in layers.values()]
     if config.mechanism == "anchors":
         probes = [_probe(*parts) for parts in zip(layers.values(), found, gains, strict=True)]
-        contexts = gather_documents(reader, chosen, probes, seed=seed, progress=progress)
-        documents = contexts.units.shape[1]
-        schedule = slots_for(slot_schedule(untyped, contexts.whole.shape[1], steps, seed), documents)
+        gathered = gather_documents(reader, chosen, probes, seed=seed, progress=progress)
+        contexts = gathered.contexts
+        schedule = slot_schedule(untyped, contexts.whole.shape[1], steps, seed)
         with torch.enable_grad():
-            return fit_anchors(
+            return fit_documents_of(
                 config,
-                contexts,
+                gathered,
                 Objective(probes, torch.zeros(0, contexts.whole.shape[-1])),
                 host_identity(untyped, model.dtype, None),
-                grouping="rows",
                 epsilons=epsilons,
-                settings=dataclasses.replace(
-                    settings, slots=schedule, releases=releases_for(settings.releases, documents)
-                ),
+                settings=dataclasses.replace(settings, slots=slots_for(schedule, contexts.units.shape[1])),
             )
     groups = []
     for context in chosen:
@@ -295,9 +291,14 @@ def sample_queries(
                 logits = forward(model, states, ids, use_cache=False).logits[:, -1]
                 chances = logits.float().softmax(-1).cpu()
                 ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator).to(ids)], dim=1)
+    # after a question what counts is where its answer is read: its last word, and the answer's
+    first = [lengths[i % len(lengths)] - 1 for i in range(len(contexts))]
     found = []
     for layer in layers.values():
-        parts = [q[..., : q.shape[-1] - layer.padding] for q in state.queries[layer.module]]
+        parts = [
+            q.unflatten(2, (-1, at + steps))[..., at:, : q.shape[-1] - layer.padding].flatten(2, 3)
+            for q, at in zip(state.queries[layer.module], first, strict=True)
+        ]
         flat = torch.cat([q.transpose(0, 1).flatten(1, 2) for q in parts], dim=1)
         keep = torch.randperm(flat.shape[1], generator=generator)[:count]
         found.append(flat[:, keep.to(flat.device)].to("cpu", torch.float32))

@@ -8,11 +8,11 @@ r"""`anchors`: one release of the context's rows for all layers and heads, decod
 * **histogram** (A, C): counts over public cells with geometric noise, `histogram.py`;
 * **mixed**: such counts, and a sum beside them, `mixed.py`.
 
-*Formal guarantee.* **Released:** that y, and nothing else. **Unit:** a row; or a group or the context, which enters `sum` and `response`
-as ONE row, the mean of its rows (an exact function of the unit alone, `pool`), and `histogram` with its clipped count vector; `mixed` is
-for rows. **Neighbouring relation:** replace_one, or add_or_remove_one for sum and histogram (`response` answers once for each unit and
-`mixed` reads a mean, so both need a public number of units and are refused by name). **Sensitivity, noise, theorem:** stated in the
-modules. Decoding, pruning and all attention is post-processing.
+*Formal guarantee.* **Released:** that y, and nothing else. **Unit:** a row; or a group or the context, which enters as ONE row, the
+mean of its rows (an exact function of the unit alone, `pool`); `mixed` is for rows. **Neighbouring relation:** replace_one, or
+add_or_remove_one for sum and histogram (`response` answers once for each unit and `mixed` reads a mean, so both need a public number of
+units and are refused by name). **Sensitivity, noise, theorem:** stated in the modules. Decoding, pruning and all attention is
+post-processing.
 """
 
 from __future__ import annotations
@@ -181,11 +181,12 @@ class ResponseSource:
 
 @dataclass(frozen=True, eq=False)
 class HistogramSource:
-    """Releases A and C: noised counts of public cells."""
+    """Releases A and C: noised counts of the public cells that units fall into, by their mean rows."""
 
     prepared: PreparedHistogram
     quantizer: RowQuantizer
     noise: GeometricNoise
+    unit: str = "row"
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -198,7 +199,8 @@ class HistogramSource:
         return float(self.noise.rate_plus) * scale, float(self.noise.rate_minus) * scale
 
     def code(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy) -> torch.Tensor:
-        released = self.prepared.release(self.quantizer.cells(rows), groups=groups, entropy=entropy)
+        cells = self.quantizer.cells(pool(rows, self.unit, groups))
+        released = self.prepared.release(cells, entropy=entropy)
         return self.prepared.counts(released)
 
     def decode(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
@@ -212,15 +214,10 @@ class HistogramSource:
 
     def describe(self) -> str:
         plus, minus = self.rates
-        unit = self.prepared.unit.value
-        clipped = (
-            ""
-            if unit == "row"
-            else f", each {unit}'s counts clipped to l1 norm {self.prepared.bound * 2.0**-self.prepared.exponent:.4g}"
-        )
+        what = "" if self.unit == "row" else f", into one of which each {self.unit} falls by its mean row,"
         return (
-            f"the counts of {self.prepared.cells} public cells with two-sided geometric noise (rates {plus:.4g} up, {minus:.4g} down)"
-            f"{clipped} (pure epsilon; delta is not used)"
+            f"the counts of {self.prepared.cells} public cells{what} with two-sided geometric noise (rates {plus:.4g} up, {minus:.4g} "
+            "down) (pure epsilon; delta is not used)"
         )
 
     @property
@@ -269,13 +266,13 @@ def _histogram(plan: AnchorPlan, config: DPXAttnConfig, epsilon: Fraction) -> Hi
     histogram = prepare_geometric(
         epsilon,
         cells=plan.codes.shape[1],
-        unit=config.unit,
+        unit="row",  # a pooled unit is one row to it
         neighboring=config.neighboring,
-        group_bound=1 if config.unit == "row" else plan.bound,
+        group_bound=1,
         share_plus=Fraction(1, 2) if symmetric else Fraction(plan.share_plus),
     )
     assert isinstance(histogram.noise, GeometricNoise)
-    return HistogramSource(histogram, quantizer, histogram.noise)
+    return HistogramSource(histogram, quantizer, histogram.noise, config.unit)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,181 @@
+r"""Histogram of documents: each falls into one public cell by its mean row, and each cell is served as rows of public documents like it.
+
+*Metric.* Two documents are alike when they move the attention outputs alike. Adding a document with rows r to a context of outputs o(q) and
+log normalisers l(q) moves o(q), to first order, by its *influence*
+
+    g(q) = sum_r exp(q.k_r - l(q)) (v_r - o(q)),
+
+stacked over layers, heads and public queries, randomly projected (Johnson-Lindenstrauss), brought to about one length (g / (|g| + median
+|g|): a few large influences would hide the others), and predicted from the document's mean row by ridge regression. Cells are k-means of the predictions, so wording that no query reads splits no cell, and documents that no query reads
+share one.
+
+*Rows.* A cell stands for the most attended rows of the public documents nearest to its centre.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ...config import DPXAttnConfig
+from ...mechanisms.anchors.cells import CellDecoder
+from ...mechanisms.anchors.plan import AnchorPlan, Decoders, Quality
+from ...mechanisms.anchors.release import prepare_anchors
+from ...mechanisms.quantizer import RowQuantizer
+from ...privacy.bits import SeededEntropy
+from .cells_fit import GRID, Codebook, choose_share, log_prior
+from .kmeans import assign, kmeans
+from .objective import LayerProbe, Objective, fvu, fvu_interval
+from .slots_fit import PublicContexts
+
+CELLS = 192
+QUERIES = 64  # of each layer, for the metric
+DIMENSIONS = 64
+DOCUMENTS_OF_A_CELL, ROWS_OF_A_DOCUMENT = 8, 2
+_SKETCH = 256
+_CHUNK = 256
+_LARGEST_LOGIT = (
+    0.0  # of one row beyond a whole context's normaliser: no document counts for more than a context
+)
+_RIDGE = 1e-2
+
+
+@torch.no_grad()
+def influences(
+    probes: Sequence[LayerProbe],
+    outputs: Sequence[torch.Tensor],
+    normalizers: Sequence[torch.Tensor],
+    rows: torch.Tensor,
+    mask: torch.Tensor,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sketched influences [D, S] of documents of rows [D, L, C], mask [D, L], and the attention [D, L] that each row gets.
+
+    outputs [H, m, dv], normalizers [H, m]: of a typical public context, per layer.
+    """
+    sketch, mass = torch.zeros(len(rows), _SKETCH), torch.zeros(mask.shape)
+    for probe, out, normalizer in zip(probes, outputs, normalizers, strict=True):
+        pick = torch.randperm(probe.queries.shape[1], generator=generator)[:QUERIES]
+        q, o, level = probe.queries[:, pick], out[:, pick].float(), normalizer[:, pick]
+        gain = probe.gain.float().sqrt()[:, None, None]
+        scale = float((o * gain).square().sum().sqrt().clamp_min(1e-9))
+        mix = torch.randn(o.numel(), _SKETCH, generator=generator) / (_SKETCH**0.5 * scale)
+        for start in range(0, len(rows), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            key, value = probe.project(rows[part].float())
+            logits = q @ key.mT * probe.scale - level.unsqueeze(-1)  # [D, H, m, L]
+            weights = logits.clamp_max(_LARGEST_LOGIT).exp() * mask[part, None, None]
+            moved = weights @ value - weights.sum(-1, keepdim=True) * o
+            sketch[part] += (moved * gain).flatten(1) @ mix
+            mass[part] += weights.sum((1, 2))
+    return sketch, mass
+
+
+@torch.no_grad()
+def fit_documents(
+    contexts: PublicContexts,
+    means: torch.Tensor,
+    sketch: torch.Tensor,
+    mass: torch.Tensor,
+    rows: torch.Tensor,
+    *,
+    cells: int,
+    seed: int,
+) -> Codebook:
+    """Codebook, priors and served rows, from public documents: their means [D, C], influences [D, S], attention [D, L] and rows [D, L, C].
+
+    Raises:
+        ConfigError: too few distinct documents for so many cells.
+    """
+    center = means.mean(0)
+    centred = means - center
+    reach = 4.0 * centred.abs().amax(0).clamp_min(1e-6)
+    length = torch.linalg.vector_norm(sketch, dim=1, keepdim=True)
+    sketch = sketch / (length + length.median()).clamp_min(1e-12)
+    ridge = _RIDGE * float(centred.square().mean()) * len(means)
+    gram = centred.mT @ centred + ridge * torch.eye(means.shape[1])
+    linear = torch.linalg.solve(gram, centred.mT @ (sketch - sketch.mean(0)))
+    left, values, _ = torch.linalg.svd(linear, full_matrices=False)
+    p = min(DIMENSIONS, len(values))
+    matrix = (left[:, :p] * values[:p]).mT.contiguous()
+    matrix = matrix / (centred @ matrix.mT).square().sum(-1).mean().sqrt().clamp_min(1e-12)
+    points = centred @ matrix.mT
+    codes = kmeans(points, cells, seed=seed, per_cell=1)
+    quantizer = RowQuantizer.from_tensors(center, matrix.mT, codes, reach=reach)
+    n = contexts.units.shape[1]
+    support = torch.tensor([v for v in GRID if v <= n], dtype=torch.float32)
+    counts = torch.zeros(len(contexts), cells, dtype=torch.uint8)
+    for i in range(len(contexts)):
+        index = quantizer.cells(contexts.units[i][contexts.mask[i]].float())
+        number = torch.bincount(index, minlength=cells)
+        counts[i] = (torch.bucketize(number.float(), support, right=True) - 1).to(torch.uint8)
+    members = _members(points, codes, mass, rows)
+    decoder = CellDecoder(
+        members, torch.zeros(cells, dtype=torch.int64), support, log_prior(counts, len(support)), cells
+    )
+    return Codebook(center, reach, matrix, codes, decoder, counts, members)
+
+
+def _members(
+    points: torch.Tensor, codes: torch.Tensor, mass: torch.Tensor, rows: torch.Tensor
+) -> torch.Tensor:
+    """[m, a, C] the most attended rows of the documents of each cell that lie nearest to its centre (again and again where there are
+    few)."""
+    cell, distance = assign(points, codes)
+    best = mass.topk(ROWS_OF_A_DOCUMENT, dim=1).indices
+    attended = rows.float().gather(1, best.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))  # [D, rows, C]
+    found = []
+    for j in range(len(codes)):
+        own = (cell == j).nonzero()[:, 0]
+        if not len(own):  # a cell that only rounding filled
+            own = (points - codes[j]).square().sum(-1).argmin().unsqueeze(0)
+        own = own[distance[own].argsort()]
+        # one of many times the same document tells no more than itself
+        spread = own[torch.linspace(0, len(own) - 1, DOCUMENTS_OF_A_CELL).round().long()]
+        found.append(attended[spread].flatten(0, 1))
+    return torch.stack(found)
+
+
+def document_plans(
+    config: DPXAttnConfig,
+    book: Codebook,
+    validation: PublicContexts,
+    objective: Objective,
+    epsilons: Sequence[float],
+    seed: int,
+) -> list[AnchorPlan]:
+    """One plan for each epsilon, judged by real releases (seeded noise) of public contexts that nothing was fitted to."""
+    symmetric = config.neighboring != "replace_one"
+    plans = []
+    for epsilon in epsilons:
+        share = choose_share(book, epsilon, symmetric=symmetric, seed=seed)
+        plan = AnchorPlan(
+            epsilon=epsilon,
+            release="histogram",
+            center=book.center,
+            reach=book.reach,
+            matrix=book.matrix,
+            bias=torch.zeros(book.matrix.shape[0]),
+            codes=book.codes.unsqueeze(0),
+            bound=1.0,
+            share_plus=share,
+            noise=0.0,
+            head=None,
+            tilt=None,
+            quality=Quality(1.0, 1.0, 1.0, 0),
+        )
+        # the units are mean rows already
+        prepared = prepare_anchors(
+            config.replace(epsilon=epsilon, unit="row"), [plan], Decoders(None, book.decoder)
+        )
+        decoded = []
+        for i in range(len(validation)):
+            units = validation.units[i][validation.mask[i]].float()
+            context = prepared.run_rows(units, entropy=SeededEntropy(1_000_003 + i)).context
+            decoded.append((context.rows, context.log_weights))
+        errors, variances = objective.measure(validation.whole.float(), decoded, outputs=validation.outputs)
+        low, high = fvu_interval(errors, variances)
+        quality = Quality(fvu(errors, variances), low, high, len(validation))
+        plans.append(AnchorPlan(**{**plan.__dict__, "quality": quality}))
+    return plans
