@@ -10,6 +10,7 @@ Only behaviours that are not held out are ever seen.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from dataclasses import dataclass
@@ -183,6 +184,8 @@ def main() -> None:
     model = train(args)
     model.half().save_pretrained(args.model)
     build_tokenizer().save_pretrained(args.model)
+    told = {"steps": args.steps, "minutes": round(time.process_time() / 60)}
+    (args.model / "training.json").write_text(json.dumps(told) + "\n")
 
 
 if __name__ == "__main__":
