@@ -1,4 +1,8 @@
-"""Part c: contexts of k captions' rows side by side (n = 76 k), a small `anchors` calibration for each n, FVU at others' queries."""
+"""Part c: contexts of k captions' rows side by side (n = 76 k), a small `anchors` calibration for each n, FVU at others' queries.
+
+Two kinds of contexts: of held-out captions, whose combinations no public caption has ("unlike": at large n their mean differs from every
+public context's), and for `anchors` also of captions like the public ones ("like": fresh, from the same distribution).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Any
 
 import torch
 from shapes.private import config
-from shapes.scenes import heldout_examples
+from shapes.scenes import heldout_examples, train_examples
 from tqdm.auto import tqdm
 
 from hf_dp_xattn.calibration.anchors.calibration import AnchorCalibration
@@ -25,23 +29,31 @@ Part = dict[str, Any]
 _PUBLIC_ROWS = 1_200_000  # rows of all public contexts of one n, at most: bounds memory
 _MOST, _LEAST = 4000, 160
 _BATCH_ROWS = 12_000  # rows of one training batch
+_LONG = 1000  # rows from which no decoder is trained: histograms, alone or with a sum beside them
+_LONG_PUBLIC_ROWS, _LONG_LEAST = 600_000, 144
+_LONG_CELLS = 4  # times fewer cells
+_LIKE = 24  # public-like contexts
 _SEED = 3000
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How a calibration for n rows is fitted: fewer and smaller batches where each takes longer."""
+    """How a calibration for n rows is fitted: cheaper candidates where each step takes longer."""
 
     contexts: int
     batch: int
-    layers: int
-    steps: int
+    cells: int
+    validation: int
+    releases: tuple[str, ...]
 
     @classmethod
-    def of(cls, n: int, steps: int) -> Effort:
-        contexts = max(_LEAST, min(_MOST, _PUBLIC_ROWS // n))
-        batch = max(8, min(48, _BATCH_ROWS // n))
-        return cls(contexts, batch, 3 if n < 1000 else 2, steps if n < 2000 else max(10, steps // 3))
+    def of(cls, n: int, cells: int) -> Effort:
+        if n < _LONG:
+            contexts = max(_LEAST, min(_MOST, _PUBLIC_ROWS // n))
+            batch = max(8, min(48, _BATCH_ROWS // n))
+            return cls(contexts, batch, cells, 400, ("sum", "histogram", "mixed"))
+        contexts = max(_LONG_LEAST, _LONG_PUBLIC_ROWS // n)
+        return cls(contexts, 8, cells // _LONG_CELLS, 24, ("histogram", "mixed"))
 
 
 def side_by_side(setting: Setting, rows: torch.Tensor, k: int, count: int, seed: int) -> torch.Tensor:
@@ -63,13 +75,18 @@ def fit(setting: Setting, k: int) -> AnchorCalibration:
     """`anchors` for contexts of k captions, from public captions only."""
     sizes = setting.sizes
     n = k * setting.public.shape[1]
-    effort = Effort.of(n, sizes.length_steps)
+    effort = Effort.of(n, sizes.length_cells)
     count = effort.contexts if sizes.public >= 1000 else 80
     whole = side_by_side(setting, setting.public, k, count, LENGTHS_SEED)
     units = whole[:, len(setting.first) :]
-    slots = SlotSettings(batch=effort.batch, layers=effort.layers, steps=effort.steps, queries=16)
+    slots = SlotSettings(batch=effort.batch, layers=3, steps=sizes.length_steps, queries=16)
     settings = AnchorSettings(
-        releases=("sum", "histogram"), anchors=sizes.length_cells, tilt_steps=200, slots=slots, progress=False
+        releases=effort.releases,
+        anchors=effort.cells,
+        tilt_steps=200 if n < _LONG else 60,
+        validation=effort.validation,
+        slots=slots,
+        progress=False,
     )
     return fit_anchors(
         config(8.0),
@@ -100,38 +117,66 @@ def measure_lengths(setting: Setting) -> Iterator[Part]:
             setting.public, setting.public_objective, sizes.anchors[-1]
         ),
     }
-    part: Part = {"lines": [], "plans": [], "query_source": "single captions' drawings"}
+    part: Part = {"lines": [], "plans": [], "choices": [], "query_source": "single captions' drawings"}
     for k in tqdm(sizes.lengths, desc="c: number of rows"):
         captions = [e.caption for e in heldout_examples(sizes.length_contexts * k, LENGTHS_SEED)]
         whole = side_by_side(
             setting, setting.private_rows(setting.encode(captions)), k, sizes.length_contexts, LENGTHS_SEED
         )
-        private = setting.private_rows(whole)
-        against = Judge(probes, whole)
-        n = private.shape[1]
+        familiar = [e.caption for e in train_examples(min(_LIKE, sizes.length_contexts) * k, LENGTHS_SEED)]
+        alike = side_by_side(
+            setting,
+            setting.private_rows(setting.encode(familiar)),
+            k,
+            min(_LIKE, sizes.length_contexts),
+            LENGTHS_SEED,
+        )
+        judges = {kind: Judge(probes, rows) for kind, rows in (("unlike", whole), ("like", alike))}
+        rows_of = {kind: setting.private_rows(rows) for kind, rows in (("unlike", whole), ("like", alike))}
+        private, n = rows_of["unlike"], rows_of["unlike"].shape[1]
 
-        def add(name: str, epsilon: float | None, released: list[Released], k: int = k, n: int = n) -> None:
-            summary = against.summary([against.errors(released)])["other"]  # noqa: B023
+        def add(
+            name: str,
+            epsilon: float | None,
+            released: list[Released],
+            kind: str = "unlike",
+            k: int = k,
+            n: int = n,
+        ) -> None:
+            against = judges[kind]  # noqa: B023
+            summary = against.summary([against.errors(released)])["other"]
             part["lines"].append(
-                {"method": name, "epsilon": epsilon, "captions": k, "rows": n, "contexts": len(released)}
+                {
+                    "method": name,
+                    "kind": kind,
+                    "epsilon": epsilon,
+                    "captions": k,
+                    "rows": n,
+                    "contexts": len(released),
+                }
                 | {key: summary[key] for key in ("fvu", "low", "high")}
             )
 
         mean = MeanOutput(setting, _public(setting, k))
-        add("public_mean", None, [mean] * len(private))
+        for kind, rows in rows_of.items():
+            add("public_mean", None, [mean] * len(rows), kind)
         yield part
         calibration = fit(setting, k)
         part["plans"] += [
             {"captions": k, "epsilon": p.epsilon, "release": p.release, "fvu": round(p.quality.fvu, 4)}
             for p in calibration.plans
         ]
+        part["choices"] += [{"captions": k, **choice} for choice in calibration.settings["mixed"]]
         for epsilon in sizes.length_epsilons:
             prepared = calibration.prepare(config(epsilon))
-            contexts = [
-                prepared.run_rows(rows, entropy=SeededEntropy(_SEED + i)).context
-                for i, rows in enumerate(private)
-            ]
-            add("anchors", epsilon, [RowsReleased(setting, c.rows, c.log_weights) for c in contexts])
+            for kind, of_kind in rows_of.items():
+                contexts = [
+                    prepared.run_rows(rows, entropy=SeededEntropy(_SEED + i)).context
+                    for i, rows in enumerate(of_kind)
+                ]
+                add(
+                    "anchors", epsilon, [RowsReleased(setting, c.rows, c.log_weights) for c in contexts], kind
+                )
             for name, method in baselines.items():
                 rows = blockwise(method, private, epsilon, _SEED)
                 add(name, epsilon, [RowsReleased(setting, r) for r in rows])

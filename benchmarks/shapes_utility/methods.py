@@ -21,6 +21,7 @@ from .setting import Setting, draw
 
 TITLES = {
     "anchors": "anchors",
+    "anchors_like": "anchors, public-like contexts",
     "anchors_group": "anchors, unit = phrase",
     "anchors_context": "anchors, unit = prompt",
     "kernel_sum": "kernel_sum",

@@ -19,6 +19,7 @@ from .methods import title
 # Okabe and Ito's colours, told apart by colour-blind readers; markers repeat the distinction
 STYLES = {
     "anchors": ("#0072B2", "o"),
+    "anchors_like": ("#009E73", "s"),
     "anchors_context": ("#D55E00", "D"),
     "anchors_group": ("#009E73", "s"),
     "kernel_sum": ("#CC79A7", "^"),
@@ -149,6 +150,11 @@ def plot_attributes(lines: Sequence[Line], path: Path, note: str) -> None:
     _save(figure, path)
 
 
+def _named_by_kind(v: Line) -> Line:
+    """Contexts like the public ones are a series of their own."""
+    return {**v, "method": f"{v['method']}_like"} if v.get("kind") == "like" else v
+
+
 def plot_lengths(lines: Sequence[Line], path: Path, note: str) -> None:
     """FVU against n, one panel per epsilon."""
     epsilons = sorted({v["epsilon"] for v in lines if v["epsilon"] is not None})
@@ -163,11 +169,17 @@ def plot_lengths(lines: Sequence[Line], path: Path, note: str) -> None:
     for axes, epsilon in zip(panels[0], epsilons, strict=True):
         ends = _series(
             axes,
-            [v for v in lines if v["epsilon"] == epsilon],
+            [_named_by_kind(v) for v in lines if v["epsilon"] == epsilon],
             "rows",
             lambda v: (v["fvu"], v["low"], v["high"]),
         )
         axes.axhline(1.0, color="gray", linestyle=":", linewidth=1)
+        mean = sorted(
+            (v["rows"], v["fvu"]) for v in lines if v["method"] == "public_mean" and v.get("kind") != "like"
+        )
+        if mean:
+            axes.plot(*zip(*mean, strict=True), color="gray", linestyle="--", linewidth=1)
+            ends.append((*mean[-1], title("public_mean"), "gray"))
         rows = sorted({v["rows"] for v in lines})
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -185,7 +197,7 @@ def plot_lengths(lines: Sequence[Line], path: Path, note: str) -> None:
     panels[0][0].set_yticks(ticks, [f"{t:g}" for t in ticks])
     panels[0][0].minorticks_off()
     panels[0][0].set_ylabel(f"FVU, {QUERY_WORDS['other']}")
-    ends.append((1.0, 1.0, "public mean only", "gray"))
+    ends.append((1.0, 1.0, "these contexts' own mean", "gray"))
     _labels(panels[0][-1], ends, 0.075)
     figure.suptitle(note, fontsize=9)
     _save(figure, path)
