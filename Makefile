@@ -5,11 +5,12 @@ STAMP := $(VENV)/.installed
 # One thread per process where several run side by side: more only fight for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),2) --dist loadfile -q
 
-.PHONY: demo test test-slow lint format install bench utility calibrations clean help
+.PHONY: demo test test-slow lint format install bench utility calibrations docs clean help
 
 help:
 	@echo "make demo       draw a private prompt at several epsilons and print the privacy report"
 	@echo "make test       all fast tests      make test-slow  the long ones      make lint  ruff and mypy"
+	@echo "make docs       the site, in out/site"
 	@echo "make utility    tables and plots of utility     make bench  times      make calibrations  the shipped ones"
 
 install: $(STAMP)
@@ -51,6 +52,10 @@ calibrations: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py --out docs/benchmarks
 	$(BIN)/python tools/readme_tables.py
+
+docs: $(STAMP)
+	$(BIN)/python docs/assets/draw.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

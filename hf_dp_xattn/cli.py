@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .commands import plan, push, release, report
+from .commands import calibrate, generate, plan, push, release, report
 from .errors import DPXAttnError
 
-COMMANDS = (plan, release, report, push)
+COMMANDS = (plan, calibrate, release, generate, report, push)
 BAD_INPUT = 2  # argparse's own code for a wrong usage, too
 _DESCRIPTION = """\
 Differentially private attention for Hugging Face models: a private context is released once as a noised structure, and every layer,
@@ -20,6 +20,7 @@ _EPILOG = """\
 start here:
   hf-dp-xattn plan ./my-calibration --want-fvu 0.5    what would it cost to be useful? (spends nothing)
   hf-dp-xattn release ./my-pipeline --help            release a private context once; it is never an argument, and the help says why
+  hf-dp-xattn generate ./my-pipeline --release ./release --out a.png    draw from it, as often as you like
   hf-dp-xattn report ./release                        what does this release promise?
   hf-dp-xattn COMMAND --help                          options and examples of a command
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,15 +46,11 @@ def protected_model(args: argparse.Namespace, ledger: Ledger) -> Any:
         ConfigError: options that contradict a protection which is there, or none that say how to protect. UnsupportedModelError: see
             `protect`.
     """
-    import torch
-
     from ..hosts.protect import handle_of, protect
     from ..hosts.restoring import from_pretrained
     from ..hosts.saving import FOLDER
 
-    dtype = getattr(torch, args.dtype, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ConfigError(f"--dtype must be a floating-point type of torch, got {args.dtype!r}.")
+    dtype = parse_dtype(args.dtype)
     given = [name for name in ("config", *SETTINGS, "calibration") if getattr(args, name) is not None]
     if (Path(args.model) / FOLDER).is_dir():
         if given:
@@ -68,6 +65,16 @@ def protected_model(args: argparse.Namespace, ledger: Ledger) -> Any:
 
         calibration = Calibration.from_pretrained(args.calibration)
     return protect(load_plain(args.model, dtype), config, calibration=calibration, ledger=ledger)
+
+
+def parse_dtype(name: str) -> Any:
+    """A floating-point type of torch. Raises ConfigError."""
+    import torch
+
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"--dtype must be a floating-point type of torch, got {name!r}.")
+    return dtype
 
 
 def _config(args: argparse.Namespace, given: list[str]) -> DPXAttnConfig:
@@ -126,27 +133,37 @@ def release_text(handle: Any, args: argparse.Namespace, text: str) -> Any:
         return handle.release(text, groups="phrases" if handle.config.unit == "group" else None)
     if handle.config.unit == "group":
         raise ConfigError("On the command line a text is one sequence: use --unit row or --unit context.")
-    ids, start = _tokens(args.model, text)
+    ids, start = tokenize(args.model, text)
     if isinstance(handle, ProtectedSeq2Seq):
         return handle.release(input_ids=ids, attention_mask=ids.new_ones(ids.shape))
     return handle.release(ids, public_head=start)
 
 
-def _tokens(name: str, text: str) -> tuple[Any, int]:
+def tokenize(name: str, text: str) -> tuple[Any, int]:
     """ids [1, n], and how many of them at the start are the same for every text."""
-    from transformers import AutoTokenizer
-
     from ..errors import ContextError
     from ..hosts.text import without_length_warning
 
+    tokenizer = load_tokenizer(name)
+    with without_length_warning(tokenizer):
+        ids = tokenizer([text], return_tensors="pt").input_ids
+    if ids.shape[1] > tokenizer.model_max_length:
+        raise ContextError("A text has more tokens than the model takes; nothing was spent.")
+    return ids, int(ids[0, 0] == tokenizer.bos_token_id) if tokenizer.bos_token_id is not None else 0
+
+
+@functools.lru_cache(maxsize=1)
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer beside a model of transformers.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoTokenizer
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"There is no tokenizer beside the model ({type(error).__name__}); save one there."
         ) from None
-    with without_length_warning(tokenizer):
-        ids = tokenizer([text], return_tensors="pt").input_ids
-    if ids.shape[1] > tokenizer.model_max_length:
-        raise ContextError("The private context has more tokens than the model takes; nothing was spent.")
-    return ids, int(ids[0, 0] == tokenizer.bos_token_id) if tokenizer.bos_token_id is not None else 0

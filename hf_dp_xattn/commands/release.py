@@ -59,24 +59,13 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the release and prints its report; 1 where the ledger refuses."""
-    from ..hosts.storage import JSON_NAME
     from ..privacy.ledger import Ledger
 
-    out = Path(args.out)
-    if (out / JSON_NAME).exists():
-        raise ConfigError(
-            f"There is a release in {out.name!r} already; choose a new folder. Nothing was spent."
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{out.name!r} cannot be made ({type(error).__name__}). Nothing was spent."
-        ) from None
+    out = new_folder(Path(args.out))
     text = read_private_text(args.prompt_file)
-    _say(args, "loading the model")
+    say(args, "loading the model")
     handle = protected_model(args, Ledger(args.ledger))
-    _say(args, "releasing")
+    say(args, "releasing")
     try:
         release = release_text(handle, args, text)
     except BudgetExceededError as error:
@@ -91,6 +80,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _say(args: argparse.Namespace, what: str) -> None:
+def new_folder(out: Path) -> Path:
+    """Makes the folder of a release.
+
+    Raises:
+        ConfigError: it holds a release already, or cannot be made.
+    """
+    from ..hosts.storage import JSON_NAME
+
+    if (out / JSON_NAME).exists():
+        raise ConfigError(
+            f"There is a release in {out.name!r} already; choose a new folder. Nothing was spent."
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{out.name!r} cannot be made ({type(error).__name__}). Nothing was spent."
+        ) from None
+    return out
+
+
+def say(args: argparse.Namespace, what: str) -> None:
+    """Progress on stderr, unless a program reads along."""
     if not args.json:
         print(f"{what} ...", file=sys.stderr, flush=True)

@@ -1,0 +1,97 @@
+"""`hf-dp-xattn calibrate`: public lines in, a calibration that `protect` takes out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hf_dp_xattn as dpx
+from hf_dp_xattn.cli import main
+from hf_dp_xattn.commands.models import load_plain, parse_dtype
+
+from .conftest import WORDS
+
+SMALL = ["--epsilons", "8", "--steps", "4"]
+PAIRS = [f"{a} {b}, {c}" for a, b, c in itertools.product(WORDS, WORDS[:4], WORDS[:3])]  # 72 lines
+TEXTS = [" ".join(p) for p in itertools.product(WORDS, WORDS, WORDS[:2])]  # 72 lines of 3 words
+
+
+def file_of(folder: Path, lines: list[str]) -> str:
+    path = folder / "public.txt"
+    path.write_text("\n".join(["", *lines, "  "]) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("model", "lines", "more"),
+    [
+        ("plain", PAIRS, ["--unit", "context", "--releases", "sum"]),
+        ("plain", PAIRS, ["--unit", "group", "--releases", "sum", "response"]),
+        ("bart", TEXTS, ["--mechanism", "kernel_sum", "--length", "3"]),
+        ("llama", TEXTS, ["--mechanism", "kernel_sum", "--questions", "public.txt"]),
+    ],
+    ids=lambda x: x if isinstance(x, str) else " ".join(x) if len(x) < 10 else "",
+)
+def test_each_kind_of_host(
+    model: str, lines: list[str], more: list[str], models_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    public = file_of(tmp_path, lines)
+    more = [public if x == "public.txt" else x for x in more]
+    folder, out = str(models_folder / model), tmp_path / "made"
+    assert main(["calibrate", folder, "--public", public, "--out", str(out), *SMALL, *more, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["contexts"] == 72 and [p["epsilon"] for p in values["plans"]] == [8.0]
+    assert all(p["fvu"] > 0 for p in values["plans"])
+    calibration = dpx.Calibration.from_pretrained(out)
+    unit = calibration.unit if hasattr(calibration, "unit") else "row"
+    assert unit == values["unit"]
+    mechanism = "kernel_sum" if "kernel_sum" in more else "anchors"
+    config = dpx.DPXAttnConfig(mechanism=mechanism, epsilon=8.0, unit=unit)
+    with dpx.protect(load_plain(folder, parse_dtype("float32")), config, calibration=calibration) as handle:
+        assert handle.calibration is calibration
+    assert (out / "README.md").is_file()
+    assert main(["report", str(out)]) == 0
+
+
+def test_what_people_read(models_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    start = ["calibrate", str(models_folder / "plain"), "--public", file_of(tmp_path, PAIRS)]
+    out = str(tmp_path / "made")
+    assert main([*start, "--out", out, *SMALL, "--releases", "sum"]) == 0
+    shown = capsys.readouterr().out
+    assert "epsilon 8: sum, fvu" in shown and out in shown
+    assert main([*start, "--out", out, *SMALL]) == 2
+    assert "choose a new one" in capsys.readouterr().err
+
+
+BAD: dict[str, tuple[str, list[str], list[str], str]] = {
+    "no lines": ("plain", [], [], "holds no text"),
+    "few lines": ("plain", PAIRS[:5], [], "at least 64"),
+    "no length": ("bart", TEXTS, [], "--length"),
+    "too long": ("bart", TEXTS, ["--length", "9"], "lower --length"),
+    "length of a picture": ("plain", PAIRS, ["--length", "3"], "encoder-decoder"),
+    "questions of a picture": ("plain", PAIRS, ["--questions", "public.txt"], "decoder-only"),
+    "groups of one text": ("llama", TEXTS, ["--unit", "group"], "--unit"),
+    "a bad epsilon": ("plain", PAIRS, ["--epsilons", "-1"], "epsilon"),
+    "a bad type": ("plain", PAIRS, ["--dtype", "int8"], "--dtype"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str, models_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    model, lines, more, expected = BAD[name]
+    public, out = file_of(tmp_path, lines), tmp_path / "made"
+    more = [public if x == "public.txt" else x for x in more]
+    code = main(["calibrate", str(models_folder / model), "--public", public, "--out", str(out), *more])
+    err = capsys.readouterr().err
+    assert code == 2 and expected in err and "Traceback" not in err
+    assert not out.exists()
+
+
+def test_a_file_that_is_not_there(models_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    start = ["calibrate", str(models_folder / "plain"), "--out", str(tmp_path / "made")]
+    assert main([*start, "--public", str(tmp_path / "nothing")]) == 2
+    assert "--public takes the name" in capsys.readouterr().err
