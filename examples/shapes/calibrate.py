@@ -1,9 +1,9 @@
 """Builds the calibrations that the shapes pipeline ships with: `python examples/shapes/calibrate.py` (about two hours on two cores).
 
 Public data only: training captions, which share no (colour, shape, place) with the held-out ones. For the planner it also measures the
-attribute accuracy at every epsilon, twice: of PUBLIC captions of another seed, with the calibration itself; and in a *rehearsal*: of public
-captions whose every object is a combination that the calibration has not seen, with one that was fitted without 25 of the public
-combinations. The rehearsal is what the planner promises for prompts that say something new.
+attribute accuracy of PUBLIC captions of another seed at every epsilon; for phrases and prompts also in a *rehearsal*: of public captions
+whose every object is a combination that the calibration has not seen, with one that was fitted without 25 of the public combinations.
+The rehearsal is what the planner promises for prompts that say something new.
 """
 
 from __future__ import annotations
@@ -66,10 +66,15 @@ def scores(
     return tuple(points)
 
 
-def both_scores(
+def all_scores(
     pipeline: Any, calibration: AnchorCalibration, args: argparse.Namespace
 ) -> tuple[ScorePoint, ...]:
-    """The rehearsal's scores first: the planner takes the first by default."""
+    """The rehearsal's scores first: the planner takes the first by default.
+
+    unit = row needs none: the decoder of a sum follows new combinations (the slow tests compare its score with held-out ones).
+    """
+    if calibration.unit == "row":
+        return scores(pipeline, calibration, args.scores, SCORE_NAME, rehearsal=False)
     trial = fit(pipeline, calibration.unit, args, rehearsal=True)
     new = scores(pipeline, trial, args.scores, SCORE_NAME, rehearsal=True)
     return new + scores(pipeline, calibration, args.scores, SCORE_OF_SEEN, rehearsal=False)
@@ -101,7 +106,7 @@ def main() -> None:
             calibration.save_pretrained(args.out / unit)
         assert isinstance(calibration, AnchorCalibration)
         if args.scores:
-            calibration = dataclasses.replace(calibration, scores=both_scores(pipeline, calibration, args))
+            calibration = dataclasses.replace(calibration, scores=all_scores(pipeline, calibration, args))
             calibration.save_pretrained(args.out / unit)
         print(
             f"unit = {unit}: "

@@ -146,9 +146,9 @@ def fit_anchors(
     best = [best_at(e) for e in epsilons]
     compared: list[Compared] = []
     if book is not None and "mixed" in kinds:
-        plain = found[: len(epsilons)]
+        counted = [p for p in found if p.release == "histogram"]  # one for each epsilon, without a tilt
         best, move, compared = with_mixed(
-            config, book, plain, best, training, validation, objective, seed=settings.seed
+            config, book, counted, best, training, validation, objective, seed=settings.seed
         )
         decoders = dataclasses.replace(decoders, move=move)
     used = {p.release for p in best}
