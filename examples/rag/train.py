@@ -1,4 +1,4 @@
-"""Train the Fusion-in-Decoder model from scratch: `python examples/rag/train.py --out DIR` (about 45 minutes on one core).
+"""Train the Fusion-in-Decoder model from scratch: `python examples/rag/train.py --out DIR` (about half an hour on one core).
 
 Public corpora only. They start with 4 documents and double whenever the model answers 9 of 10 questions about records; the last ones
 have 2,048. A run is resumed from DIR/state.pt; at the end (or with --export) DIR/model is the model in half precision with its tokenizer.
@@ -140,7 +140,7 @@ def export(model: Any, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/rag"))
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export", action="store_true", help="only write DIR/model from DIR/state.pt")
