@@ -20,23 +20,24 @@ class PublicContexts:
     attention a decoder must reproduce. Stored in half precision where the host's rows are.
 
     outputs: for contexts of too many rows, the attention itself: one [N, H, m, dv] per layer for its public queries; `whole` is then a
-    sample of the rows.
+    sample of the rows, of a longest context of `length`.
     """
 
     units: torch.Tensor
     mask: torch.Tensor
     whole: torch.Tensor
     outputs: tuple[torch.Tensor, ...] | None = None
+    length: int | None = None
 
     def __len__(self) -> int:
         return self.whole.shape[0]
 
     def part(self, index: torch.Tensor) -> PublicContexts:
         outputs = None if self.outputs is None else tuple(o[index] for o in self.outputs)
-        return PublicContexts(self.units[index], self.mask[index], self.whole[index], outputs)
+        return PublicContexts(self.units[index], self.mask[index], self.whole[index], outputs, self.length)
 
     def float(self) -> PublicContexts:
-        return PublicContexts(self.units.float(), self.mask, self.whole.float(), self.outputs)
+        return PublicContexts(self.units.float(), self.mask, self.whole.float(), self.outputs, self.length)
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,14 @@ class SlotTrainer(nn.Module):
         self.code_scale = nn.Parameter(torch.ones(plans), requires_grad=False)
         self.hidden = nn.Parameter(normal(h, h, scale=h**-0.5))
         rows = sample.whole.mean(0)
+        if contexts.outputs is not None:  # a sample's places mean nothing: single public rows, not the mean of all
+            drawn = torch.randint(0, len(sample), (rows.shape[0],), generator=generator)
+            rows = sample.whole[drawn, torch.arange(rows.shape[0])]
         position = torch.linspace(0, rows.shape[0] - 1, settings.slots).round().long()
         noise = normal(settings.slots, c, scale=0.1 * float(sample.whole.std()))
         self.slots = nn.Parameter(rows[position] + noise)
         self.log_weights = nn.Parameter(
-            torch.full((settings.slots,), math.log(rows.shape[0] / settings.slots))
+            torch.full((settings.slots,), math.log((contexts.length or rows.shape[0]) / settings.slots))
         )
         self.coefficients = nn.Parameter(
             normal(settings.slots, settings.directions, h + k, scale=0.1 * h**-0.5)

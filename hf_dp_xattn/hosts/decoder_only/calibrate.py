@@ -33,6 +33,7 @@ from .probing import evaluating, find_layers, serving
 GROUPING = {"row": "rows", "group": "segments", "context": "context"}
 ENCODER_BATCH = 64
 _EFFORT = 5e10  # numbers of context space that training passes: a few minutes on two cores
+_SAMPLE = 256  # rows that are kept of longer contexts
 _OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
 
 
@@ -113,6 +114,7 @@ def calibrate_decoder(
         ]
         channels = whole[0].shape[-1]
         identity = HostIdentity(sketch.layers, sketch.sketch, sketch.dtype, torch.zeros(0, channels))
+        contexts = _with_outputs(contexts, probes)
         slots = _schedule(contexts, steps, seed)
         with torch.enable_grad():
             return fit_anchors(
@@ -288,6 +290,24 @@ def _padded(units: Sequence[torch.Tensor], whole: Sequence[torch.Tensor]) -> Pub
         mask,
         nn.utils.rnn.pad_sequence(list(whole), batch_first=True),
     )
+
+
+def _with_outputs(contexts: PublicContexts, probes: Sequence[SoftmaxProbe]) -> PublicContexts:
+    """Long contexts with their exact attention computed once, for all public queries; of their rows a sample stays.
+
+    Short ones as they are: their attention is cheaper to compute again than to keep.
+    """
+    length = contexts.whole.shape[1]
+    if length <= _SAMPLE:
+        return contexts
+    parts = contexts.whole.split(4)
+    outputs = tuple(
+        torch.cat([probe.attend(part.float(), probe.queries).half() for part in parts]) for probe in probes
+    )
+    # spread over the whole of every context: its real rows come first, however long it is
+    ends = (contexts.whole != 0).any(-1).sum(1, keepdim=True)
+    place = (torch.arange(_SAMPLE) * ends // _SAMPLE).unsqueeze(-1).expand(-1, -1, contexts.whole.shape[-1])
+    return PublicContexts(contexts.units, contexts.mask, contexts.whole.gather(1, place), outputs, length)
 
 
 def _schedule(contexts: PublicContexts, steps: int | None, seed: int) -> SlotSettings:
