@@ -29,7 +29,6 @@ def file_of(folder: Path, lines: list[str]) -> str:
 @pytest.mark.parametrize(
     ("model", "lines", "more"),
     [
-        ("plain", PAIRS, ["--unit", "context", "--releases", "sum"]),
         ("plain", PAIRS, ["--unit", "group", "--releases", "sum", "response"]),
         ("bart", TEXTS, ["--mechanism", "kernel_sum", "--length", "3"]),
         ("llama", TEXTS, ["--mechanism", "kernel_sum", "--questions", "public.txt"]),
