@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,16 +88,29 @@ def extraction_table(results: dict[str, Any], key: tuple[str, str, int]) -> str:
     return "\n".join(out) + "\n"
 
 
+def tail(trials: int, successes: int, chance: float) -> float:
+    """P(X >= successes), X binomial."""
+    return sum(
+        math.comb(trials, k) * chance**k * (1 - chance) ** (trials - k) for k in range(successes, trials + 1)
+    )
+
+
 def above_bound(results: dict[str, Any]) -> list[str]:
-    """Attacks on unit = group that did better than the bound (none may, beyond chance)."""
+    """Attacks on unit = group that did better than the bound, and how likely that is by chance at the bound."""
     bound = {b["epsilon"]: b for b in results["bounds"]}
-    return [
-        f"{x['mechanism']}, {x['documents']} documents, epsilon = {x['epsilon']:g}, {name}: {_percent(rate)}"
-        for x in results["lines"]
-        if x["unit"] == "group" and x["epsilon"] is not None
-        for name, rate in x["extraction"].items()
-        if rate > bound[x["epsilon"]][name]
-    ]
+    found = []
+    for x in results["lines"]:
+        if x["unit"] != "group" or x["epsilon"] is None:
+            continue
+        for name, rate in x["extraction"].items():
+            allowed = bound[x["epsilon"]][name]
+            if rate > allowed:
+                chance = tail(x["trials"], round(rate * x["trials"]), allowed)
+                found.append(
+                    f"{x['mechanism']}, {x['documents']:,} documents, epsilon = {x['epsilon']:g}, {name}: {_percent(rate)} of {x['trials']} "
+                    f"(bound {_percent(allowed)}; at the bound as many have probability {chance:.2g})"
+                )
+    return found
 
 
 def plot_accuracy(lines: Sequence[dict[str, Any]], path: Path) -> None:
