@@ -45,16 +45,16 @@ def questions(prompts: list[SystemPrompt], seed: int = PUBLIC_SEED) -> list[str]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--unit", choices=UNITS, action="append", help="default: both")
-    parser.add_argument("--prompts", type=int, default=700, help="public system prompts")
-    parser.add_argument("--steps", type=int, default=600, help="training steps of the decoder")
+    parser.add_argument("--unit", choices=UNITS, action="append", help="default: group")
+    parser.add_argument("--prompts", type=int, default=160, help="public system prompts")
+    parser.add_argument("--steps", type=int, default=1400, help="training steps of the decoder")
     parser.add_argument("--out", type=Path, default=CALIBRATIONS)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)
     model, tokenizer = load_model()
     prompts = public_prompts(args.prompts)
     asked = [tokenizer(q, add_special_tokens=False)["input_ids"] for q in questions(prompts)]
-    for unit in args.unit or UNITS:
+    for unit in args.unit or ("group",):
         calibration = dpx.calibrate(
             model,
             [segment_ids(p, tokenizer) for p in prompts],
@@ -62,7 +62,7 @@ def main() -> None:
             epsilons=EPSILONS,
             releases=("sum",),
             steps=args.steps,
-            query_prompts=48,
+            query_prompts=24,
             query_steps=16,
             public_head=head_ids(tokenizer),
             prefix_bucket=BUCKET,

@@ -26,7 +26,7 @@ are right, and how many of its secrets an attacker reads out. It is no assistant
 
 | part | shape | |
 | --- | --- | --- |
-| model | `LlamaForCausalLM`, {layers} layers, width {width}, {heads} heads of {size}, {kv} of keys and values | {parameters:.2f} M weights |
+| model | `LlamaForCausalLM`, {layers} layers, width {width}, {heads} heads of {size}, {kv} of keys and values | {parameters:.2f} M |
 | tokenizer | `PreTrainedTokenizerFast`, one token a word, digits by themselves, with a chat template | {words} tokens |
 
 The folder `examples/chat/model` is {megabytes:.1f} MB of half-precision safetensors; the examples load it in float32.

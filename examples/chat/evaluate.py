@@ -98,7 +98,7 @@ def measure(model: Any, tokenizer: Any, prompts: list[SystemPrompt], seed: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-n", type=int, default=20, help="system prompts")
+    parser.add_argument("-n", type=int, default=4, help="system prompts")
     parser.add_argument("--segments", type=int, default=150)
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument(

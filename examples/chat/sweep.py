@@ -81,7 +81,7 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-n", type=int, default=24, help="system prompts of every size")
+    parser.add_argument("-n", type=int, default=4, help="system prompts of every size")
     parser.add_argument("--out", type=Path, default=Path("docs/chat"))
     parser.add_argument(
         "--tables-only", action="store_true", help="write pages from the numbers that are there"
@@ -96,7 +96,7 @@ def main() -> None:
         lines = []
         for size in sorted(SIZES, reverse=True):
             prompts, known = test_prompts(args.n, size, TEST_SEED), {}
-            cells = [("none", EXACT), *((u, e) for u in units for e in EPSILONS)]
+            cells = [("group", EXACT), *((u, e) for u in units for e in EPSILONS)]
             for unit, epsilon in tqdm(cells, desc=f"{size} segments"):
                 lines.append(measure(model, tokenizer, prompts, unit, epsilon, known))
                 results.write_text(json.dumps({"delta": DELTA, "lines": lines}, indent=1) + "\n")

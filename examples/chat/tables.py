@@ -155,7 +155,7 @@ def plot_size(lines: list[Line], path: Path) -> None:
     plt.close(figure)
 
 
-PAGE = """# A system prompt that is obeyed and cannot be read out
+PAGE = """# A private system prompt: behaviour and extraction
 
 Written by `python examples/chat/sweep.py`; the numbers are in `chat/results.json`. The model is `model_cards/chat.md`'s, the system
 prompts have behaviours that neither its training nor the calibration saw: some 90 % of their segments show one behaviour (language,
@@ -179,7 +179,8 @@ who knows all but the code, which stands in one segment. An interval that reache
 the bound is a theorem and does not rest on them.
 
 {group}
-
+"""
+ROW_PAGE = """
 ## Extraction, unit = row
 
 Here (epsilon, delta) holds for one row. A code stands in {code_rows} rows or more (its digits, and what follows them has seen them), so
@@ -197,6 +198,10 @@ def write_page(results: dict[str, Any], out: Path) -> None:
     largest = _of(lines, "none", sizes[-1])[0]
     plot_epsilon(lines, sizes[-1], delta, out / "epsilon.png")
     plot_size(lines, out / "size.png")
+    row = ""
+    if _of(lines, "row"):
+        table = extraction_table(lines, "row", sizes[-1], delta)
+        row = ROW_PAGE.format(row=table, code_rows=CODE_ROWS)
     out.with_suffix(".md").write_text(
         PAGE.format(
             prompts=largest["prompts"],
@@ -205,7 +210,6 @@ def write_page(results: dict[str, Any], out: Path) -> None:
             trials=tally(largest, "direct ask").trials,
             delta=delta,
             group=extraction_table(lines, "group", sizes[-1], delta),
-            row=extraction_table(lines, "row", sizes[-1], delta),
-            code_rows=CODE_ROWS,
         )
+        + row
     )

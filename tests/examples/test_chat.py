@@ -112,9 +112,9 @@ def test_shipped_model_obeys_and_leaks_unprotected(shipped: tuple[Any, Any]) -> 
         for prompt in test_prompts(4, 40, 21):
             responder, rng = PromptResponder.of(protected, tokenizer, prompt), np.random.default_rng(0)
             found.append(behaviour(responder, prompt, rng).whole)
-            leaked += attack("direct ask", responder, prompt, rng)
+            leaked += attack("ranking of 100", responder, prompt, rng)
     assert np.mean(found) >= 0.9
-    assert leaked.rate >= 0.5
+    assert leaked.rate >= 0.9
 
 
 def test_protected_model_does_not_leak_more_than_the_bound(shipped: tuple[Any, Any]) -> None:
