@@ -107,8 +107,8 @@ def above_bound(results: dict[str, Any]) -> list[str]:
             if rate > allowed:
                 chance = tail(x["trials"], round(rate * x["trials"]), allowed)
                 found.append(
-                    f"{x['mechanism']}, {x['documents']:,} documents, epsilon = {x['epsilon']:g}, {name}: {_percent(rate)} of {x['trials']} "
-                    f"(bound {_percent(allowed)}, at which as many have probability {chance:.2g})"
+                    f"{x['mechanism']}, {x['documents']:,} documents, epsilon = {x['epsilon']:g}, {name}: "
+                    f"{_percent(rate)} of {x['trials']} (bound {_percent(allowed)}, at which as many have probability {chance:.2g})"
                 )
     return found
 

@@ -1,6 +1,7 @@
 """Answers and extraction against epsilon, size, unit and mechanism: `python examples/rag/sweep.py --out docs/rag` (about 15 minutes).
 
-Lines without a calibration at hand are left out: `python examples/rag/calibrate.py` makes those that are not shipped. Every private corpus is released once for each line; then all facts are asked for in all forms, and some of its records are attacked.
+Lines without a calibration at hand stay as they are: `python examples/rag/calibrate.py` makes those that are not shipped. Every
+private corpus is released once for each line; then all facts are asked for in all forms, and some of its records are attacked.
 Writes results.json, and from it the tables, plots and docs/rag.md (`--page-only` for these alone).
 """
 
