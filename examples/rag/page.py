@@ -16,7 +16,7 @@ COLOURS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")  # 
 HEAD = """# Fusion-in-Decoder over a private corpus: answers and extraction
 
 Written by `python examples/rag/sweep.py --out docs/rag` from [results.json](rag/results.json); the model is
-[model_cards/rag.md](../model_cards/rag.md). A corpus of small documents, encoded apart from each other, is released once; the
+`model_cards/rag.md`. A corpus of small documents, encoded apart from each other, is released once; the
 decoder reads the release. *Facts*: 16 attributes, each with the value that 65 % of the documents about it state, asked for in
 four forms; accuracy is over the model's whole vocabulary (guessing among an attribute's values: 17 %). *Records*: a code (10^6
 possible) of a person, in one document only. Private corpora share no pair of facts with the public ones that the model and the

@@ -74,7 +74,7 @@ BAD: dict[str, tuple[str, list[str], list[str], str]] = {
     "length of a picture": ("plain", PAIRS, ["--length", "3"], "encoder-decoder"),
     "questions of a picture": ("plain", PAIRS, ["--questions", "public.txt"], "decoder-only"),
     "groups of one text": ("llama", TEXTS, ["--unit", "group"], "--unit"),
-    "a bad epsilon": ("plain", PAIRS, ["--epsilons", "-1"], "epsilon"),
+    "a bad epsilon": ("plain", PAIRS, ["--epsilons", "-1", "--anchors", "64"], "epsilon"),
     "a bad type": ("plain", PAIRS, ["--dtype", "int8"], "--dtype"),
 }
 
