@@ -6,8 +6,8 @@ log normalisers l(q) moves o(q), to first order, by its *influence*
     g(q) = sum_r exp(q.k_r - l(q)) (v_r - o(q)),
 
 stacked over layers, heads and public queries, randomly projected (Johnson-Lindenstrauss), brought to about one length (g / (|g| + median
-|g|): a few large influences would hide the others), and predicted from the document's mean row by ridge regression. Cells are k-means of the predictions, so wording that no query reads splits no cell, and documents that no query reads
-share one.
+|g|): a few large influences would hide the others), and predicted from the document's mean row by ridge regression. Cells are k-means of
+the predictions, so wording that no query reads splits no cell, and documents that no query reads lie close together.
 
 *Rows.* A cell stands for the most attended rows of the public documents nearest to its centre.
 """
