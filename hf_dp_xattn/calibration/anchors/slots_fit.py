@@ -96,7 +96,9 @@ class SlotTrainer(nn.Module):
         self.code_scale = nn.Parameter(torch.ones(plans), requires_grad=False)
         self.hidden = nn.Parameter(normal(h, h, scale=h**-0.5))
         rows = sample.whole.mean(0)
-        if contexts.outputs is not None:  # a sample's places mean nothing: single public rows, not the mean of all
+        if (
+            contexts.outputs is not None
+        ):  # a sample's places mean nothing: single public rows, not the mean of all
             drawn = torch.randint(0, len(sample), (rows.shape[0],), generator=generator)
             rows = sample.whole[drawn, torch.arange(rows.shape[0])]
         position = torch.linspace(0, rows.shape[0] - 1, settings.slots).round().long()
