@@ -44,7 +44,7 @@ def fit(pipeline: Any, unit: str, args: argparse.Namespace, *, rehearsal: bool) 
         anchors=args.anchors,
         # a few phrases or one prompt drown in the noise of a sum at every epsilon: all training goes to responses
         releases=("sum", "histogram") if unit == "row" else ("response",),
-        steps=args.steps,
+        steps=args.rehearsal_steps if rehearsal else args.steps,
         query_prompts=32,
     )
     assert isinstance(calibration, AnchorCalibration)
@@ -85,6 +85,9 @@ def main() -> None:
     parser.add_argument("--unit", choices=UNITS, action="append", help="default: all three")
     parser.add_argument("--captions", type=int, default=12_000, help="public captions")
     parser.add_argument("--steps", type=int, default=12_000, help="training steps of the decoder")
+    parser.add_argument(
+        "--rehearsal-steps", type=int, default=4_000, help="of the rehearsal's decoder, which is thrown away"
+    )
     parser.add_argument("--anchors", type=int, default=4096)
     parser.add_argument(
         "--scores", type=int, default=200, help="public captions that are drawn for the planner; 0 for none"
