@@ -46,8 +46,8 @@ def questions(prompts: list[SystemPrompt], seed: int = PUBLIC_SEED) -> list[str]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--unit", choices=UNITS, action="append", help="default: group")
-    parser.add_argument("--prompts", type=int, default=160, help="public system prompts")
-    parser.add_argument("--steps", type=int, default=1400, help="training steps of the decoder")
+    parser.add_argument("--prompts", type=int, default=1200, help="public system prompts")
+    parser.add_argument("--steps", type=int, default=3000, help="training steps of the decoder")
     parser.add_argument("--out", type=Path, default=CALIBRATIONS)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)
@@ -62,7 +62,8 @@ def main() -> None:
             epsilons=EPSILONS,
             releases=("sum",),
             steps=args.steps,
-            query_prompts=24,
+            memory_mb=6000,
+            query_prompts=48,
             query_steps=16,
             public_head=head_ids(tokenizer),
             prefix_bucket=BUCKET,
