@@ -94,7 +94,7 @@ def measure(count: int = 10_000, anchors: int = 4096) -> dict[str, object]:
     }
 
 
-def measure_step(size: int = 64, repeats: int = 15) -> dict[str, object]:
+def measure_step(size: int = 64, repeats: int = 11) -> dict[str, object]:
     """One denoising step with guidance, protected and unprotected in turn; the calibration is small, the rows served are as many.
 
     A timed step is not a picture's first (that one reads the placeholder, once: `activation_s`). Steps vary by some per cent on a shared
