@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,35 @@ from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from ..hosts_tiny import CHANNELS, picture, tiny_sd
 from .anchor_calibrations import BOTH, CONFIG, RELEASES, calibration_for, protect
-from .test_nothing_at_rest import check_clean, files, needles
 
 FIRST, MORE, SECRET = "a red circle", "a blue square", "zebra quartz"
+
+
+def needles(pipe: Any, prompt: str) -> list[bytes]:
+    """The prompt's words, its token ids in several spellings, and bytes of its private rows, keys and values."""
+    ids = pipe.tokenizer(prompt, truncation=True, max_length=16).input_ids[1:6]
+    found = [w.encode() for w in prompt.split() if len(w) > 3]
+    found += [", ".join(map(str, ids)).encode(), " ".join(map(str, ids)).encode()]
+    found += [struct.pack(f"<{len(ids)}{kind}", *ids) for kind in "qi"]
+    with torch.no_grad():
+        rows = pipe.encode_prompt(prompt, "cpu", 1, False)[0][0, 1:]
+        attn = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+        for tensor in (rows, attn.to_k(rows), attn.to_v(rows)):
+            for line in tensor:
+                found.append(line[:4].numpy().tobytes())
+                found.append(line[:4].to(torch.float16).numpy().tobytes())
+            found.append(f"{float(tensor[0, 0]):.4f}".encode())
+    return found
+
+
+def check_clean(blobs: dict[str, bytes], secrets: list[bytes]) -> None:
+    for where, blob in blobs.items():
+        for secret in secrets:
+            assert secret not in blob, where
+
+
+def files(folder: Any) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def embeddings(n: int, seed: int = 0) -> torch.Tensor:
