@@ -11,6 +11,7 @@ def exact_partial(
     value: torch.Tensor,
     scale: float,
     bias: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact attention over some rows, with its log-sum-exp.
 
@@ -19,12 +20,15 @@ def exact_partial(
         key, value: [B or 1, H, n, d], [B or 1, H, n, dv].
         scale: multiplies the dot products.
         bias: broadcastable to [B, H, m, n], added to the logits (-inf hides a row).
+        softcap: logits are capped by softcap tanh(logit / softcap) before the bias, as Gemma's attention does.
 
     Returns:
         (out [B, H, m, dv], lse [B, H, m]) in float32 or wider; rows that are hidden altogether give out = 0, lse = -inf.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     logits = (query.to(wide) * scale) @ key.to(wide).mT
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     if bias is not None:
         logits = logits + bias.to(wide)
     lse = torch.logsumexp(logits, dim=-1)

@@ -6,7 +6,6 @@ softmax, merged by log-sum-exp. The host hands over keys and values of own token
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...errors import ConfigError, DPXAttnError, ProtectionLostError
-from ...mechanisms.rows_structure import RowsStructure
-from ...ops.merge import merge
+from ...ops.merge import exact_partial, merge
 from ..processor import NO_COPY, LayerTable
-from ..seq2seq.attention import capped_partial, group_queries, ungroup
+from ..reading import group_queries, host_attention, read_partial, ungroup
 
 NAME = "dp_xattn_prefix"
 LAYER_ATTRIBUTE = "_dp_xattn_prefix_layer"
@@ -106,36 +103,6 @@ def recording(state: Recording) -> Iterator[Recording]:
         _current.recording = before
 
 
-def _original(module: nn.Module, config: Any) -> Any:
-    """The host's own attention function."""
-    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
-
-
-def read_prefix(
-    table: LayerTable, query: torch.Tensor, index: torch.Tensor, scale: float, softcap: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each element's release with the exact public head: out [B, H, m, dv] and log-sum-exp [B, H, m], float32 or wider.
-
-    Kernel sums ignore `softcap`: capping is far from the logits that they keep (`logit_bound`).
-    """
-    structure, key, value, bias = table.structure, table.public_key, table.public_value, table.public_bias
-    assert structure is not None and table.tags is not None
-    if len(table.tags) > 1:  # a single one serves the batch by broadcasting
-        structure = structure.select(index)
-        if key is not None and value is not None and bias is not None:
-            key, value, bias = (t.index_select(0, index) for t in (key, value, bias))
-    if isinstance(structure, RowsStructure):
-        out, lse = capped_partial(
-            query, structure.key, structure.value, structure.scale, structure.bias, softcap
-        )
-    else:
-        out, lse = structure.partial(query)
-    if key is None or value is None:
-        return out, lse
-    return merge(out, lse, *capped_partial(query, key, value, scale, bias, softcap))
-
-
 def _own_bias(call: Call, queries: int, groups: int, device: torch.device) -> torch.Tensor:
     """[B or 1, 1, groups * queries, own]: 0 where a query (the last `queries` of the own tokens) may look, else -inf."""
     keys = torch.arange(call.own, device=device)
@@ -170,7 +137,7 @@ def dp_xattn_prefix(
         state.seen[module] = Seen(
             query, key, value, scale, softcap, 1 if before is None else before.calls + 1
         )
-        original = _original(module, state.configs[module])
+        original = host_attention(module, state.configs[module]._attn_implementation)
         result: tuple[torch.Tensor, Any] = original(module, query, key, value, attention_mask, **kwargs)
         return result
     layer: LayerState | None = module.__dict__.get(LAYER_ATTRIBUTE)
@@ -178,7 +145,7 @@ def dp_xattn_prefix(
     if layer is None or call is None:
         raise ProtectionLostError(NO_RELEASE)
     if call.public:
-        original = _original(module, layer.config)
+        original = host_attention(module, layer.config._attn_implementation)
         public: tuple[torch.Tensor, Any] = original(module, query, key, value, attention_mask, **kwargs)
         return public
     batch, query_heads, m, _ = query.shape
@@ -192,9 +159,9 @@ def dp_xattn_prefix(
     grouped = group_queries(query, heads)
     if call.queries is not None:
         call.queries.setdefault(layer.name, []).append(grouped)
-    prefix = read_prefix(call.tables[layer.name], grouped, call.index, scale, softcap)
+    prefix = read_partial(call.tables[layer.name], grouped, call.index, scale, softcap)
     bias = _own_bias(call, m, query_heads // heads, query.device)
-    own = capped_partial(grouped, key, value, scale, bias, softcap)
+    own = exact_partial(grouped, key, value, scale, bias, softcap)
     out = ungroup(merge(*prefix, *own)[0].to(query.dtype), query_heads, m)
     return out.transpose(1, 2).contiguous(), None
 

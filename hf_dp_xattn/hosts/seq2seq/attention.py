@@ -6,7 +6,6 @@ Of the keys and values that its host hands over it reads only that they are NaN:
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -18,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...errors import DPXAttnError, ProtectionLostError
-from ...mechanisms.rows_structure import RowsStructure
-from ...ops.merge import merge
+from ...ops.merge import exact_partial
 from ..processor import NO_COPY, LayerTable
+from ..reading import group_queries, host_attention, read, ungroup
 
 if TYPE_CHECKING:
     from ..release import ReleasedContext
@@ -121,63 +119,6 @@ def serving(state: Serving) -> Iterator[Serving]:
         _current.serving = before
 
 
-def group_queries(query: torch.Tensor, heads: int) -> torch.Tensor:
-    """[B, Hq, m, d] -> [B, heads, Hq / heads * m, d]: query heads that share a key head become more queries."""
-    batch, query_heads, m, d = query.shape
-    return query.reshape(batch, heads, query_heads // heads * m, d)
-
-
-def ungroup(out: torch.Tensor, query_heads: int, m: int) -> torch.Tensor:
-    return out.reshape(out.shape[0], query_heads, m, out.shape[-1])
-
-
-def capped_partial(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    bias: torch.Tensor | None = None,
-    softcap: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`ops.merge.exact_partial` with logits capped by softcap tanh(logit / softcap), as Gemma's attention does."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    logits = (query.to(wide) * scale) @ key.to(wide).mT
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if bias is not None:
-        logits = logits + bias.to(wide)
-    lse = torch.logsumexp(logits, dim=-1)
-    weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
-    return weights @ value.to(wide), lse
-
-
-def read(
-    table: LayerTable, query: torch.Tensor, index: torch.Tensor, scale: float, softcap: float | None
-) -> torch.Tensor:
-    """[B, H, m, dv]: attention of each element to its binding, exact public rows included.
-
-    Kernel sums ignore `softcap`: capping is far from the logits that they keep (`logit_bound`).
-    """
-    structure, key, value, bias = table.structure, table.public_key, table.public_value, table.public_bias
-    assert structure is not None and table.tags is not None
-    if len(table.tags) > 1:  # a single one serves the batch by broadcasting
-        structure = structure.select(index)
-        if key is not None and value is not None and bias is not None:
-            key, value, bias = (t.index_select(0, index) for t in (key, value, bias))
-    capped = softcap is not None and isinstance(structure, RowsStructure)
-    if key is None and not capped:
-        return structure.attend(query)
-    if isinstance(structure, RowsStructure) and capped:
-        out, lse = capped_partial(
-            query, structure.key, structure.value, structure.scale, structure.bias, softcap
-        )
-    else:
-        out, lse = structure.partial(query)
-    if key is None or value is None:
-        return out.to(query.dtype)
-    return merge(out, lse, *capped_partial(query, key, value, scale, bias, softcap))[0].to(query.dtype)
-
-
 def _probe(state: Serving, module: nn.Module, given: Capture) -> torch.Tensor:
     """Exact attention for the probe: [B, Hq, m, dv]."""
     known = state.recorded.setdefault(module, given)
@@ -188,7 +129,7 @@ def _probe(state: Serving, module: nn.Module, given: Capture) -> torch.Tensor:
     grouped = group_queries(given.query, source.key.shape[1])
     if module in state.queries:
         state.queries[module].append(grouped)
-    out, _ = capped_partial(grouped, source.key, source.value, scale_of(given), softcap=given.softcap)
+    out, _ = exact_partial(grouped, source.key, source.value, scale_of(given), softcap=given.softcap)
     return ungroup(out, query_heads, m).to(given.query.dtype)
 
 
@@ -232,8 +173,7 @@ def dp_xattn(
     if state is None or call is None:
         raise ProtectionLostError(NO_RELEASE)
     if call.public:
-        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        original: Any = ALL_ATTENTION_FUNCTIONS.get_interface(state.implementation, eager)
+        original = host_attention(module, state.implementation)
         capped = {} if softcap is None else {"softcap": softcap}
         return original(module, query, key, value, attention_mask, scaling=scaling, **capped, **kwargs)
     table = call.tables[state.name]

@@ -72,7 +72,7 @@ def test_a_planted_leak_is_caught(private: dpx.DPXAttnConfig, monkeypatch: pytes
     model = tiny("llama")
     handle = protect(model, private)
     hold_the_release_fixed(monkeypatch)
-    kept, read = [], attention.read_prefix
+    kept, read = [], attention.read_partial
 
     def leak(*args: Any) -> Any:
         out, lse = read(*args)
@@ -83,7 +83,7 @@ def test_a_planted_leak_is_caught(private: dpx.DPXAttnConfig, monkeypatch: pytes
             kept[:] = [out[0, -1, 0]]
 
     model.model.layers[0].mlp.register_forward_hook(keep)
-    monkeypatch.setattr(attention, "read_prefix", leak)
+    monkeypatch.setattr(attention, "read_partial", leak)
     with pytest.raises(AssertionError):
         check_equal_outputs(model, handle)
 
