@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ FAR = 0.5  # beyond it the weights have little in common: another model, not an 
 
 
 @lru_cache(maxsize=64)
-def _signs(purpose: str, length: int) -> torch.Tensor:
+def signs(purpose: str, length: int) -> torch.Tensor:
     """[SIZE, length] of +-1 from SHAKE-256: the same for ever, on every machine."""
     raw = hashlib.shake_256(f"hf_dp_xattn fingerprint {purpose} {length}".encode()).digest(SIZE * length)
     return (torch.frombuffer(bytearray(raw), dtype=torch.uint8) & 1).to(torch.float32).reshape(
@@ -71,9 +72,9 @@ class Fingerprint:
 def _sketch(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     base: Any = getattr(module, "base_layer", module)
     device = next(module.parameters()).device
-    probe = _signs("in", base.in_features).to(torch.device("cpu") if device.type == "meta" else device, dtype)
+    probe = signs("in", base.in_features).to(torch.device("cpu") if device.type == "meta" else device, dtype)
     out = module(probe.unsqueeze(0))[0].to("cpu", torch.float32)
-    return out @ _signs("out", base.out_features).mT / base.out_features**0.5
+    return out @ signs("out", base.out_features).mT / base.out_features**0.5
 
 
 @torch.no_grad()
@@ -88,12 +89,12 @@ def fingerprint(layers: dict[str, Attention], dtype: torch.dtype) -> Fingerprint
     )
 
 
-def stamp(layers: dict[str, Attention]) -> tuple[object, ...]:
-    """Changes whenever the projections do by ordinary means: another parameter, a write to one, an adapter's scale, switch or merge.
+def stamp(roots: Iterable[nn.Module]) -> tuple[object, ...]:
+    """Changes whenever these modules' weights do by ordinary means: another parameter, a write to one, an adapter's scale, switch or merge.
 
     Without arithmetic or synchronisation, so that it can be taken at every step, where `fingerprint` cannot.
     """
-    modules = [m for attn in layers.values() for p in (attn.to_k, attn.to_v) for m in p.modules()]
+    modules = [m for root in roots for m in root.modules()]
     weights = [w for m in modules for w in m._parameters.values() if w is not None]
     adapters = [m.__dict__ for m in modules if isinstance(m.__dict__.get("scaling"), dict)]
     return (

@@ -268,7 +268,7 @@ class ProtectedPipeline:
             self._seen = (weakref.ref(states), *self._state_of(states))
 
     def _state_of(self, states: torch.Tensor) -> tuple[int, object]:
-        return states._version, stamp(self.layers)
+        return states._version, stamp(p for a in self.layers.values() for p in (a.to_k, a.to_v))
 
     def _set_layout(self, layout: Layout | None) -> None:
         self._seen = None

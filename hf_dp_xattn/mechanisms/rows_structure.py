@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from ..errors import ConfigError, ReleaseError
 from ..ops.merge import exact_partial
+from .structure import AttentionStructure, ExactStructure
 
 ROWS_MULTIPLE = (
     8  # the number of rows is padded to it: fewer shapes for torch.compile, and aligned masks for its kernels
@@ -74,6 +75,14 @@ class RowsStructure:
             F.pad(self.bias, (0, more), value=-math.inf),
             self.scale,
         )
+
+
+def as_rows(structure: AttentionStructure) -> AttentionStructure:
+    """Exact rows (`mechanism="none"`) as ones that may be batched with others of another number; anything else as it is."""
+    if not isinstance(structure, ExactStructure):
+        return structure
+    bias = structure.key.new_zeros(1, 1, 1, structure.key.shape[2])
+    return RowsStructure(structure.key, structure.value, bias, structure.scale)
 
 
 def stack_rows(structures: Sequence[RowsStructure]) -> RowsStructure:

@@ -23,12 +23,13 @@ from ...errors import ConfigError
 from ...mechanisms.anchors.release import pool
 from ..calibrate_anchors import choose_contexts
 from ..placeholder import new_tag
+from ..routing import evaluating
 from ..rows import layer_specs
 from .attention import Call
 from .cache import PrefixCache
 from .contexts import SEGMENTS, Prefix, as_ids, read_prefixes
 from .layers import PrefixLayer, prefix_fingerprint, rows_of, run_recorded
-from .probing import evaluating, find_layers, serving
+from .probing import find_layers, serving
 
 GROUPING = {"row": "rows", "group": "segments", "context": "context"}
 ENCODER_BATCH = 64

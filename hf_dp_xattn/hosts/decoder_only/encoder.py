@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from ...errors import ContextError
+from ..routing import evaluating
 from .layers import PrefixLayer, rows_of, run_recorded
-from .probing import evaluating, position_limit
+from .probing import position_limit
 
 
 class PrefixEncoder:

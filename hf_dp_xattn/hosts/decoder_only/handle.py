@@ -4,41 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...config import DPXAttnConfig
 from ...errors import ConfigError, ProtectionLostError, ReleaseError
-from ...privacy.ledger import Budget, Ledger
 from ...report import PrivacyReport
 from ..bindings import bind
 from ..context import PrivateContext
-from ..fingerprint import Fingerprint
-from ..handle import HANDLE_ATTRIBUTE, ProtectedPipeline
+from ..fingerprint import Fingerprint, stamp
 from ..making import Recipe
 from ..placeholder import Tag
 from ..processor import LayerTable
 from ..release import Release, ReleasedContext
-from ..saving import SaveShadow
-from ..seq2seq.handle import _as_rows
+from ..routed import RoutedHandle
+from ..routing import Routing, evaluating
 from .attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, check_window, dp_xattn_prefix
 from .cache import PrefixCache
 from .contexts import check_groups, name_prefix, read_prefixes
 from .encoder import PrefixEncoder
 from .generation import NO_INPUTS, GenerateShadow
-from .layers import PrefixLayer, prefix_fingerprint, route, weights_stamp
-from .probing import evaluating, find_layers
+from .layers import PrefixLayer, prefix_fingerprint
+from .probing import find_layers
 from .reporting import prefix_report
 
 if TYPE_CHECKING:
-    from ...privacy.bits import Entropy
-    from ..making import AnyCalibration
+    pass
 
 
-class ProtectedDecoder(ProtectedPipeline):
+class ProtectedDecoder(RoutedHandle):
     """A protected decoder-only model. Made by `dpx.protect`; a context manager that unprotects.
 
     A private prefix (a system prompt, documents, examples) is released once; `generate` then runs with `release.inputs(input_ids=...)`:
@@ -48,77 +43,27 @@ class ProtectedDecoder(ProtectedPipeline):
     see `report()`.
     """
 
-    def __init__(
-        self,
-        model: Any,  # a PreTrainedModel; mypy does not see through its mixins
-        config: DPXAttnConfig,
-        *,
-        calibration: AnyCalibration | None = None,
-        ledger: Ledger | None = None,
-        budget: Budget | None = None,
-        entropy: Entropy | None = None,
-        serving_only: bool = False,
-    ) -> None:
-        self.model = model
+    routing = Routing(NAME, LAYER_ATTRIBUTE, dp_xattn_prefix)
+
+    def __init__(self, model: Any, *settings: Any, **options: Any) -> None:
         self._sketched: tuple[object, Fingerprint] | None = None
-        super().__init__(
-            model,
-            config,
-            calibration=calibration,
-            ledger=ledger,
-            budget=budget,
-            entropy=entropy,
-            serving_only=serving_only,
-        )
+        super().__init__(model, *settings, **options)
         self._encoder = PrefixEncoder(model, self.decoder_layers)
         self._calls = Calls()
-        self._routes = {name: route(layer.config) for name, layer in self.decoder_layers.items()}
         self._generate = GenerateShadow(model, self)
-        self._saving = SaveShadow(model, self)
-        self._hooks: list[Any] = []
         self._served: tuple[tuple[Tag, ...], torch.device, dict[str, LayerTable]] | None = None
 
     def _find_layers(self) -> dict[str, Any]:
         self.decoder_layers: dict[str, PrefixLayer] = find_layers(self.model)
         return dict(self.decoder_layers)
 
-    # ---- installing and removing -------------------------------------------------------------------------------------------
-
-    def install(self) -> None:
-        """Routes the layers' attention to `dp_xattn_prefix`; undone by `unprotect`."""
-        for message in self._maker.warnings(self._fingerprint):
-            warnings.warn(message, stacklevel=4)
-        self.active = True
-        self.model.__dict__[HANDLE_ATTRIBUTE] = self
-        for name, layer in self.decoder_layers.items():
-            module: Any = layer.module
-            module.__dict__[LAYER_ATTRIBUTE] = LayerState(name, self._calls, layer.config)
-            module.config = self._routes[name]
-        self._hooks = [
-            self.model.register_forward_pre_hook(self._enter, with_kwargs=True),
-            self.model.register_forward_hook(self._leave, always_call=True),
-        ]
-        self._generate.install()
-        self._saving.install()
+    def _layer_state(self, name: str) -> LayerState:
+        return LayerState(name, self._calls, self._configs[name])
 
     def unprotect(self) -> None:
-        """Restores the model: the original configs of its layers, no hooks, no attributes. Releases stay valid on disk."""
-        if not self.active:
-            return
-        self.active = False
-        for name, layer in self.decoder_layers.items():
-            module: Any = layer.module
-            if module.config is self._routes[name]:
-                module.config = layer.config
-            module.__dict__.pop(LAYER_ATTRIBUTE, None)
-        for hook in self._hooks:
-            hook.remove()
-        self._generate.remove()
-        self._saving.remove()
-        self.model.__dict__.pop(HANDLE_ATTRIBUTE, None)
-        self._calls.current = None
+        """See `RoutedHandle.unprotect`."""
+        super().unprotect()
         self._served = None
-        self._tables.clear()
 
     @property
     def channels(self) -> int:
@@ -130,38 +75,6 @@ class ProtectedDecoder(ProtectedPipeline):
         return self._encoder.limit
 
     # ---- gates -------------------------------------------------------------------------------------------------------------
-
-    def check(self) -> None:
-        """Raises `ProtectionLostError` unless everything that `protect` installed is still in place."""
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        hooks = (self.model._forward_pre_hooks, self.model._forward_hooks)
-        lost: str | None = None
-        if not self.active:
-            lost = "it was unprotected"
-        elif self.model.__dict__.get(HANDLE_ATTRIBUTE) is not self or any(
-            hook.id not in known for hook, known in zip(self._hooks, hooks, strict=True)
-        ):
-            lost = "the gate of the model was removed"
-        elif not self._generate.installed():
-            lost = "generate was replaced"
-        elif ALL_ATTENTION_FUNCTIONS.get(NAME) is not dp_xattn_prefix:
-            lost = f"another attention function was registered as {NAME!r}"
-        else:
-            lost = next((reason for name in self.decoder_layers if (reason := self._lost_layer(name))), None)
-        if lost is not None:
-            raise ProtectionLostError(
-                f"The protection is no longer in place: {lost}. Nothing was run. Undo that change, call dpx.unprotect(model), and protect "
-                "again."
-            )
-
-    def _lost_layer(self, name: str) -> str | None:
-        module: Any = self.decoder_layers[name].module
-        if module.config is not self._routes[name] or module.config._attn_implementation != NAME:
-            return f"the attention function of {name} was replaced"
-        if LAYER_ATTRIBUTE not in module.__dict__ or self.model.get_submodule(name) is not module:
-            return f"{name} was replaced"
-        return None
 
     def check_thoroughly(self) -> None:
         """`check`; what a layer reads is decided in one place, so there is nothing more to look at."""
@@ -206,9 +119,6 @@ class ProtectedDecoder(ProtectedPipeline):
         tables = self._read(cache, ids.device)
         self._calls.current = Call(tables, cache.index.to(ids.device), cache.offset, own, visible)
 
-    def _leave(self, *_: Any) -> None:
-        self._calls.current = None
-
     def _read(self, cache: PrefixCache, device: torch.device) -> dict[str, LayerTable]:
         """The tables that `serve` made for this cache last, or new ones."""
         served = self._served
@@ -232,12 +142,9 @@ class ProtectedDecoder(ProtectedPipeline):
         self._served = (cache.tags, device, tables)
         return tables
 
-    def _update_access(self) -> None:
-        """Whether public text may pass is asked at each call."""
-
     def _current_fingerprint(self) -> Fingerprint:
         """Taken anew only where a weight or an adapter has changed since: it costs a short run of the model."""
-        now = weights_stamp(self.model)
+        now = (str(self.model.dtype), *stamp([self.model.base_model]))
         if self._sketched is None or self._sketched[0] != now:
             with evaluating(self.model):
                 self._sketched = now, prefix_fingerprint(self.model, self.decoder_layers)
@@ -289,8 +196,7 @@ class ProtectedDecoder(ProtectedPipeline):
         guarantee = released.guarantee
         if self.config.unit != "row":  # the padded length is public, the number of tokens need not be
             guarantee = dataclasses.replace(guarantee, rows=None)
-        structures = tuple(_as_rows(s) for s in released.structures)
-        return dataclasses.replace(released, structures=structures, guarantee=guarantee)
+        return dataclasses.replace(released, guarantee=guarantee)
 
     # ---- inputs ------------------------------------------------------------------------------------------------------------
 

@@ -8,18 +8,16 @@ ordinary dot products, in every architecture: learned positions, partial and sca
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...mechanisms.contract import LayerSpec
-from ..fingerprint import SIZE, Fingerprint, _signs, stamp
+from ..fingerprint import SIZE, Fingerprint, signs
+from ..routing import routed
 from .attention import NAME, Recording, Seen, recording
 
 PROBE_STEP = 7  # of the token ids that a fingerprint is made of; never change it: it is in saved releases
@@ -90,32 +88,12 @@ def make_layers(modules: Sequence[tuple[str, nn.Module, Any, Seen]]) -> dict[str
     return layers
 
 
-def route(config: Any) -> Any:
-    """A copy of a module's config that names `dp_xattn_prefix`; the host's own config, and so its masks, stay as they are."""
-    config = copy.copy(config)
-    config._attn_implementation_internal = NAME
-    return config
-
-
-@contextmanager
-def routed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """While it lasts, these modules' attention goes to `dp_xattn_prefix`."""
-    before: list[tuple[Any, Any]] = [(m, m.config) for m in modules]
-    for module, config in before:
-        module.config = route(config)
-    try:
-        yield
-    finally:
-        for module, config in before:
-            module.config = config
-
-
 def run_recorded(
     model: Any, layers: dict[str, PrefixLayer], ids: torch.Tensor, **arguments: Any
 ) -> list[Seen]:
     """What each layer handed to its attention, in a run of the model's body over token ids [B, n] with the host's own attention."""
     state = Recording({layer.module: layer.config for layer in layers.values()})
-    with routed(state.configs), recording(state):
+    with routed(state.configs, NAME), recording(state):
         model.base_model(input_ids=ids.to(model.device), use_cache=False, **arguments)
     return [state.seen[module] for module in state.configs]
 
@@ -126,12 +104,6 @@ def rows_of(seen: Sequence[Seen]) -> torch.Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def weights_stamp(model: Any) -> object:
-    """`fingerprint.stamp` of all of a model's weights."""
-    body: Any = SimpleNamespace(to_k=model.base_model, to_v=nn.Identity())
-    return (str(model.dtype), *stamp({"": body}))
-
-
 @torch.no_grad()
 def prefix_fingerprint(model: Any, layers: dict[str, PrefixLayer]) -> Fingerprint:
     """Sketches of each layer's keys and values of fixed public tokens: they show a change of any weight below, adapters included."""
@@ -140,7 +112,7 @@ def prefix_fingerprint(model: Any, layers: dict[str, PrefixLayer]) -> Fingerprin
     sketches = []
     for seen in run_recorded(model, layers, ids.unsqueeze(0)):
         flat = [t[0].transpose(0, 1).flatten(1).to("cpu", torch.float32) for t in (seen.key, seen.value)]
-        sketches.append(torch.stack([f @ _signs("out", f.shape[1]).mT / f.shape[1] ** 0.5 for f in flat]))
+        sketches.append(torch.stack([f @ signs("out", f.shape[1]).mT / f.shape[1] ** 0.5 for f in flat]))
     return Fingerprint(
         tuple((n, a.heads, a.cross_attention_dim, a.inner_dim) for n, a in layers.items()),
         torch.stack(sketches),

@@ -18,9 +18,10 @@ from ...errors import DPXAttnError, UnsupportedModelError
 from ...mechanisms.rows_structure import RowsStructure
 from ..placeholder import new_tag
 from ..processor import LayerTable
-from .attention import LAYER_ATTRIBUTE, Call, Calls, LayerState, Recording, recording
+from ..routing import evaluating, routed
+from .attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, Recording, recording
 from .cache import PrefixCache
-from .layers import PrefixLayer, make_layers, routed, rows_of, run_recorded
+from .layers import PrefixLayer, make_layers, rows_of, run_recorded
 
 PREFIX, SUFFIX = 5, 4
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -110,18 +111,6 @@ def find_layers(model: Any) -> dict[str, PrefixLayer]:
         raise refuse(model, f"the probe of its layers failed ({type(error).__name__})") from error
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, every module's own mode restored afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def _candidates(model: Any) -> dict[str, nn.Module]:
     """Modules with a config of their own: one of them asks it for its attention."""
     return {
@@ -145,7 +134,7 @@ def _probe(model: Any) -> dict[str, PrefixLayer]:
         raise refuse(model, "the probe gave NaN or Inf")
     candidates: dict[str, Any] = _candidates(model)
     state = Recording({module: module.config for module in candidates.values()})
-    with routed(candidates.values()), recording(state):
+    with routed(candidates.values(), NAME), recording(state):
         _compare(model, model(input_ids=ids, use_cache=False).logits, reference)
     names = {module: name for name, module in candidates.items()}
     expected = model.config.get_text_config(decoder=True).num_hidden_layers
@@ -186,7 +175,7 @@ def serving(model: Any, layers: dict[str, PrefixLayer], rows: torch.Tensor) -> I
     index = torch.zeros(1, dtype=torch.int64)
     calls.current = Call(table, index, offset=rows.shape[1])
     with ExitStack() as stack:
-        stack.enter_context(routed(layer.module for layer in layers.values()))
+        stack.enter_context(routed((layer.module for layer in layers.values()), NAME))
         for name, layer in layers.items():
             layer.module.__dict__[LAYER_ATTRIBUTE] = LayerState(name, calls, layer.config)
             stack.callback(layer.module.__dict__.pop, LAYER_ATTRIBUTE, None)

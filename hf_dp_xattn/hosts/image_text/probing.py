@@ -12,8 +12,9 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from ...errors import DPXAttnError, UnsupportedModelError
+from ..routing import evaluating
 from ..seq2seq.layers import CrossLayer
-from ..seq2seq.probing import ROWS, evaluating, probe
+from ..seq2seq.probing import ROWS, probe
 
 STATES = "cross_attention_states"
 # the marker's row and one of NaN: neither the projections of the first token nor the layers' cache grow with the image

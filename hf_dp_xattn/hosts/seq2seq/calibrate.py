@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -22,8 +21,9 @@ from ...mechanisms.anchors.release import pool
 from ..access import Access
 from ..calibrate_anchors import choose_contexts, slot_schedule
 from ..identity import host_identity
+from ..routing import routed
 from ..rows import layer_specs
-from .attention import Serving, serving
+from .attention import NAME, Serving, serving
 from .calibrate_documents import (
     QUERY_ROWS,
     DocumentReader,
@@ -34,7 +34,7 @@ from .calibrate_documents import (
 )
 from .contexts import MASK, STATES, gather
 from .encoder import EncoderSide
-from .layers import CrossLayer, routed
+from .layers import CrossLayer
 from .probing import Forward, context_channels, find_layers, run_decoder
 
 ENCODER_BATCH = 16
@@ -276,9 +276,7 @@ def sample_queries(
     generator = torch.Generator().manual_seed(seed)
     state = Serving(queries={layer.module: [] for layer in layers.values()})
     lengths = sorted({len(s) for s in starts})
-    with ExitStack() as stack, serving(state):
-        for layer in layers.values():
-            stack.enter_context(routed(layer.module))
+    with routed((layer.module for layer in layers.values()), NAME), serving(state):
         for i, rows in enumerate(contexts):
             alike = [s for s in starts if len(s) == lengths[i % len(lengths)]]
             order = torch.randperm(len(alike), generator=generator)[:STARTS].tolist()

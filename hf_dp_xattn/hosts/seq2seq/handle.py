@@ -4,41 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import warnings
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ...config import DPXAttnConfig
 from ...errors import ConfigError, ProtectionLostError, ReleaseError
-from ...mechanisms.rows_structure import RowsStructure
-from ...mechanisms.structure import AttentionStructure, ExactStructure
-from ...privacy.ledger import Budget, Ledger
 from ...report import PrivacyReport
 from ..access import TextGate
 from ..bindings import bind, unique
 from ..context import PrivateContext
 from ..fingerprint import Fingerprint
-from ..handle import HANDLE_ATTRIBUTE, ProtectedPipeline
 from ..making import Recipe
 from ..placeholder import Tag, make_placeholder, new_tag, read_tags
 from ..processor import LayerTable
 from ..release import Release, ReleasedContext
-from ..saving import SaveShadow
+from ..routed import RoutedHandle
+from ..routing import Routing
 from .attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, dp_xattn
 from .contexts import MASK, STATES, gather, join_documents, name_inputs
 from .encoder import EncoderSide
 from .generation import GenerateShadow, as_inputs, read_placeholder
-from .layers import route, rowwise_reason
+from .layers import rowwise_reason
 from .outputs import last_hidden_state
 from .probing import context_channels, find_layers
 from .reporting import seq2seq_report
 
 if TYPE_CHECKING:
-    from ...privacy.bits import Entropy
-    from ..making import AnyCalibration
+    pass
 
 # the marker's row and one of NaN: layers project a placeholder's rows at the first token, which must not take longer for a long context
 PLACEHOLDER_ROWS = 2
@@ -51,7 +45,7 @@ CLOSED = (
 PUBLIC_CALL = Call({}, torch.zeros(0, dtype=torch.int64), public=True)
 
 
-class ProtectedSeq2Seq(ProtectedPipeline):
+class ProtectedSeq2Seq(RoutedHandle):
     """A protected encoder-decoder model. Made by `dpx.protect`; a context manager that unprotects.
 
     While it is active, what `generate` is given for the encoder is private: each document is released once (charged to the ledger before
@@ -60,121 +54,35 @@ class ProtectedSeq2Seq(ProtectedPipeline):
     *Formal guarantee.* Everything that leaves the model about a private context is post-processing of its `Release`, see `report()`.
     """
 
+    routing = Routing(NAME, LAYER_ATTRIBUTE, dp_xattn)
     closed = CLOSED  # what the encoder's gate says
 
-    def __init__(
-        self,
-        model: Any,  # a PreTrainedModel; mypy does not see through its mixins
-        config: DPXAttnConfig,
-        *,
-        calibration: AnyCalibration | None = None,
-        ledger: Ledger | None = None,
-        budget: Budget | None = None,
-        entropy: Entropy | None = None,
-        serving_only: bool = False,
-    ) -> None:
-        self.model = model
-        super().__init__(
-            model,
-            config,
-            calibration=calibration,
-            ledger=ledger,
-            budget=budget,
-            entropy=entropy,
-            serving_only=serving_only,
-        )
+    def __init__(self, model: Any, *settings: Any, **options: Any) -> None:
+        super().__init__(model, *settings, **options)
         self._encoder = EncoderSide(model, self.access)
         self._calls = Calls()
-        self._configs = {name: layer.module.config for name, layer in self.cross.items()}
-        self._routes = {name: route(config) for name, config in self._configs.items()}
         self._generate = GenerateShadow(model, self)
-        self._saving = SaveShadow(model, self)
-        self._hooks: list[Any] = []
 
     def _find_layers(self) -> dict[str, Any]:
         self.cross = find_layers(self.model)
         return dict(self.cross)
 
-    # ---- installing and removing -------------------------------------------------------------------------------------------
+    def _layer_state(self, name: str) -> LayerState:
+        layer = self.cross[name]
+        return LayerState(name, self._calls, self._configs[name]._attn_implementation, layer.padding)
 
-    def install(self) -> None:
-        """Routes the layers' attention to `dp_xattn` and closes the encoder; undone by `unprotect`."""
-        for message in self._maker.warnings(self._fingerprint):
-            warnings.warn(message, stacklevel=4)
-        self.active = True
-        self.model.__dict__[HANDLE_ATTRIBUTE] = self
-        for name, layer in self.cross.items():
-            module: Any = layer.module
-            state = LayerState(name, self._calls, module.config._attn_implementation, layer.padding)
-            module.__dict__[LAYER_ATTRIBUTE] = state
-            module.config = self._routes[name]
+    def _close(self) -> None:
         self._gates = [TextGate(self._encoder.module, self.access, self.closed)]
-        self._hooks = [
-            self.model.register_forward_pre_hook(self._enter, with_kwargs=True),
-            self.model.register_forward_hook(self._leave, always_call=True),
-        ]
-        self._generate.install()
-        self._saving.install()
 
-    def unprotect(self) -> None:
-        """Restores the model: the original configs of its layers, no hooks, no attributes. Releases stay valid on disk."""
-        if not self.active:
-            return
-        self.active = False
-        for name, layer in self.cross.items():
-            module: Any = layer.module
-            if module.config is self._routes[name]:
-                module.config = self._configs[name]
-            module.__dict__.pop(LAYER_ATTRIBUTE, None)
-        for hook in self._hooks:
-            hook.remove()
-        for gate in self._gates:
-            gate.remove()
-        self._generate.remove()
-        self._saving.remove()
-        self.model.__dict__.pop(HANDLE_ATTRIBUTE, None)
-        self._calls.current = None
-        self._tables.clear()
+    def _opened(self) -> str | None:
+        closed = all(g.installed() and g.encoder is self._encoder.module for g in self._gates)
+        return None if closed else "the encoder or its gate was replaced"
 
     @property
     def channels(self) -> int:
         return context_channels(self.model)
 
     # ---- gates -------------------------------------------------------------------------------------------------------------
-
-    def check(self) -> None:
-        """Raises `ProtectionLostError` unless everything that `protect` installed is still in place."""
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        hooks = (self.model._forward_pre_hooks, self.model._forward_hooks)
-        lost: str | None = None
-        if not self.active:
-            lost = "it was unprotected"
-        elif self.model.__dict__.get(HANDLE_ATTRIBUTE) is not self or any(
-            hook.id not in known for hook, known in zip(self._hooks, hooks, strict=True)
-        ):
-            lost = "the gate of the model was removed"
-        elif not self._generate.installed():
-            lost = "generate was replaced"
-        elif not all(g.installed() and g.encoder is self._encoder.module for g in self._gates):
-            lost = "the encoder or its gate was replaced"
-        elif ALL_ATTENTION_FUNCTIONS.get(NAME) is not dp_xattn:
-            lost = f"another attention function was registered as {NAME!r}"
-        else:
-            lost = next((reason for name in self.cross if (reason := self._lost_layer(name))), None)
-        if lost is not None:
-            raise ProtectionLostError(
-                f"The protection is no longer in place: {lost}. Nothing was run. Undo that change, call dpx.unprotect(model), and protect "
-                "again."
-            )
-
-    def _lost_layer(self, name: str) -> str | None:
-        module: Any = self.cross[name].module
-        if module.config is not self._routes[name] or module.config._attn_implementation != NAME:
-            return f"the attention function of {name} was replaced"
-        if LAYER_ATTRIBUTE not in module.__dict__ or self.model.get_submodule(name) is not module:
-            return f"{name} was replaced"
-        return None
 
     def check_thoroughly(self) -> None:
         """`check`, and that no layer mixes rows since. Before each release and call of `generate`."""
@@ -229,9 +137,6 @@ class ProtectedSeq2Seq(ProtectedPipeline):
         self._calls.seen = None if states.is_inference() else (weakref.ref(states), states._version, call)
         return call
 
-    def _leave(self, *_: Any) -> None:
-        self._calls.current = None
-
     @torch.inference_mode(False)  # what is kept must serve other modes too
     @torch.no_grad()
     def _build(self, tags: Sequence[Tag], device: torch.device) -> dict[str, LayerTable]:
@@ -244,9 +149,6 @@ class ProtectedSeq2Seq(ProtectedPipeline):
         current = self.verify([b.context for b in bindings])
         allow = torch.tensor(False, device=device)
         return self._tables.build(bindings, allow, device, self.model.dtype, current)
-
-    def _update_access(self) -> None:
-        """Whether public documents may pass is asked at each call."""
 
     # ---- releases ----------------------------------------------------------------------------------------------------------
 
@@ -302,8 +204,7 @@ class ProtectedSeq2Seq(ProtectedPipeline):
         loaded = context.load()
         rows = context.rows or len(loaded[0])
         known = dataclasses.replace(context, rows=rows, load=lambda: loaded)
-        released = super()._run(recipe, known, groups, current)
-        return dataclasses.replace(released, structures=tuple(_as_rows(s) for s in released.structures))
+        return super()._run(recipe, known, groups, current)
 
     # ---- placeholders ------------------------------------------------------------------------------------------------------
 
@@ -359,11 +260,3 @@ class ProtectedSeq2Seq(ProtectedPipeline):
     def report(self) -> PrivacyReport:
         """What was promised, spent and left open. Holds no private content; str(), to_dict(), to_json()."""
         return seq2seq_report(self, self._spent, self._maker.warnings(self._current_fingerprint()))
-
-
-def _as_rows(structure: AttentionStructure) -> AttentionStructure:
-    """Exact rows (`mechanism="none"`) as ones that may be batched with others of another number."""
-    if not isinstance(structure, ExactStructure):
-        return structure
-    bias = structure.key.new_zeros(1, 1, 1, structure.key.shape[2])
-    return RowsStructure(structure.key, structure.value, bias, structure.scale)

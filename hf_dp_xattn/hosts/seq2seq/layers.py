@@ -6,9 +6,7 @@ projections, biases, norms, adapters and padding take part, whatever the archite
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import UnsupportedModelError
+from ..routing import routed
 from .attention import NAME, Capture, capturing, scale_of
 
 _SIGNS = 16
@@ -41,24 +40,6 @@ class Invocation:
             else:
                 kwargs[where] = tensor
         return args, kwargs
-
-
-@contextmanager
-def routed(module: nn.Module) -> Iterator[None]:
-    """While it lasts, the module's attention goes to `dp_xattn`."""
-    before: Any = module.config
-    module.config = route(before)
-    try:
-        yield
-    finally:
-        module.config = before
-
-
-def route(config: Any) -> Any:
-    """A copy of a module's config that names `dp_xattn`; the host's own config, and so its masks, stay as they are."""
-    config = copy.copy(config)
-    config._attn_implementation_internal = NAME
-    return config
 
 
 class Side:
@@ -123,7 +104,7 @@ class CrossLayer:
     ) -> tuple[Capture, torch.Tensor]:
         """What the module hands to its attention function, and what it makes of the answer."""
         args, kwargs = self._invocation.fill(hidden, states if self.bridge is None else self.bridge(states))
-        with capturing(Capture(self.module, answer=answer)) as capture, routed(self.module):
+        with capturing(Capture(self.module, answer=answer)) as capture, routed([self.module], NAME):
             out = self.module(*args, **kwargs)
         if capture.calls != 1:
             raise UnsupportedModelError(f"{self.name} does not call the attention interface once.")

@@ -7,7 +7,7 @@ its cache) after the encoder's output was replaced by a placeholder that is NaN:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import DPXAttnError, UnsupportedModelError
 from ..placeholder import CODE_CHANNELS, make_placeholder, new_tag
-from .attention import Serving, serving
-from .layers import CrossLayer, Invocation, routed, rowwise_reason
+from ..routing import evaluating, routed
+from .attention import NAME, Serving, serving
+from .layers import CrossLayer, Invocation, rowwise_reason
 from .outputs import PlaceholderOutputs
 
 ROWS = 7  # of the probe's encoder states: no other length in the probe equals it
@@ -81,18 +82,6 @@ def find_layers(model: Any) -> dict[str, CrossLayer]:
         raise refuse(model, known or f"the probe of its decoder failed ({type(error).__name__})") from error
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, every module's own mode restored afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 Forward = Callable[..., Any]
 """Runs a model on states [1, n, C] of its context and token ids: (model, states, ids, **forward's keywords) -> its outputs."""
 
@@ -118,9 +107,7 @@ def probe(
         layers[name] = _layer(model, name, module, args, kwargs, states, bridge)
     if not layers:
         raise refuse(model, _HARD_CODED)
-    with ExitStack() as stack:
-        for layer in layers.values():
-            stack.enter_context(routed(layer.module))
+    with routed((layer.module for layer in layers.values()), NAME):
         with serving(Serving()) as exact:
             _compare(model, _logits(forward, model, states, ids), reference)
         _check_reached(model, layers, exact)
