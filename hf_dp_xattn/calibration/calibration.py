@@ -13,17 +13,18 @@ import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
-from ..hub import HubOptions, PushOptions, find_files, push_with_card, read_document, write_files
+from ..hub import HubOptions, find_files, read_document
 from ..mechanisms.contract import LayerSpec
 from ..mechanisms.contributions import lattice_exponent
 from ..mechanisms.geometry import HeadGeometry
 from ..mechanisms.sketch import SketchBasis, SketchPlan
 from .anchors.calibration import AnchorCalibration
-from .anchors.files import JSON_NAME, KIND, TENSORS_NAME, load_anchors
+from .anchors.files import KIND, load_anchors
 from .files import load_kernel_sum, save_kernel_sum
+from .stored import JSON_NAME, TENSORS_NAME, Shared
 
 if TYPE_CHECKING:
-    from ..cards import CardOptions
+    pass
 
 # A calibration is made for these fields of the config; epsilon may differ (the nearest plan is used).
 BOUND_FIELDS = ("features", "degree", "num_features", "feature_seed", "logit_bound", "unit")
@@ -64,7 +65,7 @@ def sketch_plan(entry: PlanEntry, basis: SketchBasis, units: int) -> SketchPlan:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Shared):
     """Public geometry, clipping bound, sketch basis and plans for one model's layers.
 
     Nothing in here may depend on a private context: it is not noised and is not counted.
@@ -107,31 +108,8 @@ class Calibration:
             self._cache[entry.epsilon] = sketch_plan(entry, self.basis, self.units)
         return self._cache[entry.epsilon]
 
-    def save_pretrained(self, directory: str | os.PathLike[str], **card: Unpack[CardOptions]) -> Path:
-        """Writes JSON + safetensors (float32/float64, no pickle) and a card; returns the folder.
-
-        A README.md that somebody else wrote stays as it is. card: license, base_model, utility (`cards.CardOptions`).
-        """
-        from ..cards import calibration_card, card_file, card_options
-
-        folder = Path(directory)
-        text = calibration_card(self, card_options(card))
+    def _write(self, folder: Path) -> None:
         save_kernel_sum(self, folder)
-        write_files(folder, card_file(folder, text))
-        return folder
-
-    def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
-        """Uploads the files of `save_pretrained` to a Hub repository; returns the commit's address.
-
-        Raises:
-            HubError: the upload failed, and the repository is as it was. ConfigError: unknown options.
-        """
-        return push_with_card(
-            lambda folder, card: self.save_pretrained(folder, **card),
-            repo_id,
-            options,
-            "Upload a DP attention calibration",
-        )
 
     @classmethod
     def from_pretrained(

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
 from ..config import FEATURES, DPXAttnConfig
-from ..errors import ConfigError
-from ..hub import dump_document, read_document, write_files
 from ..mechanisms.geometry import HeadGeometry
 from ..mechanisms.sketch import SketchBasis
-from .anchors.files import JSON_NAME, TENSORS_NAME, read_tensors
 from .checks import Sizes, check_keys, integer, number, refuse
+from .stored import Tensors, read_header, read_stored, write_stored
 
 if TYPE_CHECKING:
     from .calibration import Calibration, PlanEntry
 
-SCHEMA_VERSION = 1
 _FIELDS = ("clip_norm", "contexts", "units", "settings")
-_KEYS = {"schema_version", "layers", "scales", "has_basis", "plans", "sha256", *_FIELDS}
+_KEYS = {"layers", "scales", "has_basis", "plans", *_FIELDS}
 _GEOMETRY = tuple(f.name for f in fields(HeadGeometry) if f.name != "scale")
 _BASIS = tuple(f.name for f in fields(SketchBasis))
 
@@ -44,45 +38,26 @@ def _tensors(calibration: Calibration) -> dict[str, torch.Tensor]:
 
 def save_kernel_sum(calibration: Calibration, folder: Path) -> None:
     """Writes the two files."""
-    blob = save({k: v.detach().cpu().contiguous().clone() for k, v in _tensors(calibration).items()})
     header = {
-        "schema_version": SCHEMA_VERSION,
         "layers": list(calibration.layers),
         "scales": [g.scale for g in calibration.geometries],
         **{name: getattr(calibration, name) for name in _FIELDS},
         "has_basis": calibration.basis is not None,
         "plans": [{n: getattr(p, n) for n in p.NUMBERS} for p in calibration.plans],
-        "sha256": hashlib.sha256(blob).hexdigest(),
     }
-    write_files(folder, {TENSORS_NAME: blob, JSON_NAME: dump_document(header)})
+    write_stored(folder, header, _tensors(calibration))
 
 
 def load_kernel_sum(folder: Path) -> Calibration:
     """Reads and checks the two files; raises ConfigError on anything missing, unknown, damaged or of another schema."""
-    header = read_document(folder / JSON_NAME, ConfigError)
-    if header.get("schema_version") != SCHEMA_VERSION:
-        raise ConfigError(
-            f"The calibration in {folder.name!r} has schema version {header.get('schema_version')!r}, this package reads {SCHEMA_VERSION}. "
-            "Upgrade hf_dp_xattn, or calibrate again."
-        )
-    check_keys(header, _KEYS, JSON_NAME)
-    payload = read_tensors(folder / TENSORS_NAME, header["sha256"])
-    try:
-        tensors = load(payload)
+    header = read_header(folder, _KEYS)
+
+    def build(tensors: Tensors) -> Calibration:
         calibration = _read(header, tensors)
         _verify(calibration)
-        unknown = set(tensors) - set(_tensors(calibration))
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(
-            f"The calibration in {folder.name!r} is incomplete or damaged ({type(error).__name__}). Download it again."
-        ) from None
-    if unknown:
-        raise ConfigError(
-            f"{TENSORS_NAME} holds unknown tensors: {', '.join(sorted(unknown))}. Upgrade hf_dp_xattn."
-        )
-    return calibration
+        return calibration
+
+    return read_stored(folder, header, build, _tensors)
 
 
 def _read(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Calibration:

@@ -15,8 +15,8 @@ def find_artefact(name: str, **options: Any) -> tuple[str, Path]:
     Raises:
         ConfigError: none of them is there.
     """
-    from ..calibration.anchors.files import JSON_NAME as CALIBRATION_JSON
-    from ..calibration.anchors.files import TENSORS_NAME as CALIBRATION_TENSORS
+    from ..calibration.stored import JSON_NAME as CALIBRATION_JSON
+    from ..calibration.stored import TENSORS_NAME as CALIBRATION_TENSORS
     from ..config import CONFIG_NAME
     from ..hosts.restoring import locate_protection
     from ..hosts.saving import FOLDER

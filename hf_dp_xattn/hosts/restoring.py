@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from ..calibration.anchors.calibration import AnchorCalibration
-from ..calibration.anchors.files import JSON_NAME
 from ..calibration.calibration import Calibration, load_calibration
+from ..calibration.stored import JSON_NAME
 from ..config import CONFIG_NAME, DPXAttnConfig
 from ..errors import ConfigError
 from ..hub import Found, HubOptions, locate, read_document

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..calibration.anchors.files import JSON_NAME, TENSORS_NAME
+from ..calibration.stored import JSON_NAME, TENSORS_NAME
 from ..config import CONFIG_NAME
 from ..errors import ConfigError
 from ..hub import dump_document, write_files

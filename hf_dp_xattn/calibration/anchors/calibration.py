@@ -11,14 +11,15 @@ import torch
 
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
-from ...hub import HubOptions, PushOptions, find_files, push_with_card, write_files
+from ...hub import HubOptions, find_files
 from ...mechanisms.anchors.plan import AnchorPlan, Decoders
 from ...mechanisms.anchors.release import PreparedAnchors, prepare_anchors
-from .files import JSON_NAME, KIND, TENSORS_NAME, load_anchors, rounded, save_anchors
+from ..stored import JSON_NAME, TENSORS_NAME, Shared
+from .files import KIND, load_anchors, rounded, save_anchors
 from .verify import GROUPINGS, verify_anchors
 
 if TYPE_CHECKING:
-    from ...cards import CardOptions
+    pass
 
 __all__ = [
     "GROUPINGS",
@@ -55,7 +56,7 @@ class ScorePoint:
 
 
 @dataclass(frozen=True, eq=False)
-class AnchorCalibration:
+class AnchorCalibration(Shared):
     """Everything that `anchors` reads besides the private rows. Nothing in here may depend on a private context.
 
     unit, neighboring: what it was made for. grouping: "rows", "phrases" or "context", how units were encoded. contexts, units: how many
@@ -99,31 +100,8 @@ class AnchorCalibration:
         self.check(config, self.channels)
         return prepare_anchors(config, self.plans, self.decoders)
 
-    def save_pretrained(self, directory: str | os.PathLike[str], **card: Unpack[CardOptions]) -> Path:
-        """Writes JSON + safetensors (no pickle) and a card; returns the folder.
-
-        A README.md that somebody else wrote stays as it is. card: license, base_model, utility (`cards.CardOptions`).
-        """
-        from ...cards import calibration_card, card_file, card_options
-
-        folder = Path(directory)
-        text = calibration_card(self, card_options(card))
+    def _write(self, folder: Path) -> None:
         save_anchors(self, folder)
-        write_files(folder, card_file(folder, text))
-        return folder
-
-    def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
-        """Uploads the files of `save_pretrained` to a Hub repository; returns the commit's address.
-
-        Raises:
-            HubError: the upload failed, and the repository is as it was. ConfigError: unknown options.
-        """
-        return push_with_card(
-            lambda folder, card: self.save_pretrained(folder, **card),
-            repo_id,
-            options,
-            "Upload a DP attention calibration",
-        )
 
     @classmethod
     def from_pretrained(

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm
 
+from ...config import DPXAttnConfig
 from ...mechanisms.anchors.cells import CellDecoder, Tilt
+from ...mechanisms.anchors.plan import NOT_JUDGED, AnchorPlan
 from ...mechanisms.quantizer import RowQuantizer
+from ...privacy.units import NeighboringRelation
 from .kmeans import POINTS_PER_CELL, assign, kmeans
 from .objective import Objective
 
@@ -178,6 +181,26 @@ def geometric_noise(
 
 
 @torch.no_grad()
+def histogram_plan(config: DPXAttnConfig, book: Codebook, epsilon: float, seed: int) -> AnchorPlan:
+    """The plan of a histogram of the book's cells at epsilon, without a tilt and not judged yet."""
+    symmetric = config.neighboring != NeighboringRelation.REPLACE_ONE.value
+    return AnchorPlan(
+        epsilon=epsilon,
+        release="histogram",
+        center=book.center,
+        reach=book.reach,
+        matrix=book.matrix,
+        bias=torch.zeros(book.matrix.shape[0]),
+        codes=book.codes.unsqueeze(0),
+        bound=1.0,
+        share_plus=choose_share(book, epsilon, symmetric=symmetric, seed=seed),
+        noise=0.0,
+        head=None,
+        tilt=None,
+        quality=NOT_JUDGED,
+    )
+
+
 def choose_share(book: Codebook, epsilon: float, *, symmetric: bool, seed: int = 0) -> float:
     """e_plus / epsilon with the least posterior log loss of the public counts."""
     if symmetric:

@@ -20,13 +20,12 @@ import torch
 
 from ...config import DPXAttnConfig
 from ...mechanisms.anchors.cells import CellDecoder
-from ...mechanisms.anchors.plan import AnchorPlan, Decoders, Quality
-from ...mechanisms.anchors.release import prepare_anchors
+from ...mechanisms.anchors.plan import AnchorPlan, Decoders
 from ...mechanisms.quantizer import RowQuantizer
-from ...privacy.bits import SeededEntropy
-from .cells_fit import GRID, Codebook, choose_share, log_prior
+from .cells_fit import GRID, Codebook, histogram_plan, log_prior
+from .judge import judge
 from .kmeans import assign, kmeans
-from .objective import LayerProbe, Objective, fvu, fvu_interval
+from .objective import LayerProbe, Objective
 from .slots_fit import PublicContexts
 
 CELLS = 192
@@ -146,36 +145,8 @@ def document_plans(
     seed: int,
 ) -> list[AnchorPlan]:
     """One plan for each epsilon, judged by real releases (seeded noise) of public contexts that nothing was fitted to."""
-    symmetric = config.neighboring != "replace_one"
-    plans = []
-    for epsilon in epsilons:
-        share = choose_share(book, epsilon, symmetric=symmetric, seed=seed)
-        plan = AnchorPlan(
-            epsilon=epsilon,
-            release="histogram",
-            center=book.center,
-            reach=book.reach,
-            matrix=book.matrix,
-            bias=torch.zeros(book.matrix.shape[0]),
-            codes=book.codes.unsqueeze(0),
-            bound=1.0,
-            share_plus=share,
-            noise=0.0,
-            head=None,
-            tilt=None,
-            quality=Quality(1.0, 1.0, 1.0, 0),
-        )
-        # the units are mean rows already
-        prepared = prepare_anchors(
-            config.replace(epsilon=epsilon, unit="row"), [plan], Decoders(None, book.decoder)
-        )
-        decoded = []
-        for i in range(len(validation)):
-            units = validation.units[i][validation.mask[i]].float()
-            context = prepared.run_rows(units, entropy=SeededEntropy(1_000_003 + i)).context
-            decoded.append((context.rows, context.log_weights))
-        errors, variances = objective.measure(validation.whole.float(), decoded, outputs=validation.outputs)
-        low, high = fvu_interval(errors, variances)
-        quality = Quality(fvu(errors, variances), low, high, len(validation))
-        plans.append(AnchorPlan(**{**plan.__dict__, "quality": quality}))
-    return plans
+    decoders = Decoders(None, book.decoder)
+    return [
+        judge(histogram_plan(config, book, epsilon, seed), config, decoders, validation, objective)
+        for epsilon in epsilons
+    ]

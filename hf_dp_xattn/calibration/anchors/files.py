@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
-from ...errors import ConfigError
-from ...hub import dump_document, read_document, write_files
 from ...mechanisms.anchors.cells import CellDecoder, Tilt
 from ...mechanisms.anchors.move import RowMove
 from ...mechanisms.anchors.plan import AnchorPlan, Decoders, Quality
 from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
 from ..checks import check_keys
+from ..stored import JSON_NAME, Tensors, read_header, read_stored, write_stored
 
 if TYPE_CHECKING:
     from .calibration import AnchorCalibration
 
-SCHEMA_VERSION = 1
 KIND = "anchors"
-JSON_NAME = "dp_xattn_calibration.json"
-TENSORS_NAME = "dp_xattn_calibration.safetensors"
 # what is stored in half precision
 HALF = ("matrix", "weight", "hidden", "coefficients", "directions", "anchors", "inner", "outer", "cells")
 _FIELDS = ("unit", "neighboring", "grouping", "channels", "contexts", "units", "settings")
 _KEYS = {
-    *("schema_version", "kind", "host", "plans", "scores", "has_slots", "cells", "sha256"),
+    *("kind", "host", "plans", "scores", "has_slots", "cells"),
     *_FIELDS,
 }
 _PLAN_KEYS = {*AnchorPlan.FIELDS, "quality", "has_head", "has_tilt"}
@@ -58,10 +51,8 @@ def tensors_of(calibration: AnchorCalibration) -> dict[str, torch.Tensor]:
 
 def save_anchors(calibration: AnchorCalibration, folder: Path) -> None:
     """Writes the two files."""
-    blob = save({k: v.detach().cpu().contiguous().clone() for k, v in tensors_of(calibration).items()})
     cells = calibration.decoders.cells
     header = {
-        "schema_version": SCHEMA_VERSION,
         "kind": KIND,
         **{name: getattr(calibration, name) for name in _FIELDS},
         "host": {"layers": [list(x) for x in calibration.host.layers], "dtype": calibration.host.dtype},
@@ -77,56 +68,21 @@ def save_anchors(calibration: AnchorCalibration, folder: Path) -> None:
         "scores": [dataclasses.asdict(s) for s in calibration.scores],
         "has_slots": calibration.decoders.slots is not None,
         "cells": None if cells is None else {"rows": cells.rows},
-        "sha256": hashlib.sha256(blob).hexdigest(),
     }
-    write_files(folder, {TENSORS_NAME: blob, JSON_NAME: dump_document(header)})
+    write_stored(folder, header, tensors_of(calibration))
 
 
 def load_anchors(folder: Path) -> AnchorCalibration:
     """Reads and checks the two files; raises ConfigError on anything missing, unknown, damaged or of another schema."""
-    header = read_document(folder / JSON_NAME, ConfigError)
-    if header.get("schema_version") != SCHEMA_VERSION:
-        raise ConfigError(
-            f"The calibration in {folder.name!r} has schema version {header.get('schema_version')!r}, this package reads {SCHEMA_VERSION}. "
-            "Upgrade hf_dp_xattn, or calibrate again."
-        )
-    if header.get("kind") != KIND:
-        raise ConfigError(
-            f"The calibration in {folder.name!r} is of kind {header.get('kind')!r}, expected {KIND!r}."
-        )
-    check_keys(header, _KEYS, JSON_NAME)
-    payload = read_tensors(folder / TENSORS_NAME, header["sha256"])
-    try:
-        tensors = {k: v.float() if v.dtype == torch.float16 else v for k, v in load(payload).items()}
-        calibration = _read(header, tensors)
+    header = read_header(folder, _KEYS, KIND)
+
+    def build(tensors: Tensors) -> AnchorCalibration:
+        wide = {k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()}
+        calibration = _read(header, wide)
         calibration.verify()
-        unknown = set(tensors) - set(tensors_of(calibration))
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(
-            f"The calibration in {folder.name!r} is incomplete or damaged ({type(error).__name__}). Download it again."
-        ) from None
-    if unknown:
-        raise ConfigError(
-            f"{TENSORS_NAME} holds unknown tensors: {', '.join(sorted(unknown))}. Upgrade hf_dp_xattn."
-        )
-    return calibration
+        return calibration
 
-
-def read_tensors(path: Path, sha256: Any) -> bytes:
-    """The file's bytes. Raises ConfigError where it is missing, or not the one that the JSON names."""
-    try:
-        payload = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"{path.name} cannot be read ({type(error).__name__}); the calibration is incomplete."
-        ) from None
-    if hashlib.sha256(payload).hexdigest() != sha256:
-        raise ConfigError(
-            f"{path.name} does not match its checksum: damaged, truncated, or of another version. Download it again."
-        )
-    return payload
+    return read_stored(folder, header, build, tensors_of)
 
 
 def rounded(calibration: AnchorCalibration) -> AnchorCalibration:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,14 +12,14 @@ from tqdm.auto import tqdm
 
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
-from ...mechanisms.anchors.plan import AnchorPlan, Decoders, Quality
+from ...mechanisms.anchors.plan import NOT_JUDGED, AnchorPlan, Decoders
 from ...mechanisms.anchors.release import HistogramSource, prepare_source
 from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
 from ...mechanisms.row_sum import RowSum
 from ...privacy.response import RandomizedResponse
 from ...privacy.units import NeighboringRelation
 from .calibration import AnchorCalibration, HostIdentity
-from .cells_fit import Codebook, choose_share, fit_codebook, fit_tilt
+from .cells_fit import Codebook, fit_codebook, fit_tilt, histogram_plan
 from .judge import judge, simulate
 from .kmeans import assign, kmeans
 from .mixed_fit import Compared, means_or_members, with_mixed
@@ -122,7 +121,7 @@ def fit_anchors(
             seed=settings.seed,
             progress=settings.progress,
         )
-        found += [_histogram_plan(config, book, e, settings) for e in epsilons]
+        found += [histogram_plan(config, book, e, settings.seed) for e in epsilons]
         if training.units.shape[1] >= _LONG:
             book = means_or_members(config, book, found[-1], validation, objective)
     if "sum" in kinds or "response" in kinds:
@@ -219,27 +218,6 @@ def _public_box(contexts: PublicContexts) -> tuple[torch.Tensor, torch.Tensor]:
     return center, 4.0 * (units - center).abs().amax(0).clamp_min(1e-6)
 
 
-def _histogram_plan(
-    config: DPXAttnConfig, book: Codebook, epsilon: float, settings: AnchorSettings
-) -> AnchorPlan:
-    symmetric = config.neighboring != NeighboringRelation.REPLACE_ONE.value
-    return AnchorPlan(
-        epsilon=epsilon,
-        release="histogram",
-        center=book.center,
-        reach=book.reach,
-        matrix=book.matrix,
-        bias=torch.zeros(book.matrix.shape[0]),
-        codes=book.codes.unsqueeze(0),
-        bound=1.0,
-        share_plus=choose_share(book, epsilon, symmetric=symmetric, seed=settings.seed),
-        noise=0.0,
-        head=None,
-        tilt=None,
-        quality=_UNKNOWN,
-    )
-
-
 def _with_tilt(
     config: DPXAttnConfig, book: Codebook, plan: AnchorPlan, settings: AnchorSettings
 ) -> AnchorPlan:
@@ -249,9 +227,6 @@ def _with_tilt(
         book, source.rates, steps=settings.tilt_steps, seed=settings.seed, progress=settings.progress
     )
     return dataclasses.replace(plan, tilt=tilt)
-
-
-_UNKNOWN = Quality(math.inf, math.inf, math.inf, 0)
 
 
 def sum_noise(config: DPXAttnConfig, epsilon: float) -> float:
@@ -354,7 +329,7 @@ def _slot_plans(
             noise=noise,
             head=SlotHead(*(getattr(head, n).detach().clone() for n in SlotHead.TENSORS)),
             tilt=None,
-            quality=_UNKNOWN,
+            quality=NOT_JUDGED,
         )
 
     none = torch.zeros(0, 0, settings.slots.code)

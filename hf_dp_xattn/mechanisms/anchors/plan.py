@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,9 @@ class Quality:
     low: float
     high: float
     contexts: int
+
+
+NOT_JUDGED = Quality(math.inf, math.inf, math.inf, 0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_dp_xattn import ConfigError, DPXAttnConfig
-from hf_dp_xattn.calibration.anchors.calibration import JSON_NAME, TENSORS_NAME, AnchorCalibration
+from hf_dp_xattn.calibration.anchors.calibration import AnchorCalibration
 from hf_dp_xattn.calibration.anchors.fit import AnchorSettings, fit_anchors, simulate
 from hf_dp_xattn.calibration.anchors.mixed_fit import LIKE_COST, Compared
 from hf_dp_xattn.calibration.anchors.objective import fvu
 from hf_dp_xattn.calibration.anchors.slots_fit import PublicContexts
+from hf_dp_xattn.calibration.stored import JSON_NAME, TENSORS_NAME
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from ...mechanisms.anchors.naive_anchors import CHANNELS as HAND_CHANNELS
