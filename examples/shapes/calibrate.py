@@ -2,8 +2,8 @@
 
 Public data only: training captions, which share no (colour, shape, place) with the held-out ones. For the planner it also measures the
 attribute accuracy of PUBLIC captions of another seed at every epsilon; for phrases and prompts also in a *rehearsal*: of public captions
-whose every object is a combination that the calibration has not seen, with one that was fitted without 25 of the public combinations.
-The rehearsal is what the planner promises for prompts that say something new.
+whose every object is a combination that the calibration has not seen, with ones that were fitted in the same way without 25 of the public
+combinations, others in each fold. The rehearsal is what the planner promises for prompts that say something new.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import argparse
 import dataclasses
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,7 +26,7 @@ from hf_dp_xattn.calibration.anchors.calibration import AnchorCalibration, Score
 from shapes.evaluate import load_pipeline
 from shapes.private import CALIBRATIONS, PUBLIC_SEED, UNITS, config, generate_private, prompts
 from shapes.reader import load_reader, score
-from shapes.scenes import train_examples
+from shapes.scenes import REHEARSALS, Scene, train_examples
 from shapes.tables import line
 
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
@@ -33,9 +35,12 @@ SCORE_NAME = "attributes right"
 SCORE_OF_SEEN = "attributes right, combinations that public prompts name"
 
 
-def fit(pipeline: Any, unit: str, args: argparse.Namespace, *, rehearsal: bool) -> AnchorCalibration:
-    """A calibration from public captions; for the rehearsal from those without the rehearsal's combinations."""
-    examples = train_examples(args.captions, PUBLIC_SEED, rehearsal=False if rehearsal else None)
+def fit(
+    pipeline: Any, unit: str, args: argparse.Namespace, *, without: int | None = None
+) -> AnchorCalibration:
+    """A calibration from public captions; `without`: from those without the combinations of this fold of the rehearsal."""
+    rehearsal, fold = (None, 0) if without is None else (False, without)
+    examples = train_examples(args.captions, PUBLIC_SEED, rehearsal=rehearsal, fold=fold)
     calibration = dpx.calibrate(
         pipeline,
         prompts(examples, unit, PUBLIC_SEED),
@@ -44,25 +49,38 @@ def fit(pipeline: Any, unit: str, args: argparse.Namespace, *, rehearsal: bool) 
         anchors=args.anchors,
         # a few phrases or one prompt drown in the noise of a sum at every epsilon: all training goes to responses
         releases=("sum", "histogram") if unit == "row" else ("response",),
-        steps=args.rehearsal_steps if rehearsal else args.steps,
+        steps=args.steps if without is None or args.rehearsal_steps is None else args.rehearsal_steps,
         query_prompts=32,
     )
     assert isinstance(calibration, AnchorCalibration)
     return calibration
 
 
-def scores(
-    pipeline: Any, calibration: AnchorCalibration, n: int, name: str, *, rehearsal: bool
-) -> tuple[ScorePoint, ...]:
-    """Attribute accuracy of n public captions at every plan's epsilon; rehearsal: of the rehearsal's combinations only."""
-    reader, examples = load_reader(), train_examples(n, SCORE_SEED, rehearsal=True if rehearsal else None)
-    captions, scenes = prompts(examples, calibration.unit, SCORE_SEED), [e.scene for e in examples]
-    points = []
+Pictures = dict[float, np.ndarray]  # epsilon -> [n, 32, 32, 3]
+
+
+def pictures(
+    pipeline: Any, calibration: AnchorCalibration, n: int, *, fold: int | None = None
+) -> tuple[Pictures, list[Scene]]:
+    """n public captions at every plan's epsilon, and their scenes; fold: of this fold's combinations only."""
+    rehearsal, seed = (None, SCORE_SEED) if fold is None else (True, SCORE_SEED + fold)
+    examples = train_examples(n, seed, rehearsal=rehearsal, fold=fold or 0)
+    captions = prompts(examples, calibration.unit, seed)
+    drawn = {}
     for plan in tqdm(calibration.plans, desc=f"scores, unit = {calibration.unit}"):
         settings = config(plan.epsilon, unit=calibration.unit)
-        images, _ = generate_private(pipeline, captions, settings, calibration, seed=SCORE_SEED)
-        found = line(calibration.unit, f"{plan.epsilon:g}", score(images, scenes, reader), scenes)
-        points.append(ScorePoint(name, plan.epsilon, found["accuracy"], found["low"], found["high"], n))
+        drawn[plan.epsilon] = generate_private(pipeline, captions, settings, calibration, seed=seed)[0]
+    return drawn, [e.scene for e in examples]
+
+
+def scores(name: str, parts: Sequence[tuple[Pictures, list[Scene]]]) -> tuple[ScorePoint, ...]:
+    """Share of the attributes that a reader finds right in the pictures of all parts together."""
+    reader, scenes = load_reader(), [s for _, own in parts for s in own]
+    points = []
+    for epsilon in parts[0][0]:
+        images = np.concatenate([drawn[epsilon] for drawn, _ in parts])
+        found = line(name, f"{epsilon:g}", score(images, scenes, reader), scenes)
+        points.append(ScorePoint(name, epsilon, found["accuracy"], found["low"], found["high"], len(scenes)))
     return tuple(points)
 
 
@@ -73,11 +91,19 @@ def all_scores(
 
     unit = row needs none: the decoder of a sum follows new combinations (the slow tests compare its score with held-out ones).
     """
+    seen = [pictures(pipeline, calibration, args.scores)]
     if calibration.unit == "row":
-        return scores(pipeline, calibration, args.scores, SCORE_NAME, rehearsal=False)
-    trial = fit(pipeline, calibration.unit, args, rehearsal=True)
-    new = scores(pipeline, trial, args.scores, SCORE_NAME, rehearsal=True)
-    return new + scores(pipeline, calibration, args.scores, SCORE_OF_SEEN, rehearsal=False)
+        return scores(SCORE_NAME, seen)
+    tried = []
+    for fold in range(len(REHEARSALS)):
+        trial = fit(pipeline, calibration.unit, args, without=fold)
+        tried.append(pictures(pipeline, trial, args.scores, fold=fold))
+        print(f"rehearsal, fold {fold}:", told(scores(SCORE_NAME, tried[-1:])), flush=True)
+    return scores(SCORE_NAME, tried) + scores(SCORE_OF_SEEN, seen)
+
+
+def told(points: Sequence[ScorePoint]) -> str:
+    return ", ".join(f"{p.epsilon:g}: {p.score:.3f}" for p in points)
 
 
 def main() -> None:
@@ -86,11 +112,16 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=12_000, help="public captions")
     parser.add_argument("--steps", type=int, default=12_000, help="training steps of the decoder")
     parser.add_argument(
-        "--rehearsal-steps", type=int, default=4_000, help="of the rehearsal's decoder, which is thrown away"
+        "--rehearsal-steps",
+        type=int,
+        help="of the rehearsal's decoders (default: as many as of the calibration)",
     )
     parser.add_argument("--anchors", type=int, default=4096)
     parser.add_argument(
-        "--scores", type=int, default=200, help="public captions that are drawn for the planner; 0 for none"
+        "--scores",
+        type=int,
+        default=200,
+        help="public captions drawn for the planner, and in each fold; 0: none",
     )
     parser.add_argument(
         "--scores-only",
@@ -105,7 +136,7 @@ def main() -> None:
         if args.scores_only:
             calibration = dpx.Calibration.from_pretrained(args.out / unit)
         else:
-            calibration = fit(pipeline, unit, args, rehearsal=False)
+            calibration = fit(pipeline, unit, args)
             calibration.save_pretrained(args.out / unit)
         assert isinstance(calibration, AnchorCalibration)
         if args.scores:

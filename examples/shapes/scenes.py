@@ -44,6 +44,7 @@ PLACES = ("left", "right", "top", "bottom", "centre")
 COLOUR_NAMES = tuple(COLOURS)
 BACKGROUND_NAMES = tuple(BACKGROUNDS)
 IMAGE_SIZE = 32
+REHEARSALS = (3, 6, 1)  # by how many colours each fold of the rehearsal is away from the held-out triples
 
 # Words that mean the same attribute value; the first of each is the canonical one.
 _SIZE_WORDS = {"small": ("small", "tiny", "little"), "large": ("large", "big", "huge")}
@@ -118,24 +119,26 @@ def heldout_triples() -> frozenset[tuple[str, str, str]]:
     return frozenset((COLOUR_NAMES[i % len(COLOUR_NAMES)], s, p) for i, (s, p) in enumerate(pairs))
 
 
-@lru_cache(maxsize=1)
-def rehearsal_triples() -> frozenset[tuple[str, str, str]]:
+@lru_cache(maxsize=len(REHEARSALS))
+def rehearsal_triples(fold: int = 0) -> frozenset[tuple[str, str, str]]:
     """25 training triples that are to the other training triples what the held-out ones are to all: one colour for each shape and place.
 
-    What is fitted without them and tried on them tells, from public data, how the held-out ones will fare.
+    What is fitted without them and tried on them tells, from public data, how the held-out ones will fare. Folds have no triple in
+    common.
     """
     pairs = [(shape, place) for shape in SHAPES for place in PLACES]
-    return frozenset((COLOUR_NAMES[(i + 3) % len(COLOUR_NAMES)], s, p) for i, (s, p) in enumerate(pairs))
+    shift = REHEARSALS[fold]
+    return frozenset((COLOUR_NAMES[(i + shift) % len(COLOUR_NAMES)], s, p) for i, (s, p) in enumerate(pairs))
 
 
-@lru_cache(maxsize=4)
-def _triples(heldout: bool, rehearsal: bool | None = None) -> tuple[tuple[str, str, str], ...]:
-    """The split's triples; rehearsal: only those of the rehearsal, only the others, or both."""
+@lru_cache(maxsize=16)
+def _triples(heldout: bool, rehearsal: bool | None = None, fold: int = 0) -> tuple[tuple[str, str, str], ...]:
+    """The split's triples; rehearsal: only those of that fold's rehearsal, only the others, or both."""
     every = [(c, s, p) for c in COLOUR_NAMES for s in SHAPES for p in PLACES]
     return tuple(
         t
         for t in every
-        if (t in heldout_triples()) == heldout and rehearsal in (None, t in rehearsal_triples())
+        if (t in heldout_triples()) == heldout and rehearsal in (None, t in rehearsal_triples(fold))
     )
 
 
@@ -217,15 +220,17 @@ def caption_words() -> list[str]:
     return sorted(set(re.findall(r"[a-z]+|[^\sa-z]", text)))
 
 
-def _examples(n: int, seed: int, heldout: bool, rehearsal: bool | None = None) -> list[Example]:
+def _examples(
+    n: int, seed: int, heldout: bool, rehearsal: bool | None = None, fold: int = 0
+) -> list[Example]:
     rng = np.random.default_rng([seed, int(heldout)])
-    scenes = [_sample_scene(rng, _triples(heldout, rehearsal)) for _ in range(n)]
+    scenes = [_sample_scene(rng, _triples(heldout, rehearsal, fold)) for _ in range(n)]
     return [Example(make_caption(s, rng), s) for s in scenes]
 
 
-def train_examples(n: int, seed: int, *, rehearsal: bool | None = None) -> list[Example]:
-    """``n`` captioned scenes without any held-out triple; of the rehearsal's triples only (True), or of the others only (False)."""
-    return _examples(n, seed, heldout=False, rehearsal=rehearsal)
+def train_examples(n: int, seed: int, *, rehearsal: bool | None = None, fold: int = 0) -> list[Example]:
+    """``n`` captioned scenes without any held-out triple; of a fold's rehearsal's triples only (True), or of the others only (False)."""
+    return _examples(n, seed, heldout=False, rehearsal=rehearsal, fold=fold)
 
 
 def heldout_examples(n: int, seed: int) -> list[Example]:
