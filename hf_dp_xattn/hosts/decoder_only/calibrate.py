@@ -33,6 +33,7 @@ from .probing import find_layers, serving
 
 GROUPING = {"row": "rows", "group": "segments", "context": "context"}
 ENCODER_BATCH = 64
+GATHER_BATCH = 32  # prefixes whose rows are in memory at a time
 _EFFORT = 5e10  # numbers of context space that training passes: a few minutes on two cores
 _SAMPLE = 256  # rows that are kept of longer contexts
 _OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
@@ -83,12 +84,16 @@ def calibrate_decoder(
     settings = AnchorSettings(releases=tuple(releases), anchors=anchors, seed=seed, progress=progress)
     if config.mechanism == "anchors":
         candidates(config, settings)  # refuses what cannot be before minutes are spent on it
+    anchored = config.mechanism == "anchors"
     with evaluating(model):
         layers = find_layers(model)
         prefixes = _prefixes(
             model, layers, public_contexts, config, public_head, prefix_bucket, memory_mb, seed
         )
-        head, private = _encode(model, layers, prefixes, progress)
+        count = query_prompts or 8
+        head = _head_rows(model, layers, prefixes[0].head)
+        # of anchors only what training reads is kept: prefixes are encoded again where it is gathered
+        private = _encode(model, layers, prefixes[:count] if anchored else prefixes, progress)
         texts = _questions(model, questions)
         queries, own = _queries(
             model,
@@ -97,25 +102,22 @@ def calibrate_decoder(
             private,
             head,
             texts,
-            query_prompts or 8,
+            count,
             query_steps or 16,
             queries_per_step,
             seed,
         )
         sketch = prefix_fingerprint(model, layers)
-    gains = [output_gain(layer) for layer in layers.values()]
-    units = [_units(parts, config.unit) for parts in private]
-    whole = [torch.cat(parts) for parts in private]
-    if config.mechanism == "anchors":
-        public_rows = torch.cat([head, own])
-        contexts = _padded(units, [torch.cat([public_rows, rows]) for rows in whole])
-        probes = [
-            SoftmaxProbe(layer.project, layer.scale, q, g.float(), layer.softcap)
-            for layer, q, g in zip(layers.values(), queries, gains, strict=True)
-        ]
-        channels = whole[0].shape[-1]
-        identity = HostIdentity(sketch.layers, sketch.sketch, sketch.dtype, torch.zeros(0, channels))
-        contexts = _with_outputs(contexts, probes)
+        gains = [output_gain(layer) for layer in layers.values()]
+        if anchored:
+            public_rows = torch.cat([head, own])
+            probes = [
+                SoftmaxProbe(layer.project, layer.scale, q, g.float(), layer.softcap)
+                for layer, q, g in zip(layers.values(), queries, gains, strict=True)
+            ]
+            contexts = _gather(model, layers, prefixes, public_rows, probes, config.unit, progress)
+    if anchored:
+        identity = HostIdentity(sketch.layers, sketch.sketch, sketch.dtype, torch.zeros(0, head.shape[-1]))
         slots = _schedule(contexts, steps, seed)
         with torch.enable_grad():
             return fit_anchors(
@@ -127,6 +129,7 @@ def calibrate_decoder(
                 epsilons=epsilons,
                 settings=dataclasses.replace(settings, slots=slots),
             )
+    whole = [torch.cat(parts) for parts in private]
     shapes = {tuple(len(part) for part in parts) for parts in private}
     if len(shapes) > 1:
         raise ConfigError(
@@ -177,7 +180,9 @@ def _prefixes(
     size = model.get_input_embeddings().num_embeddings
     tokens = max(sum(map(len, c)) if apart else len(c) for c in public)
     channels = next(iter(layers.values())).cross_attention_dim
-    chosen = choose_contexts(public, 2 * tokens * channels, memory_mb, seed)
+    # what `_gather` keeps of a prefix: as many numbers in units and outputs as in its rows, about
+    kept = 4 * min(tokens, _SAMPLE) if config.mechanism == "anchors" and config.unit != "row" else tokens
+    chosen = choose_contexts(public, 2 * kept * channels, memory_mb, seed)
     prefixes = [read_prefixes(c, SEGMENTS if apart else None, public_head, bucket, size)[0] for c in chosen]
     if any(not torch.equal(p.head, prefixes[0].head) for p in prefixes):
         raise ConfigError("All public prefixes must begin with the same public head.")
@@ -190,10 +195,17 @@ def _in_segments(context: Any) -> bool:
     return isinstance(first, (list, tuple)) or getattr(first, "ndim", 0) == 1
 
 
+def _head_rows(model: Any, layers: dict[str, PrefixLayer], head: torch.Tensor) -> torch.Tensor:
+    """The public head's rows [h, C], float16 on the CPU."""
+    if not len(head):
+        return torch.zeros(0, next(iter(layers.values())).cross_attention_dim, dtype=torch.float16)
+    return rows_of(run_recorded(model, layers, head.unsqueeze(0)))[0].to("cpu", torch.float16)
+
+
 def _encode(
     model: Any, layers: dict[str, PrefixLayer], prefixes: Sequence[Prefix], progress: bool
-) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
-    """The head's rows [h, C], and each prefix's segments' rows [n, C], float16 on the CPU.
+) -> list[list[torch.Tensor]]:
+    """Each prefix's segments' rows [n, C], float16 on the CPU.
 
     Equal segments are run once, those of one length in batches (their rounding may depend on each other: they are public).
     """
@@ -210,10 +222,7 @@ def _encode(
         ids = torch.stack([torch.cat([head, distinct[key]]) for key in keys])
         rows = rows_of(run_recorded(model, layers, ids))[:, len(head) :].to("cpu", torch.float16)
         known.update(zip(keys, rows, strict=True))
-    private = [[known[tuple(s.tolist())] for s in p.segments] for p in prefixes]
-    if not len(head):
-        return private[0][0][:0], private
-    return rows_of(run_recorded(model, layers, head.unsqueeze(0)))[0].to("cpu", torch.float16), private
+    return [[known[tuple(s.tolist())] for s in p.segments] for p in prefixes]
 
 
 def _units(parts: Sequence[torch.Tensor], unit: str) -> torch.Tensor:
@@ -283,32 +292,50 @@ def _queries(
     return queries, own
 
 
-def _padded(units: Sequence[torch.Tensor], whole: Sequence[torch.Tensor]) -> PublicContexts:
-    """Contexts of different lengths side by side; rows of zeros are padding."""
+def _gather(
+    model: Any,
+    layers: dict[str, PrefixLayer],
+    prefixes: Sequence[Prefix],
+    public_rows: torch.Tensor,
+    probes: Sequence[SoftmaxProbe],
+    unit: str,
+    progress: bool,
+) -> PublicContexts:
+    """Units and rows of all prefixes, encoded some at a time. Of long prefixes (the longest decides) the exact attention to public
+    queries is kept and a sample of their rows; short ones stay as they are: their attention is cheaper to compute again than to keep.
+    """
+    length = len(public_rows) + max(sum(map(len, p.segments)) for p in prefixes)
+    units: list[torch.Tensor] = []
+    whole: list[torch.Tensor] = []
+    outputs: list[list[torch.Tensor]] = [[] for _ in probes]
+    starts = range(0, len(prefixes), GATHER_BATCH)
+    for start in tqdm(starts, desc="public prefixes", disable=not progress, leave=False):
+        private = _encode(model, layers, prefixes[start : start + GATHER_BATCH], progress=False)
+        units += [_units(parts, unit) for parts in private]
+        rows = [torch.cat([public_rows, *parts]) for parts in private]
+        if length > _SAMPLE:
+            for kept, probe in zip(outputs, probes, strict=True):
+                kept += exact_outputs(rows, probe)
+            # spread over the whole of every prefix, however long it is
+            rows = [r[torch.arange(_SAMPLE) * len(r) // _SAMPLE] for r in rows]
+        whole += rows
     mask = nn.utils.rnn.pad_sequence([torch.ones(len(u), dtype=torch.bool) for u in units], batch_first=True)
     return PublicContexts(
-        nn.utils.rnn.pad_sequence(list(units), batch_first=True),
+        nn.utils.rnn.pad_sequence(units, batch_first=True),
         mask,
-        nn.utils.rnn.pad_sequence(list(whole), batch_first=True),
+        nn.utils.rnn.pad_sequence(whole, batch_first=True),
+        tuple(torch.stack(kept) for kept in outputs) if length > _SAMPLE else None,
+        length if length > _SAMPLE else None,
     )
 
 
-def _with_outputs(contexts: PublicContexts, probes: Sequence[SoftmaxProbe]) -> PublicContexts:
-    """Long contexts with their exact attention computed once, for all public queries; of their rows a sample stays.
-
-    Short ones as they are: their attention is cheaper to compute again than to keep.
-    """
-    length = contexts.whole.shape[1]
-    if length <= _SAMPLE:
-        return contexts
-    parts = contexts.whole.split(4)
-    outputs = tuple(
-        torch.cat([probe.attend(part.float(), probe.queries).half() for part in parts]) for probe in probes
-    )
-    # spread over the whole of every context: its real rows come first, however long it is
-    ends = (contexts.whole != 0).any(-1).sum(1, keepdim=True)
-    place = (torch.arange(_SAMPLE) * ends // _SAMPLE).unsqueeze(-1).expand(-1, -1, contexts.whole.shape[-1])
-    return PublicContexts(contexts.units, contexts.mask, contexts.whole.gather(1, place), outputs, length)
+def exact_outputs(rows: Sequence[torch.Tensor], probe: SoftmaxProbe, batch: int = 4) -> list[torch.Tensor]:
+    """Attention of a layer's public queries to contexts of several lengths [n, C]: for each [H, m, dv] in float16."""
+    found: list[torch.Tensor] = []
+    for start in range(0, len(rows), batch):
+        padded = nn.utils.rnn.pad_sequence(list(rows[start : start + batch]), batch_first=True)
+        found += probe.attend(padded.float(), probe.queries).half()
+    return found
 
 
 def _schedule(contexts: PublicContexts, steps: int | None, seed: int) -> SlotSettings:

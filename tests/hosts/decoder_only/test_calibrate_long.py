@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+import hf_dp_xattn as dpx
 from hf_dp_xattn.calibration.anchors.slots_fit import PublicContexts, SlotSettings, SlotTrainer
 from hf_dp_xattn.hosts.decoder_only import calibrate
-from hf_dp_xattn.hosts.decoder_only.calibrate import SoftmaxProbe, _padded, _with_outputs
+from hf_dp_xattn.hosts.decoder_only.calibrate import SoftmaxProbe, exact_outputs
+
+from .tiny import segments, tiny
 
 
 def split(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -16,29 +19,51 @@ def split(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return key, value
 
 
-def contexts_of(lengths: list[int]) -> PublicContexts:
-    gen = torch.Generator().manual_seed(0)
-    whole = [torch.randn(n, 8, generator=gen).half() for n in lengths]
-    return _padded([w[:2] for w in whole], whole)
-
-
 @pytest.mark.parametrize("lengths", [[5, 12], [12, 12, 3]], ids=str)
-def test_outputs_are_the_exact_attention(monkeypatch: pytest.MonkeyPatch, lengths: list[int]) -> None:
-    monkeypatch.setattr(calibrate, "_SAMPLE", 4)
-    contexts = contexts_of(lengths)
-    queries = torch.randn(2, 6, 2, generator=torch.Generator().manual_seed(1))
-    probe = SoftmaxProbe(split, 0.5, queries, torch.ones(2), None)
-    long = _with_outputs(contexts, [probe])
-    assert long.length == 12 and long.whole.shape == (len(lengths), 4, 8) and long.outputs is not None
-    for i, n in enumerate(lengths):
-        exact = probe.attend(contexts.whole[i : i + 1, :n].float(), queries)
-        torch.testing.assert_close(long.outputs[0][i : i + 1].float(), exact, atol=2e-3, rtol=2e-3)
-        assert all(any(torch.equal(r, w) for w in contexts.whole[i, :n]) for r in long.whole[i])
-    assert long.part(torch.tensor([0])).float().length == 12
+def test_outputs_are_the_exact_attention_whatever_the_lengths(lengths: list[int]) -> None:
+    gen = torch.Generator().manual_seed(0)
+    rows = [torch.randn(n, 8, generator=gen).half() for n in lengths]
+    probe = SoftmaxProbe(split, 0.5, torch.randn(2, 6, 2, generator=gen), torch.ones(2), None)
+    for found, own in zip(exact_outputs(rows, probe, batch=2), rows, strict=True):
+        exact = probe.attend(own.float().unsqueeze(0), probe.queries)[0]
+        torch.testing.assert_close(found.float(), exact, atol=2e-3, rtol=2e-3)
+
+
+def gathered(monkeypatch: pytest.MonkeyPatch, lengths: list[int], sample: int) -> PublicContexts:
+    """What a calibration is fitted to, for prefixes of as many one-token segments."""
+    seen: list[PublicContexts] = []
+
+    def stop(config: object, contexts: PublicContexts, *args: object, **kwargs: object) -> None:
+        seen.append(contexts)
+
+    monkeypatch.setattr(calibrate, "fit_anchors", stop)
+    monkeypatch.setattr(calibrate, "_SAMPLE", sample)
+    monkeypatch.setattr(calibrate, "GATHER_BATCH", 2)
+    dpx.calibrate(
+        tiny("llama"),
+        [segments([1] * n, i) for i, n in enumerate(lengths)],
+        dpx.DPXAttnConfig(mechanism="anchors", unit="group"),
+        epsilons=(8.0,),
+        releases=("sum",),
+        public_head=[1, 4],
+        query_prompts=1,
+        query_steps=2,
+        progress=False,
+    )
+    return seen[0]
+
+
+def test_of_long_prefixes_the_outputs_and_a_sample_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [9, 3, 7]
+    short = gathered(monkeypatch, lengths, sample=64)
+    assert short.outputs is None and short.length is None
+    long = gathered(monkeypatch, lengths, sample=6)
+    assert torch.equal(short.units, long.units) and torch.equal(short.mask, long.mask)
+    assert short.mask.sum(1).tolist() == lengths
+    assert long.length == short.whole.shape[1] and long.whole.shape[1] == 6 and long.outputs is not None
+    assert {len(o) for o in long.outputs} == {3}
+    for rows, all_rows in zip(long.whole, short.whole, strict=True):
+        assert all(any(torch.equal(r, w) for w in all_rows) for r in rows)
+    assert long.part(torch.tensor([0])).float().length == long.length
     trainer = SlotTrainer(long, 1, SlotSettings(code=4, slots=3, hidden=4, directions=2), torch.Generator())
-    torch.testing.assert_close(trainer.log_weights.exp().sum(), torch.tensor(12.0))
-
-
-def test_short_prefixes_stay_as_they_are() -> None:
-    contexts = contexts_of([5, 7])
-    assert _with_outputs(contexts, []) is contexts
+    torch.testing.assert_close(trainer.log_weights.exp().sum(), torch.tensor(float(long.length)))
