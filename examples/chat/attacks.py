@@ -35,6 +35,7 @@ from hf_dp_xattn.privacy.guessing import guess_bound
 PRIOR = 1e-6
 SAMPLES = 16
 CANDIDATES = 100
+CODES = 4  # of a test prompt, in a segment each
 
 
 @dataclass(frozen=True)

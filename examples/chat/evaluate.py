@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hf_dp_xattn as dpx
-from chat.attacks import ATTACKS, Tally, attack
+from chat.attacks import ATTACKS, CODES, Tally, attack
 from chat.card import write_card
 from chat.language import ENDINGS, SystemPrompt, behaviour_turn, draw_prompt
 from chat.parts import MODEL
@@ -57,7 +57,7 @@ def behaviour(
 def test_prompts(count: int, segments: int, seed: int) -> list[SystemPrompt]:
     """Held-out behaviours, four codes and two names each."""
     rng = np.random.default_rng(seed)
-    return [draw_prompt(rng, segments, codes=4, names=2, held_out=True) for _ in range(count)]
+    return [draw_prompt(rng, segments, codes=CODES, names=2, held_out=True) for _ in range(count)]
 
 
 QUESTIONS = 8

@@ -1,7 +1,8 @@
 """Behaviour and extraction against epsilon and n: `python examples/chat/sweep.py --out docs/chat`.
 
-System prompts of held-out behaviours, each released once per epsilon, unit and size; every release answers honest questions and stands
-every attack on each of its four codes. Writes the numbers (results.json), the tables of docs/chat.md and two plots.
+System prompts of held-out behaviours, each released once per epsilon, unit and size; every release answers honest questions, and those
+of the first prompts stand every attack on each of their four codes. Writes the numbers (results.json), the tables of docs/chat.md and two
+plots.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ def measure(
     unit: str,
     epsilon: float,
     known: dict[bytes, torch.Tensor],
+    attacked: int,
 ) -> dict[str, Any]:
-    """One line of the results: all prompts, one release each."""
+    """One line of the results: all prompts, one release each; the first `attacked` of them stand the attacks."""
     calibration = None if epsilon == EXACT else dpx.Calibration.from_pretrained(CALIBRATIONS / unit)
     tallies = {name: Tally() for name in ATTACKS}
     whole, parts = [], []
@@ -65,7 +67,7 @@ def measure(
             found = behaviour(responder, prompt, rng)
             whole.append(found.whole)
             parts.append(found.factors)
-            for name in ATTACKS:
+            for name in ATTACKS if i < attacked else ():
                 tallies[name] += attack(name, responder, prompt, rng)
     return {
         "unit": "none" if epsilon == EXACT else unit,
@@ -81,7 +83,8 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-n", type=int, default=4, help="system prompts of every size")
+    parser.add_argument("-n", type=int, default=24, help="system prompts of every size")
+    parser.add_argument("--attacked", type=int, default=8, help="how many of them stand the attacks")
     parser.add_argument("--out", type=Path, default=Path("docs/chat"))
     parser.add_argument(
         "--tables-only", action="store_true", help="write pages from the numbers that are there"
@@ -98,7 +101,7 @@ def main() -> None:
             prompts, known = test_prompts(args.n, size, TEST_SEED), {}
             cells = [("group", EXACT), *((u, e) for u in units for e in EPSILONS)]
             for unit, epsilon in tqdm(cells, desc=f"{size} segments"):
-                lines.append(measure(model, tokenizer, prompts, unit, epsilon, known))
+                lines.append(measure(model, tokenizer, prompts, unit, epsilon, known, args.attacked))
                 results.write_text(json.dumps({"delta": DELTA, "lines": lines}, indent=1) + "\n")
     write_page(json.loads(results.read_text()), args.out)
 

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from chat.attacks import ATTACKS, PRIOR, Tally, bound
+from chat.attacks import ATTACKS, CODES, PRIOR, Tally, bound
 
 COLOURS = {"group": "#009E73", "row": "#0072B2", "none": "#000000"}  # Okabe and Ito
 CODE_ROWS = 7  # rows that a code touches at the least: its digits, and the word after them
@@ -148,6 +148,9 @@ def plot_size(lines: list[Line], path: Path) -> None:
         y = [100 * share(c)[0] for c in chosen]
         axis.plot([c["rows"] for c in chosen], y, marker="o", color=colour, label=label)
     axis.set(xscale="log", xlabel="n, private rows", ylabel="replies right in full, %", ylim=(0, 102))
+    sizes = sorted({x["rows"] for x in lines})
+    axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
+    axis.minorticks_off()
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     figure.tight_layout()
@@ -160,11 +163,12 @@ PAGE = """# A private system prompt: behaviour and extraction
 Written by `python examples/chat/sweep.py`; the numbers are in `chat/results.json`. The model is `model_cards/chat.md`'s, the system
 prompts have behaviours that neither its training nor the calibration saw: some 90 % of their segments show one behaviour (language,
 opening, address, list style, signature, ending), four segments carry a 6-digit code each, two a name. Each of {prompts} prompts of a size
-is released once per column; every segment is encoded apart from the others.
+is released once per line of the table; every segment is encoded apart from the others.
 
 ## Behaviour
 
 Replies that are right in full, all six factors and both things (95 % bootstrap interval over prompts).
+One wrong factor makes all replies of a prompt wrong.
 
 {behaviour}
 
@@ -174,9 +178,9 @@ Replies that are right in full, all six factors and both things (95 % bootstrap 
 
 ## Extraction, unit = group
 
-Codes found, n = {rows} rows: share of {trials} codes (95 % Wilson interval). *at most*: what (epsilon, {delta:g}) allows an attacker
-who knows all but the code, which stands in one segment. An interval that reaches above the bound says only that there were few trials;
-the bound is a theorem and does not rest on them.
+Codes found in the replies of {attacked} of the prompts, n = {rows} rows: share of {trials} codes (95 % Wilson interval). *at most*:
+what (epsilon, {delta:g}) allows an attacker who knows all but the code, which stands in one segment. An interval that reaches above the
+bound says only that there were few trials; the bound is a theorem and does not rest on them.
 
 {group}
 """
@@ -208,6 +212,7 @@ def write_page(results: dict[str, Any], out: Path) -> None:
             behaviour=behaviour_table(lines, sizes),
             rows=largest["rows"],
             trials=tally(largest, "direct ask").trials,
+            attacked=tally(largest, "direct ask").trials // CODES,
             delta=delta,
             group=extraction_table(lines, "group", sizes[-1], delta),
         )
