@@ -1,9 +1,15 @@
-"""What both kinds of calibration share: two files, read strictly, a card, a folder or Hub repository."""
+"""What both kinds of calibration share: two files, read strictly, a card, a folder or Hub repository.
+
+*Schemas.* Since 2 the JSON has a checksum of its own (`sha256`) beside that of the tensors (`tensors_sha256`). Schema 1 had only the
+latter, so that a changed digit of a clipping bound was believed. It is still read, with a warning: a release sets its noise for whatever
+bound it reads and enforces that bound, so such a slip costs usefulness and no privacy. Load and save once to bring it up to date.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
@@ -13,14 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from ..errors import ConfigError
-from ..hub import dump_document, push_with_card, read_document, write_files
+from ..hub import dump_document, push_with_card, read_document, seal, unseal, write_files
 from .checks import check_keys
 
 if TYPE_CHECKING:
     from ..cards import CardOptions
     from ..hub import PushOptions
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+UNSEALED_VERSION = 1  # without a checksum of the JSON itself
 JSON_NAME = "dp_xattn_calibration.json"
 TENSORS_NAME = "dp_xattn_calibration.safetensors"
 Tensors = dict[str, torch.Tensor]
@@ -28,25 +35,44 @@ T = TypeVar("T")
 
 
 def write_stored(folder: Path, header: dict[str, Any], tensors: Tensors) -> None:
-    """Writes the two files; the JSON names the other's checksum."""
+    """Writes the two files; the JSON names the other's checksum and its own."""
     blob = save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()})
-    own = {"schema_version": SCHEMA_VERSION, **header, "sha256": hashlib.sha256(blob).hexdigest()}
-    write_files(folder, {TENSORS_NAME: blob, JSON_NAME: dump_document(own)})
+    own = {
+        "schema_version": SCHEMA_VERSION,
+        **header,
+        "tensors_sha256": hashlib.sha256(blob).hexdigest(),
+    }
+    write_files(folder, {TENSORS_NAME: blob, JSON_NAME: dump_document(seal(own))})
 
 
 def read_header(folder: Path, keys: Collection[str], kind: str | None = None) -> dict[str, Any]:
-    """The JSON. Raises ConfigError where it is missing, of another schema or kind, or has unknown or missing keys."""
+    """The JSON, of either schema as one of the present one.
+
+    Raises:
+        ConfigError: it is missing, does not match its checksum, is of another schema or kind, or has unknown or missing keys.
+    """
     header = read_document(folder / JSON_NAME, ConfigError)
-    if header.get("schema_version") != SCHEMA_VERSION:
+    stated = header.get("schema_version")
+    version = stated if type(stated) is int else None  # True is no version
+    if version == UNSEALED_VERSION:
+        warnings.warn(
+            f"The calibration in {folder.name!r} is of schema {UNSEALED_VERSION}, whose JSON has no checksum of its own: a changed digit "
+            "would not be noticed. Load and save it once to bring it up to date.",
+            stacklevel=2,
+        )
+        header["tensors_sha256"] = header.pop("sha256", None)
+    elif version == SCHEMA_VERSION:
+        header = unseal(header, JSON_NAME, ConfigError)
+    else:
         raise ConfigError(
-            f"The calibration in {folder.name!r} has schema version {header.get('schema_version')!r}, this package reads {SCHEMA_VERSION}. "
-            "Upgrade hf_dp_xattn, or calibrate again."
+            f"The calibration in {folder.name!r} has schema version {stated!r}, this package reads {UNSEALED_VERSION} and "
+            f"{SCHEMA_VERSION}. Upgrade hf_dp_xattn, or calibrate again."
         )
     if kind is not None and header.get("kind") != kind:
         raise ConfigError(
             f"The calibration in {folder.name!r} is of kind {header.get('kind')!r}, expected {kind!r}."
         )
-    check_keys(header, {"schema_version", "sha256", *keys}, JSON_NAME)
+    check_keys(header, {"schema_version", "tensors_sha256", *keys}, JSON_NAME)
     return header
 
 
@@ -54,7 +80,7 @@ def read_stored(
     folder: Path, header: dict[str, Any], build: Callable[[Tensors], T], tensors_of: Callable[[T], Tensors]
 ) -> T:
     """What `build` makes of the tensors. Raises ConfigError on any that is missing, unknown or damaged, and where `build` fails."""
-    payload = _read_tensors(folder / TENSORS_NAME, header["sha256"])
+    payload = _read_tensors(folder / TENSORS_NAME, header["tensors_sha256"])
     try:
         tensors = load(payload)
         calibration = build(tensors)

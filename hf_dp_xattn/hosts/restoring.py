@@ -11,12 +11,12 @@ from ..calibration.calibration import Calibration, load_calibration
 from ..calibration.stored import JSON_NAME
 from ..config import CONFIG_NAME, DPXAttnConfig
 from ..errors import ConfigError
-from ..hub import Found, HubOptions, locate, read_document
+from ..hub import Found, HubOptions, locate, read_document, unseal
 from ..privacy.ledger import Budget, Ledger
 from .protect import protect, protect_to_serve
 from .saving import CALIBRATION_NAMES, FOLDER, PROTECTION_NAME, SCHEMA, sha256_of
 
-_KEYS = {"schema", "host", "pipeline", "budget", "public", "not_covered", "sha256"}
+_KEYS = {"schema", "host", "pipeline", "budget", "public", "not_covered", "files"}
 _REFUSED = ("trust_remote_code", "custom_pipeline", "custom_revision", "use_safetensors", "state_dict")
 
 
@@ -84,7 +84,7 @@ def locate_protection(name_or_path: str | Path, **where: Unpack[HubOptions]) -> 
         raise ConfigError(
             f"{error} A protected host's save_pretrained writes a folder {FOLDER}/ beside the model; protect a plain one with dpx.protect."
         ) from None
-    if found.commit is not None and JSON_NAME in document["sha256"]:
+    if found.commit is not None and JSON_NAME in document["files"]:
         where["revision"] = found.commit
         locate(name_or_path, CALIBRATION_NAMES, error=ConfigError, subfolder=own, **where)
     return found
@@ -93,14 +93,14 @@ def locate_protection(name_or_path: str | Path, **where: Unpack[HubOptions]) -> 
 def read_protection(folder: Path) -> Protection:
     """Reads and checks all of it; raises ConfigError."""
     document = _read(folder)
-    for name, digest in document["sha256"].items():
+    for name, digest in document["files"].items():
         path = folder / name
         if not path.is_file() or sha256_of(path) != digest:
             raise ConfigError(
                 f"{name} is missing or does not have the checksum that {PROTECTION_NAME} states. Download or save the folder again."
             )
     config = DPXAttnConfig.from_file(folder)
-    calibration = load_calibration(folder) if JSON_NAME in document["sha256"] else None
+    calibration = load_calibration(folder) if JSON_NAME in document["files"] else None
     return Protection(document, config, calibration, Budget(**document["budget"]))
 
 
@@ -110,7 +110,8 @@ def _read(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"This protection has schema {document.get('schema')!r}, this package reads {SCHEMA!r}. Upgrade hf_dp_xattn, or save it anew."
         )
-    files, budget = document.get("sha256"), document.get("budget")
+    document = unseal(document, PROTECTION_NAME, ConfigError)
+    files, budget = document.get("files"), document.get("budget")
     fit = (
         set(document) == _KEYS
         and isinstance(files, dict)

@@ -21,14 +21,14 @@ from torch import nn
 from ..calibration.stored import JSON_NAME, TENSORS_NAME
 from ..config import CONFIG_NAME
 from ..errors import ConfigError
-from ..hub import dump_document, write_files
+from ..hub import dump_document, seal, write_files
 
 if TYPE_CHECKING:
     from .handle import ProtectedPipeline
 
 FOLDER = "dp_xattn"
 PROTECTION_NAME = "dp_xattn_protection.json"
-SCHEMA = "hf_dp_xattn.protection/1"
+SCHEMA = "hf_dp_xattn.protection/2"  # 1 had no checksum of its own, and the budget stands in it
 CALIBRATION_NAMES = (JSON_NAME, TENSORS_NAME)
 
 
@@ -105,9 +105,9 @@ def save_protection(handle: ProtectedPipeline, host: Any, directory: Path) -> Pa
         "budget": asdict(handle.budget),
         "public": list(report.public),
         "not_covered": list(report.not_covered),
-        "sha256": {name: sha256_of(folder / name) for name in names},
+        "files": {name: sha256_of(folder / name) for name in names},
     }
-    write_files(folder, {**text, PROTECTION_NAME: dump_document(document)})
+    write_files(folder, {**text, PROTECTION_NAME: dump_document(seal(document))})
     return folder
 
 

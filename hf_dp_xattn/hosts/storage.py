@@ -21,10 +21,11 @@ from ..config import DPXAttnConfig
 from ..errors import ConfigError, ReleaseError
 from ..hub import (
     PushOptions,
-    canonical_sha256,
     dump_document,
     push_with_card,
     read_document,
+    seal,
+    unseal,
     write_files,
 )
 from ..mechanisms.anchors.rows import ContextRows
@@ -249,8 +250,7 @@ def save_release(release: Release | ReleaseFile, folder: Path) -> None:
         "contexts": entries,
         "tensors_sha256": hashlib.sha256(blob).hexdigest(),
     }
-    document["sha256"] = canonical_sha256(document)
-    write_files(folder, {TENSORS_NAME: blob, JSON_NAME: dump_document(document)})
+    write_files(folder, {TENSORS_NAME: blob, JSON_NAME: dump_document(seal(document))})
 
 
 def read_release_document(folder: Path) -> dict[str, Any]:
@@ -261,12 +261,7 @@ def read_release_document(folder: Path) -> dict[str, Any]:
             f"This release has schema {document.get('schema')!r}, this package reads {SCHEMA!r}. Upgrade hf_dp_xattn, or save it anew."
         )
     _check_keys(document, _KEYS, JSON_NAME)
-    stated = document.pop("sha256")
-    if canonical_sha256(document) != stated:
-        raise ReleaseError(
-            f"{JSON_NAME} does not match its own checksum: it was edited or damaged. Download or save the release again."
-        )
-    return document
+    return unseal(document, JSON_NAME, ReleaseError)
 
 
 def load_release(folder: Path) -> tuple[list[ReleasedContext], DPXAttnConfig, Terms]:

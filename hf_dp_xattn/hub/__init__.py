@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from .documents import canonical_sha256, dump_document, read_document, write_files
+from .documents import dump_document, read_document, seal, unseal, write_files
 from .transfer import Found, HubOptions, PushOptions, find_files, locate, push_files, push_with_card
 
 __all__ = [
     "Found",
     "HubOptions",
     "PushOptions",
-    "canonical_sha256",
     "dump_document",
     "find_files",
     "locate",
     "push_files",
     "push_with_card",
     "read_document",
+    "seal",
+    "unseal",
     "write_files",
 ]

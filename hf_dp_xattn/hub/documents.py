@@ -25,6 +25,26 @@ def canonical_sha256(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def seal(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with its own checksum, `sha256`, over everything else in it."""
+    read = json.loads(dump_document(values))  # as a reader will see it: lists for tuples, keys as strings
+    return {**read, "sha256": canonical_sha256(read)}
+
+
+def unseal(values: Mapping[str, Any], name: str, error: type[DPXAttnError]) -> dict[str, Any]:
+    """The document without its checksum.
+
+    Raises:
+        error: the checksum is missing or does not match: a changed digit, though it be valid JSON, is not believed.
+    """
+    content = {k: v for k, v in values.items() if k != "sha256"}
+    if canonical_sha256(content) != values.get("sha256"):
+        raise error(
+            f"{name} does not match its own checksum: it was edited or damaged. Download it again, or save anew what it was saved from."
+        )
+    return content
+
+
 def _no_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):

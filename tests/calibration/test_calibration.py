@@ -20,6 +20,7 @@ from hf_dp_xattn.mechanisms.release import prepare_release
 from hf_dp_xattn.mechanisms.sketch import clip_sketch, sketch_units, sum_sketch
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
+from ..sealed import write_sealed
 from .synthetic import ROWS, SyntheticModel
 
 MODEL = SyntheticModel()
@@ -202,12 +203,12 @@ def test_damaged_files_are_refused(tmp_path: Path, damage: str) -> None:
         header.write_text(header.read_text()[:-30])
     else:
         if damage == "schema":
-            values["schema_version"] = 2
+            values["schema_version"] = 99
         elif damage == "unknown key":
             values["extra"] = 1
         else:
             del values["units"]
-        header.write_text(json.dumps(values))
+        write_sealed(header, values)
     with pytest.raises(ConfigError):
         Calibration.from_pretrained(tmp_path)
 

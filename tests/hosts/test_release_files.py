@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 import hf_dp_xattn as dpx
 from hf_dp_xattn.errors import ReleaseError
 from hf_dp_xattn.hosts.storage import JSON_NAME, TENSORS_NAME
-from hf_dp_xattn.hub import canonical_sha256
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from ..hosts_tiny import CHANNELS, picture, tiny_sd, tiny_unet
+from ..sealed import write_sealed
 from .anchor_calibrations import BOTH, protect
 
 PROMPTS = ["a red circle", "a blue star"]
@@ -93,12 +93,12 @@ def read(folder: Path) -> Any:
 
 def write(folder: Path, document: Any, *, seal: bool = True) -> None:
     """seal: with the checksums that a forger would write, so that what follows them is reached."""
-    if seal:
-        blob = (folder / TENSORS_NAME).read_bytes()
-        document["tensors_sha256"] = hashlib.sha256(blob).hexdigest()
-        document.pop("sha256", None)
-        document["sha256"] = canonical_sha256(document)
-    (folder / JSON_NAME).write_text(json.dumps(document))
+    if not seal:
+        (folder / JSON_NAME).write_text(json.dumps(document))
+        return
+    blob = (folder / TENSORS_NAME).read_bytes()
+    document["tensors_sha256"] = hashlib.sha256(blob).hexdigest()
+    write_sealed(folder / JSON_NAME, document)
 
 
 def edit(folder: Path, *, seal: bool = True, **changes: Any) -> None:

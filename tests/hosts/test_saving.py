@@ -20,6 +20,7 @@ from hf_dp_xattn.config import CONFIG_NAME
 from hf_dp_xattn.hosts.saving import FOLDER, PROTECTION_NAME
 
 from ..hosts_tiny import picture, quiet, tiny_sd, tiny_unet
+from ..sealed import write_sealed
 from .anchor_calibrations import BOTH, protect
 from .seq2seq import calibrations
 from .seq2seq.tiny import documents, generate, tiny
@@ -181,12 +182,17 @@ def test_weights_in_a_pickle_are_not_read(folder: Path) -> None:
         dpx.from_pretrained(folder)
 
 
-def _edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
+def _edit(change: Callable[[dict[str, Any]], Any], *, again: bool = True) -> Callable[[Path], Any]:
+    """again: with the checksum that a forger would write, so that what follows it is reached."""
+
     def apply(folder: Path) -> None:
         path = folder / PROTECTION_NAME
         values = json.loads(path.read_text())
         change(values)
-        path.write_text(json.dumps(values))
+        if again:
+            write_sealed(path, values)
+        else:
+            path.write_text(json.dumps(values))
 
     return apply
 
@@ -202,9 +208,11 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "no calibration": lambda f: (f / "dp_xattn_calibration.safetensors").unlink(),
     "a newer schema": _edit(lambda v: v.update(schema="hf_dp_xattn.protection/9")),
     "an unknown key": _edit(lambda v: v.update(loose=True)),
+    "a larger budget": _edit(lambda v: v["budget"].update(epsilon=80.0), again=False),
+    "no checksum": _edit(lambda v: v.pop("sha256"), again=False),
     "no budget": _edit(lambda v: v.pop("budget")),
-    "an endless budget": _edit(lambda v: v["budget"].update(epsilon=1e999)),
-    "a file elsewhere": _edit(lambda v: v["sha256"].update({"../../secret": "0" * 64})),
+    "an endless budget": _edit(lambda v: v["budget"].update(epsilon=1e999), again=False),
+    "a file elsewhere": _edit(lambda v: v["files"].update({"../../secret": "0" * 64})),
     "another pipeline": _edit(lambda v: v.update(pipeline="StableDiffusionImg2ImgPipeline")),
     "another model": _edit(lambda v: v.update(host="UNet3DConditionModel")),
     "no such model": _edit(lambda v: v.update(host="os", pipeline=None)),

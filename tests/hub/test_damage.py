@@ -20,6 +20,7 @@ from hf_dp_xattn.errors import DPXAttnError
 from hf_dp_xattn.hosts.storage import load_file as load_release_file
 from hf_dp_xattn.hub.documents import write_files
 
+from ..sealed import write_sealed
 from .artefacts import KINDS, content, make
 
 READERS: dict[str, Callable[[Path], Any]] = {
@@ -46,8 +47,8 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, b
 @given(data=st.data())
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_changed_byte(kind: str, originals: Any, tmp_path: Path, data: st.DataObject) -> None:
-    """A release says the same or is refused: its guarantee cannot change by a slip. What people may edit (configs, and the numbers of a
-    calibration's JSON, on which no guarantee rests) is valid or refused."""
+    """A release or calibration says the same or is refused: no number in it can change by a slip. A config, which people may edit, is
+    valid or refused."""
     files = originals[kind]
     name = data.draw(st.sampled_from(sorted(files)))
     raw = bytearray(files[name])
@@ -67,29 +68,32 @@ def test_a_changed_byte(kind: str, originals: Any, tmp_path: Path, data: st.Data
         loaded = READERS[kind](tmp_path)
     except DPXAttnError:
         return
-    if kind == "release":
+    if kind != "config":
         write_files(tmp_path, files)
         assert content(kind, loaded) == content(kind, READERS[kind](tmp_path))
 
 
-def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+def edit(change: Callable[[dict[str, Any]], Any], *, again: bool = True) -> Callable[[Path], None]:
+    """again: with the checksum that a forger would write, so that what follows it is reached."""
+
     def apply(folder: Path) -> None:
         values = json.loads((folder / JSON).read_text())
         change(values)
-        (folder / JSON).write_text(json.dumps(values))
+        if again:
+            write_sealed(folder / JSON, values)
+        else:
+            (folder / JSON).write_text(json.dumps(values))
 
     return apply
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
-    """With the checksum that a forger would write, so that what follows it is reached."""
-
     def apply(folder: Path) -> None:
         held = load_file(folder / TENSORS)
         change(held)
         save_file(held, folder / TENSORS)
         digest = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
-        edit(lambda v: v.update(sha256=digest))(folder)
+        edit(lambda v: v.update(tensors_sha256=digest))(folder)
 
     return apply
 
@@ -112,7 +116,12 @@ BOTH: dict[str, Callable[[Path], None]] = {
     "a missing key of a plan": edit(lambda v: v["plans"][0].pop("epsilon")),
     "an epsilon in words": edit(lambda v: v["plans"][0].update(epsilon="8")),
     "no epsilon": edit(lambda v: v["plans"][0].update(epsilon=0.0)),
-    "an endless number": edit(lambda v: v["plans"][0].update(epsilon=10**400)),
+    "an endless number": edit(lambda v: v["plans"][0].update(epsilon=10**400), again=False),
+    "another epsilon": edit(lambda v: v["plans"][0].update(epsilon=9.0), again=False),
+    "no checksum": edit(lambda v: v.pop("sha256"), again=False),
+    "the older schema's name": edit(lambda v: v.update(schema_version=1), again=False),
+    "a schema that is no number": edit(lambda v: v.update(schema_version=True)),
+    "no schema": edit(lambda v: v.pop("schema_version")),
     "a plan less": edit(lambda v: v["plans"].pop()),
     "an unknown tensor": tensors(lambda held: held.update(extra=torch.zeros(1))),
     "a pickle": lambda folder: (folder / TENSORS).write_bytes(b"\x80\x04K\x01."),
@@ -137,6 +146,7 @@ KERNEL_SUM: dict[str, Callable[[Path], None]] = {
     "an unknown setting": edit(lambda v: v["settings"].update(extra=1)),
     "a setting out of range": edit(lambda v: v["settings"].update(degree=9)),
     "no bound": edit(lambda v: v.update(clip_norm=0.0)),
+    "another bound": edit(lambda v: v.update(clip_norm=v["clip_norm"] * 1.01), again=False),
     "a layer less": edit(lambda v: v["layers"].pop()),
     "a map too short": tensors(shorten("geometry.0.key_map")),
     "NaN in a centre": tensors(spoil("geometry.0.key_center")),
@@ -159,6 +169,25 @@ def test_calibrations_whose_parts_do_not_fit(
     damage(tmp_path)
     with pytest.raises(dpx.ConfigError):
         dpx.Calibration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["calibration", "anchors calibration"])
+def test_calibrations_of_schema_1(kind: str, originals: Any, tmp_path: Path) -> None:
+    """Without a checksum of the JSON: read with a warning, of which saving it rids it; the tensors' checksum is held to all the same."""
+    write_files(tmp_path, originals[kind])
+    values = json.loads((tmp_path / JSON).read_text())
+    del values["sha256"]
+    values |= {"schema_version": 1, "sha256": values.pop("tensors_sha256")}
+    (tmp_path / JSON).write_text(json.dumps(values))
+    with pytest.warns(UserWarning, match="no checksum of its own"):
+        old = READERS[kind](tmp_path)
+    assert content(kind, old) == content(kind, make(kind))
+    old.save_pretrained(tmp_path / "new")
+    assert {n: (tmp_path / "new" / n).read_bytes() for n in originals[kind]} == originals[kind]
+    values["sha256"] = "0" * 64
+    (tmp_path / JSON).write_text(json.dumps(values))
+    with pytest.warns(UserWarning), pytest.raises(dpx.ConfigError, match="checksum"):
+        READERS[kind](tmp_path)
 
 
 @pytest.mark.parametrize(

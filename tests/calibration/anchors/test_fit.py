@@ -17,6 +17,7 @@ from hf_dp_xattn.calibration.anchors.slots_fit import PublicContexts, SlotSettin
 from hf_dp_xattn.calibration.stored import JSON_NAME, TENSORS_NAME
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
+from ...sealed import write_sealed
 from .synthetic_contexts import CHANNELS, IDENTITY, contexts, objective
 
 SLOTS = SlotSettings(code=8, slots=4, hidden=32, directions=8, steps=250, batch=32, queries=16)
@@ -143,7 +144,7 @@ def test_damaged_files(by_row: AnchorCalibration, tmp_path: Path, damage: str) -
         changes = {"key": {"surprise": 1}, "schema": {"schema_version": 99}, "kind": {"kind": "other"}}[
             damage
         ]
-        path.write_text(json.dumps({**header, **changes}))
+        write_sealed(path, {**header, **changes})
     with pytest.raises(ConfigError):
         AnchorCalibration.from_pretrained(tmp_path)
 

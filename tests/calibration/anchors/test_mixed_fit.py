@@ -21,6 +21,7 @@ from hf_dp_xattn.calibration.stored import JSON_NAME, TENSORS_NAME
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from ...mechanisms.anchors.naive_anchors import CHANNELS as HAND_CHANNELS
+from ...sealed import write_sealed
 from ..anchor_calibrations import calibration
 from .synthetic_contexts import CHANNELS, IDENTITY, contexts, objective
 
@@ -142,7 +143,7 @@ def test_damaged_moves_are_refused(tmp_path: Path, damage: str) -> None:
     else:
         header["plans"][0]["release"] = "histogram"
     save_file(tensors, tmp_path / TENSORS_NAME)
-    header["sha256"] = sha256((tmp_path / TENSORS_NAME).read_bytes()).hexdigest()
-    (tmp_path / JSON_NAME).write_text(json.dumps(header))
+    header["tensors_sha256"] = sha256((tmp_path / TENSORS_NAME).read_bytes()).hexdigest()
+    write_sealed(tmp_path / JSON_NAME, header)
     with pytest.raises(ConfigError):
         AnchorCalibration.from_pretrained(tmp_path)
