@@ -91,14 +91,17 @@ def all_scores(
 
     unit = row needs none: the decoder of a sum follows new combinations (the slow tests compare its score with held-out ones).
     """
-    seen = [pictures(pipeline, calibration, args.scores)]
     if calibration.unit == "row":
-        return scores(SCORE_NAME, seen)
+        return scores(SCORE_NAME, [pictures(pipeline, calibration, args.scores)])
     tried = []
     for fold in range(len(REHEARSALS)):
-        trial = fit(pipeline, calibration.unit, args, without=fold)
+        kept = args.work / f"{calibration.unit}-{fold}"
+        if not kept.exists():  # else an earlier run was cut off behind it
+            fit(pipeline, calibration.unit, args, without=fold).save_pretrained(kept)
+        trial = AnchorCalibration.from_pretrained(kept)
         tried.append(pictures(pipeline, trial, args.scores, fold=fold))
         print(f"rehearsal, fold {fold}:", told(scores(SCORE_NAME, tried[-1:])), flush=True)
+    seen = [pictures(pipeline, calibration, args.scores)]
     return scores(SCORE_NAME, tried) + scores(SCORE_OF_SEEN, seen)
 
 
@@ -129,6 +132,9 @@ def main() -> None:
         help="keep the calibrations that are there, measure their scores",
     )
     parser.add_argument("--out", type=Path, default=CALIBRATIONS)
+    parser.add_argument(
+        "--work", type=Path, default=Path("out/rehearsal"), help="where the rehearsals' calibrations are kept"
+    )
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)
     pipeline = load_pipeline()

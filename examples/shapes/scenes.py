@@ -44,7 +44,7 @@ PLACES = ("left", "right", "top", "bottom", "centre")
 COLOUR_NAMES = tuple(COLOURS)
 BACKGROUND_NAMES = tuple(BACKGROUNDS)
 IMAGE_SIZE = 32
-REHEARSALS = (3, 6, 1)  # by how many colours each fold of the rehearsal is away from the held-out triples
+REHEARSALS = (3, 6)  # by how many colours each fold of the rehearsal is away from the held-out triples
 
 # Words that mean the same attribute value; the first of each is the canonical one.
 _SIZE_WORDS = {"small": ("small", "tiny", "little"), "large": ("large", "big", "huge")}
