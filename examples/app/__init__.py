@@ -1,0 +1,1 @@
+"""A page where epsilon is a slider: `python examples/app/app.py`."""

@@ -1,0 +1,90 @@
+"""A page where epsilon is a slider: a private prompt, its picture without and with protection, what it costs and what is promised.
+
+    pip install 'hf_dp_xattn[app]'
+    python examples/app/app.py            # then open http://127.0.0.1:7860
+
+It serves the `shapes` pipeline of this repository and its public calibrations; nothing is downloaded and nothing is sent anywhere. Drawing a
+new (prompt, unit, epsilon) makes a release, which the ledger charges to the prompt; drawing it again reads that release and is free. The page
+shows the sum, which is what an attacker who sees all the pictures has.
+
+The prompt goes to the server in the body of a request, is not logged, and is written to no file; neither are the pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# before the imports: no analytics, no version check, no Hub, and no library's log of what it is given
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+from app.studio import BUDGET, Studio
+
+LOCAL = "127.0.0.1"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--port", type=int, default=7860, help="0 takes a free one")
+    parser.add_argument(
+        "--host",
+        default=LOCAL,
+        help="address to listen on; any other than 127.0.0.1 sends prompts over plain HTTP",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=BUDGET,
+        help=f"epsilon that one prompt may spend under one unit (default {BUDGET:g}, more than all of the slider)",
+    )
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", category=UserWarning)
+    try:
+        from app.page import STYLE, build, theme
+    except ImportError as error:
+        sys.exit(f"The page needs gradio ({error}): pip install 'hf_dp_xattn[app]'")
+    if args.host != LOCAL:
+        print("Prompts will travel unencrypted: put this behind HTTPS.", file=sys.stderr)
+
+    studio = Studio(args.budget)
+    print("loading the pipeline and the calibrations ...", flush=True)
+    studio.warm_up()
+    page = build(studio)
+    _, url, _ = page.launch(
+        server_name=args.host,
+        server_port=args.port or free_port(args.host),
+        theme=theme(),
+        css_paths=[STYLE],
+        share=False,
+        quiet=True,
+        ssr_mode=False,
+        footer_links=[],
+        run_history=False,  # else the browser would keep every prompt
+        show_error=False,  # error texts may quote it
+        enable_monitoring=False,
+        prevent_thread_lock=True,
+    )
+    print(f"open {url} (stop with Ctrl-C)", flush=True)
+    page.block_thread()
+
+
+def free_port(host: str) -> int:
+    """A port that is free now."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main()
