@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .commands import calibrate, generate, plan, push, release, report
+from .commands import audit, calibrate, generate, plan, push, release, report
 from .errors import DPXAttnError
 
-COMMANDS = (plan, calibrate, release, generate, report, push)
+COMMANDS = (plan, calibrate, release, generate, report, audit, push)
 BAD_INPUT = 2  # argparse's own code for a wrong usage, too
 _DESCRIPTION = """\
 Differentially private attention for Hugging Face models: a private context is released once as a noised structure, and every layer,
