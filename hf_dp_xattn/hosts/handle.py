@@ -28,6 +28,7 @@ from .placeholder import Tag, make_placeholder, new_tag, read_tags
 from .processor import NO_COPY, DPAttnProcessor, Layout
 from .release import Release, ReleasedContext
 from .reporting import Spent, build_report
+from .saving import SaveShadow
 from .tables import Tables
 from .text import TextSide
 
@@ -84,6 +85,7 @@ class ProtectedPipeline:
             unet, self.layers, config, calibration, self._fingerprint, serving_only=serving_only
         )
         self._hook: Any = None
+        self.saving = SaveShadow(unet, self)
         self.active = False
 
     def _find_layers(self) -> dict[str, Any]:
@@ -104,6 +106,7 @@ class ProtectedPipeline:
             {**current, **{f"{n}.processor": p for n, p in self._processors.items()}}
         )
         self._hook = self.unet.register_forward_pre_hook(self._gate, with_kwargs=True)
+        self.saving.install()
         self._set_tables((), self._device, self._fingerprint)
 
     def has(self, pipe: Any) -> bool:
@@ -129,16 +132,13 @@ class ProtectedPipeline:
             return
         self.active = False
         for name, attn in self.layers.items():
-            if isinstance(
-                attn.processor, DPAttnProcessor
-            ):  # one that was replaced since is the caller's own choice
+            if isinstance(attn.processor, DPAttnProcessor):  # else the caller chose another one since
                 attn.set_processor(self._originals[name])
         if self._hook is not None:
             self._hook.remove()
-        for gate in self._gates:
-            gate.remove()
-        for patch in self._patches:
-            patch.remove()
+        parts: tuple[Any, ...] = (*self._gates, *self._patches, self.saving)
+        for installed in parts:
+            installed.remove()
         self.unet.__dict__.pop(HANDLE_ATTRIBUTE, None)
         for processor in self._processors.values():
             processor.table = processor.layout = None

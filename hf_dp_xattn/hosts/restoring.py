@@ -11,7 +11,7 @@ from ..calibration.calibration import Calibration, load_calibration
 from ..calibration.stored import JSON_NAME
 from ..config import CONFIG_NAME, DPXAttnConfig
 from ..errors import ConfigError
-from ..hub import Found, HubOptions, locate, read_document, unseal
+from ..hub import Found, HubOptions, download_folder, locate, read_document, unseal
 from ..privacy.ledger import Budget, Ledger
 from .protect import protect, protect_to_serve
 from .saving import CALIBRATION_NAMES, FOLDER, PROTECTION_NAME, SCHEMA, sha256_of
@@ -33,7 +33,7 @@ def from_pretrained(name_or_path: str | Path, *, ledger: Ledger | None = None, *
             (torch_dtype, ...) is passed on.
 
     Returns:
-        The diffusers pipeline or transformers model, protected.
+        The diffusers pipeline, UNet or transformers model, protected.
 
     Raises:
         ConfigError: there is no protection, or it is damaged, of another schema, or for another host. No host is returned then.
@@ -134,17 +134,14 @@ def _load(document: dict[str, Any], name: str, subfolder: str | None, options: d
     if document["pipeline"] is not None:
         from diffusers import DiffusionPipeline
 
-        if subfolder is not None:
-            raise ConfigError("A pipeline in a subfolder of a repository cannot be loaded; give it its own.")
+        if subfolder is not None:  # diffusers takes none for a pipeline
+            where = {k: options.pop(k) for k in list(options) if k in HubOptions.__annotations__}
+            name = str(download_folder(name, subfolder, error=ConfigError, **where))
         host: Any = DiffusionPipeline.from_pretrained(name, use_safetensors=True, **options)
         classes = [type(host).__name__, type(getattr(host, "unet", None)).__name__]
         expected = [document["pipeline"], document["host"]]
     else:
-        import transformers
-
-        cls = getattr(transformers, document["host"], None)
-        if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
-            raise ConfigError(f"{document['host']!r} is no model of this version of transformers.")
+        cls = _model_class(document["host"])
         if subfolder is not None:
             options = {**options, "subfolder": subfolder}
         host = cls.from_pretrained(name, use_safetensors=True, **options)
@@ -154,3 +151,16 @@ def _load(document: dict[str, Any], name: str, subfolder: str | None, options: d
             f"The folder holds a {' with '.join(classes)}, its protection is for a {' with '.join(expected)}."
         )
     return host
+
+
+def _model_class(name: str) -> Any:
+    """A UNet of diffusers or a model of transformers, by name. Raises ConfigError."""
+    import transformers
+    from diffusers import UNet2DConditionModel
+
+    if name == UNet2DConditionModel.__name__:
+        return UNet2DConditionModel
+    cls = getattr(transformers, name, None)
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+        raise ConfigError(f"{name!r} is no model of this version of transformers.")
+    return cls

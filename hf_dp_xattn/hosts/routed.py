@@ -16,7 +16,6 @@ from .handle import HANDLE_ATTRIBUTE, ProtectedPipeline
 from .making import Recipe
 from .release import ReleasedContext
 from .routing import Routing, route
-from .saving import SaveShadow
 
 
 class RoutedHandle(ProtectedPipeline):
@@ -37,7 +36,6 @@ class RoutedHandle(ProtectedPipeline):
         self._modules: dict[str, Any] = {name: layer.module for name, layer in layers.items()}
         self._configs = {name: module.config for name, module in self._modules.items()}
         self._routes = {name: route(config, self.routing.name) for name, config in self._configs.items()}
-        self._saving = SaveShadow(model, self)
         self._hooks: list[Any] = []
 
     def _layer_state(self, name: str) -> Any:
@@ -75,7 +73,7 @@ class RoutedHandle(ProtectedPipeline):
             self.model.register_forward_hook(self._leave, always_call=True),
         ]
         self._generate.install()
-        self._saving.install()
+        self.saving.install()
 
     def unprotect(self) -> None:
         """Restores the model: the original configs of its layers, no hooks, no attributes. Releases stay valid on disk."""
@@ -86,7 +84,7 @@ class RoutedHandle(ProtectedPipeline):
             if module.config is self._routes[name]:
                 module.config = self._configs[name]
             module.__dict__.pop(self.routing.attribute, None)
-        for installed in (*self._hooks, *self._gates, self._generate, self._saving):
+        for installed in (*self._hooks, *self._gates, self._generate, self.saving):
             installed.remove()
         self.model.__dict__.pop(HANDLE_ATTRIBUTE, None)
         self._leave()

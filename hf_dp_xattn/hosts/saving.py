@@ -4,6 +4,9 @@
 public. *What is not.* Releases: each is a private context's one artefact, and saving a model must not send them along; save or push a
 release by itself. The ledger: what was spent belongs to the contexts, not to the model, and its key to nobody else. So whoever restores
 passes the ledger that has counted so far; an empty one would let every context be released once more.
+
+A UNet is saved with its protection too, a bare one and that of a pipeline (`pipe.unet.save_pretrained`); within a pipeline's own folder it
+is written once, at the top.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,11 +37,12 @@ CALIBRATION_NAMES = (JSON_NAME, TENSORS_NAME)
 
 
 class SaveShadow:
-    """Stands in for `save_pretrained` of a protected pipeline or model. Their `push_to_hub` calls it."""
+    """Stands in for `save_pretrained` of a protected pipeline, UNet or model. Their `push_to_hub` calls it."""
 
     def __init__(self, host: Any, handle: ProtectedPipeline) -> None:
         self._host, self._handle = host, handle
         self._shadow: Callable[..., Any] | None = None
+        self._quiet = False
 
     def install(self) -> None:
         original = self._host.save_pretrained
@@ -45,18 +50,30 @@ class SaveShadow:
 
         @functools.wraps(original)
         def save_pretrained(*args: Any, **kwargs: Any) -> Any:
+            if self._quiet:
+                return original(*args, **kwargs)
             arguments = signature.bind(*args, **kwargs).arguments
             if arguments.get("push_to_hub"):
                 raise ConfigError(
                     "save_pretrained(push_to_hub=True) of a protected host would leave its protection behind. Call push_to_hub(repo_id)."
                 )
             _refuse_adapters(self._host)
-            result = original(*args, **kwargs)
+            with self._handle.saving.quiet():
+                result = original(*args, **kwargs)
             if arguments.get("is_main_process", True):
                 save_protection(self._handle, self._host, Path(arguments["save_directory"]))
             return result
 
         self._shadow = vars(self._host)["save_pretrained"] = save_pretrained
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Only the host's own files are written: the protection goes beside the pipeline that it is part of."""
+        before, self._quiet = self._quiet, True
+        try:
+            yield
+        finally:
+            self._quiet = before
 
     def remove(self) -> None:
         if self._shadow is not None and vars(self._host).get("save_pretrained") is self._shadow:

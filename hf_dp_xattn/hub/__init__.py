@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from .documents import dump_document, read_document, seal, unseal, write_files
-from .transfer import Found, HubOptions, PushOptions, find_files, locate, push_files, push_with_card
+from .transfer import (
+    Found,
+    HubOptions,
+    PushOptions,
+    download_folder,
+    find_files,
+    locate,
+    push_files,
+    push_with_card,
+)
 
 __all__ = [
     "Found",
     "HubOptions",
     "PushOptions",
+    "download_folder",
     "dump_document",
     "find_files",
     "locate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
 
 README = "README.md"
 MARKER = "<!-- Written by hf_dp_xattn; "
+WANTED = (
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+)  # of a pipeline: weights, configs, tokenizers
 
 
 class HubOptions(TypedDict, total=False):
@@ -115,13 +123,42 @@ def locate(
             )
             commit = paths[0].parents[len(parts)].name
     except Exception as cause:
-        if not _is_hub_error(cause):
-            raise
-        raise error(
-            f"{folder.name!r} is no folder, and it could not be read from the Hub ({type(cause).__name__}). Check the name, the "
-            "revision, the token and the network."
-        ) from None
+        raise _unreadable(cause, folder.name, error) from None
     return Found(paths[0].parent, commit)
+
+
+def download_folder(
+    name: str, subfolder: str, *, error: type[DPXAttnError], revision: str, **options: Any
+) -> Path:
+    """A subfolder of a Hub repository at one commit, without pickles and code.
+
+    Raises:
+        error: it cannot be read.
+    """
+    from huggingface_hub import snapshot_download
+
+    parts = _parts(subfolder, error)
+    known = {k: v for k, v in options.items() if v is not None}
+    try:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=["/".join((*map(glob.escape, parts), pattern)) for pattern in WANTED],
+            **known,
+        )
+    except Exception as cause:
+        raise _unreadable(cause, Path(name).name, error) from None
+    return Path(folder).joinpath(*parts)
+
+
+def _unreadable(cause: Exception, name: str, error: type[DPXAttnError]) -> Exception:
+    """What to raise where something could not be read from the Hub; a bug stays what it is."""
+    if not _is_hub_error(cause):
+        return cause
+    return error(
+        f"{name!r} is no folder, and it could not be read from the Hub ({type(cause).__name__}). Check the name, the revision, the token "
+        "and the network."
+    )
 
 
 def _is_hub_error(cause: Exception) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from transformers import BartForConditionalGeneration
 
@@ -19,7 +19,7 @@ import hf_dp_xattn as dpx
 from hf_dp_xattn.config import CONFIG_NAME
 from hf_dp_xattn.hosts.saving import FOLDER, PROTECTION_NAME
 
-from ..hosts_tiny import picture, quiet, tiny_sd, tiny_unet
+from ..hosts_tiny import CHANNELS, picture, quiet, tiny_sd, tiny_unet
 from ..sealed import write_sealed
 from .anchor_calibrations import BOTH, protect
 from .seq2seq import calibrations
@@ -116,6 +116,40 @@ def test_unprotected_again_it_saves_as_before(pipe: Any, private: Any, tmp_path:
     assert not (tmp_path / FOLDER).exists()
     with pytest.raises(dpx.ConfigError, match=r"dpx\.protect"):
         dpx.from_pretrained(tmp_path)
+
+
+@BOTH
+@pytest.mark.parametrize("part", ["bare", "of a pipeline"])
+def test_unets(part: str, private: Any, tmp_path: Path) -> None:
+    """A UNet takes its protection along, and comes back as it was: a bare one that only draws what was released."""
+    pipe = tiny_sd()
+    unet = pipe.unet
+    with protect(unet if part == "bare" else pipe, private):
+        unet.save_pretrained(tmp_path)
+    assert "save_pretrained" not in vars(unet)
+    assert (tmp_path / FOLDER / PROTECTION_NAME).is_file()
+    restored = dpx.from_pretrained(tmp_path)
+    handle = dpx.handle_of(restored)
+    assert type(restored) is type(unet) and handle is not None and handle.config == private
+    with pytest.raises(dpx.ProtectionLostError):
+        restored(torch.zeros(1, 4, 8, 8), 0, torch.zeros(1, 16, CHANNELS))
+    release = handle.release(torch.randn(16, CHANNELS, generator=torch.Generator().manual_seed(0)))
+    embeds = release.inputs()["encoder_hidden_states"]
+    assert bool(restored(torch.zeros(1, 4, 8, 8), 0, embeds).sample.isfinite().all())
+    plain = UNet2DConditionModel.from_pretrained(tmp_path)
+    assert dpx.handle_of(plain) is None
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), unet.parameters(), strict=True))
+
+
+def test_a_pipelines_protection_is_written_once(pipe: Any, private: Any, tmp_path: Path) -> None:
+    with protect(pipe, private):
+        pipe.save_pretrained(tmp_path / "pipe")
+    assert [p.parent.parent.name for p in (tmp_path / "pipe").rglob(PROTECTION_NAME)] == ["pipe"]
+    with protect(pipe.unet, private):  # the pipeline itself is plain, and its UNet is not
+        pipe.save_pretrained(tmp_path / "plain")
+    assert [p.parent.parent.name for p in (tmp_path / "plain").rglob(PROTECTION_NAME)] == ["unet"]
+    assert dpx.handle_of(quiet(DiffusionPipeline.from_pretrained(tmp_path / "plain"))) is None
+    assert dpx.handle_of(dpx.from_pretrained(tmp_path / "plain", subfolder="unet")) is not None
 
 
 @BOTH

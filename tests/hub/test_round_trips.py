@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -150,6 +151,50 @@ def test_a_protected_pipeline(mechanism: str, hub: FakeHub) -> None:
     assert dpx.handle_of(again).budget == handle.budget and hub.log == []
     with pytest.raises(dpx.ConfigError, match="could not be read"):
         dpx.from_pretrained("me/pipe", revision="nowhere")
+
+
+@pytest.mark.parametrize("mechanism", ["kernel_sum", "anchors"])
+def test_a_protected_pipeline_in_a_subfolder(mechanism: str, hub: FakeHub, tmp_path: Path) -> None:
+    """Of a repository that holds others, and of a folder; neither pickles nor code nor what stands beside it are downloaded."""
+    config = CONFIG.replace(mechanism=mechanism, epsilon=8.0)
+    pipe = tiny_sd()
+    with protect(pipe, config) as handle:
+        release = handle.release("a red circle")
+        want = picture(pipe, **release.inputs())
+        release.save_pretrained(tmp_path / "release")
+        pipe.push_to_hub("me/many", subfolder="a/[1]")
+        pipe.save_pretrained(tmp_path / "a" / "b")
+    repo = hub.repos["me/many"]
+    first = repo.branches["main"]
+    stray = {"a/[1]/unet/x.bin": b"x", "a/[1]/pipeline.py": b"x", "a/1/x.json": b"{}", "x.json": b"{}"}
+    repo.commit("main", {**repo.files(), **stray})
+    with protect(tiny_sd(seed=3), config.replace(epsilon=4.0)) as other:
+        other._patches[0].pipe.push_to_hub("me/many", subfolder="b")
+    hub.log.clear()
+    restored = dpx.from_pretrained("me/many", subfolder="a/[1]")
+    asked = [unquote(path).rsplit("/", 1)[-1] for method, path in hub.log if "/resolve/" in path]
+    assert "model_index.json" in asked and not {"x.bin", "pipeline.py", "x.json"} & set(asked)
+    hub.log.clear()
+    again = dpx.from_pretrained("me/many", subfolder="a/[1]", local_files_only=True)
+    assert hub.log == []
+    older = dpx.from_pretrained("me/many", subfolder="a/[1]", revision=first)
+    local = dpx.from_pretrained(tmp_path, subfolder="a/b")
+    for host in (restored, again, older, local):
+        assert dpx.handle_of(host).config == config
+        loaded = dpx.Release.from_pretrained(tmp_path / "release", host=host)
+        assert torch.equal(picture(host, **loaded.inputs()), want)
+    assert dpx.handle_of(dpx.from_pretrained("me/many", subfolder="b")).config.epsilon == 4.0
+    for wrong in ({}, {"subfolder": "c"}, {"subfolder": "b", "revision": first}):
+        with pytest.raises(dpx.ConfigError, match="could not be read"):
+            dpx.from_pretrained("me/many", **wrong)
+
+
+def test_a_bare_unet(hub: FakeHub) -> None:
+    unet = tiny_sd().unet
+    handle = dpx.protect(unet, CONFIG)
+    unet.push_to_hub("me/unet")
+    restored = dpx.from_pretrained("me/unet")
+    assert type(restored) is type(unet) and dpx.handle_of(restored).config == handle.config
 
 
 def test_a_protected_model(hub: FakeHub) -> None:
