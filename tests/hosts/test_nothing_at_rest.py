@@ -5,6 +5,7 @@ What is written and shown is searched in tests/hub/test_nothing_private_at_rest.
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -15,6 +16,10 @@ from hf_dp_xattn.errors import DPXAttnError
 
 from ..hosts_tiny import CHANNELS, picture, tiny_sd
 from .anchor_calibrations import BOTH, protect
+from .image_text import protecting
+from .image_text.tiny import generate as describe
+from .image_text.tiny import images, texts
+from .image_text.tiny import tiny as image_tiny
 
 SECRET = "zebra quartz"
 
@@ -82,39 +87,56 @@ def test_the_ledger_names_contexts_by_keyed_digests(private: Any, tmp_path: Any)
     assert names[0] != names[1]
 
 
+def holders(rows: torch.Tensor) -> int:
+    """How many live tensors but `rows` [n, C] hold its last row."""
+    gc.collect()
+    count = 0
+    for item in gc.get_objects():
+        plain = (
+            type(item) in (torch.Tensor, torch.nn.Parameter)
+            and item is not rows
+            and item.dtype == torch.float32
+        )
+        if plain and item.shape[-1:] == rows.shape[-1:]:
+            flat = item.detach().reshape(-1, rows.shape[-1])
+            count += len(flat) < 10_000 and bool(((flat - rows[-1]).abs().amax(-1) < 1e-5).any())
+    return count
+
+
+def check_memory(rows: torch.Tensor) -> None:
+    """No live tensor but `rows` holds its last row; with power: one more copy would be seen."""
+    assert holders(rows) == 0
+    kept = rows.clone()
+    assert holders(rows) == 1
+    del kept
+
+
 @BOTH
 def test_nothing_of_the_context_stays_in_memory(pipe: Any, private: Any) -> None:
-    """After a release, no live tensor holds a private row, key or value."""
-    import gc
-
-    reference = tiny_sd()
+    """After a release, no live tensor holds a private row."""
     with torch.no_grad():
-        rows = reference.encode_prompt(SECRET, "cpu", 1, False)[0][0, 1:].clone()
-    del reference
-
-    def holders() -> int:
-        gc.collect()
-        count = 0
-        for item in gc.get_objects():
-            plain = (
-                type(item) in (torch.Tensor, torch.nn.Parameter)
-                and item is not rows
-                and item.dtype == torch.float32
-            )
-            if plain and item.shape[-1:] == (CHANNELS,):
-                flat = item.detach().reshape(-1, CHANNELS)
-                count += (
-                    bool(((flat[:, None] - rows[-1:]).abs().amax(-1) < 1e-5).any())
-                    if flat.shape[0] < 10_000
-                    else 0
-                )
-        return count
-
+        rows = tiny_sd().encode_prompt(SECRET, "cpu", 1, False)[0][0, 1:].clone()
     handle = protect(pipe, private)
     release = handle.release(SECRET)
     picture(pipe, SECRET)
-    base = holders()
+    check_memory(rows)
     assert release.contexts
-    kept = rows.clone()  # power: one more copy is seen
-    assert holders() == base + 1 and base == 0
-    del kept
+
+
+@BOTH
+def test_nothing_of_an_image_stays_in_memory(private: Any) -> None:
+    """Likewise of the vision model's output, and of the pixels beside the caller's own."""
+    given = images(1)
+    with torch.no_grad():
+        reference = image_tiny().model
+        states = reference.vision_model(**given).last_hidden_state
+        rows = reference.multi_modal_projector(states).flatten(0, -2).clone()
+    del reference, states
+    model = image_tiny()
+    handle = protecting.protect(model, private)
+    release = handle.release(**given)
+    describe(model, {**given, **texts(1)})
+    check_memory(rows)
+    lines = given.pop("pixel_values").flatten(0, -2).clone()  # the caller's own tensor is gone
+    check_memory(lines)
+    assert release.contexts

@@ -1,4 +1,4 @@
-"""Three kinds of host with a private context: used in every way, and everything that they show or write collected."""
+"""Four kinds of host with a private context: used in every way, and everything that they show or write collected."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ import hf_dp_xattn as dpx
 
 from ..hosts import anchor_calibrations
 from ..hosts.decoder_only.tiny import tiny as decoder_tiny
+from ..hosts.image_text import protecting
+from ..hosts.image_text.tiny import generate as describe
+from ..hosts.image_text.tiny import images, texts
+from ..hosts.image_text.tiny import tiny as image_tiny
 from ..hosts.seq2seq import calibrations
 from ..hosts.seq2seq.tiny import generate, one, tiny
 from ..hosts_tiny import CHANNELS, picture, tiny_sd
@@ -167,11 +171,62 @@ def _wrong_decoder(model: Any, handle: Any) -> Calls:
     ]
 
 
+@torch.no_grad()
+def _image_content() -> PrivateContent:
+    """Rows of the vision model, keys and values, and the pixels themselves, line by line."""
+    model, rows, lines = image_tiny(), [], []
+    attn = model.model.language_model.layers[1].cross_attn
+    for given in (images(1, seed=3), images(2, seed=4)):
+        vision = model.model.vision_model(**given).last_hidden_state
+        projected = model.model.multi_modal_projector(vision)[:, 0]  # [B, tiles, patches, C]
+        for states, shown in zip(projected, given["aspect_ratio_mask"][:, 0], strict=True):
+            private = states[shown.bool()].flatten(0, 1)
+            keys, values = attn.k_proj(private), attn.v_proj(private)
+            normed = attn.k_norm(keys.unflatten(-1, (-1, attn.head_dim))).flatten(1)
+            rows += [private, keys, values, normed]
+        lines.append(given["pixel_values"][given["aspect_ratio_mask"].bool()].flatten(0, -2))
+    return PrivateContent((), (), (*rows, *lines))
+
+
+def _use_image(model: Any, handle: Any) -> list[Any]:
+    describe(model, {**images(1, seed=3), **texts(1)}, num_beams=2)
+    release = handle.release(**images(2, seed=4))
+    describe(model, release.inputs(**texts(2)))
+    return [release, handle.release(**images(1, seed=3))]
+
+
+def _wrong_image(model: Any, handle: Any) -> Calls:
+    given, rows = images(1, seed=3), _image_content().rows[0]
+    pixels = given["pixel_values"]
+    spoiled = {**given, "pixel_values": torch.where(torch.arange(8) == 2, torch.nan, pixels)}
+    return [
+        lambda: handle.release(**given, fresh=True),
+        lambda: handle.release(**spoiled),
+        lambda: handle.release(pixels),
+        lambda: handle.release(pixels.tolist()),
+        lambda: handle.release(**{**given, "pixel_values": pixels[..., :4]}),
+        lambda: handle.release(**{**given, "pixel_values": pixels.tolist()}),
+        lambda: handle.release(**{**given, "aspect_ratio_ids": torch.tensor([[99]])}),
+        lambda: handle.release(rows[:, :3]),
+        lambda: handle.release(torch.where(torch.arange(len(rows))[:, None] == 2, torch.nan, rows)),
+        lambda: handle.release({"image": pixels}),
+        lambda: handle.release(**given, groups="tiles"),
+        lambda: handle.release(**given, groups=torch.zeros(3)),
+        lambda: handle.release(**given, horizon=2),
+        lambda: model(**given, **texts(1)),
+        lambda: model.model.vision_model(**given),
+        lambda: model(cross_attention_states=rows[None], **texts(1)),
+        lambda: model.generate(**given, **texts(2)),
+        lambda: model.generate(**given, **texts(1), prompt_lookup_num_tokens=2),
+    ]
+
+
 HOSTS: dict[str, Host] = {
     "unet": Host(tiny_sd, anchor_calibrations.protect, _unet_content, _use_unet, _wrong_unet),
     "seq2seq": Host(
         lambda: tiny("bart"), calibrations.protect, _seq2seq_content, _use_seq2seq, _wrong_seq2seq
     ),
+    "image_text": Host(image_tiny, protecting.protect, _image_content, _use_image, _wrong_image),
     "decoder": Host(_decoder, dpx.protect, _decoder_content, _use_decoder, _wrong_decoder),
 }
 

@@ -135,6 +135,8 @@ def test_planted_leaks_are_found(host: Host, plant: str) -> None:
     content = host.content()
     if plant in TEXT_PLANTS and not content.texts:
         content = content + PrivateContent(texts=(SECRET, "wyvern"))
+    if not content.ids:
+        content = content + PrivateContent(ids=(torch.arange(41, 49),))
     blob = {**PLANTS, **TEXT_PLANTS}[plant](content)
     check_clean({"before": b"." * 3}, content)
     with pytest.raises(AssertionError):
