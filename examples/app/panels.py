@@ -78,9 +78,7 @@ def status(drawn: Drawn) -> str:
     """One line: what this draw did."""
     if drawn.again:
         return _line("free", "Nothing was charged: this release was there, and a picture from it is free.")
-    return _line(
-        "charged", f"Released once and charged: ε = {drawn.epsilon:g} for {UNITS[drawn.unit][1]}."
-    )
+    return _line("charged", f"Released once and charged: ε = {drawn.epsilon:g} for {UNITS[drawn.unit][1]}.")
 
 
 def refusal(message: str) -> str:
