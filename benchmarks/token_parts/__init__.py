@@ -1,0 +1,1 @@
+"""Parts of `benchmarks/tokens.py`: models and their contexts, clocks, pages."""
