@@ -35,7 +35,8 @@ SECTIONS = {
 
 
 def markdown(results: dict[str, dict]) -> str:
-    lines = [f"Measured with {torch.get_num_threads()} threads, torch {torch.__version__}.", ""]
+    threads = next((r["threads"] for r in results.values() if "threads" in r), torch.get_num_threads())
+    lines = [f"Measured with {threads} threads, torch {torch.__version__}.", ""]
     if "noise" in results:
         lines += ["| discrete noise, 10^6 samples | seconds |", "|---|---|"]
         lines += [f"| {k} | {v:.2f} |" for k, v in results["noise"].items()]
@@ -100,9 +101,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"))
     parser.add_argument("--only", choices=SECTIONS, action="append")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(args.threads)
     wanted = args.only or list(SECTIONS)
     path = args.out / "results.json"
     results = json.loads(path.read_text()) if args.only and path.exists() else {}

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import gc
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -67,7 +66,6 @@ FULL = Plan(
 @torch.no_grad()
 def measure(plan: Plan = FULL, progress: bool = True) -> dict[str, Any]:
     """Seconds by host and n; see `markdown` for what is read off them."""
-    warnings.simplefilter("ignore")
     found = []
     total = sum(len(rows) for *_, rows in plan.hosts)
     steps = tqdm(total=total, desc="tokens", disable=not progress, leave=False)

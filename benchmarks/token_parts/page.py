@@ -7,7 +7,7 @@ from typing import Any
 LATE, LONGEST, FIRST = 4096, 262_144, 1024  # where the targets are
 
 INTRO = (
-    "**Tokens behind a private context**, random weights, float32, a question of {question} tokens, greedy `generate`; protected and "
+    "**Tokens behind a private context** ({threads} threads), random weights, float32, a question of {question} tokens, greedy `generate`; protected and "
     "unprotected answers take turns, and ratios are medians of their pairs (least to largest). Unprotected attention is SDPA over a cache "
     "that already holds the n rows and is never copied; transformers' default one copies all of them at each token. Left out on both "
     "sides is what makes the rows: an encoder's run, or the run over a prefix. An unprotected encoder-decoder model makes keys and values "
@@ -24,7 +24,7 @@ def markdown(results: dict[str, Any]) -> str:
     """A table of times for each host, and one of the targets."""
     hosts = results["hosts"]
     served = max(p["rows_served"] for h in hosts for p in h["points"])
-    lines = [INTRO.format(question=hosts[0]["question"], served=served)]
+    lines = [INTRO.format(threads=results["threads"], question=hosts[0]["question"], served=served)]
     for host in hosts:
         lines += ["", *_host(host)]
     return "\n".join([*lines, "", *_targets(hosts)])

@@ -1,4 +1,4 @@
-"""benchmarks/tokens.py at tiny sizes: the unprotected side reads all n rows, both sides answer alike, releases give finite answers; the page."""
+"""benchmarks/tokens.py at tiny sizes: the unprotected side reads all n rows, both sides answer alike, releases give finite scores; page."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_targets_are_read_off_the_longest_context() -> None:
         "key_heads": 4,
     }
     host = {**described, "inner": 48, "vocabulary": 50, "question": 3, "points": points}
-    page = tokens.markdown({"hosts": [host]})
+    page = tokens.markdown({"threads": 2, "hosts": [host]})
     assert "| BART: exact / protected token, least from 4,096 rows on | 1.50 (1.50 to 1.50) | > 1 |" in page
     assert "| BART: the same at 262,144 rows | 25 (25 to 25) | 20 |" in page
     assert "| BART: protected token at 262,144 rows / at 1,024 | 1.00 | 1 |" in page

@@ -36,7 +36,8 @@ class Call:
 
     tables: one per layer name; index [B]: each batch element's binding; offset: positions before the first own token; own: own tokens so
     far, this forward's included; mask: bool [B, own] of those that are no padding, or None; public: inside `protected.public()`;
-    queries: where each layer's queries [B, H, m, d] are collected, public ones; H counts key heads.
+    queries: where each layer's queries [B, H, m, d] are collected, public ones; H counts key heads. biases: what `own_bias` made, which is
+    the same in most layers.
     """
 
     tables: dict[str, LayerTable]
@@ -46,6 +47,19 @@ class Call:
     mask: torch.Tensor | None = None
     public: bool = False
     queries: dict[str, list[torch.Tensor]] | None = None
+    biases: dict[tuple[int, int, torch.device], torch.Tensor] = field(default_factory=dict)
+
+    def own_bias(self, queries: int, groups: int, device: torch.device) -> torch.Tensor:
+        """[B or 1, 1, groups * queries, own]: 0 where a query (the last `queries` of the own tokens) may look, else -inf."""
+        key = queries, groups, device
+        if key not in self.biases:
+            keys = torch.arange(self.own, device=device)
+            visible = (keys <= keys[self.own - queries :, None]).unsqueeze(0)
+            if self.mask is not None:
+                visible = visible & self.mask.to(device).unsqueeze(1)
+            bias = torch.zeros(visible.shape, device=device).masked_fill(~visible, -torch.inf)
+            self.biases[key] = bias.repeat(1, groups, 1).unsqueeze(1)
+        return self.biases[key]
 
 
 class Calls(threading.local):
@@ -103,16 +117,6 @@ def recording(state: Recording) -> Iterator[Recording]:
         _current.recording = before
 
 
-def _own_bias(call: Call, queries: int, groups: int, device: torch.device) -> torch.Tensor:
-    """[B or 1, 1, groups * queries, own]: 0 where a query (the last `queries` of the own tokens) may look, else -inf."""
-    keys = torch.arange(call.own, device=device)
-    visible = (keys <= keys[call.own - queries :, None]).unsqueeze(0)
-    if call.mask is not None:
-        visible = visible & call.mask.to(device).unsqueeze(1)
-    bias = torch.zeros(visible.shape, device=device).masked_fill(~visible, -torch.inf)
-    return bias.repeat(1, groups, 1).unsqueeze(1)
-
-
 def dp_xattn_prefix(
     module: nn.Module,
     query: torch.Tensor,
@@ -160,7 +164,7 @@ def dp_xattn_prefix(
     if call.queries is not None:
         call.queries.setdefault(layer.name, []).append(grouped)
     prefix = read_partial(call.tables[layer.name], grouped, call.index, scale, softcap)
-    bias = _own_bias(call, m, query_heads // heads, query.device)
+    bias = call.own_bias(m, query_heads // heads, query.device)
     own = exact_partial(grouped, key, value, scale, bias, softcap)
     out = ungroup(merge(*prefix, *own)[0].to(query.dtype), query_heads, m)
     return out.transpose(1, 2).contiguous(), None

@@ -57,8 +57,17 @@ def is_decoder_only(host: Any) -> bool:
     )
 
 
-def position_limit(model: Any) -> int | None:
-    """How many positions all layers see at once: a sliding window, a chunk, or a table of learned positions; None where there is none."""
+def has_position_table(model: Any) -> bool:
+    """Whether positions are learned, so that there are only so many."""
+    named = model.named_modules()
+    return any(n.rpartition(".")[2] in _TABLES and isinstance(m, nn.Embedding) for n, m in named)
+
+
+def position_limit(model: Any, table: bool | None = None) -> int | None:
+    """How many positions all layers see at once: a sliding window, a chunk, or a table of learned positions; None where there is none.
+
+    table: `has_position_table`, where it is known: a look at all modules would cost as much as a layer at every token.
+    """
     config = model.config.get_text_config(decoder=True)
     kinds = getattr(config, "layer_types", None)
     limits = []
@@ -69,10 +78,7 @@ def position_limit(model: Any) -> int | None:
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk is not None and (not kinds or "chunked_attention" in kinds):
         limits.append(int(chunk))
-    tables = [
-        m for n, m in model.named_modules() if n.rpartition(".")[2] in _TABLES and isinstance(m, nn.Embedding)
-    ]
-    if tables:
+    if has_position_table(model) if table is None else table:
         limits.append(int(config.max_position_embeddings))
     return min(limits, default=None)
 

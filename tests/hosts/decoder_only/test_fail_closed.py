@@ -224,7 +224,7 @@ def test_a_window_that_the_config_does_not_tell_is_refused_too(
     windowed = tiny("mistral_window")
     handle = protect(windowed, private)
     release = handle.release(tokens(150))
-    monkeypatch.setattr("hf_dp_xattn.hosts.decoder_only.encoder.position_limit", lambda model: None)
+    monkeypatch.setattr("hf_dp_xattn.hosts.decoder_only.encoder.position_limit", lambda *_: None)
     inputs = release.inputs(input_ids=tokens(65).unsqueeze(0))
     with pytest.raises(dpx.ConfigError, match="window"):
         windowed(**inputs)
