@@ -7,12 +7,12 @@ from typing import Any
 LATE, LONGEST, FIRST = 4096, 262_144, 1024  # where the targets are
 
 INTRO = (
-    "**Tokens behind a private context** ({threads} threads), random weights, float32, a question of {question} tokens, greedy `generate`; protected and "
-    "unprotected answers take turns, and ratios are medians of their pairs (least to largest). Unprotected attention is SDPA over a cache "
-    "that already holds the n rows and is never copied; transformers' default one copies all of them at each token. Left out on both "
-    "sides is what makes the rows: an encoder's run, or the run over a prefix. An unprotected encoder-decoder model makes keys and values "
-    "of n rows at its first token. Protected is `anchors`, {served} rows served at every n, with a calibration that was not fitted: what "
-    "it decodes means nothing and takes as long."
+    "**Tokens behind a private context** ({threads} threads), random weights, float32, a question of {question} tokens, greedy `generate`; "
+    "protected and unprotected answers take turns, and ratios are medians of their pairs (least to largest). Unprotected attention is SDPA "
+    "over a cache that already holds the n rows and is never copied; transformers' default one copies all of them at each token. Left out "
+    "on both sides is what makes the rows: an encoder's run, or the run over a prefix. An unprotected encoder-decoder model makes keys and "
+    "values of n rows at its first token. Protected is `anchors`, {served} rows served at every n, with a calibration that was not fitted: "
+    "what it decodes means nothing and takes as long."
 )
 KINDS = {
     "Llama": "`{name}` (decoder-only; the context is a prefix of n tokens)",
