@@ -3,17 +3,18 @@
     python examples/calibrate_release_push_load.py                                        # no Hub: into out/push_load
     hf auth login; python examples/calibrate_release_push_load.py --repo me/my-scene      # to your own repository
 
-1. *Calibrate* on PUBLIC prompts: codebooks, priors and a decoder for each epsilon. Spends nothing. So few prompts and steps take a minute or
-   two; the calibrations that ship with `shapes` had twelve thousand of each.
+1. *Calibrate* on PUBLIC prompts: codebooks, priors and a decoder for each epsilon. Spends nothing. So few prompts and steps take a minute
+   or two; the calibrations that ship with `shapes` had twelve thousand of each.
 2. *Plan*: from the calibration alone, what quality to expect at each epsilon and what an attacker could guess. Spends nothing.
 3. *Release* one private prompt at the epsilon that was decided on. The ledger, a file, is charged before anything is computed.
-4. *Push* calibration and release: JSON and safetensors with a card each that states the guarantee. A release is differentially private, so it may
-   be public; what it tells at its epsilon, it then tells to everybody, for ever. The ledger and the prompt stay at home.
-5. *Load* by id and revision on a machine that has the pipeline but neither prompt, nor ledger, nor calibration, and draw. This costs nothing
-   either: it is the same release.
+4. *Push* calibration and release: JSON and safetensors with a card each that states the guarantee. A release is differentially private,
+   so it may be public; what it tells at its epsilon, it then tells to everybody, for ever. The ledger and the prompt stay at home.
+5. *Load* by id and revision on a machine that has the pipeline but neither prompt, nor ledger, nor calibration, and draw. This costs
+   nothing either: it is the same release.
 
-Nothing is pushed without --repo. --endpoint (or HF_ENDPOINT) names another Hub than huggingface.co; the token is read from `hf auth login` or
-HF_TOKEN, never from the arguments, which shells and process tables keep. So is the prompt: --prompt-file, or else the public stand-in below.
+Nothing is pushed without --repo. --endpoint (or HF_ENDPOINT) names another Hub than huggingface.co; the token is read from `hf auth
+login` or HF_TOKEN, never from the arguments, which shells and process tables keep. So is the prompt: --prompt-file, or else the public
+stand-in below.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ def arguments() -> argparse.Namespace:
 
 def second_machine(source: str, out: Path, *, subfolder: str, revision: str | None, token: Any = None) -> Any:
     """Loads the release for a pipeline of its own and draws. Knows nothing else of the first machine."""
-    import hf_dp_xattn as dpx
     from shapes.evaluate import load_pipeline
+
+    import hf_dp_xattn as dpx
 
     pipe = load_pipeline()
     release = dpx.Release.from_pretrained(
@@ -86,10 +88,11 @@ def main() -> None:
     args = arguments()
     if args.endpoint:
         os.environ["HF_ENDPOINT"] = args.endpoint  # read when huggingface_hub is imported, which is below
-    import hf_dp_xattn as dpx
     from shapes.evaluate import load_pipeline
     from shapes.private import DELTA, PUBLIC_SEED, config, prompts
     from shapes.scenes import train_examples
+
+    import hf_dp_xattn as dpx
 
     warnings.filterwarnings("ignore", category=UserWarning)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -2,17 +2,18 @@
 
     python examples/private_style_library.py            # under a minute; pictures and report in out/style_library
 
-A studio has a *look*: phrases that no customer may read ("blue background", "a small yellow star at the bottom"). Customers bring prompts of
-their own, which are PUBLIC here. The look is encoded phrase by phrase and released once, unit = group: one phrase of it is what a guarantee
-covers. Then `pipe(**release.inputs(prompt="a large red circle on the left"))` lets every cross-attention layer attend to the released rows and to
-the exact rows of the customer's words under one softmax. The exact phrases never reach the UNet, however many pictures are drawn.
+A studio has a *look*: phrases that no customer may read ("blue background", "a small yellow star at the bottom"). Customers bring prompts
+of their own, which are PUBLIC here. The look is encoded phrase by phrase and released once, unit = group: one phrase of it is what a
+guarantee covers. Then `pipe(**release.inputs(prompt="a large red circle on the left"))` lets every cross-attention layer attend to the
+released rows and to the exact rows of the customer's words under one softmax. The exact phrases never reach the UNet, however many
+pictures are drawn.
 
-The look also GROWS: `protected.release(first, horizon=8)` opens a release that takes up to seven more appends, and `release.append(more)` is not
-charged, since each phrase enters once and its answer is its own.
+The look also GROWS: `protected.release(first, horizon=8)` opens a release that takes up to seven more appends, and `release.append(more)`
+is not charged, since each phrase enters once and its answer is its own.
 
 What this does not cover: the customer's words; that the phrases stand together, how many there are and when each came; and what the
-guarantee's epsilon allows to be told. The pictures SHOW the look, which is what they are for: at epsilon = 16 an observer may well name the
-background. To hide a phrase that few could guess, ask the planner for the bound first, and take a smaller epsilon.
+guarantee's epsilon allows to be told. The pictures SHOW the look, which is what they are for: at epsilon = 16 an observer may well name
+the background. To hide a phrase that few could guess, ask the planner for the bound first, and take a smaller epsilon.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import argparse
 import math
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,8 +133,11 @@ def main() -> None:
         for title, pictures in rows:
             print(f"    {title.replace(chr(10), ' '):<26} {seen(pictures[i : i + 1], reader)[0]}")
 
-    labels = [*(prompt.replace(" on the ", "\non the ") for prompt in public), "the look alone"]
-    strips = [(title, list(zip(labels, pictures, strict=False))) for title, pictures in rows]
+    words = [textwrap.fill(prompt, 18) for prompt in public]
+    strips = [(rows[0][0], list(zip(words, rows[0][1], strict=True)))]
+    for title, pictures in rows[1:]:
+        labels = [*("" for _ in public), "the look alone"]
+        strips.append((title, list(zip(labels, pictures, strict=False))))
     draw_strip(strips, "; ".join(look), args.out / "style_library.png")
     (args.out / "report.txt").write_text(f"{report}\n")
     print(f"\n{report}\n\nPictures and report: {args.out.resolve()}")

@@ -3,9 +3,9 @@
     pip install 'hf_dp_xattn[app]'
     python examples/app/app.py            # then open http://127.0.0.1:7860
 
-It serves the `shapes` pipeline of this repository and its public calibrations; nothing is downloaded and nothing is sent anywhere. Drawing a
-new (prompt, unit, epsilon) makes a release, which the ledger charges to the prompt; drawing it again reads that release and is free. The page
-shows the sum, which is what an attacker who sees all the pictures has.
+It serves the `shapes` pipeline of this repository and its public calibrations; nothing is downloaded and nothing is sent anywhere.
+Drawing a new (prompt, unit, epsilon) makes a release, which the ledger charges to the prompt; drawing it again reads that release and is
+free. The page shows the sum, which is what an attacker who sees all the pictures has.
 
 The prompt goes to the server in the body of a request, is not logged, and is written to no file; neither are the pictures.
 """

@@ -20,11 +20,11 @@ UNIT, EPSILON = "context", 16.0
 STYLE = Path(__file__).with_name("style.css")
 LONGEST = 300  # characters
 _INTRO = f"""<div class="dpx-intro"><h1>{TITLE}</h1>
-<p>The prompt is released <b>once</b>, with noise, and the image model reads that release and never the prompt. A smaller ε tells less about it, to
-the model and to everyone who sees the picture.</p></div>"""
+<p>The prompt is released <b>once</b>, with noise, and the image model reads that release and never the prompt. A smaller ε tells
+less about it, to the model and to everyone who sees the picture.</p></div>"""
 _HINT = (
-    "<p class='dpx-hint'>Moving the slider updates the plan, for free. Letting it go, <i>Enter</i> in the prompt, another unit, or the button "
-    "draws: a new combination is released and <b>charged</b>, one that was drawn before is free.</p>"
+    "<p class='dpx-hint'>Moving the slider updates the plan, for free. Letting it go, <i>Enter</i> in the prompt, another unit, or the "
+    "button draws: a new combination is released and <b>charged</b>, one that was drawn before is free.</p>"
 )
 _WHY_NOT = (
     "<p class='dpx-hint'>Forgets what was spent and draws new noise, so that you can play on. <b>Never do this in earnest:</b> what was "
@@ -32,8 +32,8 @@ _WHY_NOT = (
     "a file: <code>dpx.Ledger(path)</code>.</p>"
 )
 _SHARED = (
-    "<p class='dpx-hint'>The ledger is kept in memory until the server stops; reloading the page does not reset it. Everyone who opens this "
-    "page shares it, and can see whether a prompt was drawn before: give real customers a ledger each.</p>"
+    "<p class='dpx-hint'>The ledger is kept in memory until the server stops; reloading the page does not reset it. Everyone who opens "
+    "this page shares it, and can see whether a prompt was drawn before: give real customers a ledger each.</p>"
 )
 
 

@@ -122,11 +122,12 @@ def spending(drawn: Drawn) -> str:
         f"<tr><td>{name}</td><td>{at_most(guess_bound(spent.epsilon, DELTA, prior))}</td></tr>"
         for name, prior in zip(_PRIOR_NAMES, PRIORS, strict=True)
     )
+    many = f"{spent.releases} release{'s' if spent.releases > 1 else ''}"
     return f"""<div class="dpx-card"><h3>What this prompt has spent <small>by the ledger</small></h3>
-<p class="dpx-big">ε = {up(spent.epsilon)}<span>of {spent.budget:g}, in {spent.releases} release{"s" if spent.releases > 1 else ""}</span></p>
+<p class="dpx-big">ε = {up(spent.epsilon)}<span>of {spent.budget:g}, in {many}</span></p>
 <div class="dpx-bar" role="img" aria-label="{share:.0f} % of the budget"><i style="width:{share:.1f}%"></i></div>
-<p><b>Sliding ε over a really private prompt spends the sum</b>: every new combination of prompt, unit and ε is a release of its own. Decide on
-one ε with the planner, release once, and draw from that for ever.</p>
+<p><b>Sliding ε over a really private prompt spends the sum</b>: every new combination of prompt, unit and ε is a release of its own.
+Decide on one ε with the planner, release once, and draw from that for ever.</p>
 <table><caption>{attacker} guesses {what} from all its releases together:</caption>
 <tr><th>before, with probability</th><th>after, at most</th></tr>{guesses}</table>{_others(drawn.others)}</div>"""
 
@@ -148,6 +149,6 @@ def report(drawn: Drawn) -> str:
     """The privacy report of this release: its guarantee in a sentence, and all of it below."""
     [release] = drawn.report.releases
     return f"""<div class="dpx-card dpx-report"><h3>Privacy report</h3><p>{escape(str(release["guarantee_text"]))}</p>
-<p><b>Not covered</b>, among others: a rewording of the prompt is another context, with a budget of its own; that a prompt was repeated can be
-seen; what your own program logs.</p>
+<p><b>Not covered</b>, among others: a rewording of the prompt is another context, with a budget of its own; that a prompt was
+repeated can be seen; what your own program logs.</p>
 <details><summary>The report in full</summary><pre>{escape(str(drawn.report))}</pre></details></div>"""
