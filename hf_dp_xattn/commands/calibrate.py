@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .models import SETTINGS, load_plain, load_tokenizer, parse_dtype, tokenize
+from .models import SETTINGS, load_plain, parse_dtype
+from .texts import add_text_options, load_tokenizer, plain_ids, read_documents, read_prefix, read_question
 
 NAME = "calibrate"
 _DESCRIPTION = """\
@@ -18,6 +19,9 @@ folder, with a card. No budget is spent, and the calibration may be shared.
 
 The texts must be public: a calibration is neither noised nor counted, and it tells what it was made from. Use texts that anybody may read
 and that resemble the private ones; about 100 are the least that works, thousands do better.
+
+For --unit group of a transformers model a text is made of segments (decoder-only) or documents (encoder-decoder), each encoded apart: each
+line is then JSON, a list of strings, such as ["be polite", "close at five"].
 """
 _EXAMPLES = """\
 examples:
@@ -28,6 +32,11 @@ examples:
   an encoder-decoder model, from documents of 128 tokens; a decoder-only model, with public questions:
     hf-dp-xattn calibrate ./my-bart --public documents.txt --length 128 --out ./my-calibration
     hf-dp-xattn calibrate ./my-llama --public prefixes.txt --questions questions.txt --out ./my-calibration
+  system prompts of a chat model in segments, and corpora of documents, as JSON lines:
+    hf-dp-xattn calibrate examples/chat/model --public prompts.jsonl --unit group --chat --prefix-bucket 64 --questions questions.txt \\
+      --releases sum --out ./my-calibration
+    hf-dp-xattn calibrate examples/rag/model --public corpora.jsonl --unit group --questions questions.txt --releases histogram \\
+      --anchors 1024 --out ./my-calibration
   then:
     hf-dp-xattn plan ./my-calibration
 
@@ -46,7 +55,10 @@ def add(subparsers: Any) -> None:
     )
     parser.add_argument("model", help="folder or Hub id of a diffusers pipeline or a transformers model")
     parser.add_argument(
-        "--public", required=True, metavar="FILE", help="text file in UTF-8 with one PUBLIC text a line"
+        "--public",
+        required=True,
+        metavar="FILE",
+        help="text file in UTF-8 with one PUBLIC text a line, or JSON lines (see above)",
     )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the calibration")
     parser.add_argument("--mechanism", choices=("anchors", "kernel_sum"), default="anchors")
@@ -77,8 +89,11 @@ def add(subparsers: Any) -> None:
         help="encoder-decoder models: texts are cut to N tokens, shorter ones left out",
     )
     parser.add_argument(
-        "--questions", metavar="FILE", help="decoder-only models: public users' turns, one a line"
+        "--questions",
+        metavar="FILE",
+        help="models of text: public users' turns (what an encoder-decoder model's decoder starts with), one a line",
     )
+    add_text_options(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the fit; public (default: 0)")
     parser.add_argument("--dtype", default="float32", help="type of the weights (default: float32)")
     parser.add_argument("--license", help="license id of the Hub for the card, such as apache-2.0")
@@ -142,33 +157,67 @@ def read_lines(file: str, option: str) -> list[str]:
     return texts
 
 
+def read_lists(lines: list[str]) -> list[list[str]]:
+    """Public contexts of segments or documents, from JSON lines.
+
+    Raises:
+        ConfigError: a line is not a list of strings, or an empty one.
+    """
+    found = []
+    for i, line in enumerate(lines, 1):
+        try:
+            parts = json.loads(line)
+        except (ValueError, RecursionError):
+            parts = None
+        if (
+            not isinstance(parts, list)
+            or not parts
+            or not all(isinstance(p, str) and p.strip() for p in parts)
+        ):
+            raise ConfigError(
+                f"For --unit group each line of --public is JSON, a list of the context's segments or documents; text {i} is not."
+            )
+        found.append([" ".join(p.split()) for p in parts])
+    return found
+
+
 def _public(
     model: Any, args: argparse.Namespace, texts: list[str], questions: list[str] | None
 ) -> tuple[Any, dict[str, Any]]:
     """(public contexts, further options) as `calibrate` takes them for this kind of host."""
     from ..hosts.decoder_only.probing import is_decoder_only
+    from ..hosts.image_text.probing import is_image_text
     from ..hosts.seq2seq.probing import is_seq2seq
 
-    decoder, seq2seq = is_decoder_only(model), is_seq2seq(model)
-    if args.length is not None and not seq2seq:
-        raise ConfigError("--length is for encoder-decoder models.")
-    if questions is not None and not decoder:
-        raise ConfigError("--questions is for decoder-only models.")
-    if not (decoder or seq2seq):
-        return texts, {}
-    if args.unit == "group":
-        raise ConfigError("On the command line a text is one sequence: use --unit row or --unit context.")
+    if is_image_text(model):
+        raise ConfigError(
+            "This model reads images, which the command line does not: dpx.calibrate in Python."
+        )
+    decoder, seq2seq, apart = is_decoder_only(model), is_seq2seq(model), args.unit == "group"
+    if args.length is not None and (not seq2seq or apart):
+        raise ConfigError("--length is for encoder-decoder models, of which a text is one document.")
+    if questions is not None and not (decoder or seq2seq):
+        raise ConfigError("--questions is for models of text, encoder-decoder or decoder-only.")
+    if not decoder and (args.chat or args.prefix_bucket is not None):
+        raise ConfigError("--chat and --prefix-bucket are for decoder-only models.")
     if decoder:
-        read = [tokenize(args.model, text) for text in texts]
-        more: dict[str, Any] = {"public_head": read[0][1]}
+        prefixes = [
+            read_prefix(args.model, t, chat=args.chat) for t in (read_lists(texts) if apart else texts)
+        ]
+        more: dict[str, Any] = {"public_head": prefixes[0].head, "prefix_bucket": args.prefix_bucket}
         if questions is not None:
-            more["questions"] = [tokenize(args.model, q)[0][0, more["public_head"] :] for q in questions]
-        return [ids[0] for ids, _ in read], more
+            more["questions"] = [read_question(args.model, q, chat=args.chat)[0] for q in questions]
+        return [p.context for p in prefixes], more
+    if not seq2seq:
+        return texts, {}
+    more = {} if questions is None else {"questions": [plain_ids(args.model, q) for q in questions]}
+    if apart:
+        return [read_documents(args.model, documents) for documents in read_lists(texts)], more
     if args.length is None:
         raise ConfigError(
             "Public texts of an encoder-decoder model have one length: --length N cuts them to N tokens."
         )
-    return _one_length(args, texts), {}
+    return _one_length(args, texts), more
 
 
 def _one_length(args: argparse.Namespace, texts: list[str]) -> Any:

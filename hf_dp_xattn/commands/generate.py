@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import BudgetExceededError, ConfigError
-from .models import SETTINGS, add_protection, load_plain, parse_dtype, protected_model, release_text, tokenize
-from .private_text import WHY, add_private_text, read_private_text
-from .release import REFUSED, new_folder, say
+from ..errors import ConfigError
+from .models import SETTINGS, check_texts, load_plain, parse_dtype, protected_model
+from .private_text import WHY, read_private_text
+from .release import REFUSED, add_releasing, new_folder, release_or_refuse, say
+from .texts import LINES, load_tokenizer, plain_ids, read_question, tokenize
 
 NAME = "generate"
 _DESCRIPTION = f"""\
@@ -19,7 +20,8 @@ Draws a picture (diffusers) or writes a text (transformers) from a release. With
 no private text is asked for. Otherwise it releases a private text first, once, and charges it to --ledger; keep that release with
 --keep, since the ledger refuses a second one of the same text where it exceeds the budget.
 
-{WHY}"""
+{WHY}
+{LINES}"""
 _EXAMPLES = """\
 examples:
   as many pictures as you like from a saved release:
@@ -30,6 +32,9 @@ examples:
   text: an encoder-decoder model reads a private document; a decoder-only model has a private prefix and a public question:
     hf-dp-xattn generate ./my-bart --release ./release
     hf-dp-xattn generate ./my-llama --release ./release --public "What are your opening hours?" --new-tokens 60
+  a chat model: the question is put into the words of its template; a model whose decoder is started with the question:
+    hf-dp-xattn generate examples/chat/model --release ./release --chat --public "how do we say the red color ?"
+    hf-dp-xattn generate examples/rag/model --release ./release --begin "what is the colour ?" --new-tokens 1
 
 exit codes: 0 done; 1 the ledger refuses, nothing was released; 2 bad input, nothing was spent (the message is on stderr).
 """
@@ -45,15 +50,18 @@ def add(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # --prompt must not be taken for --prompt-file
     )
-    add_protection(parser)
-    add_private_text(parser)
+    add_releasing(parser, ledger_required=False)
     parser.add_argument("--release", metavar="FOLDER", help="folder or Hub id of a saved release")
-    parser.add_argument("--ledger", metavar="FILE", help="file that counts what each context has spent")
     parser.add_argument("--keep", metavar="FOLDER", help="new folder for a release that is made here")
     parser.add_argument(
         "--public",
         metavar="TEXT",
         help="PUBLIC words that are read exactly beside the release: a public prompt, or a user's turn",
+    )
+    parser.add_argument(
+        "--begin",
+        metavar="TEXT",
+        help="encoder-decoder models: PUBLIC words that the decoder starts with, such as a question; they are not printed again",
     )
     parser.add_argument(
         "--out",
@@ -77,18 +85,18 @@ def run(args: argparse.Namespace) -> int:
     private = _check(args)
     say(args, "loading the model")
     handle, release = _given(args) if args.release is not None else (_protected(args), None)
-    pictures = _check_host(handle, args)
+    public = None if _check_host(handle, args) else _read_public(handle, args)
     if release is None:
         say(args, "releasing")
-        try:
-            release = release_text(handle, args, str(private))
-        except BudgetExceededError as error:
-            print(f"hf-dp-xattn: {error}", file=sys.stderr)
+        release = release_or_refuse(handle, args, str(private))
+        if release is None:
             return REFUSED
         if args.keep is not None:
             release.save_pretrained(args.keep)
     say(args, "generating")
-    made: dict[str, Any] = _draw(handle, release, args) if pictures else _write(handle, release, args)
+    made: dict[str, Any] = (
+        _draw(handle, release, args) if public is None else _write(handle, release, args, *public)
+    )
     if args.json:
         print(json.dumps({**made, "guarantees": [g.sentence() for g in release.guarantees]}, sort_keys=True))
         return 0
@@ -104,7 +112,9 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> str | None:
     """The private text, where one is to be released; everything that can be refused without a model is."""
     given = [
-        n for n in ("config", *SETTINGS, "calibration", "prompt_file", "ledger", "keep") if getattr(args, n)
+        n
+        for n in ("config", *SETTINGS, "calibration", "prompt_file", "prefix_bucket", "ledger", "keep")
+        if getattr(args, n)
     ]
     if args.release is not None:
         if given:
@@ -145,7 +155,9 @@ def _check_host(handle: Any, args: argparse.Namespace) -> bool:
     from ..hosts.decoder_only.handle import ProtectedDecoder
     from ..hosts.seq2seq.handle import ProtectedSeq2Seq
 
-    pictures = not isinstance(handle, (ProtectedDecoder, ProtectedSeq2Seq))
+    check_texts(handle, args)
+    decoder = isinstance(handle, ProtectedDecoder)
+    pictures = not decoder and not isinstance(handle, ProtectedSeq2Seq)
     of_pictures = [n for n in ("steps", "guidance", "height", "width") if getattr(args, n) is not None]
     if pictures:
         if args.new_tokens is not None:
@@ -154,7 +166,9 @@ def _check_host(handle: Any, args: argparse.Namespace) -> bool:
             raise ConfigError("A picture needs a file: --out picture.png")
     elif of_pictures:
         raise ConfigError(f"--{', --'.join(of_pictures)}: for pictures, and this model writes text.")
-    if isinstance(handle, ProtectedDecoder) and args.public is None:
+    if args.begin is not None and (pictures or decoder):
+        raise ConfigError("--begin is for encoder-decoder models.")
+    if decoder and args.public is None:
         raise ConfigError("A decoder-only model answers something: --public TEXT is the user's turn.")
     if args.out is not None and (not Path(args.out).resolve().parent.is_dir() or Path(args.out).is_dir()):
         raise ConfigError("--out takes a file in a folder that exists.")
@@ -184,25 +198,38 @@ def _draw(handle: Any, release: Any, args: argparse.Namespace) -> dict[str, Any]
     return {"files": [str(f) for f in files]}
 
 
-def _write(handle: Any, release: Any, args: argparse.Namespace) -> dict[str, Any]:
+def _read_public(handle: Any, args: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """The public inputs of a model of text, and how many of their tokens its output begins with, which are not printed again.
+
+    Raises:
+        ConfigError, ContextError: no tokenizer, or words that it cannot take; before anything is spent.
+    """
+    from ..hosts.decoder_only.handle import ProtectedDecoder
+    from ..hosts.seq2seq.calibrate import starts_of
+
+    load_tokenizer(args.model)
+    if isinstance(handle, ProtectedDecoder):
+        ids = read_question(args.model, args.public, chat=args.chat)
+        return {"input_ids": ids}, ids.shape[1]
+    public = {} if args.public is None else {"input_ids": tokenize(args.model, args.public)[0]}
+    if args.begin is None:
+        return public, 0
+    start = starts_of(handle.unet, [plain_ids(args.model, args.begin)])[0]
+    return {**public, "decoder_input_ids": start.unsqueeze(0)}, len(start)
+
+
+def _write(
+    handle: Any, release: Any, args: argparse.Namespace, public: dict[str, Any], skip: int
+) -> dict[str, Any]:
     import torch
 
-    from ..hosts.decoder_only.handle import ProtectedDecoder
-    from .models import load_tokenizer
-
-    decoder = isinstance(handle, ProtectedDecoder)
     tokenizer = load_tokenizer(args.model)
-    public: dict[str, Any] = {}
-    if args.public is not None:
-        ids, start = tokenize(args.model, args.public)
-        public = {"input_ids": ids[:, start:] if decoder else ids}  # BOS stands before the prefix
     if args.seed is not None:
         torch.manual_seed(args.seed)
     options: dict[str, Any] = {"max_new_tokens": 60 if args.new_tokens is None else args.new_tokens}
     if args.seed is not None:
         options["do_sample"] = True
     found = handle.unet.generate(**release.inputs(**public), **options)
-    skip = public["input_ids"].shape[1] if decoder else 0
     texts = tokenizer.batch_decode(found[:, skip:], skip_special_tokens=True)
     if args.out is None:
         return {"texts": texts}

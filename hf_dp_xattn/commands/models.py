@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from .texts import lines_of, load_tokenizer, read_documents, read_prefix
 
 if TYPE_CHECKING:
     from ..config import DPXAttnConfig
     from ..privacy.ledger import Ledger
+
+__all__ = [
+    "SETTINGS",
+    "add_protection",
+    "check_texts",
+    "load_plain",
+    "load_tokenizer",
+    "parse_dtype",
+    "protected_model",
+    "release_text",
+]
 
 SETTINGS = ("mechanism", "epsilon", "delta", "unit", "neighboring")
 
@@ -124,46 +135,38 @@ def load_plain(name: str, dtype: Any) -> Any:
         raise ConfigError(f"The model cannot be loaded ({type(error).__name__}): {error}") from None
 
 
+def check_texts(handle: Any, args: argparse.Namespace) -> None:
+    """Refuses, before anything is spent, what the command line cannot do with this kind of host.
+
+    Raises:
+        ConfigError: a model that reads images; options of decoder-only models for another one.
+    """
+    from ..hosts.decoder_only.handle import ProtectedDecoder
+    from ..hosts.image_text.handle import ProtectedImageText
+
+    if isinstance(handle, ProtectedImageText):
+        raise ConfigError(
+            "The private context of this model is an image, which the command line does not read: in Python, protected.release(**processor."
+            "image_processor(image, return_tensors='pt'))."
+        )
+    given = [n for n in ("chat", "prefix_bucket") if getattr(args, n, None) not in (None, False)]
+    if given and not isinstance(handle, ProtectedDecoder):
+        raise ConfigError(f"--{given[0].replace('_', '-')} is for decoder-only models.")
+
+
 def release_text(handle: Any, args: argparse.Namespace, text: str) -> Any:
-    """Releases one text, by the tokenizer beside the model."""
+    """Releases one text, by the tokenizer beside the model; with unit="group", its lines (phrases of a prompt) are the groups."""
     from ..hosts.decoder_only.handle import ProtectedDecoder
     from ..hosts.seq2seq.handle import ProtectedSeq2Seq
 
-    if not isinstance(handle, (ProtectedDecoder, ProtectedSeq2Seq)):
-        return handle.release(text, groups="phrases" if handle.config.unit == "group" else None)
-    if handle.config.unit == "group":
-        raise ConfigError("On the command line a text is one sequence: use --unit row or --unit context.")
-    ids, start = tokenize(args.model, text)
+    check_texts(handle, args)
+    apart = handle.config.unit == "group"
+    if isinstance(handle, ProtectedDecoder):
+        chat, bucket = getattr(args, "chat", False), getattr(args, "prefix_bucket", None)
+        prefix = read_prefix(args.model, lines_of(text) if apart else text, chat=chat)
+        groups = "segments" if apart else None
+        return handle.release(prefix.context, groups=groups, public_head=prefix.head, prefix_bucket=bucket)
     if isinstance(handle, ProtectedSeq2Seq):
-        return handle.release(input_ids=ids, attention_mask=ids.new_ones(ids.shape))
-    return handle.release(ids, public_head=start)
-
-
-def tokenize(name: str, text: str) -> tuple[Any, int]:
-    """ids [1, n], and how many of them at the start are the same for every text."""
-    from ..errors import ContextError
-    from ..hosts.text import without_length_warning
-
-    tokenizer = load_tokenizer(name)
-    with without_length_warning(tokenizer):
-        ids = tokenizer([text], return_tensors="pt").input_ids
-    if ids.shape[1] > tokenizer.model_max_length:
-        raise ContextError("A text has more tokens than the model takes; nothing was spent.")
-    return ids, int(ids[0, 0] == tokenizer.bos_token_id) if tokenizer.bos_token_id is not None else 0
-
-
-@functools.lru_cache(maxsize=1)
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer beside a model of transformers.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"There is no tokenizer beside the model ({type(error).__name__}); save one there."
-        ) from None
+        documents = read_documents(args.model, lines_of(text) if apart else [text])
+        return handle.release(documents, groups="documents" if apart else None)
+    return handle.release(text, groups="phrases" if apart else None)

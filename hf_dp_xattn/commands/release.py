@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import BudgetExceededError, ConfigError
 from .models import add_protection, protected_model, release_text
 from .private_text import WHY, add_private_text, read_private_text
+from .texts import LINES, add_text_options
 
 NAME = "release"
 REFUSED = 1
@@ -19,7 +20,8 @@ Releases a private context once, with noise, and writes the release: any number 
 machine, and nothing else of the context leaves. The ledger is charged before the context is encoded; the same context twice is refused
 where that exceeds its budget.
 
-{WHY}"""
+{WHY}
+{LINES}"""
 _EXAMPLES = """\
 examples:
   a hidden prompt asks for the text:
@@ -27,6 +29,12 @@ examples:
   from a file, or from a program:
     hf-dp-xattn release ./my-protected-pipeline --prompt-file prompt.txt --ledger ledger.json --out ./release
     pass show prompt | hf-dp-xattn release ./my-bart --mechanism kernel_sum --epsilon 8 --ledger ledger.json --out ./release --json
+  a system prompt of a chat model, one rule or fact a line; each line is a unit, and the template's fixed words stay exact:
+    hf-dp-xattn release examples/chat/model --mechanism anchors --unit group --epsilon 8 --chat --prefix-bucket 64 \\
+      --calibration examples/chat/calibrations/group --prompt-file rules.txt --ledger ledger.json --out ./release
+  a corpus for an encoder-decoder model, one document a line:
+    hf-dp-xattn release examples/rag/model --mechanism anchors --unit group --epsilon 8 --prompt-file corpus.txt \\
+      --calibration examples/rag/calibrations/anchors-group-64 --ledger ledger.json --out ./release
   then, in Python:
     release = dpx.Release.from_pretrained("./release", host=pipe); pipe(**release.inputs())
 
@@ -44,14 +52,7 @@ def add(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # --prompt must not be taken for --prompt-file
     )
-    add_protection(parser)
-    add_private_text(parser)
-    parser.add_argument(
-        "--ledger",
-        required=True,
-        metavar="FILE",
-        help="file that counts what each context has spent; made if needed",
-    )
+    add_releasing(parser, ledger_required=True)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the release")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the report")
     parser.set_defaults(run=run)
@@ -66,10 +67,8 @@ def run(args: argparse.Namespace) -> int:
     say(args, "loading the model")
     handle = protected_model(args, Ledger(args.ledger))
     say(args, "releasing")
-    try:
-        release = release_text(handle, args, text)
-    except BudgetExceededError as error:
-        print(f"hf-dp-xattn: {error}", file=sys.stderr)
+    release = release_or_refuse(handle, args, text)
+    if release is None:
         return REFUSED
     release.save_pretrained(out)
     report = handle.report()
@@ -78,6 +77,28 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"{report}\nwrote {out}")
     return 0
+
+
+def add_releasing(parser: argparse.ArgumentParser, *, ledger_required: bool) -> None:
+    """The options of a command that releases a private text."""
+    add_protection(parser)
+    add_private_text(parser)
+    add_text_options(parser)
+    parser.add_argument(
+        "--ledger",
+        required=ledger_required,
+        metavar="FILE",
+        help="file that counts what each context has spent; made if needed",
+    )
+
+
+def release_or_refuse(handle: Any, args: argparse.Namespace, text: str) -> Any | None:
+    """The release, or None where the ledger refuses, with its reason on stderr."""
+    try:
+        return release_text(handle, args, text)
+    except BudgetExceededError as error:
+        print(f"hf-dp-xattn: {error}", file=sys.stderr)
+        return None
 
 
 def new_folder(out: Path) -> Path:

@@ -13,6 +13,7 @@ import hf_dp_xattn as dpx
 
 from ..hosts.anchor_calibrations import CONFIG, protect
 from ..hosts.decoder_only.tiny import tiny as decoder_tiny
+from ..hosts.image_text.tiny import tiny as image_tiny
 from ..hosts.seq2seq.tiny import tiny as seq2seq_tiny
 from ..hosts_tiny import tiny_sd
 from ..hub.conftest import hub  # noqa: F401 (a fixture)
@@ -33,9 +34,19 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+TEMPLATE = "{% for m in messages %}{{ 'obelisk ' if m['role'] == 'system' else ' marzipan ' }}{{ m['content'] }}{% endfor %}"
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """With a chat template of one fixed word before the system prompt and one before a user's turn."""
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
 @pytest.fixture(scope="session")
 def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """plain, protected (anchors), bart, llama: each a folder."""
+    """plain, protected (anchors), bart, llama, chat (a llama with a chat template), mllama: each a folder."""
     root = tmp_path_factory.mktemp("models")
     pipe = tiny_sd()
     pipe.save_pretrained(root / "plain")
@@ -46,5 +57,8 @@ def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, model in hosts.items():
         model.save_pretrained(root / name)
         word_tokenizer().save_pretrained(root / name)
+    decoder_tiny("llama").save_pretrained(root / "chat")
+    chat_tokenizer().save_pretrained(root / "chat")
+    image_tiny().save_pretrained(root / "mllama")
     dpx.DPXAttnConfig(epsilon=2.0, degree=1, projection_dim=4).save_pretrained(root / "config")
     return root

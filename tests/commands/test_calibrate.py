@@ -17,6 +17,7 @@ from .conftest import WORDS
 
 SMALL = ["--epsilons", "8", "--steps", "4"]
 PAIRS = [f"{a} {b}, {c}" for a, b, c in itertools.product(WORDS, WORDS[:4], WORDS[:3])]  # 72 lines
+LISTS = [json.dumps([f"{a} {b}", f"{c} {a}"]) for a, b, c in itertools.product(WORDS, WORDS[:4], WORDS[:3])]
 TEXTS = [" ".join(p) for p in itertools.product(WORDS, WORDS, WORDS[:2])]  # 72 lines of 3 words
 
 
@@ -32,21 +33,27 @@ def file_of(folder: Path, lines: list[str]) -> str:
         ("plain", PAIRS, ["--unit", "group", "--releases", "sum", "response"]),
         ("bart", TEXTS, ["--mechanism", "kernel_sum", "--length", "3"]),
         ("llama", TEXTS, ["--mechanism", "kernel_sum", "--questions", "public.txt"]),
+        ("bart", TEXTS, ["--mechanism", "kernel_sum", "--length", "3", "--questions", "questions.txt"]),
+        ("bart", LISTS, ["--unit", "group", "--mechanism", "kernel_sum"]),
+        ("llama", LISTS, ["--unit", "group", "--releases", "sum", "--prefix-bucket", "8"]),
+        ("chat", LISTS, ["--unit", "group", "--chat", "--releases", "sum", "--questions", "questions.txt"]),
     ],
-    ids=lambda x: x if isinstance(x, str) else " ".join(x) if len(x) < 10 else "",
+    ids=lambda x: x if isinstance(x, str) else " ".join(x) if len(x) < 20 else "",
 )
 def test_each_kind_of_host(
     model: str, lines: list[str], more: list[str], models_folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
     public = file_of(tmp_path, lines)
-    more = [public if x == "public.txt" else x for x in more]
+    (tmp_path / "questions.txt").write_text("quartz zebra\nwyvern\n")
+    named = {"public.txt": public, "questions.txt": str(tmp_path / "questions.txt")}
+    more = [named.get(x, x) for x in more]
     folder, out = str(models_folder / model), tmp_path / "made"
     assert main(["calibrate", folder, "--public", public, "--out", str(out), *SMALL, *more, "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["contexts"] == 72 and [p["epsilon"] for p in values["plans"]] == [8.0]
     assert all(p["fvu"] > 0 for p in values["plans"])
     calibration = dpx.Calibration.from_pretrained(out)
-    unit = calibration.unit if hasattr(calibration, "unit") else "row"
+    unit = calibration.unit if hasattr(calibration, "unit") else calibration.settings["unit"]
     assert unit == values["unit"]
     mechanism = "kernel_sum" if "kernel_sum" in more else "anchors"
     config = dpx.DPXAttnConfig(mechanism=mechanism, epsilon=8.0, unit=unit)
@@ -73,7 +80,13 @@ BAD: dict[str, tuple[str, list[str], list[str], str]] = {
     "too long": ("bart", TEXTS, ["--length", "9"], "lower --length"),
     "length of a picture": ("plain", PAIRS, ["--length", "3"], "encoder-decoder"),
     "questions of a picture": ("plain", PAIRS, ["--questions", "public.txt"], "decoder-only"),
-    "groups of one text": ("llama", TEXTS, ["--unit", "group"], "--unit"),
+    "groups that are no lists": ("llama", TEXTS, ["--unit", "group"], "JSON"),
+    "a list of numbers": ("bart", ["[1, 2]"], ["--unit", "group"], "text 1"),
+    "an empty list": ("bart", ['["a"]', "[]"], ["--unit", "group"], "text 2"),
+    "a length of documents": ("bart", LISTS, ["--unit", "group", "--length", "3"], "--length"),
+    "a chat of documents": ("bart", TEXTS, ["--length", "3", "--chat"], "decoder-only"),
+    "a chat without a template": ("llama", TEXTS, ["--chat"], "chat template"),
+    "a model that reads images": ("mllama", TEXTS, [], "images"),
     "a bad epsilon": ("plain", PAIRS, ["--epsilons", "-1", "--anchors", "64"], "epsilon"),
     "a bad type": ("plain", PAIRS, ["--dtype", "int8"], "--dtype"),
 }

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.cli import main
+from hf_dp_xattn.commands.models import load_plain
 
 from ..hub.hosts import SECRET, files
 from ..private_content import PrivateContent, check_clean
+from .conftest import chat_tokenizer
 from .test_release import KERNEL, prompt  # noqa: F401 (a fixture)
 
 PICTURE = ["--steps", "2", "--seed", "3"]
@@ -21,11 +24,12 @@ PICTURE = ["--steps", "2", "--seed", "3"]
 
 @pytest.fixture(scope="module")
 def saved(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Releases of SECRET: plain, bart, llama."""
+    """Releases of SECRET: plain, bart, llama, chat."""
     root = tmp_path_factory.mktemp("saved")
     (root / "prompt.txt").write_text(SECRET)
-    for name in ("plain", "bart", "llama"):
+    for name in ("plain", "bart", "llama", "chat"):
         start = ["release", str(models_folder / name), "--out", str(root / name), *KERNEL]
+        start += ["--chat", "--unit", "group"] if name == "chat" else []
         ledger = str(root / f"{name}.json")
         assert main([*start, "--ledger", ledger, "--prompt-file", str(root / "prompt.txt"), "--json"]) == 0
     return root
@@ -46,12 +50,13 @@ def test_pictures_from_a_saved_release(models_folder: Path, saved: Path, tmp_pat
     assert "differentially private" in shown.err and "zebra" not in shown.err + shown.out
 
 
-@pytest.mark.parametrize("name", ["bart", "llama"])
+@pytest.mark.parametrize("name", ["bart", "llama", "chat"])
 def test_texts_from_a_saved_release(
     name: str, models_folder: Path, saved: Path, tmp_path: Path, capsys: Any
 ) -> None:
     start = ["--release", str(saved / name), "--new-tokens", "4"]
-    start += ["--public", "quartz zebra"] if name == "llama" else []
+    start += ["--public", "quartz zebra"] if name != "bart" else ["--begin", "quartz zebra"]
+    start += ["--chat"] if name == "chat" else []
     assert generate(models_folder, name, *start, "--json") == 0
     values = json.loads(capsys.readouterr().out)
     assert len(values["texts"]) == 1 and "differentially private" in values["guarantees"][0]
@@ -61,6 +66,27 @@ def test_texts_from_a_saved_release(
     capsys.readouterr()
     assert generate(models_folder, name, *start) == 0
     assert capsys.readouterr().out == values["texts"][0] + "\n"
+
+
+@pytest.mark.parametrize("name", ["bart", "chat"])
+def test_a_public_question(name: str, models_folder: Path, saved: Path, capsys: Any) -> None:
+    """It reaches the model as its tokenizer and template say: the same text as in Python."""
+    model = load_plain(str(models_folder / name), torch.float32)
+    release = dpx.Release.from_pretrained(saved / name, host=model)
+    tokenizer = chat_tokenizer()
+    ids = tokenizer("quartz zebra").input_ids
+    if name == "bart":
+        given = {"decoder_input_ids": torch.tensor([[model.config.decoder_start_token_id, *ids]])}
+        skip, option = 3, "--begin"
+    else:
+        given = {"input_ids": torch.tensor([tokenizer("marzipan quartz zebra").input_ids])}
+        skip, option = 3, "--public"
+    want = model.generate(**release.inputs(**given), max_new_tokens=4)[0, skip:]
+    more = ["--chat"] if name == "chat" else []
+    start = ["--release", str(saved / name), option, "quartz zebra", "--new-tokens", "4", *more, "--json"]
+    assert generate(models_folder, name, *start) == 0
+    made = json.loads(capsys.readouterr().out)["texts"]
+    assert made == [tokenizer.decode(want, skip_special_tokens=True)]
 
 
 @pytest.mark.parametrize("model", ["plain", "protected"])
@@ -101,6 +127,18 @@ BAD: dict[str, tuple[str, list[str], str]] = {
     "no folder": ("plain", [*KERNEL, "--ledger", "l", "--out", "nowhere/a.png"], "folder that exists"),
     "a picture's size of a text": ("bart", [*KERNEL, "--ledger", "l", "--height", "8"], "for pictures"),
     "tokens of a picture": ("plain", [*KERNEL, "--ledger", "l", "--new-tokens", "8"], "for texts"),
+    "a beginning of a picture": (
+        "plain",
+        [*KERNEL, "--ledger", "l", "--out", "a.png", "--begin", "a"],
+        "encoder-decoder",
+    ),
+    "a beginning of a chat": (
+        "chat",
+        [*KERNEL, "--ledger", "l", "--public", "a", "--begin", "a"],
+        "encoder-decoder",
+    ),
+    "a chat of a document": ("bart", [*KERNEL, "--ledger", "l", "--chat"], "decoder-only"),
+    "a model that reads images": ("mllama", [*KERNEL, "--ledger", "l"], "image"),
     "nothing to answer": ("llama", [*KERNEL, "--ledger", "l"], "user's turn"),
     "no price": ("plain", ["--ledger", "l", "--out", "a.png"], "--epsilon"),
 }

@@ -5,19 +5,24 @@ from __future__ import annotations
 import getpass
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.cli import main
+from hf_dp_xattn.commands.models import load_plain
 from hf_dp_xattn.hosts.storage import load_file
 
 from ..hub.hosts import SECRET, files
 from ..private_content import PrivateContent, check_clean
+from .conftest import chat_tokenizer, word_tokenizer
 
 KERNEL = ["--mechanism", "kernel_sum", "--epsilon", "4"]
+GROUP = [*KERNEL, "--unit", "group"]
 
 
 class Terminal(io.StringIO):
@@ -55,6 +60,10 @@ def out(tmp_path: Path) -> Path:
         ("bart", KERNEL),
         ("llama", KERNEL),
         ("llama", [*KERNEL, "--unit", "context"]),
+        ("bart", GROUP),
+        ("llama", GROUP),
+        ("chat", [*KERNEL, "--chat", "--prefix-bucket", "8"]),
+        ("chat", [*GROUP, "--chat"]),
     ],
     ids=lambda x: x if isinstance(x, str) else " ".join(x) or "as saved",
 )
@@ -126,7 +135,11 @@ BAD: dict[str, tuple[str, list[str], str]] = {
     "no calibration": ("plain", ["--mechanism", "anchors", "--epsilon", "8"], "calibration"),
     "a bad type": ("plain", [*KERNEL, "--dtype", "int8"], "--dtype"),
     "a bad epsilon": ("plain", ["--epsilon", "-1"], "epsilon"),
-    "groups of one text": ("bart", [*KERNEL, "--unit", "group"], "--unit"),
+    "a chat of a picture": ("plain", [*KERNEL, "--chat"], "decoder-only"),
+    "a bucket of a document": ("bart", [*KERNEL, "--prefix-bucket", "8"], "decoder-only"),
+    "a bucket that is too small": ("llama", [*KERNEL, "--prefix-bucket", "1"], "prefix_bucket"),
+    "a chat without a template": ("llama", [*KERNEL, "--chat"], "chat template"),
+    "a model that reads images": ("mllama", KERNEL, "image"),
 }
 
 
@@ -138,6 +151,48 @@ def test_bad_input(name: str, models_folder: Path, prompt: str, out: Path, capsy
     assert expected in err and "Traceback" not in err
     ledger = out.parent / "ledger.json"
     assert not ledger.exists() or dpx.Ledger(ledger).entries() == ()
+
+
+def segments_of_a_decoder(handle: Any, lines: list[str]) -> dpx.Release:
+    parts = [word_tokenizer()(line).input_ids for line in lines]
+    return handle.release(parts, groups="segments")
+
+
+def segments_of_a_chat(handle: Any, lines: list[str]) -> dpx.Release:
+    split = dpx.split_chat(chat_tokenizer(), [{"role": "system", "content": "\n".join(lines)}])
+    assert len(split.head) == 1 and len(split.segments) == len(lines)
+    return handle.release(list(split.segments), groups="segments", public_head=split.head)
+
+
+def documents_of_an_encoder(handle: Any, lines: list[str]) -> dpx.Release:
+    batch = word_tokenizer()(lines, padding=True, return_tensors="pt")
+    return handle.release(input_ids=batch.input_ids, attention_mask=batch.attention_mask, groups="documents")
+
+
+UNITS: dict[str, Callable[[Any, list[str]], dpx.Release]] = {
+    "llama": segments_of_a_decoder,
+    "chat": segments_of_a_chat,
+    "bart": documents_of_an_encoder,
+}
+
+
+@pytest.mark.parametrize("model", UNITS)
+def test_lines_are_units(model: str, models_folder: Path, out: Path, tmp_path: Path) -> None:
+    """The same context as the library's, of segments or documents that are encoded apart: one ledger knows it again. Empty lines and the
+    space around a line are no part of it."""
+    file = tmp_path / "lines.txt"
+    file.write_text("\n zebra quartz\r\n\njukebox wyvern zebra  \nquartz")
+    more = ["--chat"] if model == "chat" else []
+    start = arguments(models_folder, out, model, *GROUP, *more, "--prompt-file", str(file), "--json")
+    assert main(start) == 0
+    assert load_file(out).contexts[0].guarantee.unit == "group"
+    ledger = dpx.Ledger(out.parent / "ledger.json")
+    config = dpx.DPXAttnConfig(mechanism="kernel_sum", epsilon=4.0, unit="group")
+    host = load_plain(str(models_folder / model), torch.float32)
+    with dpx.protect(host, config, ledger=ledger) as handle:
+        with pytest.raises(dpx.BudgetExceededError):
+            UNITS[model](handle, ["zebra quartz", "jukebox wyvern zebra", "quartz"])
+        UNITS[model](handle, ["zebra quartz", "jukebox wyvern", "quartz"])
 
 
 @pytest.mark.parametrize("text", ["", "\n", "  \n", "\xff"])

@@ -1,0 +1,156 @@
+"""Texts for models of transformers, by the tokenizer beside the model; private and public ones are read alike."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, ContextError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..hosts.decoder_only.chat import SplitChat
+
+LINES = """\
+With --unit group a text for a transformers model has one segment (decoder-only) or document (encoder-decoder) on each line; empty lines are
+left out. Each is encoded apart from the others, so that the promise for one of them holds end to end.
+"""
+
+
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say what a text is to a decoder-only model."""
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="decoder-only models: the private text is the content of the system message, and what the tokenizer's chat template puts "
+        "before it is public",
+    )
+    parser.add_argument(
+        "--prefix-bucket",
+        type=int,
+        metavar="N",
+        help="decoder-only models: positions that the private text (with --unit group: each segment) takes, public (default: the next "
+        "multiple of 64)",
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer beside a model of transformers.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"There is no tokenizer beside the model ({type(error).__name__}); save one there."
+        ) from None
+
+
+def tokenize(name: str, text: str) -> tuple[torch.Tensor, int]:
+    """ids [1, n], and how many of them at the start are the same for every text.
+
+    Raises:
+        ContextError: more tokens than the model takes.
+    """
+    from ..hosts.text import without_length_warning
+
+    tokenizer = load_tokenizer(name)
+    with without_length_warning(tokenizer):
+        ids = tokenizer([text], return_tensors="pt").input_ids
+    if ids.shape[1] > tokenizer.model_max_length:
+        raise ContextError("A text has more tokens than the model takes; nothing was spent.")
+    return ids, int(ids[0, 0] == tokenizer.bos_token_id) if tokenizer.bos_token_id is not None else 0
+
+
+def plain_ids(name: str, text: str) -> torch.Tensor:
+    """ids [n] without special tokens."""
+    import torch
+
+    from ..hosts.text import without_length_warning
+
+    tokenizer = load_tokenizer(name)
+    with without_length_warning(tokenizer):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def lines_of(text: str) -> list[str]:
+    """The segments or documents of a text: its lines, stripped, without empty ones."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixText:
+    """head [h]: PUBLIC ids. context: private ids [n], or those of each segment."""
+
+    head: torch.Tensor = field(repr=False)
+    context: torch.Tensor | list[torch.Tensor] = field(repr=False)
+
+
+def read_prefix(name: str, text: str | Sequence[str], *, chat: bool) -> PrefixText:
+    """A decoder-only model's prefix: of one text, or of segments that are encoded apart.
+
+    Raises:
+        ConfigError: no chat template, or one that cannot be split. ContextError: a text that does not fit. Neither quotes the text.
+    """
+    apart = not isinstance(text, str)
+    if chat:
+        split = _split(name, "\n".join(text) if apart else str(text), "-")
+        return PrefixText(split.head, list(split.segments) if apart else split.private)
+    if apart:
+        ids, start = tokenize(name, text[0])
+        return PrefixText(ids[0, :start], [plain_ids(name, segment) for segment in text])
+    ids, start = tokenize(name, str(text))
+    return PrefixText(ids[0, :start], ids[0, start:])
+
+
+def read_question(name: str, text: str, *, chat: bool) -> torch.Tensor:
+    """A PUBLIC user's turn as it stands after the prefix, ids [1, m]; with chat, in the template's words."""
+    if chat:
+        return _split(name, "-", text).input_ids
+    ids, start = tokenize(name, text)
+    return ids[:, start:]  # BOS stands before the prefix
+
+
+def _split(name: str, system: str, user: str) -> SplitChat:
+    from ..hosts.decoder_only.chat import split_chat
+    from ..hosts.text import without_length_warning
+
+    tokenizer = load_tokenizer(name)
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ConfigError(
+            "--chat needs a tokenizer with a chat template, and the one beside the model has none."
+        )
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    try:
+        with without_length_warning(tokenizer):
+            return split_chat(tokenizer, messages)
+    except (ConfigError, ContextError):
+        raise
+    except Exception as error:  # of the template; its message may quote the text
+        raise ContextError(
+            f"The chat template fails on a system and a user's message ({type(error).__name__}); nothing was spent."
+        ) from None
+
+
+def read_documents(name: str, documents: Sequence[str]) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask [d, L] of an encoder's documents.
+
+    Raises:
+        ContextError: a document of more tokens than the model takes.
+    """
+    import torch
+
+    rows = [tokenize(name, document)[0][0] for document in documents]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()}
