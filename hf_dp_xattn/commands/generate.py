@@ -33,7 +33,7 @@ examples:
     hf-dp-xattn generate ./my-bart --release ./release
     hf-dp-xattn generate ./my-llama --release ./release --public "What are your opening hours?" --new-tokens 60
   a chat model: the question is put into the words of its template; a model whose decoder is started with the question:
-    hf-dp-xattn generate examples/chat/model --release ./release --chat --public "how do we say the red color ?"
+    hf-dp-xattn generate examples/chat/model --release ./release --chat --public "please say bird and ship"
     hf-dp-xattn generate examples/rag/model --release ./release --begin "what is the colour ?" --new-tokens 1
 
 exit codes: 0 done; 1 the ledger refuses, nothing was released; 2 bad input, nothing was spent (the message is on stderr).
