@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .commands import audit, calibrate, generate, plan, push, release, report
+from .commands import audit, bench, calibrate, demo, generate, plan, push, release, report
 from .errors import DPXAttnError
 
-COMMANDS = (plan, calibrate, release, generate, report, audit, push)
+COMMANDS = (demo, plan, calibrate, release, generate, report, audit, bench, push)
 BAD_INPUT = 2  # argparse's own code for a wrong usage, too
 _DESCRIPTION = """\
 Differentially private attention for Hugging Face models: a private context is released once as a noised structure, and every layer,
@@ -18,10 +18,12 @@ head, step and query reads that release and nothing else.
 """
 _EPILOG = """\
 start here:
+  hf-dp-xattn demo                                    one public text at several epsilons (in a checkout; or name a model)
   hf-dp-xattn plan ./my-calibration --want-fvu 0.5    what would it cost to be useful? (spends nothing)
   hf-dp-xattn release ./my-pipeline --help            release a private context once; it is never an argument, and the help says why
   hf-dp-xattn generate ./my-pipeline --release ./release --out a.png    draw from it, as often as you like
   hf-dp-xattn report ./release                        what does this release promise?
+  hf-dp-xattn audit ./my-pipeline --help              try to break it on your own model, before you trust it
   hf-dp-xattn COMMAND --help                          options and examples of a command
 
 exit codes: 0 done; 1 the answer is no (see the command's help); 2 bad input, with a message on stderr.

@@ -1,0 +1,211 @@
+"""Audits of releases: at the right noise nothing is found, and each planted bug is.
+
+A sound release fails an audit with probability at most 10^-6 (the confidence used here), and the draws are seeded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+
+from hf_dp_xattn import DPXAttnConfig
+from hf_dp_xattn.audit.empirical import again_with, audit_releases, targets
+from hf_dp_xattn.audit.report import NOT_APPLICABLE, PASS, Check
+from hf_dp_xattn.audit.settings import SMALLER
+from hf_dp_xattn.mechanisms import histogram, kernel_sum, row_sum
+from hf_dp_xattn.mechanisms.anchors import release as anchors_release
+from hf_dp_xattn.mechanisms.anchors.mixed import MixedSource
+from hf_dp_xattn.mechanisms.anchors.release import prepare_anchors
+from hf_dp_xattn.mechanisms.contract import LayerSpec
+from hf_dp_xattn.mechanisms.histogram import GeometricNoise
+from hf_dp_xattn.mechanisms.release import prepare_release
+from hf_dp_xattn.privacy.bits import SeededEntropy
+from hf_dp_xattn.privacy.response import RandomizedResponse
+
+from ..mechanisms.anchors.naive_anchors import decoders, plan
+
+ANCHORS = ("sum", "response", "histogram", "mixed")
+SPECS = [LayerSpec("a", 2, 6, 6, 6**-0.5), LayerSpec("b", 1, 6, 4, 6**-0.5)]
+CONFIDENCE = 1 - 1e-6
+
+
+def prepare(kind: str, epsilon: float = 8.0, **changes: Any) -> tuple[Any, DPXAttnConfig]:
+    mechanism = "anchors" if kind in ANCHORS else kind
+    config = DPXAttnConfig(mechanism=mechanism, epsilon=epsilon, projection_dim=3).replace(**changes)
+    if kind in ANCHORS:
+        return prepare_anchors(config, [plan(kind, stages=2)], decoders(kind)), config
+    return prepare_release(config, SPECS), config
+
+
+def run(
+    prepared: Any,
+    config: DPXAttnConfig,
+    *,
+    again: Callable[[DPXAttnConfig], Any] | None = None,
+    smaller: tuple[float, ...] = SMALLER,
+    draws: int = 20_000,
+) -> dict[str, Check]:
+    made = again or again_with(prepared, SPECS, None)
+    found = targets(prepared, config, made, smaller)
+    checks, bounds = audit_releases(found, draws=draws, confidence=CONFIDENCE, entropy=SeededEntropy(5))
+    assert all(b.low <= b.ceiling for b in bounds)
+    return {c.name: c for c in checks}
+
+
+def verdicts(checks: dict[str, Check]) -> dict[str, str]:
+    return {name: check.verdict for name, check in checks.items()}
+
+
+SOUND = [
+    *(
+        (kind, unit, "replace_one")
+        for kind in ("sum", "response", "histogram")
+        for unit in ("row", "group", "context")
+    ),
+    ("mixed", "row", "replace_one"),
+    *((kind, "row", "add_or_remove_one") for kind in ("sum", "histogram")),
+    *(("kernel_sum", unit, "replace_one") for unit in ("row", "group", "context")),
+    *(("kernel_sum", unit, "add_or_remove_one") for unit in ("row", "group")),
+]
+
+
+@pytest.mark.parametrize(("kind", "unit", "neighboring"), SOUND, ids=lambda x: x)
+def test_at_the_right_noise_nothing_is_found(kind: str, unit: str, neighboring: str) -> None:
+    prepared, config = prepare(kind, unit=unit, neighboring=neighboring)
+    checks = run(prepared, config)
+    assert set(verdicts(checks).values()) == {PASS}
+    assert len(checks) == 3 + 3  # price, sensitivity, replay, and three epsilons
+
+
+def test_a_whole_context_that_is_added_has_no_neighbour() -> None:
+    prepared, config = prepare("kernel_sum", unit="context", neighboring="add_or_remove_one")
+    assert verdicts(run(prepared, config))["empirical epsilon"] == NOT_APPLICABLE
+
+
+@pytest.mark.parametrize("kind", [*ANCHORS, "kernel_sum"])
+def test_it_has_power(kind: str) -> None:
+    """A third of the claim is seen at least at one epsilon; a bound near 0 everywhere would pass any release."""
+    prepared, config = prepare(kind)
+    found = targets(prepared, config, again_with(prepared, SPECS, None), SMALLER)
+    _, bounds = audit_releases(found, draws=20_000, confidence=CONFIDENCE, entropy=SeededEntropy(5))
+    assert max(b.low / b.claimed for b in bounds) > 0.4
+    assert all(0.99 < b.gap <= 1.0 for b in bounds)
+
+
+def half_the_noise(prepared: Any) -> Any:
+    """Noise of half the scale (an answer at twice the epsilon), while the events say what they said."""
+    if not hasattr(prepared, "source"):
+        return dataclasses.replace(prepared, sigma_squared=Fraction(prepared.sigma_squared) / 4)
+    return dataclasses.replace(prepared, source=_half(prepared.source))
+
+
+def _half(source: Any) -> Any:
+    if isinstance(source, anchors_release.SumSource):
+        return dataclasses.replace(source, prepared=_half_sum(source.prepared))
+    if isinstance(source, MixedSource):
+        return dataclasses.replace(source, sum=_half_sum(source.sum), histogram=_half(source.histogram))
+    if isinstance(source, anchors_release.HistogramSource):
+        noise = GeometricNoise(2 * source.noise.rate_plus, 2 * source.noise.rate_minus)
+        prepared = dataclasses.replace(source.prepared, noise=noise)
+        return dataclasses.replace(source, prepared=prepared, noise=noise)
+    response = RandomizedResponse.of(2 * source.response.epsilon, source.response.alphabet)
+    return dataclasses.replace(
+        source, response=dataclasses.replace(response, epsilon=source.response.epsilon)
+    )
+
+
+def _half_sum(prepared: Any) -> Any:
+    return dataclasses.replace(prepared, sigma_squared=Fraction(prepared.sigma_squared) / 4)
+
+
+@pytest.mark.parametrize("kind", [*ANCHORS, "kernel_sum"])
+def test_half_the_noise_is_caught(kind: str) -> None:
+    prepared, config = prepare(kind)
+    sound = again_with(prepared, SPECS, None)
+    checks = run(half_the_noise(prepared), config, again=lambda c: half_the_noise(sound(c)))
+    failed = [name for name, check in checks.items() if check.failed]
+    assert any(name.startswith("empirical") for name in failed)
+
+
+@pytest.mark.parametrize("kind", ["sum", "kernel_sum"])
+def test_half_the_noise_is_caught_at_each_epsilon(kind: str) -> None:
+    """Gaussian noise: whatever the claim, not only at small ones."""
+    for epsilon in (16.0, 8.0, 2.0):
+        prepared, config = prepare(kind, epsilon)
+        checks = run(half_the_noise(prepared), config, smaller=())
+        assert checks[f"empirical epsilon at {epsilon:.4g}"].failed
+
+
+def twice(function: Callable[..., Any]) -> Callable[..., Any]:
+    def doubled(*args: Any, **kwargs: Any) -> Any:
+        found = function(*args, **kwargs)
+        return [2 * t for t in found] if isinstance(found, list) else 2 * found
+
+    return doubled
+
+
+@pytest.mark.parametrize("kind", ["sum", "histogram", "mixed", "kernel_sum"])
+def test_twice_the_sensitivity_is_caught(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contributions twice as long as the bound."""
+    monkeypatch.setattr(row_sum, "clipped_rows", twice(row_sum.clipped_rows))
+    exact = histogram.PreparedHistogram.exact_sums
+    monkeypatch.setattr(histogram.PreparedHistogram, "exact_sums", twice(exact))
+    monkeypatch.setattr("hf_dp_xattn.audit.laws.sum_rows", twice(kernel_sum.sum_rows))
+    checks = run(*prepare(kind))
+    assert checks["sensitivity"].failed
+    assert any(check.failed for name, check in checks.items() if name.startswith("empirical"))
+
+
+def test_a_release_that_answers_twice_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It draws more than the law reads."""
+    draw = RandomizedResponse.draw
+    monkeypatch.setattr(
+        anchors_release.ResponseSource,
+        "code",
+        lambda self, rows, groups, entropy: (
+            sum(
+                draw(self.response, cells.numpy(), entropy)[0] * 1.0
+                + draw(self.response, cells.numpy(), entropy)[0]
+                for cells in self.cells(rows, groups)
+            )
+            * torch.ones(self.codes.shape[-1])
+        ),
+    )
+    assert run(*prepare("response"), smaller=())["replay"].failed
+
+
+@pytest.mark.parametrize("kind", ["sum", "mixed", "kernel_sum"])
+@pytest.mark.parametrize("bug", ["half the noise", "no noise", "the noise twice"])
+def test_another_noise_in_the_release_itself_is_caught(
+    bug: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parameters are right, the release does not use them: the replay sees it, whatever the number of draws."""
+    module = kernel_sum if kind == "kernel_sum" else row_sum
+    noise = module.discrete_gaussian
+
+    def planted(shape: Any, sigma_squared: Any, *, entropy: Any) -> Any:
+        if bug == "half the noise":
+            return noise(shape, Fraction(sigma_squared) / 4, entropy=entropy)
+        found = noise(shape, sigma_squared, entropy=entropy)
+        return 0 * found if bug == "no noise" else 2 * found
+
+    monkeypatch.setattr(module, "discrete_gaussian", planted)
+    assert run(*prepare(kind), smaller=())["replay"].failed
+
+
+def test_counts_without_noise_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        histogram.PreparedHistogram, "release", lambda self, cells, *, entropy: self.exact_sums(cells)
+    )
+    assert run(*prepare("histogram"), smaller=())["replay"].failed
+
+
+def test_a_price_that_is_too_low_is_caught() -> None:
+    prepared, config = prepare("sum", 8.0)
+    checks = run(prepared, config.replace(epsilon=4.0), smaller=())
+    assert checks["price"].failed
