@@ -56,7 +56,8 @@ def load_tokenizer(name: str) -> Any:
 
 
 def tokenize(name: str, text: str) -> tuple[torch.Tensor, int]:
-    """ids [1, n], and how many of them at the start are the same for every text.
+    """ids [1, n], and how many of them at the start the tokenizer puts before every text (BOS), told by a public text: a private one may
+    begin with the same token.
 
     Raises:
         ContextError: more tokens than the model takes.
@@ -66,9 +67,10 @@ def tokenize(name: str, text: str) -> tuple[torch.Tensor, int]:
     tokenizer = load_tokenizer(name)
     with without_length_warning(tokenizer):
         ids = tokenizer([text], return_tensors="pt").input_ids
+        probe = tokenizer("a").input_ids
     if ids.shape[1] > tokenizer.model_max_length:
         raise ContextError("A text has more tokens than the model takes; nothing was spent.")
-    return ids, int(ids[0, 0] == tokenizer.bos_token_id) if tokenizer.bos_token_id is not None else 0
+    return ids, int(tokenizer.bos_token_id is not None and probe[:1] == [tokenizer.bos_token_id])
 
 
 def plain_ids(name: str, text: str) -> torch.Tensor:

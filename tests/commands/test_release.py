@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.cli import main
 from hf_dp_xattn.commands.models import load_plain
+from hf_dp_xattn.commands.texts import read_prefix
 from hf_dp_xattn.hosts.storage import load_file
 
 from ..hub.hosts import SECRET, files
@@ -193,6 +195,22 @@ def test_lines_are_units(model: str, models_folder: Path, out: Path, tmp_path: P
         with pytest.raises(dpx.BudgetExceededError):
             UNITS[model](handle, ["zebra quartz", "jukebox wyvern zebra", "quartz"])
         UNITS[model](handle, ["zebra quartz", "jukebox wyvern", "quartz"])
+
+
+@pytest.mark.parametrize("adds", [False, True], ids=["no BOS", "BOS"])
+def test_what_is_public_of_a_prefix_does_not_depend_on_it(adds: bool, tmp_path: Path) -> None:
+    """A private text that begins with BOS itself: a token of it is public only where the tokenizer put it there."""
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    if adds:
+        bos = ("<s>", tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    tokenizer.save_pretrained(tmp_path)
+    for text in ("zebra", "<s> zebra"):
+        prefix = read_prefix(str(tmp_path), text, chat=False)
+        assert len(prefix.head) == adds and len(prefix.context) == len(text.split())
+        apart = read_prefix(str(tmp_path), [text, "quartz"], chat=False)
+        assert len(apart.head) == adds and [len(s) for s in apart.context] == [len(text.split()), 1]
 
 
 @pytest.mark.parametrize("text", ["", "\n", "  \n", "\xff"])
