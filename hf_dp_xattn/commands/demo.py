@@ -151,7 +151,7 @@ def _take_the_shipped(args: argparse.Namespace) -> None:
     )
     if root is None:
         raise ConfigError(
-            "Name a model: hf-dp-xattn demo MODEL --calibration FOLDER. (Without one it takes examples/shapes/pipeline of a checkout, and this "
+            "Name a model: hf-dp-xattn demo MODEL --calibration FOLDER. (Without one it takes examples/shapes/pipeline of a checkout; this "
             "is none.)"
         )
     args.model, args.unit = str(root / "pipeline"), args.unit or "context"

@@ -21,6 +21,7 @@ WRITTEN_BY_HAND = (
     "guarantee",
     "sharp-edges",
     "THREAT_MODEL",
+    "audit",
 )
 _BLOCK = re.compile(r"(?:<!-- needs: (.+?) -->\n)?```python\n(.*?)```", flags=re.S)
 
