@@ -8,7 +8,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+)
 PATIENCE = 300_000.0  # ms
 
 
@@ -18,7 +24,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--chromium", default="/usr/bin/chromium")
     parser.add_argument(
-        "--positions", type=int, nargs="+", default=[2, 5, 6], help="of the slider, drawn in this order"
+        "--positions", type=int, nargs="+", default=[2, 6, 4], help="of the slider, drawn in this order"
     )
     args = parser.parse_args()
     from playwright.sync_api import expect, sync_playwright

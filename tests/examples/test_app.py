@@ -46,7 +46,9 @@ def test_every_new_epsilon_is_charged_and_the_same_one_again_is_free(studio: Stu
     second = studio.draw(PROMPT, "context", 2.0)
     assert not second.again and second.spent.releases == 2
     assert second.spent.epsilon == pytest.approx(18.0, rel=1e-5)
-    again = studio.draw(f"  {PROMPT.replace(', ', ',  ')} ", "context", 16.0)  # white space is no other prompt
+    again = studio.draw(
+        f"  {PROMPT.replace(', ', ',  ')} ", "context", 16.0
+    )  # white space is no other prompt
     assert again.again and again.spent == second.spent
     assert np.array_equal(again.protected, first.protected) and np.array_equal(again.plain, first.plain)
     assert [e for e, _ in again.strip] == [2.0, 16.0]
@@ -83,7 +85,9 @@ def test_over_budget_nothing_is_charged_and_what_was_drawn_stays(loaded: Studio)
     assert dpx.handle_of(small.pipeline) is None
 
 
-@pytest.mark.parametrize("prompt", ["", "  \n ", "zebra " * 80, "zebra," * 60], ids=["0", "space", "80", "120"])
+@pytest.mark.parametrize(
+    "prompt", ["", "  \n ", "zebra " * 80, "zebra," * 60], ids=["0", "space", "80", "120"]
+)
 def test_bad_prompts_spend_nothing_and_are_not_quoted(studio: Studio, prompt: str) -> None:
     with pytest.raises(dpx.ContextError, match="Nothing was spent") as caught:
         studio.draw(prompt, "context", 8.0)

@@ -12,18 +12,19 @@ from .browser import CHROMIUM, FLAGS, serve
 pytest.importorskip("gradio", reason="pip install 'hf_dp_xattn[app]'")
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install 'hf_dp_xattn[dev]'")
 
-PROMPT = "a small zebra cross in the centre, jukebox background"  # two words that the page itself does not have
+PROMPT = (
+    "a small zebra cross in the centre, jukebox background"  # two words that the page itself does not have
+)
 WORDS = (b"zebra", b"jukebox")
 PATIENCE = 240_000.0  # ms; a busy machine is slow, not wrong
 # everything that the page could keep in this browser
 STORED = """async () => {
-  let found = JSON.stringify({...localStorage}) + JSON.stringify({...sessionStorage}) + document.cookie + location.href;
+  const done = (request) => new Promise((yes, no) => { request.onsuccess = () => yes(request.result); request.onerror = no; });
+  let found = JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.href, await caches.keys()]);
   for (const {name, version} of await indexedDB.databases()) {
-    const db = await new Promise((yes, no) => { const r = indexedDB.open(name, version); r.onsuccess = () => yes(r.result); r.onerror = no; });
-    for (const store of db.objectStoreNames) found += JSON.stringify(await new Promise((yes, no) => {
-      const r = db.transaction(store).objectStore(store).getAll(); r.onsuccess = () => yes(r.result); r.onerror = no; }));
+    const db = await done(indexedDB.open(name, version));
+    for (const store of db.objectStoreNames) found += JSON.stringify(await done(db.transaction(store).objectStore(store).getAll()));
   }
-  for (const key of await caches.keys()) found += key;
   return found;
 }"""
 
@@ -75,7 +76,9 @@ def test_a_visit(tmp_path: Path) -> None:
 
         tab.locator("#dpx-prompt textarea").fill(PROMPT)
         tab.locator("#dpx-draw").click()
-        tab.wait_for_function(f"document.querySelectorAll('#dpx-pictures .dpx-pair img')[1].src != '{example}'")
+        tab.wait_for_function(
+            f"document.querySelectorAll('#dpx-pictures .dpx-pair img')[1].src != '{example}'"
+        )
         visit.wait("spent", "ε = 16")
         assert "in 1 release" in visit.text("spent")  # another prompt is another context
         first = visit.picture()
