@@ -168,7 +168,7 @@ class AnchorsLaw:
                 (self._counts(source.histogram, contexts), _sum_views(source.sum, [c.rows for c in contexts]))
             )
         assert isinstance(source, ResponseSource)
-        cells = [torch.stack(source.cells(c.rows, c.groups)).T.reshape(-1) for c in contexts]
+        cells = [torch.stack(source.cells(c.rows, c.groups)).T.reshape(-1).cpu() for c in contexts]
         if len({len(c) for c in cells}) > 1:
             raise ConfigError("Randomised response answers once for each unit: their number is public.")
         return ResponseViews(source, torch.stack(cells))

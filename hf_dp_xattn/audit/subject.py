@@ -82,6 +82,10 @@ class Subject:
         """What the unprotected host is called with."""
         raise NotImplementedError
 
+    def unprotected(self, canary: Canary) -> dict[str, Any]:
+        """The same with all its parts in one text, as one would without a protection."""
+        return self.given(canary)
+
     def nothing(self) -> dict[str, Any] | None:
         """The unprotected host's inputs without any context; None where there are none."""
         return None

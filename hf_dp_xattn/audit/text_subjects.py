@@ -85,7 +85,11 @@ class Seq2SeqSubject(TransformersSubject):
         mask = torch.zeros_like(ids)
         for i, part in enumerate(canary):
             ids[i, : len(part)], mask[i, : len(part)] = part, 1
-        return {"input_ids": ids, "attention_mask": mask}
+        device = self.host.device
+        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+    def unprotected(self, canary: Canary) -> dict[str, Any]:
+        return self.given(canary if isinstance(canary[0], dict) else (torch.cat(canary),))
 
     def release(self, canary: Canary, **options: Any) -> Any:
         groups = {"groups": "documents"} if self.by_groups else {}
@@ -189,7 +193,8 @@ class ImageTextSubject(TransformersSubject):
                 torch.randn(1, 1, tiles, 3, size, size, generator=generator) * mask[..., None, None, None]
             )
             ratio = torch.ones(1, 1, dtype=torch.int64)
-            found.append({"pixel_values": pixels, "aspect_ratio_ids": ratio, "aspect_ratio_mask": mask})
+            image = {"pixel_values": pixels, "aspect_ratio_ids": ratio, "aspect_ratio_mask": mask}
+            found.append({name: tensor.to(self.host.device) for name, tensor in image.items()})
         return found
 
     def canaries(self, count: int) -> list[Canary]:
@@ -205,7 +210,8 @@ class ImageTextSubject(TransformersSubject):
     def text(self) -> dict[str, Any]:
         ids = canaries.random_ids(self.host, 1, IDS, seed=1)[0]
         ids[0] = self.host.config.image_token_index
-        return {"input_ids": ids.unsqueeze(0), "attention_mask": torch.ones(1, IDS, dtype=torch.int64)}
+        whole = ids.unsqueeze(0).to(self.host.device)
+        return {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
 
     def release(self, canary: Canary, **options: Any) -> Any:
         return self.handle.release(**canary[-1], **options)

@@ -136,8 +136,8 @@ def _steps(subject: Any, edge: int, canary: Any, release: Any) -> Runs:
 def _answers(subject: Any, tokens: int, canary: Any, release: Any) -> Runs:
     def answer(count: int) -> Any:
         subject.new_tokens = count
-        outputs = subject.plain(canary) if release is None else subject.answer(subject.inputs(release))
-        return outputs[1]
+        given = subject.unprotected(canary) if release is None else subject.inputs(release)
+        return subject.answer(given)[1]
 
     return {FIRST: lambda: answer(1), ANSWER: lambda: answer(tokens)}
 

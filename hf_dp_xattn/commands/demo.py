@@ -183,7 +183,7 @@ def _columns(
     make = _draw if pictures else _reply
     nothing = subject.nothing()
     columns = [] if nothing is None else [Column("no text", None, make(subject, nothing, args))]
-    columns.append(Column("not protected", None, make(subject, subject.given(canary), args)))
+    columns.append(Column("not protected", None, make(subject, subject.unprotected(canary), args)))
     report = None
     for epsilon in tqdm(epsilons, disable=args.json, desc="epsilons"):
         with subject.protected(subject.config.replace(epsilon=float(epsilon))) as handle:
