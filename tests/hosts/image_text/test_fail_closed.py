@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AttentionInterface, GenerationConfig, MllamaForCausalLM
+from transformers import GenerationConfig, MllamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.hosts.image_text.probing import find_layers
-from hf_dp_xattn.hosts.seq2seq.attention import NAME, dp_xattn
+from hf_dp_xattn.privacy.bits import SeededEntropy
 
+from .. import fail_closed
 from .tiny import generate, images, texts, tiny
 
 
@@ -85,14 +86,6 @@ def replace_layer(model: Any) -> None:
     cross(model).cross_attn = cross(tiny()).cross_attn
 
 
-def replace_generate(model: Any) -> None:
-    del model.__dict__["generate"]
-
-
-def replace_gate(model: Any) -> None:
-    model._forward_pre_hooks.clear()
-
-
 def replace_vision_gate(model: Any) -> None:
     model.model.vision_model._forward_pre_hooks.clear()
 
@@ -101,19 +94,7 @@ def replace_vision_model(model: Any) -> None:
     model.model.vision_model = tiny().model.vision_model
 
 
-def replace_function(model: Any) -> None:
-    AttentionInterface.register(NAME, lambda *a, **k: None)
-
-
-LOST = (
-    replace_config,
-    replace_layer,
-    replace_gate,
-    replace_vision_gate,
-    replace_vision_model,
-    replace_function,
-    replace_generate,
-)
+LOST = (*fail_closed.LOST, replace_config, replace_layer, replace_vision_gate, replace_vision_model)
 
 
 @pytest.mark.parametrize("change", LOST)
@@ -122,24 +103,18 @@ def test_a_lost_protection_is_noticed(
 ) -> None:
     handle = dpx.protect(model, private)
     release = handle.release(**images(1))
-    try:
-        change(model)
-        with pytest.raises(dpx.ProtectionLostError):
-            handle.check()
-        with pytest.raises(dpx.ProtectionLostError):
-            release.inputs(**texts(1))
-        with pytest.raises(dpx.ProtectionLostError):
-            model.generate(**images(1), **texts(1), max_new_tokens=2)
-    finally:
-        AttentionInterface.register(NAME, dp_xattn)
+    calls = (
+        handle.check,
+        lambda: release.inputs(**texts(1)),
+        lambda: model.generate(**images(1), **texts(1), max_new_tokens=2),
+    )
+    fail_closed.check_lost(model, change, calls)
 
 
 def test_changed_weights_are_noticed(model: Any, private: dpx.DPXAttnConfig) -> None:
     release = dpx.protect(model, private).release(**images(1))
-    with torch.no_grad():
-        cross(model).cross_attn.v_proj.weight.add_(0.3)
-    with pytest.raises(dpx.ReleaseError, match="weights"):
-        release.inputs(**texts(1))
+    weight = cross(model).cross_attn.v_proj.weight
+    fail_closed.check_changed_weights(weight, lambda: release.inputs(**texts(1)))
 
 
 # ---- calls -----------------------------------------------------------------------------------------------------------------
@@ -245,14 +220,8 @@ def test_an_image_beside_a_release(model: Any, private: dpx.DPXAttnConfig) -> No
         handle.release(given["cross_attention_states"])
 
 
-def test_stale_and_foreign_placeholders(model: Any, private: dpx.DPXAttnConfig) -> None:
-    with dpx.protect(model, private) as handle:
-        stale = handle.release(**images(1)).inputs(**texts(1))
-    other = dpx.protect(tiny(), private).release(**images(1)).inputs(**texts(1))
-    dpx.protect(model, private)
-    for inputs in (stale, other):
-        with pytest.raises(dpx.ReleaseError):
-            model.generate(**inputs, max_new_tokens=2)
+def test_stale_and_foreign_placeholders(private: dpx.DPXAttnConfig) -> None:
+    fail_closed.check_foreign(tiny, lambda h: h.release(**images(1)).inputs(**texts(1)), private)
 
 
 def test_caches(model: Any, private: dpx.DPXAttnConfig) -> None:
@@ -288,30 +257,9 @@ def test_private_and_public_images_in_one_batch(model: Any, private: dpx.DPXAttn
 
 
 def test_unprotect_restores_bit_for_bit(model: Any, private: dpx.DPXAttnConfig) -> None:
-    inputs = {**images(), **texts()}
-    want = generate(model, inputs)
-    before = {
-        n: ({k: id(v) for k, v in m.__dict__.items()}, len(m._forward_hooks), len(m._forward_pre_hooks))
-        for n, m in model.named_modules()
-    }
-    handle = dpx.protect(model, private)
-    assert dpx.protect(model, private) is handle  # twice is safe
-    generate(model, inputs)
-    dpx.unprotect(model)
-    dpx.unprotect(model)
-    for n, m in model.named_modules():
-        known = before[n][0]
-        now = {k: id(v) for k, v in m.__dict__.items()}
-        assert set(now) == set(known) and now.get("config") == known.get("config")
-        assert (len(m._forward_hooks), len(m._forward_pre_hooks)) == before[n][1:]
-    got = generate(model, inputs)
-    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    fail_closed.check_restored(model, lambda m: generate(m, {**images(), **texts()}), private)
 
 
 def test_set_attn_implementation_leaves_the_protection(model: Any, private: dpx.DPXAttnConfig) -> None:
-    handle = dpx.protect(model, private)
-    release = handle.release(**images())
-    before = generate(model, release.inputs(**texts()))
-    model.set_attn_implementation("eager")
-    after = generate(model, release.inputs(**texts()))
-    assert torch.equal(before[0], after[0]) and torch.allclose(before[1], after[1], atol=1e-5)
+    release = dpx.protect(model, private, entropy=SeededEntropy(0)).release(**images())
+    fail_closed.check_implementation(model, lambda m: generate(m, release.inputs(**texts())))

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
-    AttentionInterface,
     GenerationConfig,
     LogitsProcessorList,
     Wav2Vec2FeatureExtractor,
@@ -17,8 +16,10 @@ from transformers import (
 )
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.hosts.seq2seq.attention import NAME, dp_xattn
+from hf_dp_xattn.hosts.seq2seq.attention import NAME
+from hf_dp_xattn.privacy.bits import SeededEntropy
 
+from .. import fail_closed
 from .tiny import BUILDERS, documents, generate, one, tiny
 from .words import word_tokenizer
 
@@ -39,14 +40,6 @@ def replace_layer(model: Any) -> None:
     layer.encoder_attn = tiny("bart").model.decoder.layers[1].encoder_attn
 
 
-def replace_generate(model: Any) -> None:
-    del model.__dict__["generate"]
-
-
-def replace_gate(model: Any) -> None:
-    model._forward_pre_hooks.clear()
-
-
 def replace_encoder_gate(model: Any) -> None:
     model.get_encoder()._forward_pre_hooks.clear()
 
@@ -55,19 +48,7 @@ def replace_encoder(model: Any) -> None:
     model.model.encoder = tiny("bart").model.encoder
 
 
-def replace_function(model: Any) -> None:
-    AttentionInterface.register(NAME, lambda *a, **k: None)
-
-
-LOST = (
-    replace_config,
-    replace_layer,
-    replace_gate,
-    replace_encoder_gate,
-    replace_encoder,
-    replace_function,
-    replace_generate,
-)
+LOST = (*fail_closed.LOST, replace_config, replace_layer, replace_encoder_gate, replace_encoder)
 
 
 @pytest.mark.parametrize("change", LOST)
@@ -76,25 +57,13 @@ def test_a_lost_protection_is_noticed(
 ) -> None:
     handle = dpx.protect(model, private)
     release = handle.release(**one("bart"))
-    try:
-        change(model)
-        with pytest.raises(dpx.ProtectionLostError):
-            handle.check()
-        with pytest.raises(dpx.ProtectionLostError):
-            release.inputs()
-        with pytest.raises(dpx.ProtectionLostError):
-            model.generate(**one("bart"), max_new_tokens=2)
-    finally:
-        AttentionInterface.register(NAME, dp_xattn)
+    calls = (handle.check, release.inputs, lambda: model.generate(**one("bart"), max_new_tokens=2))
+    fail_closed.check_lost(model, change, calls)
 
 
 def test_set_attn_implementation_leaves_the_protection(model: Any, private: dpx.DPXAttnConfig) -> None:
-    handle = dpx.protect(model, private)
-    release = handle.release(**one("bart"))
-    before = generate(model, release.inputs())
-    model.set_attn_implementation("eager")
-    after = generate(model, release.inputs())
-    assert torch.equal(before[0], after[0]) and torch.allclose(before[1], after[1], atol=1e-5)
+    release = dpx.protect(model, private, entropy=SeededEntropy(0)).release(**one("bart"))
+    fail_closed.check_implementation(model, lambda m: generate(m, release.inputs()))
 
 
 def test_parts_of_a_protected_model_do_not_run(model: Any, private: dpx.DPXAttnConfig) -> None:
@@ -164,14 +133,8 @@ def test_generate_needs_a_document(model: Any, private: dpx.DPXAttnConfig) -> No
         model.generate(input_ids=IDS, **{k: v for k, v in inputs.items() if k != "attention_mask"})
 
 
-def test_stale_and_foreign_placeholders(model: Any, private: dpx.DPXAttnConfig) -> None:
-    with dpx.protect(model, private) as handle:
-        stale = handle.release(**one("bart")).inputs()
-    other = dpx.protect(tiny("bart"), private).release(**one("bart")).inputs()
-    dpx.protect(model, private)
-    for inputs in (stale, other):
-        with pytest.raises(dpx.ReleaseError):
-            model.generate(**inputs, max_new_tokens=2)
+def test_stale_and_foreign_placeholders(private: dpx.DPXAttnConfig) -> None:
+    fail_closed.check_foreign(lambda: tiny("bart"), lambda h: h.release(**one("bart")).inputs(), private)
 
 
 def test_public_and_private_documents_in_one_batch(model: Any, private: dpx.DPXAttnConfig) -> None:
@@ -184,34 +147,14 @@ def test_public_and_private_documents_in_one_batch(model: Any, private: dpx.DPXA
 
 def test_changed_weights_are_noticed(model: Any, private: dpx.DPXAttnConfig) -> None:
     release = dpx.protect(model, private).release(**one("bart"))
-    with torch.no_grad():
-        model.model.decoder.layers[0].encoder_attn.k_proj.weight.add_(0.3)
-    with pytest.raises(dpx.ReleaseError, match="weights"):
-        release.inputs()
+    fail_closed.check_changed_weights(
+        model.model.decoder.layers[0].encoder_attn.k_proj.weight, release.inputs
+    )
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_unprotect_restores_bit_for_bit(name: str, private: dpx.DPXAttnConfig) -> None:
-    model = tiny(name)
-    want = generate(model, documents(name))
-    before = {
-        n: ({k: id(v) for k, v in m.__dict__.items()}, len(m._forward_hooks), len(m._forward_pre_hooks))
-        for n, m in model.named_modules()
-    }
-    handle = dpx.protect(model, private)
-    assert dpx.protect(model, private) is handle  # twice is safe
-    generate(model, documents(name))
-    with handle.public():
-        assert torch.equal(generate(model, documents(name))[1], want[1])
-    dpx.unprotect(model)
-    dpx.unprotect(model)
-    for n, m in model.named_modules():
-        known = before[n][0]
-        now = {k: id(v) for k, v in m.__dict__.items()}
-        assert set(now) == set(known) and now.get("config") == known.get("config")
-        assert (len(m._forward_hooks), len(m._forward_pre_hooks)) == before[n][1:]
-    got = generate(model, documents(name))
-    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    fail_closed.check_restored(tiny(name), lambda m: generate(m, documents(name)), private)
 
 
 def test_protect_with_other_settings_is_refused(model: Any, private: dpx.DPXAttnConfig) -> None:
