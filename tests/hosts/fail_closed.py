@@ -43,8 +43,8 @@ def check_lost(model: Any, change: Callable[[Any], None], calls: Iterable[Callab
 
 
 def check_implementation(model: Any, run: Run) -> None:
-    """`set_attn_implementation` leaves the protection where it is. The public layers round otherwise then (4e-5 of scores of 5 was seen over a
-    dozen seeds), so the release is to be seeded; one that is not read gives NaN."""
+    """`set_attn_implementation` leaves the protection where it is. The public layers round otherwise then (4e-5 in scores of 5 was seen
+    over a dozen seeds), so the release is to be seeded; one that is not read gives NaN."""
     before = run(model)
     model.set_attn_implementation("eager")
     after = run(model)

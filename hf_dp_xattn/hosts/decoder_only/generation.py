@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError, ProtectionLostError
+from .. import generating
+from ..generating import named_arguments, refuse_arguments
 from .attention import check_window
 from .cache import PrefixCache
 
@@ -18,31 +20,14 @@ NO_INPUTS = (
     "This model is protected and was called without a release. Call model.generate(**release.inputs(input_ids=ids)), or declare everything "
     "public with `with protected.public():`."
 )
-_ASSISTED = "assisted decoding calls the model's parts in ways of its own"
-_POSITIONS = "positions are counted from the release's public length"
 REFUSED: dict[str, str] = {
-    "assistant_model": _ASSISTED,
-    "prompt_lookup_num_tokens": _ASSISTED,
-    "assistant_early_exit": _ASSISTED,
-    "use_mtp": _ASSISTED,
-    "custom_generate": "its code is not known",
-    "guidance_scale": "it runs the model without its prefix",
-    "negative_prompt_ids": "it runs the model without its prefix",
-    "compile_config": "compiled generation is not supported yet",
-    "cache_implementation": "only the dynamic cache of release.inputs() is supported yet",
-    "prefill_chunk_size": "it cuts inputs by the cache's length",
+    **generating.REFUSED,
     "inputs_embeds": "pass token ids",
-    "position_ids": _POSITIONS,
+    "position_ids": "positions are counted from the release's public length",
     "token_type_ids": "they change which tokens see each other",
-    "dola_layers": "it reads layers in ways of its own",
     "penalty_alpha": "contrastive search splits caches in ways of its own",
 }
-HARMLESS: dict[str, tuple[Any, ...]] = {
-    "guidance_scale": (1, 1.0),
-    "cache_implementation": ("dynamic",),
-    "use_mtp": (False,),
-    "penalty_alpha": (0, 0.0),
-}
+HARMLESS: dict[str, tuple[Any, ...]] = {**generating.HARMLESS, "penalty_alpha": (0, 0.0)}
 
 
 class GenerateShadow:
@@ -79,10 +64,7 @@ class GenerateShadow:
         self._handle.check_thoroughly()
         if self._handle.access.public:
             return original(*bound.args, **bound.kwargs)
-        arguments = dict(bound.arguments)
-        for kind in bound.signature.parameters.values():
-            if kind.kind is inspect.Parameter.VAR_KEYWORD:
-                arguments |= arguments.pop(kind.name, {})
+        arguments = named_arguments(bound)
         config = arguments.get("generation_config") or self._model.generation_config
         cache = arguments.get("past_key_values")
         if not isinstance(cache, PrefixCache):
@@ -119,10 +101,7 @@ class GenerateShadow:
     @staticmethod
     def _check(arguments: dict[str, Any], config: Any) -> None:
         """Raises ConfigError for ways of generating that would go past the release, or that are not supported."""
-        for name, reason in REFUSED.items():
-            value = arguments[name] if name in arguments else getattr(config, name, None)
-            if value is not None and value not in HARMLESS.get(name, ()):
-                raise ConfigError(f"{name} is not supported on a protected model: {reason}.")
+        refuse_arguments(arguments, config, REFUSED, HARMLESS)
         use_cache = arguments.get("use_cache")
         if use_cache is False or (use_cache is None and getattr(config, "use_cache", None) is False):
             raise ConfigError(

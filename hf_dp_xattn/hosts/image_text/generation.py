@@ -6,26 +6,19 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..seq2seq.generation import REFUSED, GenerateShadow, named_arguments
+from ..generating import named_arguments
+from ..seq2seq.generation import GenerateShadow
 from .contexts import IMAGE_INPUTS
 from .probing import STATES
 
 if TYPE_CHECKING:
     from .handle import ProtectedImageText
 
-REFUSED_HERE = {
-    **REFUSED,
-    "past_key_values": "a cache made elsewhere may hold keys and values of a private image",
-    "prefill_chunk_size": "it cuts inputs in ways of its own",
-    "dola_layers": "it reads layers in ways of its own",
-}
-
 
 class ImageGenerateShadow(GenerateShadow):
     """As for encoder-decoder models; a call without an image is the host's own."""
 
     _handle: ProtectedImageText
-    refused = REFUSED_HERE
 
     def _generate(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         self._handle.check_thoroughly()

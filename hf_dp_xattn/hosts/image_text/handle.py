@@ -14,11 +14,11 @@ from ...mechanisms.rows_structure import RowsStructure
 from ...report import PrivacyReport
 from ..bindings import bind, unique
 from ..context import PrivateContext
+from ..generating import named_arguments
 from ..placeholder import make_placeholder
 from ..processor import LayerTable
 from ..release import Release
 from ..seq2seq.attention import Call
-from ..seq2seq.generation import named_arguments
 from ..seq2seq.handle import PUBLIC_CALL, ProtectedSeq2Seq
 from .contexts import (
     IMAGE_INPUTS,

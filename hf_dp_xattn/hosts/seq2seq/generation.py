@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import ConfigError, ContextError
+from .. import generating
+from ..generating import named_arguments, refuse_arguments
 from ..placeholder import read_tags
 from .contexts import ENCODER_INPUTS, MAIN_INPUTS, MASK, STATES
 from .outputs import PlaceholderOutputs, last_hidden_state
@@ -17,38 +19,25 @@ from .outputs import PlaceholderOutputs, last_hidden_state
 if TYPE_CHECKING:
     from .handle import ProtectedSeq2Seq
 
-_ASSISTED = "assisted decoding calls the model's parts in ways of its own"
-_ATTENTION = "it reads cross-attention weights, which a release does not give"
+_DOCUMENT = "it reads the document's tokens past the release"
 REFUSED: dict[str, str] = {
-    "assistant_model": _ASSISTED,
-    "prompt_lookup_num_tokens": _ASSISTED,
-    "assistant_early_exit": _ASSISTED,
-    "use_mtp": _ASSISTED,
-    "custom_generate": "its code is not known",
-    "past_key_values": "a cache made elsewhere may hold keys and values of a private document",
-    "guidance_scale": "it runs the model without its document",
-    "negative_prompt_ids": "it runs the model without its document",
-    "encoder_repetition_penalty": "it reads the document's tokens past the release",
-    "encoder_no_repeat_ngram_size": "it reads the document's tokens past the release",
-    "return_token_timestamps": _ATTENTION,
-    "compile_config": "compiled generation is not supported yet",
-    "cache_implementation": "only the dynamic cache is supported yet",
+    **generating.REFUSED,
+    "past_key_values": "a cache made elsewhere may hold keys and values of a private context",
+    "encoder_repetition_penalty": _DOCUMENT,
+    "encoder_no_repeat_ngram_size": _DOCUMENT,
+    "return_token_timestamps": "it reads cross-attention weights, which a release does not give",
 }
 HARMLESS: dict[str, tuple[Any, ...]] = {
-    "guidance_scale": (1, 1.0),
+    **generating.HARMLESS,
     "encoder_repetition_penalty": (1, 1.0),
     "encoder_no_repeat_ngram_size": (0,),
     "return_token_timestamps": (False,),
-    "cache_implementation": ("dynamic",),
-    "use_mtp": (False,),
 }
 SWITCHED_OFF = ("encoder_no_repeat_ngram_size",)  # where a model's own settings ask for it (Blenderbot's do)
 
 
 class GenerateShadow:
     """Stands in for `model.generate` while the model is protected."""
-
-    refused = REFUSED
 
     def __init__(self, model: Any, handle: ProtectedSeq2Seq) -> None:
         self._model, self._handle = model, handle
@@ -88,15 +77,10 @@ class GenerateShadow:
             copies, arguments["num_return_sequences"] = asked or 1, 1
         return original(**arguments, **self._handle.serve(given, copies))
 
-    @classmethod
-    def _check(cls, arguments: dict[str, Any], config: Any) -> None:
+    @staticmethod
+    def _check(arguments: dict[str, Any], config: Any) -> None:
         """Raises ConfigError for ways of generating that would go past the release, or that are not supported."""
-        for name, reason in cls.refused.items():
-            value = arguments.get(name)
-            if name not in arguments and name not in SWITCHED_OFF:
-                value = getattr(config, name, None)
-            if value is not None and value not in HARMLESS.get(name, ()):
-                raise ConfigError(f"{name} is not supported on a protected model: {reason}.")
+        refuse_arguments(arguments, config, REFUSED, HARMLESS, SWITCHED_OFF)
 
     def _encoder_inputs(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Takes the encoder's inputs out of `arguments`."""
@@ -110,15 +94,6 @@ class GenerateShadow:
                 "generate needs a private document: pass release.inputs(), or the encoder's inputs, which are released first."
             )
         return given
-
-
-def named_arguments(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """All arguments of a call by name, those of `**kwargs` among them."""
-    arguments = dict(bound.arguments)
-    for kind in bound.signature.parameters.values():
-        if kind.kind is inspect.Parameter.VAR_KEYWORD:
-            arguments |= arguments.pop(kind.name, {})
-    return arguments
 
 
 def read_placeholder(given: dict[str, Any]) -> torch.Tensor | None:
