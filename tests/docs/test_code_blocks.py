@@ -17,6 +17,7 @@ WRITTEN_BY_HAND = (
     "quickstart-operator",
     "quickstart-assistant",
     "quickstart-publisher",
+    "examples",
     "concepts",
     "guarantee",
     "sharp-edges",
