@@ -124,7 +124,12 @@ def main() -> None:
     prompt = PROMPT if args.prompt_file is None else args.prompt_file.read_text(encoding="utf-8").strip()
     ledger = dpx.Ledger(args.out / "ledger.json")  # stays here: a restart must not forget what was spent
     with dpx.protect(pipe, settings, calibration=calibration, ledger=ledger) as protected:
-        release = protected.release(prompt)
+        try:
+            release = protected.release(prompt)
+        except dpx.BudgetExceededError as error:  # an earlier run into --out released it
+            sys.exit(
+                f"{error}\nIts release is in {args.out / RELEASE}. To play on as if it had not been made, take another --out."
+            )
         release.save_pretrained(args.out / RELEASE, license="apache-2.0")
         first = draw(pipe, release)
         report = protected.report()

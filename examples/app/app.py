@@ -68,7 +68,7 @@ def main() -> None:
         quiet=True,
         ssr_mode=False,
         footer_links=[],
-        run_history=False,  # else the browser would keep every prompt
+        run_history=False,  # the browser keeps no calls
         show_error=False,  # error texts may quote it
         enable_monitoring=False,
         prevent_thread_lock=True,

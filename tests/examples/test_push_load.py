@@ -61,7 +61,8 @@ def test_without_a_repository_nothing_is_pushed(
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *SMALL, "--out", str(tmp_path)])
-    monkeypatch.setattr("huggingface_hub.HfApi.__init__", lambda *a, **k: pytest.fail("the Hub was called"))
+    for method in ("create_repo", "upload_folder", "create_commit"):
+        monkeypatch.setattr(f"huggingface_hub.HfApi.{method}", lambda *a, **k: pytest.fail("it pushed"))
     runpy.run_path(str(SCRIPT), run_name="__main__")
     shown = capsys.readouterr().out
     assert "nothing was pushed" in shown and "Plan for" in shown and "NOT covered" in shown
