@@ -98,10 +98,7 @@ def nothing_travels(subject: Subject, pair: Pair) -> Check:
     name = "no private row travels"
     with subject.protected() as handle, captured(handle) as kept:
         inputs = subject.inputs(subject.release(pair[0]))
-        shuffled = subject.shuffled(pair[0])
-        if shuffled is not None:
-            subject.release(shuffled)
-        rows, unless = kept[0][0], None if shuffled is None else kept[1][0]
+        rows, unless = kept[0][0], kept[1][0] if subject.release_alone(pair[0]) else None
         blank = _blank(subject, inputs)
         spy = Spy(rows, unless)
         with spy.watching(subject.serving):

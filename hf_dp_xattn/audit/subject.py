@@ -115,10 +115,10 @@ class Subject:
         """The unprotected host reads the canary itself."""
         raise NotImplementedError
 
-    def shuffled(self, canary: Canary) -> Canary | None:
-        """A canary of the same tokens: what its rows share with the canary's depends on single tokens alone, as in layers that see no
-        other token yet, and may turn up wherever such a token does. None where rows always know of each other."""
-        return None
+    def release_alone(self, canary: Canary) -> bool:
+        """Releases each token of a canary by itself: what its rows share with the canary's depends on single tokens, as in layers that
+        have seen no other token yet, and turns up wherever such a token does. False where rows always know of each other."""
+        return False
 
     def refused(self) -> None:
         """Calls the protected host without a release; must raise."""

@@ -148,8 +148,10 @@ class DecoderSubject(TransformersSubject):
         groups = {"groups": "segments"} if self.by_groups else {}
         return self.handle.release(given, public_head=self.public()[0], **groups, **options)
 
-    def shuffled(self, canary: Canary) -> Canary | None:
-        return tuple(part.flip(0) for part in canary)
+    def release_alone(self, canary: Canary) -> bool:
+        tokens = [[token] for token in torch.cat(canary).unique().tolist()]
+        self.handle.release(tokens, groups="segments", public_head=self.public()[0])
+        return True
 
     def inputs(self, release: Any) -> dict[str, Any]:
         return dict(release.inputs(input_ids=self.public()[1].to(self.host.device)))

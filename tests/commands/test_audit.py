@@ -73,7 +73,7 @@ BAD: dict[str, tuple[str, list[str], str]] = {
     "too few draws": ("plain", [*KERNEL, "--draws", "5"], "draws"),
     "no confidence": ("plain", [*KERNEL, "--confidence", "1.5"], "confidence"),
     "no such file": ("plain", [*KERNEL, "--candidates", "nowhere.txt"], "--candidates"),
-    "no such model": ("nothing", KERNEL, "cannot be loaded"),
+    "no such model": ("nothing", KERNEL, "is no folder"),
     "settings of a protected model": ("protected", KERNEL, "protected already"),
 }
 
