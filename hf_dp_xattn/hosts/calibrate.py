@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..calibration.anchors.calibration import AnchorCalibration
-from ..calibration.anchors.fit import AnchorSettings, candidates, fit_anchors
+from ..calibration.anchors.fit import candidates, fit_anchors
 from ..calibration.anchors.objective import Objective
 from ..calibration.calibration import Calibration
 from ..calibration.fit import PublicQueries, Rows, fit_calibration
@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from .access import Access
 from .architectures import check_pipeline_class, find_layers
 from .calibrate_anchors import Public, gather_contexts, is_large, layer_probes, slot_schedule
+from .calibration_options import CalibrationOptions
 from .decoder_only.probing import is_decoder_only
 from .identity import host_identity
 from .image_text.probing import is_image_text
@@ -86,6 +87,23 @@ def calibrate(
         ConfigError: too few contexts, wrong type. UnsupportedModelError: not a supported pipeline.
     """
     config = DPXAttnConfig(mechanism="anchors") if config is None else config
+    options = CalibrationOptions(
+        epsilons=epsilons,
+        anchors=anchors,
+        releases=tuple(releases),
+        steps=steps,
+        grouping=grouping,
+        memory_mb=memory_mb,
+        rank=rank,
+        query_prompts=query_prompts,
+        query_steps=query_steps,
+        queries_per_step=queries_per_step,
+        seed=seed,
+        progress=progress,
+        public_head=public_head,
+        questions=questions,
+        prefix_bucket=prefix_bucket,
+    )
     if handle_of(pipe) is not None:
         raise ConfigError(
             "Calibrate before `protect` (or after `unprotect`): a protected pipeline has no exact queries."
@@ -93,25 +111,7 @@ def calibrate(
     if is_decoder_only(pipe) and not is_image_text(pipe):
         from .decoder_only.calibrate import calibrate_decoder
 
-        return calibrate_decoder(
-            pipe,
-            public_contexts,
-            config,
-            public_head=public_head,
-            questions=questions,
-            prefix_bucket=prefix_bucket,
-            epsilons=epsilons,
-            anchors=anchors,
-            releases=releases,
-            steps=steps,
-            memory_mb=memory_mb,
-            rank=rank,
-            query_prompts=query_prompts,
-            query_steps=query_steps,
-            queries_per_step=queries_per_step,
-            seed=seed,
-            progress=progress,
-        )
+        return calibrate_decoder(pipe, public_contexts, config, options)
     if prefix_bucket is not None or public_head != 0:
         raise ConfigError("public_head and prefix_bucket are for decoder-only models.")
     if is_seq2seq(pipe) or is_image_text(pipe):
@@ -119,60 +119,58 @@ def calibrate(
         from .seq2seq.calibrate import calibrate_seq2seq
 
         fit = calibrate_seq2seq if is_seq2seq(pipe) else calibrate_image_text
-        return fit(
-            pipe,
-            public_contexts,
-            config,
-            epsilons=epsilons,
-            anchors=anchors,
-            releases=releases,
-            steps=steps,
-            memory_mb=memory_mb,
-            rank=rank,
-            query_prompts=query_prompts,
-            query_steps=query_steps,
-            queries_per_step=queries_per_step,
-            questions=questions,
-            seed=seed,
-            progress=progress,
-        )
+        return fit(pipe, public_contexts, config, options)
     if questions is not None:
         raise ConfigError("questions are for models that generate text.")
+    return _calibrate_pipeline(pipe, public_contexts, config, options)
+
+
+def _calibrate_pipeline(
+    pipe: Any, public_contexts: Public, config: DPXAttnConfig, options: CalibrationOptions
+) -> Calibration | AnchorCalibration:
+    """See `calibrate`. Queries are those of public denoising runs."""
     check_pipeline_class(pipe)
     layers = find_layers(pipe.unet)
     text = TextSide(pipe, Access())
-
     large = is_large(layers)
-    query_prompts = (2 if large else 8) if query_prompts is None else query_prompts
-    query_steps = (4 if large else 6) if query_steps is None else query_steps
+    prompts = (2 if large else 8) if options.query_prompts is None else options.query_prompts
 
     def queries_of(whole: torch.Tensor) -> list[torch.Tensor]:
-        chosen = whole[:query_prompts].to(pipe.unet.dtype)
-        return public_queries(pipe, layers, text, chosen, query_steps, queries_per_step, seed, progress)
+        steps = (4 if large else 6) if options.query_steps is None else options.query_steps
+        chosen = whole[:prompts].to(pipe.unet.dtype)
+        return public_queries(
+            pipe, layers, text, chosen, steps, options.queries_per_step, options.seed, options.progress
+        )
 
     gains = [output_gain(attn) for attn in layers.values()]
     if config.mechanism == "anchors":
-        settings = AnchorSettings(
-            releases=tuple(releases),
-            anchors=anchors,
-            validation=128 if large else 400,
-            seed=seed,
-            progress=progress,
-        )
+        settings = options.anchor_settings(validation=128 if large else 400)
         candidates(config, settings)  # refuses what cannot be before minutes are spent on it
-        grouping = grouping or {"row": "rows", "group": "phrases", "context": "context"}[config.unit]
+        grouping = options.grouping or {"row": "rows", "group": "phrases", "context": "context"}[config.unit]
         contexts, public_rows = gather_contexts(
-            text, public_contexts, config.unit, grouping, memory_mb=memory_mb, seed=seed, progress=progress
+            text,
+            public_contexts,
+            config.unit,
+            grouping,
+            memory_mb=options.memory_mb,
+            seed=options.seed,
+            progress=options.progress,
         )
-        schedule = slot_schedule(layers, contexts.whole.shape[1], steps, seed)
+        schedule = slot_schedule(layers, contexts.whole.shape[1], options.steps, options.seed)
         settings = dataclasses.replace(settings, slots=schedule)
         queries = queries_of(contexts.whole)
         objective = Objective(layer_probes(layers, queries, gains), public_rows)
         identity = host_identity(layers, pipe.unet.dtype, text)
         return fit_anchors(
-            config, contexts, objective, identity, grouping=grouping, epsilons=epsilons, settings=settings
+            config,
+            contexts,
+            objective,
+            identity,
+            grouping=grouping,
+            epsilons=options.epsilons,
+            settings=settings,
         )
-    private, whole = _encode(text, public_contexts, progress)
+    private, whole = _encode(text, public_contexts, options.progress)
     specs = layer_specs(layers, pipe.unet.dtype)
 
     @torch.no_grad()
@@ -185,11 +183,11 @@ def calibrate(
         config,
         specs,
         contexts_of_layers,
-        PublicQueries(queries_of(torch.stack(list(whole[:query_prompts]))), gains),
+        PublicQueries(queries_of(torch.stack(list(whole[:prompts]))), gains),
         count=len(private),
-        epsilons=epsilons,
-        rank=rank,
-        progress=progress,
+        epsilons=options.epsilons,
+        rank=options.rank,
+        progress=options.progress,
     )
 
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ...calibration.anchors.calibration import AnchorCalibration, HostIdentity
-from ...calibration.anchors.fit import AnchorSettings, candidates, fit_anchors
+from ...calibration.anchors.fit import candidates, fit_anchors
 from ...calibration.anchors.objective import LayerProbe, Objective
 from ...calibration.anchors.slots_fit import PublicContexts, SlotSettings
 from ...calibration.calibration import Calibration
@@ -22,6 +22,7 @@ from ...config import DPXAttnConfig
 from ...errors import ConfigError
 from ...mechanisms.anchors.release import pool
 from ..calibrate_anchors import choose_contexts
+from ..calibration_options import CalibrationOptions
 from ..placeholder import new_tag
 from ..routing import evaluating
 from ..rows import layer_specs
@@ -60,53 +61,23 @@ class SoftmaxProbe(LayerProbe):
 
 @torch.no_grad()
 def calibrate_decoder(
-    model: Any,
-    public_contexts: Any,
-    config: DPXAttnConfig,
-    *,
-    public_head: Any,
-    questions: Sequence[Any] | None,
-    prefix_bucket: int | None,
-    epsilons: Sequence[float],
-    anchors: int,
-    releases: Sequence[str],
-    steps: int | None,
-    memory_mb: int,
-    rank: int,
-    query_prompts: int | None,
-    query_steps: int | None,
-    queries_per_step: int,
-    seed: int,
-    progress: bool,
+    model: Any, public_contexts: Any, config: DPXAttnConfig, options: CalibrationOptions
 ) -> Calibration | AnchorCalibration:
     """See `hosts.calibrate.calibrate`. Queries are those of public questions, and of `query_steps` tokens sampled after each, behind
     `query_prompts` public prefixes."""
-    settings = AnchorSettings(releases=tuple(releases), anchors=anchors, seed=seed, progress=progress)
+    settings = options.anchor_settings()
     if config.mechanism == "anchors":
         candidates(config, settings)  # refuses what cannot be before minutes are spent on it
     anchored = config.mechanism == "anchors"
     with evaluating(model):
         layers = find_layers(model)
-        prefixes = _prefixes(
-            model, layers, public_contexts, config, public_head, prefix_bucket, memory_mb, seed
-        )
-        count = query_prompts or 8
+        prefixes = _prefixes(model, layers, public_contexts, config, options)
+        count = options.queries_of_texts()[0]
         head = _head_rows(model, layers, prefixes[0].head)
         # of anchors only what training reads is kept: prefixes are encoded again where it is gathered
-        private = _encode(model, layers, prefixes[:count] if anchored else prefixes, progress)
-        texts = _questions(model, questions)
-        queries, own = _queries(
-            model,
-            layers,
-            prefixes,
-            private,
-            head,
-            texts,
-            count,
-            query_steps or 16,
-            queries_per_step,
-            seed,
-        )
+        private = _encode(model, layers, prefixes[:count] if anchored else prefixes, options.progress)
+        texts = _questions(model, options.questions)
+        queries, own = _queries(model, layers, prefixes, private, head, texts, options)
         sketch = prefix_fingerprint(model, layers)
         gains = [output_gain(layer) for layer in layers.values()]
         if anchored:
@@ -115,10 +86,10 @@ def calibrate_decoder(
                 SoftmaxProbe(layer.project, layer.scale, q, g.float(), layer.softcap)
                 for layer, q, g in zip(layers.values(), queries, gains, strict=True)
             ]
-            contexts = _gather(model, layers, prefixes, public_rows, probes, config.unit, progress)
+            contexts = _gather(model, layers, prefixes, public_rows, probes, config.unit, options.progress)
     if anchored:
         identity = HostIdentity(sketch.layers, sketch.sketch, sketch.dtype, torch.zeros(0, head.shape[-1]))
-        slots = _schedule(contexts, steps, seed)
+        slots = _schedule(contexts, options.steps, options.seed)
         with torch.enable_grad():
             return fit_anchors(
                 config,
@@ -126,7 +97,7 @@ def calibrate_decoder(
                 Objective(probes, public_rows.float()),
                 identity,
                 grouping=GROUPING[config.unit],
-                epsilons=epsilons,
+                epsilons=options.epsilons,
                 settings=dataclasses.replace(settings, slots=slots),
             )
     whole = [torch.cat(parts) for parts in private]
@@ -153,10 +124,10 @@ def calibrate_decoder(
         contexts_of_layers,
         PublicQueries(queries, gains),
         count=len(whole),
-        epsilons=epsilons,
-        rank=rank,
+        epsilons=options.epsilons,
+        rank=options.rank,
         groups=groups,
-        progress=progress,
+        progress=options.progress,
     )
 
 
@@ -165,10 +136,7 @@ def _prefixes(
     layers: dict[str, PrefixLayer],
     public: Any,
     config: DPXAttnConfig,
-    public_head: Any,
-    bucket: int | None,
-    memory_mb: int,
-    seed: int,
+    options: CalibrationOptions,
 ) -> list[Prefix]:
     """The public prefixes to fit to, all with the same head. Raises ConfigError or ContextError where they are none."""
     if isinstance(public, (str, bytes)) or not len(public):
@@ -182,8 +150,9 @@ def _prefixes(
     channels = next(iter(layers.values())).cross_attention_dim
     # what `_gather` keeps of a prefix: as many numbers in units and outputs as in its rows, about
     kept = 4 * min(tokens, _SAMPLE) if config.mechanism == "anchors" and config.unit != "row" else tokens
-    chosen = choose_contexts(public, 2 * kept * channels, memory_mb, seed)
-    prefixes = [read_prefixes(c, SEGMENTS if apart else None, public_head, bucket, size)[0] for c in chosen]
+    chosen = choose_contexts(public, 2 * kept * channels, options.memory_mb, options.seed)
+    head, bucket, groups = options.public_head, options.prefix_bucket, SEGMENTS if apart else None
+    prefixes = [read_prefixes(c, groups, head, bucket, size)[0] for c in chosen]
     if any(not torch.equal(p.head, prefixes[0].head) for p in prefixes):
         raise ConfigError("All public prefixes must begin with the same public head.")
     return prefixes
@@ -254,13 +223,11 @@ def _queries(
     private: Sequence[Sequence[torch.Tensor]],
     head: torch.Tensor,
     questions: Sequence[torch.Tensor],
-    count: int,
-    steps: int,
-    per_step: int,
-    seed: int,
+    options: CalibrationOptions,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Public queries [H, m, d] of each layer, and one text's own rows [p, C], which stand beside the prefix where users' tokens will."""
-    generator = torch.Generator().manual_seed(seed)
+    count, steps, wanted = options.queries_of_texts()
+    generator = torch.Generator().manual_seed(options.seed)
     found: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     own = head[:0]
     for i, (prefix, parts) in enumerate(zip(prefixes[:count], private, strict=False)):
@@ -287,7 +254,7 @@ def _queries(
     queries = []
     for parts in found.values():
         flat = torch.cat(parts, dim=1)
-        keep = torch.randperm(flat.shape[1], generator=generator)[: per_step * steps]
+        keep = torch.randperm(flat.shape[1], generator=generator)[:wanted]
         queries.append(flat[:, keep])
     return queries, own
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from ...calibration.anchors.calibration import AnchorCalibration
-from ...calibration.anchors.fit import AnchorSettings, candidates
+from ...calibration.anchors.fit import candidates
 from ...calibration.calibration import Calibration
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
 from ..access import Access
 from ..calibrate_anchors import choose_contexts
+from ..calibration_options import CalibrationOptions
 from ..seq2seq.calibrate import fit_rows, sample_queries, starts_of
 from .contexts import RATIO_MASK, STATES, gather
 from .probing import context_channels, find_layers, run_text
@@ -29,40 +29,21 @@ NEEDS = (
 
 @torch.no_grad()
 def calibrate_image_text(
-    model: Any,
-    public_contexts: Any,
-    config: DPXAttnConfig,
-    *,
-    epsilons: Sequence[float],
-    anchors: int,
-    releases: Sequence[str],
-    steps: int | None,
-    memory_mb: int,
-    rank: int,
-    query_prompts: int | None,
-    query_steps: int | None,
-    queries_per_step: int,
-    questions: Sequence[Any] | None,
-    seed: int,
-    progress: bool,
+    model: Any, public_contexts: Any, config: DPXAttnConfig, options: CalibrationOptions
 ) -> Calibration | AnchorCalibration:
     """See `hosts.calibrate.calibrate`. Queries are those of public texts about `query_prompts` public images: one of `questions` (token
     ids), and `query_steps` sampled tokens after it."""
     if config.unit == "group":
         raise ConfigError("A calibration of a Mllama is for unit='row' or 'context'.")
-    settings = AnchorSettings(releases=tuple(releases), anchors=anchors, seed=seed, progress=progress)
     if config.mechanism == "anchors":
-        candidates(config, settings)  # refuses what cannot be before minutes are spent on it
+        candidates(config, options.anchor_settings())  # refuses what cannot be before minutes are spent on it
     layers = find_layers(model)
-    starts = starts_of(model, questions)
-    whole = _encode(model, public_contexts, memory_mb, seed, progress)
-    shown, sampled = list(whole[: query_prompts or 8]), query_steps or 16
-    queries = sample_queries(
-        model, layers, shown, starts, sampled, queries_per_step * sampled, seed, run_text
-    )
-    return fit_rows(
-        model, layers, whole, queries, config, settings, epsilons=epsilons, steps=steps, rank=rank
-    )
+    starts = starts_of(model, options.questions)
+    whole = _encode(model, public_contexts, options.memory_mb, options.seed, options.progress)
+    count, sampled, wanted = options.queries_of_texts()
+    shown = list(whole[:count])
+    queries = sample_queries(model, layers, shown, starts, sampled, wanted, options.seed, run_text)
+    return fit_rows(model, layers, whole, queries, config, options)
 
 
 def _encode(model: Any, public: Any, memory_mb: int, seed: int, progress: bool) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ...calibration.anchors.calibration import AnchorCalibration
-from ...calibration.anchors.fit import AnchorSettings, candidates, fit_anchors
+from ...calibration.anchors.fit import candidates, fit_anchors
 from ...calibration.anchors.objective import LayerProbe, Objective
 from ...calibration.anchors.slots_fit import PublicContexts
 from ...calibration.calibration import Calibration
@@ -20,6 +19,7 @@ from ...errors import ConfigError
 from ...mechanisms.anchors.release import pool
 from ..access import Access
 from ..calibrate_anchors import choose_contexts, slot_schedule
+from ..calibration_options import CalibrationOptions
 from ..identity import host_identity
 from ..routing import routed
 from ..rows import layer_specs
@@ -47,56 +47,21 @@ NEEDS = (
 
 @torch.no_grad()
 def calibrate_seq2seq(
-    model: Any,
-    public_contexts: Any,
-    config: DPXAttnConfig,
-    *,
-    epsilons: Sequence[float],
-    anchors: int,
-    releases: Sequence[str],
-    steps: int | None,
-    memory_mb: int,
-    rank: int,
-    query_prompts: int | None,
-    query_steps: int | None,
-    queries_per_step: int,
-    questions: Sequence[Any] | None,
-    seed: int,
-    progress: bool,
+    model: Any, public_contexts: Any, config: DPXAttnConfig, options: CalibrationOptions
 ) -> Calibration | AnchorCalibration:
     """See `hosts.calibrate.calibrate`. Queries are those of `query_prompts` public documents, over `query_steps` sampled tokens, each
     text started by one of `questions` (decoder ids)."""
-    settings = AnchorSettings(releases=tuple(releases), anchors=anchors, seed=seed, progress=progress)
-    if config.mechanism == "anchors" and (config.unit != "group" or "histogram" not in releases):
+    settings = options.anchor_settings()
+    if config.mechanism == "anchors" and (config.unit != "group" or "histogram" not in options.releases):
         candidates(config, settings)  # refuses what cannot be before minutes are spent on it
     layers = find_layers(model)
-    starts = starts_of(model, questions)
-    sampled = query_steps or 16
+    starts = starts_of(model, options.questions)
     if config.unit == "group":
-        return _calibrate_documents(
-            model,
-            public_contexts,
-            config,
-            layers,
-            settings,
-            epsilons=epsilons,
-            steps=steps,
-            memory_mb=memory_mb,
-            rank=rank,
-            starts=starts,
-            query_contexts=query_prompts or 8,
-            query_steps=sampled,
-            queries=queries_per_step * sampled,
-            seed=seed,
-            progress=progress,
-        )
-    whole = _encode(model, public_contexts, memory_mb, seed, progress)
-    queries = sample_queries(
-        model, layers, list(whole[: query_prompts or 8]), starts, sampled, queries_per_step * sampled, seed
-    )
-    return fit_rows(
-        model, layers, whole, queries, config, settings, epsilons=epsilons, steps=steps, rank=rank
-    )
+        return _calibrate_documents(model, public_contexts, config, layers, starts, options)
+    whole = _encode(model, public_contexts, options)
+    count, sampled, wanted = options.queries_of_texts()
+    queries = sample_queries(model, layers, list(whole[:count]), starts, sampled, wanted, options.seed)
+    return fit_rows(model, layers, whole, queries, config, options)
 
 
 def fit_rows(
@@ -105,17 +70,13 @@ def fit_rows(
     whole: torch.Tensor,
     queries: Sequence[torch.Tensor],
     config: DPXAttnConfig,
-    settings: AnchorSettings,
-    *,
-    epsilons: Sequence[float],
-    steps: int | None,
-    rank: int,
+    options: CalibrationOptions,
 ) -> Calibration | AnchorCalibration:
     """A calibration from the rows [N, n, C] of public contexts and each layer's public queries [H, m, d]; unit "row" or "context"."""
     untyped: dict[str, Any] = dict(layers)
     gains = [layer.output_gain() for layer in layers.values()]
     if config.mechanism == "anchors":
-        schedule = slot_schedule(untyped, whole.shape[1], steps, settings.seed)
+        schedule = slot_schedule(untyped, whole.shape[1], options.steps, options.seed)
         units = whole
         if config.unit == "context":
             units = torch.stack([pool(rows.float(), "context", None) for rows in whole]).to(whole.dtype)
@@ -128,8 +89,8 @@ def fit_rows(
                 Objective(probes, torch.zeros(0, whole.shape[-1])),
                 host_identity(untyped, model.dtype, None),
                 grouping={"row": "rows", "context": "context"}[config.unit],
-                epsilons=epsilons,
-                settings=dataclasses.replace(settings, slots=schedule),
+                epsilons=options.epsilons,
+                settings=options.anchor_settings(slots=schedule),
             )
 
     def contexts_of_layers() -> Iterator[Rows]:
@@ -145,13 +106,13 @@ def fit_rows(
         contexts_of_layers,
         PublicQueries(list(queries), gains),
         count=len(whole),
-        epsilons=epsilons,
-        rank=rank,
-        progress=settings.progress,
+        epsilons=options.epsilons,
+        rank=options.rank,
+        progress=options.progress,
     )
 
 
-def _encode(model: Any, public: Any, memory_mb: int, seed: int, progress: bool) -> torch.Tensor:
+def _encode(model: Any, public: Any, options: CalibrationOptions) -> torch.Tensor:
     """[N, n, C] float16: public documents, encoded in batches (their rounding may depend on each other: they are public)."""
     encoder = EncoderSide(model, Access())
     inputs = gather(public)
@@ -162,12 +123,15 @@ def _encode(model: Any, public: Any, memory_mb: int, seed: int, progress: bool) 
     main = inputs[name]
     if main.ndim < 2 or (name == STATES and main.ndim != 3):
         raise ConfigError(NEEDS.format(what="in one batch"))
-    main = torch.stack(choose_contexts(main, 2 * main.shape[1] * context_channels(model), memory_mb, seed))
+    each = 2 * main.shape[1] * context_channels(model)
+    main = torch.stack(choose_contexts(main, each, options.memory_mb, options.seed))
     if name == STATES:
         return main.to("cpu", torch.float16)
     parts = [
         encoder.encode_batch({name: part}).to("cpu", torch.float16)
-        for part in tqdm(main.split(ENCODER_BATCH), desc="encoding", disable=not progress, leave=False)
+        for part in tqdm(
+            main.split(ENCODER_BATCH), desc="encoding", disable=not options.progress, leave=False
+        )
     ]
     return torch.cat(parts)
 
@@ -177,44 +141,35 @@ def _calibrate_documents(
     public: Any,
     config: DPXAttnConfig,
     layers: dict[str, CrossLayer],
-    settings: AnchorSettings,
-    *,
-    epsilons: Sequence[float],
-    steps: int | None,
-    memory_mb: int,
-    rank: int,
     starts: Sequence[torch.Tensor],
-    query_contexts: int,
-    query_steps: int,
-    queries: int,
-    seed: int,
-    progress: bool,
+    options: CalibrationOptions,
 ) -> Calibration | AnchorCalibration:
     """Contexts of documents that are encoded apart from each other, each document a unit."""
     untyped: dict[str, Any] = dict(layers)
-    width = queries * sum(layer.inner_dim for layer in untyped.values())
-    chosen = choose(model, public, width, memory_mb, seed)
-    reader = DocumentReader(model, memory_mb // 4)
-    generator = torch.Generator().manual_seed(seed)
+    count, sampled, wanted = options.queries_of_texts()
+    width = wanted * sum(layer.inner_dim for layer in untyped.values())
+    chosen = choose(model, public, width, options.memory_mb, options.seed)
+    reader = DocumentReader(model, options.memory_mb // 4)
+    generator = torch.Generator().manual_seed(options.seed)
     seen = []
-    for context in chosen[:query_contexts]:
+    for context in chosen[:count]:
         rows = torch.cat(reader.read(context))
         seen.append(rows[torch.randperm(len(rows), generator=generator)[:QUERY_ROWS]])
-    found = sample_queries(model, layers, seen, starts, query_steps, queries, seed)
+    found = sample_queries(model, layers, seen, starts, sampled, wanted, options.seed)
     gains = [layer.output_gain() for layer in layers.values()]
     if config.mechanism == "anchors":
         probes = [_probe(*parts) for parts in zip(layers.values(), found, gains, strict=True)]
-        gathered = gather_documents(reader, chosen, probes, seed=seed, progress=progress)
+        gathered = gather_documents(reader, chosen, probes, seed=options.seed, progress=options.progress)
         contexts = gathered.contexts
-        schedule = slot_schedule(untyped, contexts.whole.shape[1], steps, seed)
+        schedule = slot_schedule(untyped, contexts.whole.shape[1], options.steps, options.seed)
         with torch.enable_grad():
             return fit_documents_of(
                 config,
                 gathered,
                 Objective(probes, torch.zeros(0, contexts.whole.shape[-1])),
                 host_identity(untyped, model.dtype, None),
-                epsilons=epsilons,
-                settings=dataclasses.replace(settings, slots=slots_for(schedule, contexts.units.shape[1])),
+                epsilons=options.epsilons,
+                settings=options.anchor_settings(slots=slots_for(schedule, contexts.units.shape[1])),
             )
     groups = []
     for context in chosen:
@@ -233,10 +188,10 @@ def _calibrate_documents(
         contexts_of_layers,
         PublicQueries(found, gains),
         count=len(chosen),
-        epsilons=epsilons,
-        rank=rank,
+        epsilons=options.epsilons,
+        rank=options.rank,
         groups=groups,
-        progress=progress,
+        progress=options.progress,
     )
 
 
