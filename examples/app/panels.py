@@ -97,16 +97,21 @@ def expectation(plan: dpx.Plan) -> str:
     interval = ""
     if point.score is not None and point.score.low is not None and point.score.high is not None:
         interval = f"{100 * point.score.low:.0f} to {_percent(point.score.high)}"
-    guesses = "".join(
-        f"<tr><td>{n}</td><td>{at_most(s)}</td></tr>"
-        for n, (_, s) in zip(_PRIOR_NAMES, point.guesses, strict=True)
-    )
+    guesses = _guesses(f"{attacker} guesses {what} from this release:", [s for _, s in point.guesses])
     return f"""<div class="dpx-card"><h3>What to expect <small>nothing is spent to know this</small></h3>
 <p class="dpx-big">ε = {point.epsilon:g}<span>{escape(name)}, δ = {plan.delta:g}</span></p>
 <p>The planner predicts <b>{score}</b> of the named attributes right <small>(95 % interval {interval}; unseen combinations)</small>.</p>
-<table><caption>{attacker} guesses {what} from this release:</caption>
-<tr><th>before, with probability</th><th>after, at most</th></tr>{guesses}</table>
+{guesses}
 <details><summary>What would leave</summary><p>{escape(point.meaning)}.</p></details></div>"""
+
+
+def _guesses(caption: str, bounds: Sequence[float]) -> str:
+    """A table of an attacker's chances before and after, for each of `PRIORS`."""
+    rows = "".join(
+        f"<tr><td>{name}</td><td>{at_most(bound)}</td></tr>"
+        for name, bound in zip(_PRIOR_NAMES, bounds, strict=True)
+    )
+    return f"<table><caption>{caption}</caption>\n<tr><th>before, with probability</th><th>after, at most</th></tr>{rows}</table>"
 
 
 def _percent(share: float) -> str:
@@ -118,18 +123,15 @@ def spending(drawn: Drawn) -> str:
     spent = drawn.spent
     _, what, attacker = UNITS[drawn.unit]
     share = min(100.0, 100 * spent.epsilon / spent.budget)
-    guesses = "".join(
-        f"<tr><td>{name}</td><td>{at_most(guess_bound(spent.epsilon, DELTA, prior))}</td></tr>"
-        for name, prior in zip(_PRIOR_NAMES, PRIORS, strict=True)
-    )
+    bounds = [guess_bound(spent.epsilon, DELTA, prior) for prior in PRIORS]
+    guesses = _guesses(f"{attacker} guesses {what} from all its releases together:", bounds)
     many = f"{spent.releases} release{'s' if spent.releases > 1 else ''}"
     return f"""<div class="dpx-card"><h3>What this prompt has spent <small>by the ledger</small></h3>
 <p class="dpx-big">ε = {up(spent.epsilon)}<span>of {spent.budget:g}, in {many}</span></p>
 <div class="dpx-bar" role="img" aria-label="{share:.0f} % of the budget"><i style="width:{share:.1f}%"></i></div>
 <p><b>Sliding ε over a really private prompt spends the sum</b>: every new combination of prompt, unit and ε is a release of its own.
 Decide on one ε with the planner, release once, and draw from that for ever.</p>
-<table><caption>{attacker} guesses {what} from all its releases together:</caption>
-<tr><th>before, with probability</th><th>after, at most</th></tr>{guesses}</table>{_others(drawn.others)}</div>"""
+{guesses}{_others(drawn.others)}</div>"""
 
 
 def _others(others: Sequence[Spent]) -> str:

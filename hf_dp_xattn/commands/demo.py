@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .models import add_settings
 from .release import say
 from .trial_hosts import load_trial
 
@@ -71,16 +72,7 @@ def add(subparsers: Any) -> None:
     )
     parser.add_argument("--question", metavar="TEXT", help="decoder-only models: a public user's turn")
     parser.add_argument("--epsilons", type=float, nargs="+", metavar="E", help="default: 1 4 8 16 64")
-    parser.add_argument(
-        "--calibration", metavar="FOLDER", help="folder or Hub id of a calibration for this model"
-    )
-    parser.add_argument("--mechanism", choices=("anchors", "kernel_sum", "dptree"), help="what is released")
-    parser.add_argument(
-        "--unit", choices=("row", "group", "context"), help="what one neighbouring step changes"
-    )
-    parser.add_argument("--neighboring", choices=("replace_one", "add_or_remove_one"), help="how it changes")
-    parser.add_argument("--delta", type=float, metavar="D", help="failure probability (default: 1e-5)")
-    parser.add_argument("--dtype", default="float32", help="type of the weights (default: float32)")
+    add_settings(parser)
     parser.add_argument(
         "--out", default=".", metavar="FOLDER", help="for demo.png (default: the current one)"
     )
@@ -111,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         trial = load_trial(args)
         subject = subject_of(trial.host, trial.config, trial.calibration, trial.tokenizer)
         pictures = isinstance(subject, PipelineSubject)
-        (canary,) = _canary(subject, args)
+        canary = _canary(subject, args)
         columns, report = _columns(subject, canary, epsilons, args, pictures)
     values: dict[str, Any] = {"report": report.to_dict(), "unit": subject.config.unit}
     values["columns"] = [{"label": c.label, "epsilon": c.epsilon} for c in columns]
@@ -160,7 +152,7 @@ def _take_the_shipped(args: argparse.Namespace) -> None:
         args.calibration = str(root / "calibrations" / args.unit)
 
 
-def _canary(subject: Any, args: argparse.Namespace) -> list[Any]:
+def _canary(subject: Any, args: argparse.Namespace) -> Any:
     """The text as the subject takes it: its parts, or one whole."""
     from ..audit.subjects import DecoderSubject
 
@@ -171,7 +163,7 @@ def _canary(subject: Any, args: argparse.Namespace) -> list[Any]:
         subject.question = args.question or _QUESTION
     elif args.question is not None:
         raise ConfigError("--question is for decoder-only models.")
-    return [subject.whole(texts)]
+    return subject.whole(texts)
 
 
 def _columns(

@@ -7,22 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .texts import lines_of, load_tokenizer, read_documents, read_prefix
+from .texts import lines_of, read_documents, read_prefix
 
 if TYPE_CHECKING:
     from ..config import DPXAttnConfig
     from ..privacy.ledger import Ledger
-
-__all__ = [
-    "SETTINGS",
-    "add_protection",
-    "check_texts",
-    "load_plain",
-    "load_tokenizer",
-    "parse_dtype",
-    "protected_model",
-    "release_text",
-]
 
 SETTINGS = ("mechanism", "epsilon", "delta", "unit", "neighboring")
 
@@ -37,8 +26,13 @@ def add_protection(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="folder or Hub id of a config, in place of the five settings that follow",
     )
-    parser.add_argument("--mechanism", choices=("anchors", "kernel_sum", "dptree"), help="what is released")
     parser.add_argument("--epsilon", type=float, metavar="E", help="privacy loss of the release")
+    add_settings(parser)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """All settings but epsilon, the calibration, and the type of the weights."""
+    parser.add_argument("--mechanism", choices=("anchors", "kernel_sum", "dptree"), help="what is released")
     parser.add_argument("--delta", type=float, metavar="D", help="failure probability (default: 1e-5)")
     parser.add_argument(
         "--unit", choices=("row", "group", "context"), help="what one neighbouring step changes"
@@ -149,7 +143,7 @@ def check_texts(handle: Any, args: argparse.Namespace) -> None:
             "The private context of this model is an image, which the command line does not read: in Python, protected.release(**processor."
             "image_processor(image, return_tensors='pt'))."
         )
-    given = [n for n in ("chat", "prefix_bucket") if getattr(args, n, None) not in (None, False)]
+    given = [n for n in ("chat", "prefix_bucket") if getattr(args, n) not in (None, False)]
     if given and not isinstance(handle, ProtectedDecoder):
         raise ConfigError(f"--{given[0].replace('_', '-')} is for decoder-only models.")
 
@@ -162,10 +156,13 @@ def release_text(handle: Any, args: argparse.Namespace, text: str) -> Any:
     check_texts(handle, args)
     apart = handle.config.unit == "group"
     if isinstance(handle, ProtectedDecoder):
-        chat, bucket = getattr(args, "chat", False), getattr(args, "prefix_bucket", None)
-        prefix = read_prefix(args.model, lines_of(text) if apart else text, chat=chat)
-        groups = "segments" if apart else None
-        return handle.release(prefix.context, groups=groups, public_head=prefix.head, prefix_bucket=bucket)
+        prefix = read_prefix(args.model, lines_of(text) if apart else text, chat=args.chat)
+        return handle.release(
+            prefix.context,
+            groups="segments" if apart else None,
+            public_head=prefix.head,
+            prefix_bucket=args.prefix_bucket,
+        )
     if isinstance(handle, ProtectedSeq2Seq):
         documents = read_documents(args.model, lines_of(text) if apart else [text])
         return handle.release(documents, groups="documents" if apart else None)

@@ -67,10 +67,17 @@ def tokenize(name: str, text: str) -> tuple[torch.Tensor, int]:
     tokenizer = load_tokenizer(name)
     with without_length_warning(tokenizer):
         ids = tokenizer([text], return_tensors="pt").input_ids
-        probe = tokenizer("a").input_ids
     if ids.shape[1] > tokenizer.model_max_length:
         raise ContextError("A text has more tokens than the model takes; nothing was spent.")
-    return ids, int(tokenizer.bos_token_id is not None and probe[:1] == [tokenizer.bos_token_id])
+    return ids, _public_start(name)
+
+
+@functools.lru_cache(maxsize=1)
+def _public_start(name: str) -> int:
+    tokenizer = load_tokenizer(name)
+    return int(
+        tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    )
 
 
 def plain_ids(name: str, text: str) -> torch.Tensor:

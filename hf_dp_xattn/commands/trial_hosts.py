@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .models import load_tokenizer, protected_model
+from .models import protected_model
+from .texts import load_tokenizer
 
 
 @dataclass(frozen=True, eq=False)

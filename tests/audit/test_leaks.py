@@ -41,8 +41,8 @@ def test_a_sound_host_passes(name: str) -> None:
 # ---- what is planted, and the check that must see it ------------------------------------------------------------------------------
 
 
-def keep_rows_aside(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
-    """What is released is kept, and read by what attends."""
+def kept_rows(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Where the rows of every context go that is released from now on."""
     kept: list[torch.Tensor] = []
     run_one = handle_module.ProtectedPipeline._run
 
@@ -51,6 +51,12 @@ def keep_rows_aside(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
         return run_one(self, recipe, context, *rest)
 
     monkeypatch.setattr(handle_module.ProtectedPipeline, "_run", keep)
+    return kept
+
+
+def keep_rows_aside(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
+    """What is released is kept, and read by what attends."""
+    kept = kept_rows(monkeypatch)
 
     def more() -> Any:
         return 1e-3 * kept[-1][:, 0].double().mean() if kept else torch.zeros(())
@@ -66,14 +72,7 @@ def keep_rows_aside(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
 
 def pass_rows_on(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
     """A module of the host is given the private rows."""
-    kept: list[torch.Tensor] = []
-    run_one = handle_module.ProtectedPipeline._run
-
-    def keep(self: Any, recipe: Any, context: Any, *rest: Any) -> Any:
-        kept.append(context.load()[0])
-        return run_one(self, recipe, context, *rest)
-
-    monkeypatch.setattr(handle_module.ProtectedPipeline, "_run", keep)
+    kept = kept_rows(monkeypatch)
     probe = torch.nn.Identity()
     subject.serving.add_module("probe", probe)
     subject.serving.register_forward_pre_hook(lambda *a: None if not kept else (probe(kept[-1]), None)[1])
