@@ -93,6 +93,13 @@ def add(subparsers: Any) -> None:
         metavar="FILE",
         help="models of text: public users' turns (what an encoder-decoder model's decoder starts with), one a line",
     )
+    parser.add_argument(
+        "--replies",
+        type=int,
+        metavar="N",
+        help="decoder-only models: train the decoder on the model's own replies to N questions behind each public prefix as well; "
+        "slower, and what a user sees gains most",
+    )
     add_text_options(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the fit; public (default: 0)")
     parser.add_argument("--dtype", default="float32", help="type of the weights (default: float32)")
@@ -115,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     settings = {name: getattr(args, name, None) for name in SETTINGS if name != "epsilon"}
     config = DPXAttnConfig(**{k: v for k, v in settings.items() if v is not None})
     model = load_plain(args.model, parse_dtype(args.dtype))
-    named = {name: getattr(args, name) for name in ("epsilons", "anchors", "releases", "steps")}
+    named = {name: getattr(args, name) for name in ("epsilons", "anchors", "releases", "steps", "replies")}
     options: dict[str, Any] = {k: v for k, v in named.items() if v is not None}
     public, more = _public(model, args, texts, questions)
     made = calibrate(model, public, config, seed=args.seed, progress=not args.json, **more, **options)

@@ -55,6 +55,7 @@ def calibrate(
     public_head: Any = 0,
     questions: Sequence[Any] | None = None,
     prefix_bucket: int | None = None,
+    replies: int = 0,
 ) -> Calibration | AnchorCalibration:
     """Everything data-dependent that a mechanism reads, fitted to PUBLIC prompts.
 
@@ -82,6 +83,9 @@ def calibrate(
         public_head, prefix_bucket: decoder-only models, as in `protected.release`.
         questions: token ids of public users' turns (of an encoder-decoder model: of what its decoder's texts start with), whose queries
             (and those of answers that are sampled) the calibration is fitted to; by default only sampled text.
+        replies: decoder-only models, `anchors`: how many questions each public prefix is asked, so that the decoder is trained on the
+            model's own replies (of up to `query_steps` tokens) as well as on its attention. Each training step then runs the model
+            forwards and backwards. What a user sees gains most from this.
 
     Raises:
         ConfigError: too few contexts, wrong type. UnsupportedModelError: not a supported pipeline.
@@ -103,6 +107,7 @@ def calibrate(
         public_head=public_head,
         questions=questions,
         prefix_bucket=prefix_bucket,
+        replies=replies,
     )
     if handle_of(pipe) is not None:
         raise ConfigError(
@@ -112,8 +117,8 @@ def calibrate(
         from .decoder_only.calibrate import calibrate_decoder
 
         return calibrate_decoder(pipe, public_contexts, config, options)
-    if prefix_bucket is not None or public_head != 0:
-        raise ConfigError("public_head and prefix_bucket are for decoder-only models.")
+    if prefix_bucket is not None or public_head != 0 or replies:
+        raise ConfigError("public_head, prefix_bucket and replies are for decoder-only models.")
     if is_seq2seq(pipe) or is_image_text(pipe):
         from .image_text.calibrate import calibrate_image_text
         from .seq2seq.calibrate import calibrate_seq2seq

@@ -31,6 +31,7 @@ class CalibrationOptions:
     public_head: Any
     questions: Sequence[Any] | None
     prefix_bucket: int | None
+    replies: int
 
     def anchor_settings(self, **more: Any) -> AnchorSettings:
         """Those of a fit of `anchors`, with its default schedule; more: further fields."""

@@ -36,7 +36,21 @@ def file_of(folder: Path, lines: list[str]) -> str:
         ("bart", TEXTS, ["--mechanism", "kernel_sum", "--length", "3", "--questions", "questions.txt"]),
         ("bart", LISTS, ["--unit", "group", "--mechanism", "kernel_sum"]),
         ("llama", LISTS, ["--unit", "group", "--releases", "sum", "--prefix-bucket", "8"]),
-        ("chat", LISTS, ["--unit", "group", "--chat", "--releases", "sum", "--questions", "questions.txt"]),
+        (
+            "chat",
+            LISTS,
+            [
+                "--unit",
+                "group",
+                "--chat",
+                "--releases",
+                "sum",
+                "--questions",
+                "questions.txt",
+                "--replies",
+                "1",
+            ],
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else " ".join(x) if len(x) < 20 else "",
 )

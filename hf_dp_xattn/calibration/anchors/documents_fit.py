@@ -147,6 +147,6 @@ def document_plans(
     """One plan for each epsilon, judged by real releases (seeded noise) of public contexts that nothing was fitted to."""
     decoders = Decoders(None, book.decoder)
     return [
-        judge(histogram_plan(config, book, epsilon, seed), config, decoders, validation, objective)
+        judge(histogram_plan(config, book, epsilon, seed), config, decoders, validation, objective).plan
         for epsilon in epsilons
     ]

@@ -20,7 +20,7 @@ from ...privacy.response import RandomizedResponse
 from ...privacy.units import NeighboringRelation
 from .calibration import AnchorCalibration, HostIdentity
 from .cells_fit import Codebook, fit_codebook, fit_tilt, histogram_plan
-from .judge import judge, simulate
+from .judge import Judged, judge, simulate
 from .kmeans import assign, kmeans
 from .mixed_fit import Compared, means_or_members, with_mixed
 from .objective import Objective
@@ -93,7 +93,8 @@ def fit_anchors(
     epsilons: Sequence[float],
     settings: AnchorSettings,
 ) -> AnchorCalibration:
-    """Fits every candidate for every epsilon and keeps the best one, by FVU on held-out public contexts.
+    """Fits every candidate for every epsilon and keeps the best one on held-out public contexts: by FVU, or by the divergence of replies
+    where the host's replies count.
 
     Raises:
         ConfigError: too few contexts or distinct rows, or no possible release.
@@ -134,10 +135,10 @@ def fit_anchors(
     ]
 
     def best_at(epsilon: float) -> AnchorPlan:
-        return min((p for p in judged if p.epsilon == epsilon), key=lambda p: p.quality.fvu)
+        return min((j for j in judged if j.plan.epsilon == epsilon), key=lambda j: j.score).plan
 
     if book is not None:
-        for plain in [p for p in judged if p.release == "histogram"]:
+        for plain in [j.plan for j in judged if j.plan.release == "histogram"]:
             # a tilt takes a minute and gains some ten per cent: it is fitted where that could decide
             if plain.quality.fvu < 1.5 * best_at(plain.epsilon).quality.fvu:
                 tilted = _with_tilt(config, book, plain, settings)
@@ -192,7 +193,7 @@ def _settings(
     config: DPXAttnConfig,
     settings: AnchorSettings,
     kinds: Sequence[str],
-    judged: Sequence[AnchorPlan],
+    judged: Sequence[Judged],
     compared: Sequence[Compared],
 ) -> dict[str, Any]:
     return {
@@ -203,11 +204,15 @@ def _settings(
         "slots": settings.slots.slots,
         "code": settings.slots.code,
         "seed": settings.seed,
-        "candidates": [
-            {"epsilon": p.epsilon, "release": p.release, "fvu": round(p.quality.fvu, 4)} for p in judged
-        ],
+        "candidates": [_told(j) for j in judged],
         "mixed": [{k: round(v, 4) for k, v in dataclasses.asdict(c).items()} for c in compared],
     }
+
+
+def _told(judged: Judged) -> dict[str, Any]:
+    plan = judged.plan
+    told = {"epsilon": plan.epsilon, "release": plan.release, "fvu": round(plan.quality.fvu, 4)}
+    return told if judged.divergence is None else {**told, "divergence": round(judged.divergence, 5)}
 
 
 def _public_box(contexts: PublicContexts) -> tuple[torch.Tensor, torch.Tensor]:

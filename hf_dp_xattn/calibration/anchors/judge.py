@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 from ...config import DPXAttnConfig
 from ...mechanisms.anchors.plan import AnchorPlan, Decoders, Quality
@@ -13,22 +14,36 @@ from .objective import Objective, fvu, fvu_interval
 from .slots_fit import PublicContexts
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A plan with its quality, and the divergence of its replies where the host's replies count."""
+
+    plan: AnchorPlan
+    divergence: float | None
+
+    @property
+    def score(self) -> float:
+        """What decides between plans of one epsilon; less is better."""
+        return self.plan.quality.fvu if self.divergence is None else self.divergence
+
+
 def judge(
     plan: AnchorPlan,
     config: DPXAttnConfig,
     decoders: Decoders,
     validation: PublicContexts,
     objective: Objective,
-) -> AnchorPlan:
+) -> Judged:
     """The plan with its predicted quality: real releases (seeded noise) of held-out public contexts."""
     decoded = simulate(plan, config, decoders, validation)
-    errors, variances = objective.measure(
-        validation.whole.float(),
-        [(c.rows, c.log_weights) for c in decoded],
-        outputs=validation.outputs,
-    )
+    pairs = [(c.rows, c.log_weights) for c in decoded]
+    errors, variances = objective.measure(validation.whole.float(), pairs, outputs=validation.outputs)
     low, high = fvu_interval(errors, variances)
-    return dataclasses.replace(plan, quality=Quality(fvu(errors, variances), low, high, len(validation)))
+    told = None
+    if validation.replies is not None:
+        told = float(objective.divergences(validation.replies, pairs).mean())
+    quality = Quality(fvu(errors, variances), low, high, len(validation))
+    return Judged(dataclasses.replace(plan, quality=quality), told)
 
 
 def simulate(

@@ -81,7 +81,7 @@ class Trial:
         """Of this plan, on the cells that are left."""
         own = dataclasses.replace(plan, codes=self.plan.codes)
         decoders = Decoders(None, self.book.decoder, self.move)
-        return judge(own, config, decoders, self.contexts, objective).quality.fvu
+        return judge(own, config, decoders, self.contexts, objective).plan.quality.fvu
 
 
 def fit_trial(
@@ -179,7 +179,7 @@ def with_mixed(
     trial = fit_trial(book, plain[0], training, validation, seed)
     chosen, compared = [], []
     for own, plan in zip(plain, best, strict=True):
-        mixed = judge(mixed_plan(own), config, Decoders(None, book.decoder, move), validation, objective)
+        mixed = judge(mixed_plan(own), config, Decoders(None, book.decoder, move), validation, objective).plan
         if plan.release == "histogram":
             compared.append(compare(plan, mixed, trial, config, objective))
             better = compared[-1].mixed
@@ -199,7 +199,7 @@ def means_or_members(
     """For long contexts: attention over public rows, reweighted to the noised counts, where that beats the cells' means."""
     members = dataclasses.replace(book.decoder, anchors=book.members)
     trials = [
-        (judge(plan, config, Decoders(None, decoder), validation, objective).quality.fvu, i)
+        (judge(plan, config, Decoders(None, decoder), validation, objective).plan.quality.fvu, i)
         for i, decoder in enumerate((book.decoder, members))
     ]
     return book if min(trials)[1] == 0 else dataclasses.replace(book, decoder=members)

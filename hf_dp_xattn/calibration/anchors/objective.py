@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .replies import Logits, Replies, divergence
+
 Project = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -37,12 +39,16 @@ class LayerProbe:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
 
 
+REPLY_WEIGHT = 3.0  # of a nat of divergence, beside an FVU of 1
+
+
 @dataclass(frozen=True)
 class Objective:
-    """The layers, and the exact public rows [p, C] that stand beside every context."""
+    """The layers, and the exact public rows [p, C] that stand beside every context. logits: the host itself, where its replies count."""
 
     layers: Sequence[LayerProbe]
     public_rows: torch.Tensor
+    logits: Logits | None = None
 
     def with_public(
         self, rows: torch.Tensor, log_weights: torch.Tensor
@@ -63,8 +69,10 @@ class Objective:
         layers: int,
         generator: torch.Generator,
         outputs: Sequence[torch.Tensor] | None = None,
+        replies: Replies | None = None,
     ) -> torch.Tensor:
-        """[B] each context's share of the FVU over a random choice of layers and queries; the variance is the batch's own.
+        """[B] each context's share of the FVU over a random choice of layers and queries; the variance is the batch's own. Where replies
+        are given, the divergence of one of each context's on top, `REPLY_WEIGHT` times.
 
         whole: [B, n, C] the rows whose attention is the target; outputs: or that attention itself, for all queries of each layer.
         """
@@ -81,7 +89,26 @@ class Objective:
                 variance = ((exact - exact.mean(0)).square().sum((0, 2, 3)) * gain).sum() / len(whole)
             error = ((layer.attend(decoded, q, bias) - exact).square().sum((2, 3)) * gain).sum(1)
             parts.append(error / variance.clamp_min(1e-12))
-        return torch.stack(parts).mean(0)
+        loss = torch.stack(parts).mean(0)
+        if replies is None or self.logits is None:
+            return loss
+        pick = torch.randint(0, replies.ids.shape[1], (len(rows),), generator=generator)
+        return loss + REPLY_WEIGHT * divergence(replies.one_each(pick), rows, log_weights, self.logits)
+
+    @torch.no_grad()
+    def divergences(
+        self, replies: Replies, decoded: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> torch.Tensor:
+        """[N] mean over each context's replies; `decoded`: (rows, log weights)."""
+        assert self.logits is not None
+        found = []
+        for start in range(0, len(decoded), 32):
+            rows, weights = pad_decoded(decoded[start : start + 32])
+            part = replies[torch.arange(start, start + len(rows))]
+            asked = [torch.full((len(rows),), i) for i in range(replies.ids.shape[1])]
+            each = [divergence(part.one_each(i), rows, weights, self.logits) for i in asked]
+            found.append(torch.stack(each).mean(0))
+        return torch.cat(found)
 
     @torch.no_grad()
     def measure(
@@ -96,9 +123,7 @@ class Objective:
         """Squared error and variance of each context, layer and head [N, L, H] float64, gains included; `decoded`: (rows, log weights)."""
         generator = torch.Generator().manual_seed(seed)
         errors, variances = [], []
-        longest = max(r.shape[0] for r, _ in decoded)
-        rows = torch.stack([F.pad(r, (0, 0, 0, longest - r.shape[0])) for r, _ in decoded])
-        weights = torch.stack([F.pad(w, (0, longest - w.shape[0]), value=-torch.inf) for _, w in decoded])
+        rows, weights = pad_decoded(decoded)
         padded, bias = self.with_public(rows, weights)
         for i, layer in enumerate(self.layers):
             pick = torch.randint(0, layer.queries.shape[1], (queries,), generator=generator)
@@ -113,6 +138,13 @@ class Objective:
             errors.append((out - exact).square().sum((2, 3)) * gain)
             variances.append((exact - exact.mean(0)).square().sum((2, 3)) * gain)
         return torch.stack(errors, 1), torch.stack(variances, 1)
+
+
+def pad_decoded(decoded: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows [R, C], log weights [R]) of several contexts -> [N, R, C], [N, R]; what pads has weight 0."""
+    longest = max(r.shape[0] for r, _ in decoded)
+    rows = torch.stack([F.pad(r, (0, 0, 0, longest - r.shape[0])) for r, _ in decoded])
+    return rows, torch.stack([F.pad(w, (0, longest - w.shape[0]), value=-torch.inf) for _, w in decoded])
 
 
 def fvu(errors: torch.Tensor, variances: torch.Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
 from .objective import Objective
+from .replies import Replies
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +22,7 @@ class PublicContexts:
     attention a decoder must reproduce. Stored in half precision where the host's rows are.
 
     outputs: for contexts of too many rows, the attention itself: one [N, H, m, dv] per layer for its public queries; `whole` is then a
-    sample of the rows, of a longest context of `length`.
+    sample of the rows, of a longest context of `length`. replies: of the host to public questions, where they count as well.
     """
 
     units: torch.Tensor
@@ -28,16 +30,20 @@ class PublicContexts:
     whole: torch.Tensor
     outputs: tuple[torch.Tensor, ...] | None = None
     length: int | None = None
+    replies: Replies | None = None
 
     def __len__(self) -> int:
         return self.whole.shape[0]
 
     def part(self, index: torch.Tensor) -> PublicContexts:
         outputs = None if self.outputs is None else tuple(o[index] for o in self.outputs)
-        return PublicContexts(self.units[index], self.mask[index], self.whole[index], outputs, self.length)
+        replies = None if self.replies is None else self.replies[index]
+        return PublicContexts(
+            self.units[index], self.mask[index], self.whole[index], outputs, self.length, replies
+        )
 
     def float(self) -> PublicContexts:
-        return PublicContexts(self.units.float(), self.mask, self.whole.float(), self.outputs, self.length)
+        return dataclasses.replace(self, units=self.units.float(), whole=self.whole.float())
 
 
 @dataclass(frozen=True)
@@ -190,6 +196,7 @@ def train(
             layers=settings.layers,
             generator=generator,
             outputs=batch.outputs,
+            replies=batch.replies,
         )
         total = losses.new_zeros(())
         start = 0
@@ -203,7 +210,10 @@ def train(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         if step % 50 == 0:
-            bar.set_postfix({"FVU": f"{sum(level.values()) / len(level):.3f}"}, refresh=False)
+            bar.set_postfix(
+                {"loss" if contexts.replies else "FVU": f"{sum(level.values()) / len(level):.3f}"},
+                refresh=False,
+            )
 
 
 def fit_blind_head(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ...calibration.anchors.calibration import AnchorCalibration, HostIdentity
 from ...calibration.anchors.fit import candidates, fit_anchors
 from ...calibration.anchors.objective import LayerProbe, Objective
+from ...calibration.anchors.replies import Replies
 from ...calibration.anchors.slots_fit import PublicContexts, SlotSettings
 from ...calibration.calibration import Calibration
 from ...calibration.fit import PublicQueries, Rows, fit_calibration
@@ -31,6 +33,7 @@ from .cache import PrefixCache
 from .contexts import SEGMENTS, Prefix, as_ids, read_prefixes
 from .layers import PrefixLayer, prefix_fingerprint, rows_of, run_recorded
 from .probing import find_layers, serving
+from .replies import Asking, PrefixLogits, ask, end_ids, replying
 
 GROUPING = {"row": "rows", "group": "segments", "context": "context"}
 ENCODER_BATCH = 64
@@ -66,12 +69,13 @@ def calibrate_decoder(
     """See `hosts.calibrate.calibrate`. Queries are those of public questions, and of `query_steps` tokens sampled after each, behind
     `query_prompts` public prefixes."""
     settings = options.anchor_settings()
-    if config.mechanism == "anchors":
-        candidates(config, settings)  # refuses what cannot be before minutes are spent on it
     anchored = config.mechanism == "anchors"
+    if anchored:
+        candidates(config, settings)  # refuses what cannot be before minutes are spent on it
     with evaluating(model):
         layers = find_layers(model)
         prefixes = _prefixes(model, layers, public_contexts, config, options)
+        asking = _asking(model, prefixes, options) if anchored and options.replies else None
         count = options.queries_of_texts()[0]
         head = _head_rows(model, layers, prefixes[0].head)
         # of anchors only what training reads is kept: prefixes are encoded again where it is gathered
@@ -90,16 +94,25 @@ def calibrate_decoder(
     if anchored:
         identity = HostIdentity(sketch.layers, sketch.sketch, sketch.dtype, torch.zeros(0, head.shape[-1]))
         slots = _schedule(contexts, options.steps, options.seed)
-        with torch.enable_grad():
-            return fit_anchors(
-                config,
-                contexts,
-                Objective(probes, public_rows.float()),
-                identity,
-                grouping=GROUPING[config.unit],
-                epsilons=options.epsilons,
-                settings=dataclasses.replace(settings, slots=slots),
-            )
+        with ExitStack() as stack:
+            logits = None
+            if asking is not None:
+                logits = stack.enter_context(
+                    replying(model, layers, head.float(), len(head) + prefixes[0].slots)
+                )
+                contexts = dataclasses.replace(
+                    contexts, replies=_replies(model, layers, prefixes, logits, asking, options)
+                )
+            with torch.enable_grad():
+                return fit_anchors(
+                    config,
+                    contexts,
+                    Objective(probes, public_rows.float(), logits),
+                    identity,
+                    grouping=GROUPING[config.unit],
+                    epsilons=options.epsilons,
+                    settings=dataclasses.replace(settings, slots=slots),
+                )
     whole = [torch.cat(parts) for parts in private]
     shapes = {tuple(len(part) for part in parts) for parts in private}
     if len(shapes) > 1:
@@ -294,6 +307,38 @@ def _gather(
         tuple(torch.stack(kept) for kept in outputs) if length > _SAMPLE else None,
         length if length > _SAMPLE else None,
     )
+
+
+def _asking(model: Any, prefixes: Sequence[Prefix], options: CalibrationOptions) -> Asking:
+    """What is asked of every prefix. Raises ConfigError where there are no questions, or where they would stand at several positions."""
+    if options.questions is None:
+        raise ConfigError(
+            "replies are those to `questions`: pass some, with the tokens that open a reply at their end."
+        )
+    if options.replies < 0:
+        raise ConfigError(f"replies must not be negative, got {options.replies}.")
+    if len({p.slots for p in prefixes}) > 1:
+        raise ConfigError("replies ask for public prefixes of one padded length: pass prefix_bucket.")
+    steps = options.queries_of_texts()[1]
+    return Asking(_questions(model, options.questions), options.replies, steps, end_ids(model))
+
+
+def _replies(
+    model: Any,
+    layers: dict[str, PrefixLayer],
+    prefixes: Sequence[Prefix],
+    logits: PrefixLogits,
+    asking: Asking,
+    options: CalibrationOptions,
+) -> Replies:
+    """What the model says behind each exact prefix."""
+    generator = torch.Generator().manual_seed(options.seed)
+    found = []
+    starts = range(0, len(prefixes), GATHER_BATCH)
+    for start in tqdm(starts, desc="replies", disable=not options.progress, leave=False):
+        private = _encode(model, layers, prefixes[start : start + GATHER_BATCH], progress=False)
+        found += [ask(logits, torch.cat(parts).float(), asking, generator) for parts in private]
+    return Replies.cat(found)
 
 
 def exact_outputs(rows: Sequence[torch.Tensor], probe: SoftmaxProbe, batch: int = 4) -> list[torch.Tensor]:

@@ -168,18 +168,25 @@ def _token_ids(model: Any) -> torch.Tensor:
     return torch.tensor([(found * count)[-count:]])
 
 
+def tables_of(
+    layers: dict[str, PrefixLayer], rows: torch.Tensor, bias: torch.Tensor | None = None
+) -> dict[str, LayerTable]:
+    """What layers read of public rows [B, P, C], with log weights [B, P] or exactly. Gradients flow to both."""
+    bias = rows.new_zeros(rows.shape[:2]) if bias is None else bias
+    tags, allow = torch.zeros(len(rows), 1), torch.tensor(False)
+    tables = {}
+    for name, layer in layers.items():
+        key, value = layer.project(rows)
+        tables[name] = LayerTable(allow, tags, RowsStructure(key, value, bias[:, None, None], layer.scale))
+    return tables
+
+
 @contextmanager
 def serving(model: Any, layers: dict[str, PrefixLayer], rows: torch.Tensor) -> Iterator[Calls]:
     """While it lasts, the model reads exact rows [1, P, C] as its prefix."""
     calls = Calls()
-    tags, table = torch.zeros(1, 1), {}
-    for name, layer in layers.items():
-        key, value = layer.project(rows)
-        bias = key.new_zeros(1, 1, 1, key.shape[2])
-        structure = RowsStructure(key, value, bias, layer.scale)
-        table[name] = LayerTable(torch.tensor(False), tags, structure)
     index = torch.zeros(1, dtype=torch.int64)
-    calls.current = Call(table, index, offset=rows.shape[1])
+    calls.current = Call(tables_of(layers, rows), index, offset=rows.shape[1])
     with ExitStack() as stack:
         stack.enter_context(routed((layer.module for layer in layers.values()), NAME))
         for name, layer in layers.items():
