@@ -50,6 +50,8 @@ class ProtectedPipeline:
     *Formal guarantee.* Everything that leaves the host about a private context is post-processing of its `Release`, see `report()`.
     """
 
+    projects_rows = True  # keys and values are made of rows of context space by the layers' present weights
+
     def __init__(
         self,
         unet: Any,  # a UNet2DConditionModel; mypy does not see through its mixins
@@ -365,7 +367,7 @@ class ProtectedPipeline:
             key = (self.ledger.digest(context.name), context.variant_of(own))
             keys.append(key)
             cached = self._cache.get(key)
-            if fresh or cached is None or cached.misfit(current) is not None:
+            if fresh or cached is None or cached.misfit(current, projected=self.projects_rows) is not None:
                 todo[key] = (context, own)
         if recipe.events:
             for digest, _ in todo:
@@ -413,14 +415,14 @@ class ProtectedPipeline:
         """Takes in releases that were made elsewhere: verified, and named in the report."""
         current = self._current_fingerprint()
         for context in contexts:
-            _require_fit(context.foreign(current))
+            _require_fit(context.foreign(current, projected=self.projects_rows))
         self._spent += [Spent(None, c.guarantee) for c in contexts]
 
     def verify(self, contexts: Sequence[ReleasedContext]) -> Fingerprint:
         """The fingerprint of the present weights. Raises ReleaseError unless the releases can serve them."""
         current = self._current_fingerprint()
         for context in contexts:
-            _require_fit(context.misfit(current))
+            _require_fit(context.misfit(current, projected=self.projects_rows))
         return current
 
     # ---- placeholders ------------------------------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ class ReleasedContext:
     """One context's release, and the exact public rows [p, C] that stand beside it.
 
     Either a structure (batch 1) per layer, made for the weights that `fingerprint` shows; or `context`: rows of context space, which serve
-    all layers, whatever their weights become. rows: length of the placeholder. charges: of one that was loaded. tag: names the release in
-    placeholders.
+    all layers, whatever their weights become if the host projects them anew. rows: length of the placeholder. charges: of one that was
+    loaded. tag: names the release in placeholders.
     """
 
     structures: tuple[AttentionStructure, ...]
@@ -52,13 +52,16 @@ class ReleasedContext:
         g, layers = self.guarantee, len(self.fingerprint.layers)
         return f"ReleasedContext(rows={self.rows}, mechanism={g.mechanism!r}, epsilon={g.epsilon:g}, layers={layers})"
 
-    def misfit(self, current: Fingerprint) -> str | None:
-        """Why it cannot serve its host with the weights as they are now, or None."""
-        return self.fingerprint.difference(current, None if self.context is None else math.inf)
+    def misfit(self, current: Fingerprint, *, projected: bool) -> str | None:
+        """Why it cannot serve its host with the weights as they are now, or None. projected: the host makes keys and values of rows by
+        its present weights."""
+        return self.fingerprint.difference(
+            current, math.inf if projected and self.context is not None else None
+        )
 
-    def foreign(self, current: Fingerprint) -> str | None:
+    def foreign(self, current: Fingerprint, *, projected: bool) -> str | None:
         """Why it is not a release for this host, or None; asked once, when it is loaded."""
-        return self.fingerprint.difference(current, None if self.context is None else FAR)
+        return self.fingerprint.difference(current, FAR if projected and self.context is not None else None)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

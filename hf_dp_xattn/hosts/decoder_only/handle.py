@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -29,9 +29,6 @@ from .layers import PrefixLayer, prefix_fingerprint
 from .probing import find_layers
 from .reporting import prefix_report
 
-if TYPE_CHECKING:
-    pass
-
 
 class ProtectedDecoder(RoutedHandle):
     """A protected decoder-only model. Made by `dpx.protect`; a context manager that unprotects.
@@ -44,6 +41,7 @@ class ProtectedDecoder(RoutedHandle):
     """
 
     routing = Routing(NAME, LAYER_ATTRIBUTE, dp_xattn_prefix)
+    projects_rows = False  # a row IS keys and values, of the weights that it was made with
 
     def __init__(self, model: Any, *settings: Any, **options: Any) -> None:
         self._sketched: tuple[object, Fingerprint] | None = None
