@@ -72,6 +72,8 @@ def calibrate_decoder(
     anchored = config.mechanism == "anchors"
     if anchored:
         candidates(config, settings)  # refuses what cannot be before minutes are spent on it
+    elif options.replies:
+        raise ConfigError("replies train the decoder of `anchors`; kernel_sum has none.")
     with evaluating(model):
         layers = find_layers(model)
         prefixes = _prefixes(model, layers, public_contexts, config, options)

@@ -98,6 +98,13 @@ def test_a_decoder_learns_from_replies() -> None:
     assert chosen["fvu"] == pytest.approx(made.plans[0].quality.fvu, abs=1e-4)
 
 
+def test_kernel_sums_have_no_decoder_to_train() -> None:
+    config = dpx.DPXAttnConfig(mechanism="kernel_sum", unit="context", degree=1, projection_dim=4)
+    contexts = [tokens(5, i).tolist() for i in range(24)]
+    with pytest.raises(dpx.ConfigError, match="kernel_sum"):
+        dpx.calibrate(tiny("llama"), contexts, config, rank=0, **OPTIONS, replies=1)
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no questions": ({"questions": None}, "questions"),
     "fewer than none": ({"replies": -1}, "negative"),
