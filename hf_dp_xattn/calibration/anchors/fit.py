@@ -217,7 +217,7 @@ def _told(judged: Judged) -> dict[str, Any]:
 
 def _public_box(contexts: PublicContexts) -> tuple[torch.Tensor, torch.Tensor]:
     """Centre and reach [C] of public units: what lies further out is clamped."""
-    sample = contexts.part(torch.arange(min(2048, len(contexts)))).float()
+    sample = contexts.sample(2048)
     units = sample.units[sample.mask]
     center = units.mean(0)
     return center, 4.0 * (units - center).abs().amax(0).clamp_min(1e-6)
@@ -263,7 +263,7 @@ def _slot_plans(
         code = (trainer.clipped(batch.units, plan) * batch.mask.unsqueeze(-1)).sum(1)
         return code + noise[plan] * torch.randn(code.shape, generator=generator)
 
-    sample = training.part(torch.arange(min(512, len(training)))).float()
+    sample = training.sample(512)
     for i in noise:
         with torch.no_grad():
             set_code_scale(trainer, i, noised_sum(sample, i))

@@ -15,6 +15,8 @@ from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
 from .objective import Objective
 from .replies import Replies
 
+_SAMPLE = 150_000_000
+
 
 @dataclass(frozen=True, eq=False)
 class PublicContexts:
@@ -41,6 +43,11 @@ class PublicContexts:
         return PublicContexts(
             self.units[index], self.mask[index], self.whole[index], outputs, self.length, replies
         )
+
+    def sample(self, count: int) -> PublicContexts:
+        """The first `count` contexts or fewer, as many as `_SAMPLE` numbers hold: in float32, with some copies, more would not fit."""
+        fits = max(64, _SAMPLE // self.units[0].numel())
+        return self.part(torch.arange(min(count, fits, len(self)))).float()
 
     def float(self) -> PublicContexts:
         return dataclasses.replace(self, units=self.units.float(), whole=self.whole.float())
@@ -79,7 +86,7 @@ class SlotTrainer(nn.Module):
     ) -> None:
         super().__init__()
         c, k, h = contexts.whole.shape[-1], settings.code, settings.hidden
-        sample = contexts.part(torch.arange(min(512, len(contexts)))).float()
+        sample = contexts.sample(512)
         units = sample.units[sample.mask]
         self.center = nn.Parameter(units.mean(0), requires_grad=False)
         spread = float((units - self.center).square().sum(-1).mean().sqrt().clamp_min(1e-6))
