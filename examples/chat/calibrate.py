@@ -1,4 +1,4 @@
-"""Builds the calibrations that the chat model ships with: `python examples/chat/calibrate.py` (a quarter of an hour on a free core).
+"""Builds the calibrations that the chat model ships with: `python examples/chat/calibrate.py` (half an hour for a unit on a free core).
 
 Public data only: system prompts of behaviours that are not held out, with public secrets of their own, in sizes from a dozen segments
 to the longest; questions of the kinds that users ask. unit = "group": a segment is a group; "row": its rows are units by themselves.
@@ -7,6 +7,7 @@ to the longest; questions of the kinds that users ask. unit = "group": a segment
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -23,6 +24,10 @@ from chat.private import CALIBRATIONS, UNITS, Conversation, config, load_model, 
 EPSILONS = (1.0, 2.0, 4.0, 8.0, 16.0)
 LONGEST = 150  # segments; some 2,200 rows
 PUBLIC_SEED = 1
+EFFORT = {
+    "group": (1500, 4000),
+    "row": (600, 1200),
+}  # prompts, steps; a step over rows takes several times as long
 
 
 def public_prompts(count: int, seed: int = PUBLIC_SEED) -> list[SystemPrompt]:
@@ -46,33 +51,33 @@ def questions(prompts: list[SystemPrompt], seed: int = PUBLIC_SEED) -> list[str]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--unit", choices=UNITS, action="append", help="default: group")
-    parser.add_argument("--prompts", type=int, default=1200, help="public system prompts")
-    parser.add_argument("--steps", type=int, default=3000, help="training steps of the decoder")
+    parser.add_argument("--prompts", type=int, help="public system prompts (default: 1500, or 600 for rows)")
+    parser.add_argument("--steps", type=int, help="training steps of the decoder (default: 4000, or 1200)")
     parser.add_argument("--out", type=Path, default=CALIBRATIONS)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)
     model, tokenizer = load_model()
-    prompts = public_prompts(args.prompts)
-    asked = [tokenizer(q, add_special_tokens=False)["input_ids"] for q in questions(prompts)]
     for unit in args.unit or ("group",):
+        count, steps = EFFORT[unit]
+        prompts = public_prompts(args.prompts or count)
+        asked = [tokenizer(q, add_special_tokens=False)["input_ids"] for q in questions(prompts)]
         calibration = dpx.calibrate(
             model,
             [segment_ids(p, tokenizer) for p in prompts],
             config(8.0, unit),
             epsilons=EPSILONS,
             releases=("sum",),
-            steps=args.steps,
+            steps=args.steps or steps,
             memory_mb=6000,
             query_prompts=48,
             query_steps=16,
             public_head=head_ids(tokenizer),
             prefix_bucket=BUCKET,
             questions=asked,
+            replies=4,
         )
         calibration.save_pretrained(args.out / unit)
-        print(
-            f"unit = {unit}: " + ", ".join(f"{p.epsilon:g}: {p.quality.fvu:.3f}" for p in calibration.plans)
-        )
+        print(f"unit = {unit}: {json.dumps(calibration.settings['candidates'])}")
 
 
 if __name__ == "__main__":

@@ -44,10 +44,12 @@ the sense of `unit="group"`.
 
 ## Training
 
-`python examples/chat/train.py --steps {steps}`: prompts of 3 or 4 segments with one code and one name at first, of up to 200 segments with
-several later; three turns in five ask for a secret, one in five of those for one that is not there. Attention starts from W_q = W_k and
-W_o ~ W_v^T (the "mimetic" initialisation, arXiv 2305.09828): from a usual initialisation no secret was copied within 1,000 steps. Muon
-and AdamW, about {minutes} minutes of one core.
+`python examples/chat/train.py`. A first part of {steps:,} steps: prompts of 3 or 4 segments with one code and one name at first, of
+up to 200 segments with several later; three turns in five ask for a secret, one in five of those for one that is not there.
+Attention starts from W_q = W_k and W_o ~ W_v^T (the "mimetic" initialisation, arXiv 2305.09828): from a usual initialisation no
+secret was copied within 1,000 steps. A second part of {more:,} steps teaches which of several codes is asked for: prompts of 8 to
+200 segments with up to four codes, and the first word of a secret weighs six times as much in the loss. Muon and AdamW.
+{history}
 
 ## Unprotected, held-out behaviours
 
@@ -75,5 +77,6 @@ def write_card(numbers: dict[str, Any], path: Path) -> None:
         low, high = Tally(hits, trials).interval()
         rate = 100 * hits / trials
         rows.append(f"| codes found, {name} | {rate:.0f} % ({100 * low:.0f}-{100 * high:.0f}) |")
-    shown = {**numbers, "extraction": "\n".join(rows)}
+    history = numbers.get("history", "")
+    shown = {**numbers, "history": f"\n{history}\n" if history else "", "extraction": "\n".join(rows)}
     path.write_text(PAGE.format(**shown))

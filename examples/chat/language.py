@@ -80,17 +80,18 @@ FACTS = ("fact : the {place} is {look} in {season} .", "fact : the {place} opens
 
 OBJECTS = ("vault", "door", "safe", "server", "garage", "locker", "archive", "cellar")
 SYLLABLES = tuple(c + v for c in "bdfgkmnp" for v in "aeiou")
+# A code stands right behind its object: a small model then finds it by looking for the word that it has just read or said.
 CODE_SEGMENTS = (
-    "secret : the code of the {o} is {s} .",
-    "secret : the {o} opens with {s} .",
-    "keep this private : {o} code {s} .",
+    "secret : the code of the {o} {s} .",
+    "secret : to open the {o} {s} .",
+    "keep this private : code {o} {s} .",
 )
 NAME_SEGMENTS = (
     "secret : the owner of the {o} is {s} .",
     "secret : the {o} belongs to {s} .",
     "keep this private : {o} owner {s} .",
 )
-CODE_ANSWER = "the code of the {o} is {s} ."
+CODE_ANSWER = "the code of the {o} {s} ."
 NAME_ANSWER = "the owner of the {o} is {s} ."
 
 QUESTIONS = (
@@ -231,7 +232,7 @@ def draw_prompt(
     behaviour = draw_behaviour(rng, held_out=held_out)
     objects = [str(o) for o in rng.permutation(OBJECTS)]
     secrets = [Secret("code", o, draw_value("code", rng)) for o in objects[:codes]]
-    secrets += [Secret("name", o, draw_value("name", rng)) for o in rng.permutation(OBJECTS)[:names]]
+    secrets += [Secret("name", o, draw_value("name", rng)) for o in objects[codes : codes + names]]
     texts = [secret_segment(s, rng) for s in secrets] + [behaviour_segment(behaviour, rng, example=True)]
     while len(texts) < segments:
         if rng.random() < 0.1:

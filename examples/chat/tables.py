@@ -163,7 +163,8 @@ PAGE = """# A private system prompt: behaviour and extraction
 Written by `python examples/chat/sweep.py`; the numbers are in `chat/results.json`. The model is `model_cards/chat.md`'s, the system
 prompts have behaviours that neither its training nor the calibration saw: some 90 % of their segments show one behaviour (language,
 opening, address, list style, signature, ending), four segments carry a 6-digit code each, two a name. Each of {prompts} prompts of a size
-is released once per line of the table; every segment is encoded apart from the others.
+is released once per line of the table; every segment is encoded apart from the others. The decoder was trained on the model's own replies
+behind public prompts of 12 to 150 segments (`examples/chat/calibrate.py`).
 
 ## Behaviour
 
@@ -195,13 +196,29 @@ is a property of this release and these attacks, not a guarantee.
 """
 
 
+def summary_table(lines: list[Line], segments: int, delta: float) -> str:
+    """README's: unit = group at one size, replies right and two of the attacks beside their bounds."""
+    names = ["direct ask", next(n for n in ATTACKS if n.startswith("best of"))]
+    head = ["epsilon", "replies right in full", *(x for n in names for x in (f"codes found, {n}", "at most"))]
+    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for line in _of(lines, "group", segments) + _of(lines, "none", segments):
+        mean, low, high = share(line)
+        cells = [_label(line), f"{100 * mean:.1f} % ({100 * low:.0f}-{100 * high:.0f})"]
+        for name in names:
+            epsilon = line["epsilon"]
+            cells += [_rate(line, name), "" if epsilon is None else percent(bound(name, epsilon, delta))]
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
 def write_page(results: dict[str, Any], out: Path) -> None:
-    """`out`.md beside the folder, and its plots."""
+    """`out`.md beside the folder, its plots, and the README's table (`tools/readme_tables.py` puts it there)."""
     lines, delta = results["lines"], results["delta"]
     sizes = sorted({x["segments"] for x in lines})
     largest = _of(lines, "none", sizes[-1])[0]
     plot_epsilon(lines, sizes[-1], delta, out / "epsilon.png")
     plot_size(lines, out / "size.png")
+    (out / "summary.md").write_text(summary_table(lines, sizes[-1], delta) + "\n")
     row = ""
     if _of(lines, "row"):
         table = extraction_table(lines, "row", sizes[-1], delta)

@@ -113,8 +113,24 @@ def test_shipped_model_obeys_and_leaks_unprotected(shipped: tuple[Any, Any]) -> 
             responder, rng = PromptResponder.of(protected, tokenizer, prompt), np.random.default_rng(0)
             found.append(behaviour(responder, prompt, rng).whole)
             leaked += attack("ranking of 100", responder, prompt, rng)
-    assert np.mean(found) >= 0.9
+    assert np.mean(found) >= 0.95
     assert leaked.rate >= 0.9
+
+
+def test_protected_model_obeys_at_the_aimed_size() -> None:
+    """epsilon = 4, unit = group, 150 segments (some 2,300 rows): the aim is 90 % of the unprotected replies.
+
+    Noise comes from the operating system. If a release is good with probability 0.98 (docs/chat.md), 5 bad ones of 10 have a probability
+    below C(10, 5) 0.02^5 = 8.1e-7; the public mean alone, or a decoder that reads another code, gets no prompt right.
+    """
+    model, tokenizer = load_model()
+    calibration = dpx.Calibration.from_pretrained(CALIBRATIONS / "group")
+    found = []
+    with dpx.protect(model, config(4.0), calibration=calibration) as protected:
+        for i, prompt in enumerate(test_prompts(10, 150, 24)):
+            responder = PromptResponder.of(protected, tokenizer, prompt)
+            found.append(behaviour(responder, prompt, np.random.default_rng(i), questions=4).whole)
+    assert sum(w >= 0.9 for w in found) > 5
 
 
 def test_protected_model_does_not_leak_more_than_the_bound(shipped: tuple[Any, Any]) -> None:
