@@ -78,5 +78,5 @@ def write_card(numbers: dict[str, Any], path: Path) -> None:
         rate = 100 * hits / trials
         rows.append(f"| codes found, {name} | {rate:.0f} % ({100 * low:.0f}-{100 * high:.0f}) |")
     history = numbers.get("history", "")
-    shown = {**numbers, "history": f"\n{history}\n" if history else "", "extraction": "\n".join(rows)}
+    shown = {**numbers, "history": f"\n{history}" if history else "", "extraction": "\n".join(rows)}
     path.write_text(PAGE.format(**shown))
