@@ -311,6 +311,7 @@ def _notes(
         f"predicted on {judged} public contexts that nothing was fitted to (of {calibration.contexts}); the intervals cover contexts like "
         "those and fresh noise, not contexts of another kind, which may do worse",
         "FVU: fraction of the attention outputs' variance left unexplained; 1 is the public mean alone, 0 exact attention",
+        *_of_replies(calibration),
     ]
     origins = {q.origin for p in points for q in (p.fvu, p.score) if q is not None}
     if INTERPOLATED in origins:
@@ -345,6 +346,23 @@ def _notes(
         "public prompts, and weights that were trained on private data"
     )
     return tuple(notes)
+
+
+def _of_replies(calibration: AnchorCalibration) -> list[str]:
+    """What a decoder that was trained on replies keeps of them: an FVU says little of it then."""
+    told = [c for c in calibration.settings.get("candidates", ()) if "divergence" in c]
+    if not told:
+        return []
+    best = {
+        e: min(c["divergence"] for c in told if c["epsilon"] == e)
+        for e in sorted({c["epsilon"] for c in told})
+    }
+    each = ", ".join(f"{value:.2g} at {epsilon:g}" for epsilon, value in best.items())
+    worst = max(c["divergence"] for c in told)
+    return [
+        "replies: the decoder was trained on the model's own replies to public questions, for which the FVU says little; divergence of the "
+        f"next token from the exact model's, in nats, by epsilon: {each} ({worst:.2g} for rows that do not look at the release)"
+    ]
 
 
 _NOT_COVERED = {

@@ -96,6 +96,8 @@ def test_a_decoder_learns_from_replies() -> None:
     assert [t["release"] for t in told] == ["sum", "sum"] and all(t["divergence"] >= 0 for t in told)
     chosen = min(told, key=lambda t: t["divergence"])
     assert chosen["fvu"] == pytest.approx(made.plans[0].quality.fvu, abs=1e-4)
+    (note,) = [n for n in dpx.plan(made).notes if n.startswith("replies:")]
+    assert f"{chosen['divergence']:.2g} at 64" in note
 
 
 def test_kernel_sums_have_no_decoder_to_train() -> None:
