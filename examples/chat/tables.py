@@ -124,7 +124,12 @@ def plot_epsilon(lines: list[Line], segments: int, delta: float, path: Path) -> 
         rates = [max(PRIOR, tally(c, name).rate) for c in chosen]
         right.plot(x, rates, ls="", marker=marker, color=colour, label=name)
         right.plot(x, [bound(name, e, delta) for e in x], color=colour, lw=1)
-    right.set(xscale="log", yscale="log", xlabel="epsilon, unit = group", ylabel="extraction; lines: at most")
+    right.set(
+        xscale="log",
+        yscale="log",
+        xlabel="epsilon, unit = group",
+        ylabel="extraction (none found: at $10^{-6}$); lines: at most",
+    )
     for axis in (left, right):
         axis.set_xticks(x, [f"{e:g}" for e in x])
         axis.minorticks_off()
