@@ -105,6 +105,14 @@ def _targets(hosts: list[dict[str, Any]]) -> list[str]:
                     "",
                 )
             )
+            sides = points[LONGEST]["sides"]
+            if "default cache" in sides:
+                slow = sides["default cache"]["token"] / sides["anchors"]["token"]
+                rows.append((f"{_short(host)}: the same, transformers' default cache", _number(slow), "20"))
+            if "first" in longest:
+                rows.append(
+                    (f"{_short(host)}: first token at {LONGEST:,} rows", _range(longest["first"]), "20")
+                )
             if FIRST in points:
                 ends = [points[n]["sides"]["anchors"]["token"] for n in (LONGEST, FIRST)]
                 what = f"{_short(host)}: protected token at {LONGEST:,} rows / at {FIRST:,}"

@@ -170,7 +170,11 @@ def test_targets_are_read_off_the_longest_context() -> None:
                 "n": n,
                 "rows_served": 40,
                 "release_s": {"anchors": 1.0},
-                "sides": {"anchors": times, "exact": slow},
+                "sides": {
+                    "anchors": times,
+                    "exact": slow,
+                    "default cache": {k: 2 * v for k, v in slow.items()},
+                },
                 "speedup": {"anchors": dict.fromkeys(times, ratio)},
             }
         )
@@ -186,4 +190,6 @@ def test_targets_are_read_off_the_longest_context() -> None:
     page = tokens.markdown({"threads": 2, "hosts": [host]})
     assert "| BART: exact / protected token, least from 4,096 rows on | 1.50 (1.50 to 1.50) | > 1 |" in page
     assert "| BART: the same at 262,144 rows | 25 (25 to 25) | 20 |" in page
+    assert "| BART: the same, transformers' default cache | 50 | 20 |" in page
+    assert "| BART: first token at 262,144 rows | 25 (25 to 25) | 20 |" in page
     assert "| BART: protected token at 262,144 rows / at 1,024 | 1.00 | 1 |" in page

@@ -19,7 +19,7 @@ import hf_dp_xattn as dpx
 from hf_dp_xattn.config import CONFIG_NAME
 from hf_dp_xattn.hosts.saving import FOLDER, PROTECTION_NAME
 
-from ..hosts_tiny import CHANNELS, picture, quiet, tiny_sd, tiny_unet
+from ..hosts_tiny import CHANNELS, close, picture, quiet, tiny_sd, tiny_unet
 from ..sealed import write_sealed
 from .anchor_calibrations import BOTH, protect
 from .seq2seq import calibrations
@@ -56,7 +56,12 @@ def test_releases_are_drawn_alike(folder: Path, pipe: Any, private: Any, tmp_pat
     release.save_pretrained(tmp_path / "release")
     restored = quiet(dpx.from_pretrained(folder))
     loaded = dpx.Release.from_pretrained(tmp_path / "release", host=restored)
-    assert torch.equal(picture(pipe, **release.inputs()), picture(restored, **loaded.inputs()))
+    drawn = picture(restored, **loaded.inputs())
+    assert close(drawn, picture(pipe, **release.inputs()))
+    handle = dpx.handle_of(restored)
+    assert handle is not None
+    other = handle.release("a blue square")
+    assert not close(drawn, picture(restored, **other.inputs()))
 
 
 @BOTH

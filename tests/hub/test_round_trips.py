@@ -16,7 +16,7 @@ from hf_dp_xattn.hub.transfer import MARKER
 
 from ..hosts.anchor_calibrations import protect
 from ..hosts.seq2seq.tiny import tiny
-from ..hosts_tiny import picture, tiny_sd
+from ..hosts_tiny import close, picture, tiny_sd
 from .artefacts import CONFIG, KINDS, content, drawn, files, load, make
 from .server import FakeHub
 
@@ -182,7 +182,7 @@ def test_a_protected_pipeline_in_a_subfolder(mechanism: str, hub: FakeHub, tmp_p
     for host in (restored, again, older, local):
         assert dpx.handle_of(host).config == config
         loaded = dpx.Release.from_pretrained(tmp_path / "release", host=host)
-        assert torch.equal(picture(host, **loaded.inputs()), want)
+        assert close(picture(host, **loaded.inputs()), want)
     assert dpx.handle_of(dpx.from_pretrained("me/many", subfolder="b")).config.epsilon == 4.0
     for wrong in ({}, {"subfolder": "c"}, {"subfolder": "b", "revision": first}):
         with pytest.raises(dpx.ConfigError, match="could not be read"):

@@ -48,8 +48,10 @@ def test_query_sums_equal_the_plain_product(queries: int, degree: int) -> None:
     f = TaylorFeatures(11, degree)
     q = torch.randn(2, 3, queries, 11, generator=gen)
     sums = torch.randn(1, 3, f.size, 4, generator=gen)
-    plain = f.query_features(q, f.query_table()) @ sums
-    torch.testing.assert_close(f.query_sums(q.mT, f.query_table(), sums).mT, plain, rtol=1e-4, atol=1e-4)
+    features = f.query_features(q, f.query_table())
+    # float32 rounds in proportion to what is added up, in an order that the CPU's kernels choose
+    error = (f.query_sums(q.mT, f.query_table(), sums).mT - features @ sums).abs()
+    assert bool((error <= 2e-6 * (features.abs() @ sums.abs())).all())
 
 
 @pytest.mark.parametrize("degree", range(5))

@@ -39,11 +39,16 @@ What works: `generate(**release.inputs(input_ids=ids, attention_mask=mask))` wit
 calls `model(**release.inputs(input_ids=ids))`; batches with one release or one for each element.
 
 Calibrations: `dpx.calibrate(model, prefixes, config, public_head=..., questions=...)` with public token ids, or lists of segments for
-unit="group", and public questions.
+unit="group", and public questions. With `replies=4` the decoder of `anchors` is trained on what the model itself replies to four public
+questions behind each public prefix, and not on its attention alone, and plans are chosen by that: each step then runs the model forwards
+and backwards, and it decides how much of a behaviour is left (the chat example).
 
-What is refused: assisted decoding and prompt lookup, static, offloaded and paged caches (`generate_batch`), chunked prefill,
-`use_cache=False`, guidance, positions or caches made elsewhere, a call without a release, and going beyond a sliding window or a table
-of learned positions.
+LoRA through PEFT (`model.add_adapter`): an adapter takes part in what is released. A release holds keys and values of the weights that it
+was made with, so that any later change of them is refused (`ReleaseError`), until it is undone or the prefix is released anew.
+
+What is refused: assisted decoding and prompt lookup, static, offloaded and paged caches (`generate_batch`), `torch.compile`, prefill
+in chunks, `use_cache=False`, guidance, positions or caches made elsewhere, a call without a release, and going beyond a sliding window
+or a table of learned positions.
 """
 
 
