@@ -24,10 +24,8 @@ from chat.private import CALIBRATIONS, UNITS, Conversation, config, load_model, 
 EPSILONS = (1.0, 2.0, 4.0, 8.0, 16.0)
 LONGEST = 150  # segments; some 2,200 rows
 PUBLIC_SEED = 1
-EFFORT = {
-    "group": (1500, 4000),
-    "row": (600, 1200),
-}  # prompts, steps; a step over rows takes several times as long
+# prompts, steps; a step over rows takes several times as long
+EFFORT = {"group": (1500, 4000), "row": (600, 1200)}
 
 
 def public_prompts(count: int, seed: int = PUBLIC_SEED) -> list[SystemPrompt]:

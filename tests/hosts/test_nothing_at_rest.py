@@ -126,9 +126,8 @@ def test_nothing_of_the_context_stays_in_memory(pipe: Any, private: Any) -> None
 @BOTH
 def test_nothing_of_an_image_stays_in_memory(private: Any) -> None:
     """Likewise of the vision model's output, and of the pixels beside the caller's own."""
-    given = images(
-        1, seed=20_260_724
-    )  # pixels that no other test holds in memory: they are searched for by value
+    # pixels that no other test holds in memory: they are searched for by value
+    given = images(1, seed=20_260_724)
     with torch.no_grad():
         reference = image_tiny().model
         states = reference.vision_model(**given).last_hidden_state

@@ -182,11 +182,12 @@ def tables_of(
 
 
 @contextmanager
-def serving(model: Any, layers: dict[str, PrefixLayer], rows: torch.Tensor) -> Iterator[Calls]:
-    """While it lasts, the model reads exact rows [1, P, C] as its prefix."""
+def serving(model: Any, layers: dict[str, PrefixLayer], rows: torch.Tensor | None = None) -> Iterator[Calls]:
+    """While it lasts, the model reads exact rows [1, P, C] as its prefix; without any, what the caller sets as the current call."""
     calls = Calls()
-    index = torch.zeros(1, dtype=torch.int64)
-    calls.current = Call(tables_of(layers, rows), index, offset=rows.shape[1])
+    if rows is not None:
+        index = torch.zeros(1, dtype=torch.int64)
+        calls.current = Call(tables_of(layers, rows), index, offset=rows.shape[1])
     with ExitStack() as stack:
         stack.enter_context(routed((layer.module for layer in layers.values()), NAME))
         for name, layer in layers.items():

@@ -132,8 +132,5 @@ def replying(
     model: Any, layers: dict[str, PrefixLayer], head: torch.Tensor, offset: int
 ) -> Iterator[PrefixLogits]:
     """While it lasts, the model can be asked."""
-    with (
-        still(model),
-        serving(model, layers, head.new_zeros(1, 1, head.shape[-1]).to(model.device, model.dtype)) as calls,
-    ):
+    with still(model), serving(model, layers) as calls:
         yield PrefixLogits(model, layers, calls, head, offset)
