@@ -14,7 +14,9 @@ import warnings
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from scipy.stats import binom
 from sd15 import CHANNELS, ROWS, build, check, step
+from tqdm.auto import tqdm
 
 import hf_dp_xattn as dpx
 
@@ -94,11 +96,12 @@ def measure(count: int = 10_000, anchors: int = 4096) -> dict[str, object]:
     }
 
 
-def measure_step(size: int = 64, repeats: int = 11) -> dict[str, object]:
+def measure_step(size: int = 64, repeats: int = 41) -> dict[str, object]:
     """One denoising step with guidance, protected and unprotected in turn; the calibration is small, the rows served are as many.
 
     A timed step is not a picture's first (that one reads the placeholder, once: `activation_s`). Steps vary by some per cent on a shared
-    machine, cross-attention is a fifteenth of them and all that differs: its layers are also timed alone, in turn, on a step's own inputs.
+    machine, cross-attention is a fifteenth of them and all that differs: hence many pairs, each in the other order than the one before, and
+    an interval for their median. The layers of cross-attention are also timed alone, in turn, on a step's own inputs.
     """
     warnings.simplefilter("ignore")
     pipe = pipeline()
@@ -118,32 +121,39 @@ def measure_step(size: int = 64, repeats: int = 11) -> dict[str, object]:
     private = contexts(1, seed=9).float()
     plain = torch.cat([negative, private])
     step(pipe.unet, plain, size)
-    protected_s, plain_s, rows = [], [], 0
-    layers: dict[str, float] = {}
-    for i in range(repeats):
+    taken: dict[str, list[float]] = {"protected": [], "plain": []}
+    rows, layers = 0, {}
+
+    def timed(name: str, states: torch.Tensor) -> None:
+        step(pipe.unet, states, 8)  # reads the placeholder, where there is one
+        start = time.perf_counter()
+        step(pipe.unet, states, size)
+        taken[name].append(time.perf_counter() - start)
+
+    for i in tqdm(range(repeats), desc="pairs of steps"):
+        if i % 2:
+            timed("plain", plain)
         with dpx.protect(pipe, config, calibration=calibration) as protected:
             release = protected.release(private[0])
             served = release.contexts[0].context
             assert served is not None
             rows = served.rows.shape[0]
             states = torch.cat([negative, release.inputs()["prompt_embeds"]])
-            step(pipe.unet, states, 8)
-            start = time.perf_counter()
-            step(pipe.unet, states, size)
-            protected_s.append(time.perf_counter() - start)
-            if i == 0:
+            timed("protected", states)
+            if i == repeats - 1:
                 layers = _time_layers(pipe.unet, states, plain, size)
-        start = time.perf_counter()
-        step(pipe.unet, plain, size)
-        plain_s.append(time.perf_counter() - start)
-    ratios = sorted(p / q for p, q in zip(protected_s, plain_s, strict=True))
-    unprotected = sorted(plain_s)[repeats // 2]
+        if not i % 2:
+            timed("plain", plain)
+    ratios = sorted(p / q for p, q in zip(taken["protected"], taken["plain"], strict=True))
+    low, high = binom.interval(0.95, repeats, 0.5)
+    unprotected = sorted(taken["plain"])[repeats // 2]
     return {
         "rows_served": rows,
         "repeats": repeats,
-        "step_protected_s": sorted(protected_s)[repeats // 2],
+        "step_protected_s": sorted(taken["protected"])[repeats // 2],
         "step_unprotected_s": unprotected,
         "step_ratio": ratios[repeats // 2],
+        "step_ratio_interval": [ratios[int(low)], ratios[int(high)]],
         "step_ratios": ratios,
         **layers,
         "step_ratio_from_layers": 1

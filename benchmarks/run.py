@@ -69,10 +69,11 @@ def markdown(results: dict[str, dict]) -> str:
         ]
     if "anchors_step" in results:
         r = results["anchors_step"]
+        low, high = r["step_ratio_interval"]
         lines += [
             f"| denoising step, protected / unprotected, median of {r['repeats']} pairs | {r['step_ratio']:.3f} "
-            f"({r['step_protected_s']:.2f} s / {r['step_unprotected_s']:.2f} s; pairs {r['step_ratios'][0]:.3f} to "
-            f"{r['step_ratios'][-1]:.3f}) | 1.00 |",
+            f"({r['step_protected_s']:.2f} s / {r['step_unprotected_s']:.2f} s; 95 % interval of the median {low:.3f} to "
+            f"{high:.3f}) | 1.00 |",
             f"| the same from its cross-attention layers and the gate alone, all that differs "
             f"({1e3 * r['layers_protected_s']:.0f} ms + {1e3 * r['gate_s']:.1f} ms / {1e3 * r['layers_unprotected_s']:.0f} ms) | "
             f"{r['step_ratio_from_layers']:.4f} | 1.00 |",

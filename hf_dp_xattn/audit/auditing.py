@@ -112,10 +112,7 @@ def _releases(
         recipe = handle._maker.prepare(handle._current_fingerprint())
         prepared = recipe.prepared
         specs = layer_specs(handle.layers, recipe.dtype) if isinstance(recipe, LayerRecipe) else ()
-    try:
-        found = targets(prepared, subject.config, again_with(prepared, specs, subject.calibration), SMALLER)
-    except ConfigError as error:
-        return [Check("empirical epsilon", NOT_APPLICABLE, str(error))], []
+    found = targets(prepared, subject.config, again_with(prepared, specs, subject.calibration), SMALLER)
     return audit_releases(found, draws=draws, confidence=confidence, step=step)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..mechanisms.anchors.release import PreparedAnchors, prepare_source
+from ..mechanisms.dptree.release import PreparedDPTree
 from ..mechanisms.kernel_sum import PreparedKernelSum
 from ..mechanisms.release import prepare_release
 from ..privacy.accountant import epsilon_of
@@ -44,21 +45,12 @@ class Target:
 def targets(
     prepared: Any, config: DPXAttnConfig, again: Callable[[DPXAttnConfig], Any], smaller: Sequence[float]
 ) -> list[Target]:
-    """The installed release, and the same one at smaller epsilons (`again` prepares it).
-
-    Raises:
-        ConfigError: it has no law here.
-    """
-    law = law_of(prepared)
-    if law is None:
-        raise ConfigError(f"mechanism={config.mechanism!r} has no audit of its releases yet.")
-    found = [Target(config, law)]
+    """The installed release, and the same one at smaller epsilons (`again` prepares it)."""
+    found = [Target(config, law_of(prepared))]
     for epsilon in smaller:
         if epsilon < config.epsilon:
             other = config.replace(epsilon=epsilon)
-            lower = law_of(again(other))
-            assert lower is not None
-            found.append(Target(other, lower))
+            found.append(Target(other, law_of(again(other))))
     return found
 
 
@@ -69,7 +61,7 @@ def again_with(prepared: Any, specs: Sequence[Any], calibration: Any) -> Callabl
         if isinstance(prepared, PreparedAnchors):
             source = prepare_source(prepared.plan, config, prepared.decoders)
             return dataclasses.replace(prepared, config=config, source=source)
-        assert isinstance(prepared, PreparedKernelSum)
+        assert isinstance(prepared, (PreparedKernelSum, PreparedDPTree))
         return prepare_release(config, specs, calibration)
 
     return again

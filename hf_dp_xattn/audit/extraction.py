@@ -55,14 +55,12 @@ def extract(
     """Plays the game `trials` times: a random candidate is released, and the likeliest one is guessed (ties at random).
 
     Raises:
-        ConfigError: fewer than two candidates, or candidates that are the same to the host; the mechanism has no law here.
+        ConfigError: fewer than two candidates, or candidates that are the same to the host.
     """
     if len(canaries) < 2:
         raise ConfigError("An extraction needs at least two candidates.")
     with subject.protected() as handle:
         law = law_of(handle._maker.prepare(handle._current_fingerprint()).prepared)
-        if law is None:
-            raise ConfigError(f"mechanism={subject.config.mechanism!r} has no audit of its releases yet.")
         contexts = contexts_of(subject, canaries)
     return play(
         law, contexts, subject.config, units=_units(subject, contexts), trials=trials, entropy=entropy

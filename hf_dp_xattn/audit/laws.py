@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,12 +27,16 @@ from ..mechanisms.anchors.release import (
     pool,
 )
 from ..mechanisms.contributions import sum_rows, sum_units, unit_rows
+from ..mechanisms.dptree.attention import exact_sums
+from ..mechanisms.dptree.moments import parts_of
+from ..mechanisms.dptree.release import PreparedDPTree
 from ..mechanisms.histogram import GaussianNoise, GeometricNoise, PreparedHistogram
 from ..mechanisms.kernel_sum import PreparedKernelSum
 from ..mechanisms.row_sum import PreparedRowSum
 from ..mechanisms.sketch import sum_sketch
-from ..privacy.accountant import Event, GaussianEvent, needs_delta
+from ..privacy.accountant import Event, GaussianEvent, TruncatedLaplaceEvent, needs_delta
 from ..privacy.bits import Entropy
+from ..privacy.truncated_laplace import truncated_laplace
 
 MAX_COORDINATES = 512  # of those in which candidates differ; those that differ most are looked at
 _CHUNK = 2**22
@@ -66,7 +71,24 @@ class Law(Protocol):
     def views(self, contexts: Sequence[Context]) -> Views: ...
 
 
-Noise = GeometricNoise | GaussianNoise
+@dataclass(frozen=True)
+class TruncatedLaplaceNoise:
+    """P(z) ~ exp(-|z| / scale) for |z| <= bound, 0 beyond; in lattice steps."""
+
+    scale: int | Fraction
+    bound: int
+
+    def sample(self, size: int, entropy: Entropy) -> torch.Tensor:
+        """int64 [size]."""
+        return torch.from_numpy(truncated_laplace(size, self.scale, self.bound, entropy=entropy))
+
+    def log_weight(self, z: torch.Tensor) -> torch.Tensor:
+        """log P(z) up to a constant, float64; -inf outside of the support."""
+        steps = z.abs()
+        return (steps.to(torch.float64) / -float(self.scale)).masked_fill(steps > self.bound, -torch.inf)
+
+
+Noise = GeometricNoise | GaussianNoise | TruncatedLaplaceNoise
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +119,13 @@ class AdditiveViews:
         difference = self.totals[one] - self.totals[other]
         if isinstance(self.event, GaussianEvent):
             return float(difference.double().norm()) / self.event.sensitivity
+        if isinstance(self.event, TruncatedLaplaceEvent):
+            l1, largest, squared = self.event.shape
+            steps = difference.abs()
+            norm = float(steps.double().square().sum() / float(squared)) ** 0.5
+            # all three must hold; the price is that of the norm, as long as they do
+            others = max(int(steps.sum()) / l1, int(steps.max()) / largest) if len(steps) else 0.0
+            return others if norm <= 1 < others else norm
         assert isinstance(self.noise, GeometricNoise)
         up, down = int(difference.clamp_min(0).sum()), int((-difference).clamp_min(0).sum())
         plus, minus = self.noise.rate_plus, self.noise.rate_minus
@@ -204,13 +233,57 @@ class KernelSumLaw:
         return [sum_sketch(p.encoders, keys, values, p.bound, units, p.sketch)]
 
 
-def law_of(prepared: Any) -> Law | None:
-    """The law of a prepared release, or None where there is none here (dptree; exact attention, which has none)."""
+@dataclass(frozen=True, eq=False)
+class DPTreeLaw:
+    """`dptree`: contexts are keys and values per layer."""
+
+    prepared: PreparedDPTree
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        return self.prepared.events
+
+    @property
+    def noise(self) -> TruncatedLaplaceNoise:
+        event = self.prepared.split.event
+        return TruncatedLaplaceNoise(event.scale, event.bound)
+
+    @property
+    def size(self) -> int:
+        """Numbers that are released."""
+        moments, encoders = self.prepared.plan.moments, self.prepared.plan.encoders
+        channels = [e.geometry.heads * (e.geometry.value_dim + 1) for e in encoders]
+        trees = sum(c * (e.features.size - 1) for c, e in zip(channels, encoders, strict=True))
+        return len(moments.trees) * trees * (2 * moments.leaves - 1) + len(moments.plain) * sum(channels)
+
+    def views(self, contexts: Sequence[Context]) -> Views:
+        # a canary fills few of the trees' nodes, which are too many to keep for every context
+        filled = []
+        for context in contexts:
+            flat = torch.cat([t.cpu().flatten() for part in self.parts(context).values() for t in part])
+            at = flat.nonzero().squeeze(1)
+            filled.append((at, flat[at]))
+        every = torch.unique(torch.cat([at for at, _ in filled]))
+        totals = torch.zeros(len(contexts), len(every), dtype=torch.int64)
+        for row, (at, values) in zip(totals, filled, strict=True):
+            row[torch.searchsorted(every, at)] = values
+        return AdditiveViews(totals, self.noise, self.prepared.split.event)
+
+    def parts(self, context: Context) -> dict[str, list[torch.Tensor]]:
+        """The exact integer sums that the release adds noise to, part by part: every node of every tree, and what stands beside them."""
+        p, (keys, values) = self.prepared, context.rows
+        return parts_of(exact_sums(p.plan, p.config, keys, values, context.groups), p.plan.moments)
+
+
+def law_of(prepared: Any) -> Law:
+    """The law of a prepared release. Raises ConfigError where it has none (exact attention)."""
     if isinstance(prepared, PreparedAnchors):
         return AnchorsLaw(prepared)
     if isinstance(prepared, PreparedKernelSum):
         return KernelSumLaw(prepared)
-    return None
+    if isinstance(prepared, PreparedDPTree):
+        return DPTreeLaw(prepared)
+    raise ConfigError(f"{type(prepared).__name__} is not a noised release: it has no law to audit.")
 
 
 def is_gaussian(events: Sequence[Event]) -> bool:

@@ -7,6 +7,7 @@ broken sensitivity, whatever the noise.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..mechanisms.contributions import LayerEncoder
 from ..privacy.units import NeighboringRelation, Unit
-from .laws import AnchorsLaw, Context, KernelSumLaw, Law, Views
+from .laws import AnchorsLaw, Context, DPTreeLaw, KernelSumLaw, Law, Views
 
 CANDIDATES = 48
 _UNIT_ROWS = 3  # of a canary that is a group or a whole context
@@ -66,8 +67,18 @@ def _pairs(count: int) -> list[tuple[int, int]]:
 def _units(law: Law, rows: int, generator: torch.Generator) -> list[Context]:
     if isinstance(law, AnchorsLaw):
         return [Context(unit) for unit in _rows(law, rows, generator)]
+    encoders = _encoders(law)
+    if isinstance(law, DPTreeLaw):
+        # trees: keys away from the centre fill the moments of first and second order as well
+        return [Context(unit) for unit in _keys_and_values(encoders, rows, law.size, (0.0, 1.0))]
+    return [Context(unit) for unit in _keys_and_values(encoders, rows, sum(e.size for e in encoders), (0.0,))]
+
+
+def _encoders(law: Law) -> Sequence[LayerEncoder]:
+    if isinstance(law, DPTreeLaw):
+        return law.prepared.plan.encoders
     assert isinstance(law, KernelSumLaw)
-    return [Context(unit) for unit in _keys_and_values(law.prepared.encoders, rows)]
+    return law.prepared.encoders
 
 
 def _rows(law: AnchorsLaw, rows: int, generator: torch.Generator) -> list[torch.Tensor]:
@@ -82,20 +93,22 @@ def _rows(law: AnchorsLaw, rows: int, generator: torch.Generator) -> list[torch.
 
 
 def _keys_and_values(
-    encoders: Sequence[LayerEncoder], rows: int
+    encoders: Sequence[LayerEncoder], rows: int, size: int, reaches: Sequence[float]
 ) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    """Keys at their public centre, so that one feature carries all; a value far out on one channel of one head of one layer."""
-    size = sum(e.size for e in encoders)
-    most = max(4, min(CANDIDATES, _ENTRIES // size))
+    """A value far out on one channel of one head of one layer; keys at their public centre (so that one feature carries all), or away from
+    it, in parts `reaches` of their public range. size: numbers of one context's sums."""
+    each = 4 * len(reaches)
+    most = max(each, min(CANDIDATES, _ENTRIES // size))
     units = []
-    every = max(1, -(-len(encoders) * 4 // most))
+    every = max(1, -(-len(encoders) * each // most))
     for at in range(0, len(encoders), every):
         for channel in (0, encoders[at].geometry.value_dim - 1):
-            for sign in (1.0, -1.0):
+            for reach, sign in itertools.product(reaches, (1.0, -1.0)):
                 keys, values = [], []
                 for i, encoder in enumerate(encoders):
                     g = encoder.geometry
-                    keys.append(g.key_center.unsqueeze(1).expand(-1, rows, -1).clone())
+                    away = reach * g.key_range[:, None] * g.key_map[:, 0].sign()
+                    keys.append((g.key_center + away).unsqueeze(1).expand(-1, rows, -1).clone())
                     value = g.value_center.unsqueeze(1).expand(-1, rows, -1).clone()
                     if i == at:
                         value[0, :, channel] += sign * _FAR / float(g.value_scale[0])
@@ -114,8 +127,7 @@ def _context(law: Law, config: DPXAttnConfig, unit: Context | None) -> Context:
         count = len(rows)
         whole = Context(rows)
     else:
-        assert isinstance(law, KernelSumLaw)
-        whole = _beside(law.prepared.encoders, unit, alone)
+        whole = _beside(_encoders(law), unit, alone)
         count = whole.rows[0][0].shape[1]
     if config.unit != Unit.GROUP.value:
         return whole

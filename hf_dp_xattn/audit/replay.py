@@ -13,11 +13,14 @@ import torch
 from ..errors import DPXAttnError
 from ..mechanisms.anchors.mixed import MixedSource
 from ..mechanisms.anchors.release import HistogramSource, ResponseSource, SumSource, pool
+from ..mechanisms.dptree.attention import layers_of
+from ..mechanisms.dptree.moments import moments_of
+from ..mechanisms.dptree.structure import structure_of
 from ..mechanisms.histogram import GaussianNoise
 from ..mechanisms.kernel_sum import layer_structure
 from ..mechanisms.row_sum import PreparedRowSum
 from ..privacy.bits import Entropy, SystemEntropy
-from .laws import AnchorsLaw, Context, KernelSumLaw, Law
+from .laws import AnchorsLaw, Context, DPTreeLaw, KernelSumLaw, Law
 
 
 class Recorder:
@@ -68,17 +71,18 @@ def replayed(law: Law, context: Context) -> bool:
         released = law.prepared.run_rows(context.rows, groups=context.groups, entropy=recorder).context
         real = [released.rows, released.log_weights]
     else:
-        assert isinstance(law, KernelSumLaw)
+        assert isinstance(law, (KernelSumLaw, DPTreeLaw))
         keys, values = context.rows
         result = law.prepared.run(keys, values, groups=context.groups, entropy=recorder)
         real = [t for s in result.structures for t in s.tensors().values()]
     replayer = Replayer(bytes(recorder.bytes))
     try:
-        rebuilt = (
-            _anchors(law, context, replayer)
-            if isinstance(law, AnchorsLaw)
-            else _kernel_sum(law, context, replayer)
-        )
+        if isinstance(law, AnchorsLaw):
+            rebuilt = _anchors(law, context, replayer)
+        elif isinstance(law, DPTreeLaw):
+            rebuilt = _dptree(law, context, replayer)
+        else:
+            rebuilt = _kernel_sum(law, context, replayer)
     except _Differs:
         return False
     same = len(real) == len(rebuilt) and all(torch.equal(a, b) for a, b in zip(real, rebuilt, strict=True))
@@ -129,3 +133,18 @@ def _kernel_sum(law: KernelSumLaw, context: Context, entropy: Entropy) -> list[t
         for encoder, part in zip(p.encoders, sums, strict=True)
     ]
     return [t for s in structures for t in s.tensors().values()]
+
+
+def _dptree(law: DPTreeLaw, context: Context, entropy: Entropy) -> list[torch.Tensor]:
+    p, noise = law.prepared, law.noise
+    step = {part.name: part.step for part in p.split.parts}
+    noised = {
+        name: [
+            (t + noise.sample(t.numel(), entropy).view(t.shape)).to(torch.float64) * step[name]
+            for t in tensors
+        ]
+        for name, tensors in law.parts(context).items()
+    }
+    n = context.rows[0][0].shape[1]
+    layers = layers_of(p.plan, p.config, moments_of(noised, p.plan.moments), n)
+    return [t for layer in layers for t in structure_of(layer).tensors().values()]

@@ -15,6 +15,7 @@ import torch
 
 from hf_dp_xattn import DPXAttnConfig
 from hf_dp_xattn.audit.empirical import again_with, audit_releases, targets
+from hf_dp_xattn.audit.laws import DPTreeLaw, TruncatedLaplaceNoise
 from hf_dp_xattn.audit.report import NOT_APPLICABLE, PASS, Check
 from hf_dp_xattn.audit.settings import SMALLER
 from hf_dp_xattn.mechanisms import histogram, kernel_sum, row_sum
@@ -22,6 +23,8 @@ from hf_dp_xattn.mechanisms.anchors import release as anchors_release
 from hf_dp_xattn.mechanisms.anchors.mixed import MixedSource
 from hf_dp_xattn.mechanisms.anchors.release import prepare_anchors
 from hf_dp_xattn.mechanisms.contract import LayerSpec
+from hf_dp_xattn.mechanisms.dptree import budget as dptree_budget
+from hf_dp_xattn.mechanisms.dptree import moments as dptree_moments
 from hf_dp_xattn.mechanisms.histogram import GeometricNoise
 from hf_dp_xattn.mechanisms.release import prepare_release
 from hf_dp_xattn.privacy.bits import SeededEntropy
@@ -71,6 +74,8 @@ SOUND = [
     *((kind, "row", "add_or_remove_one") for kind in ("sum", "histogram")),
     *(("kernel_sum", unit, "replace_one") for unit in ("row", "group", "context")),
     *(("kernel_sum", unit, "add_or_remove_one") for unit in ("row", "group")),
+    *(("dptree", unit, "replace_one") for unit in ("row", "group", "context")),
+    *(("dptree", unit, "add_or_remove_one") for unit in ("row", "group")),
 ]
 
 
@@ -209,3 +214,63 @@ def test_a_price_that_is_too_low_is_caught() -> None:
     prepared, config = prepare("sum", 8.0)
     checks = run(prepared, config.replace(epsilon=4.0), smaller=())
     assert checks["price"].failed
+
+
+# ---- dptree: the noise is Laplace's, and what a unit changes is spread over the levels of the trees
+
+DRAWS = 4_000_000  # of few numbers; with fewer, half the noise does not show more than is claimed
+
+
+def one_tree_each() -> tuple[Any, DPXAttnConfig]:
+    """Few nodes: one head, one channel and the normaliser, one coordinate, two leaves."""
+    config = DPXAttnConfig(mechanism="dptree", epsilon=4.0, degree=1, tree_bins=2)
+    return prepare_release(config, [LayerSpec("a", 1, 1, 1, 1.0)]), config
+
+
+def laplace_of(share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise of a part of the scale, in the release and in its law; the event says what it said."""
+    noise = dptree_budget.BudgetSplit._noise
+
+    def planted(self: Any, shape: Any, entropy: Any) -> Any:
+        event = dataclasses.replace(self.event, scale=Fraction(self.event.scale) / share)
+        return noise(dataclasses.replace(self, event=event), shape, entropy)
+
+    monkeypatch.setattr(dptree_budget.BudgetSplit, "_noise", planted)
+
+    def law(self: Any) -> TruncatedLaplaceNoise:
+        event = self.prepared.split.event
+        return TruncatedLaplaceNoise(Fraction(event.scale) / share, event.bound)
+
+    monkeypatch.setattr(DPTreeLaw, "noise", property(law))
+
+
+def test_trees_have_power() -> None:
+    prepared, config = one_tree_each()
+    found = targets(prepared, config, again_with(prepared, SPECS, None), ())
+    _, bounds = audit_releases(found, draws=DRAWS, confidence=CONFIDENCE, entropy=SeededEntropy(5))
+    assert bounds[0].low / bounds[0].claimed > 0.4
+    assert 0.7 < bounds[0].gap <= 1.0
+
+
+def test_half_the_noise_on_trees_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    laplace_of(2, monkeypatch)
+    checks = run(*one_tree_each(), smaller=(), draws=DRAWS)
+    assert {n for n, c in checks.items() if c.failed} == {"empirical epsilon at 4"}
+
+
+def test_twice_the_sensitivity_of_trees_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dptree_moments, "clip_weights", twice(dptree_moments.clip_weights))
+    checks = run(*one_tree_each(), smaller=(), draws=DRAWS)
+    assert {n for n, c in checks.items() if c.failed} == {"sensitivity", "empirical epsilon at 4"}
+
+
+@pytest.mark.parametrize("share", [0, 2], ids=["no noise", "half the noise"])
+def test_another_noise_on_trees_themselves_is_caught(share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = dptree_budget.truncated_laplace
+
+    def planted(shape: Any, scale: Any, bound: int, *, entropy: Any) -> Any:
+        found = noise(shape, Fraction(scale) / max(1, share), bound, entropy=entropy)
+        return found if share else 0 * found
+
+    monkeypatch.setattr(dptree_budget, "truncated_laplace", planted)
+    assert run(*one_tree_each(), smaller=())["replay"].failed

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from .cache import PrefixCache
 from .contexts import SEGMENTS, Prefix, as_ids, read_prefixes
 from .layers import PrefixLayer, prefix_fingerprint, rows_of, run_recorded
 from .probing import find_layers, serving
-from .replies import Asking, PrefixLogits, ask, end_ids, replying
+from .replies import Asking, ask, end_ids, replying
 
 GROUPING = {"row": "rows", "group": "segments", "context": "context"}
 ENCODER_BATCH = 64
@@ -92,19 +93,24 @@ def calibrate_decoder(
                 SoftmaxProbe(layer.project, layer.scale, q, g.float(), layer.softcap)
                 for layer, q, g in zip(layers.values(), queries, gains, strict=True)
             ]
-            contexts = _gather(model, layers, prefixes, public_rows, probes, config.unit, options.progress)
+            identity = HostIdentity(
+                sketch.layers, sketch.sketch, sketch.dtype, torch.zeros(0, head.shape[-1])
+            )
     if anchored:
-        identity = HostIdentity(sketch.layers, sketch.sketch, sketch.dtype, torch.zeros(0, head.shape[-1]))
-        slots = _schedule(contexts, options.steps, options.seed)
         with ExitStack() as stack:
-            logits = None
+            logits, asked = None, None
             if asking is not None:
-                logits = stack.enter_context(
-                    replying(model, layers, head.float(), len(head) + prefixes[0].slots)
+                offset = len(head) + prefixes[0].slots
+                logits = stack.enter_context(replying(model, layers, head.float(), offset))
+                asked = partial(
+                    ask, logits, asking=asking, generator=torch.Generator().manual_seed(options.seed)
                 )
-                contexts = dataclasses.replace(
-                    contexts, replies=_replies(model, layers, prefixes, logits, asking, options)
-                )
+            else:
+                stack.enter_context(evaluating(model))
+            contexts = _gather(
+                model, layers, prefixes, public_rows, probes, asked, config.unit, options.progress
+            )
+            slots = _schedule(contexts, options.steps, options.seed)
             with torch.enable_grad():
                 return fit_anchors(
                     config,
@@ -280,20 +286,25 @@ def _gather(
     prefixes: Sequence[Prefix],
     public_rows: torch.Tensor,
     probes: Sequence[SoftmaxProbe],
+    asked: Callable[[torch.Tensor], Replies] | None,
     unit: str,
     progress: bool,
 ) -> PublicContexts:
-    """Units and rows of all prefixes, encoded some at a time. Of long prefixes (the longest decides) the exact attention to public
-    queries is kept and a sample of their rows; short ones stay as they are: their attention is cheaper to compute again than to keep.
+    """Units and rows of all prefixes, encoded some at a time, and what the model replies behind each (`asked`). Of long prefixes (the
+    longest decides) the exact attention to public queries is kept and a sample of their rows; short ones stay as they are: their attention
+    is cheaper to compute again than to keep.
     """
     length = len(public_rows) + max(sum(map(len, p.segments)) for p in prefixes)
     units: list[torch.Tensor] = []
     whole: list[torch.Tensor] = []
     outputs: list[list[torch.Tensor]] = [[] for _ in probes]
+    replies: list[Replies] = []
     starts = range(0, len(prefixes), GATHER_BATCH)
     for start in tqdm(starts, desc="public prefixes", disable=not progress, leave=False):
         private = _encode(model, layers, prefixes[start : start + GATHER_BATCH], progress=False)
         units += [_units(parts, unit) for parts in private]
+        if asked is not None:
+            replies += [asked(torch.cat(parts).float()) for parts in private]
         rows = [torch.cat([public_rows, *parts]) for parts in private]
         if length > _SAMPLE:
             for kept, probe in zip(outputs, probes, strict=True):
@@ -308,6 +319,7 @@ def _gather(
         nn.utils.rnn.pad_sequence(whole, batch_first=True),
         tuple(torch.stack(kept) for kept in outputs) if length > _SAMPLE else None,
         length if length > _SAMPLE else None,
+        Replies.cat(replies) if replies else None,
     )
 
 
@@ -323,24 +335,6 @@ def _asking(model: Any, prefixes: Sequence[Prefix], options: CalibrationOptions)
         raise ConfigError("replies ask for public prefixes of one padded length: pass prefix_bucket.")
     steps = options.queries_of_texts()[1]
     return Asking(_questions(model, options.questions), options.replies, steps, end_ids(model))
-
-
-def _replies(
-    model: Any,
-    layers: dict[str, PrefixLayer],
-    prefixes: Sequence[Prefix],
-    logits: PrefixLogits,
-    asking: Asking,
-    options: CalibrationOptions,
-) -> Replies:
-    """What the model says behind each exact prefix."""
-    generator = torch.Generator().manual_seed(options.seed)
-    found = []
-    starts = range(0, len(prefixes), GATHER_BATCH)
-    for start in tqdm(starts, desc="replies", disable=not options.progress, leave=False):
-        private = _encode(model, layers, prefixes[start : start + GATHER_BATCH], progress=False)
-        found += [ask(logits, torch.cat(parts).float(), asking, generator) for parts in private]
-    return Replies.cat(found)
 
 
 def exact_outputs(rows: Sequence[torch.Tensor], probe: SoftmaxProbe, batch: int = 4) -> list[torch.Tensor]:

@@ -17,7 +17,7 @@ from ..contributions import check_groups, check_rows
 from ..features import TaylorFeatures, features_of, taylor_relative_error
 from ..geometry import HeadGeometry
 from ..kernel_sum import declared_clip_norm
-from .moments import ReleasedMoments
+from .moments import ReleasedMoments, Sums, release_sums
 from .softmax import DPTreeSoftmax, SoftmaxPlan, plan_softmax
 
 MAX_NODES = 2**27  # numbers that a release draws noise for: 1 GiB of int64
@@ -82,6 +82,42 @@ def units_of_rows(unit: str, n: int, groups: torch.Tensor | None) -> torch.Tenso
     return torch.zeros(n, dtype=torch.int64) if unit == "context" else None
 
 
+def exact_sums(
+    plan: SoftmaxPlan,
+    config: DPXAttnConfig,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    groups: torch.Tensor | None,
+) -> Sums:
+    """Clipped integer sums of a context's rows, keys and values [H, n, d] and [H, n, dv] per layer. Private: they must not leave.
+
+    Raises:
+        ContextError, ConfigError: bad rows or groups.
+    """
+    n = check_rows(keys, values, plan.encoders)
+    units = units_of_rows(config.unit, n, groups)
+    columns = [_columns(e.geometry, v) for e, v in zip(plan.encoders, values, strict=True)]
+    return plan.exact_sums(keys, columns, units)
+
+
+def layers_of(
+    plan: SoftmaxPlan, config: DPXAttnConfig, released: Sequence[ReleasedMoments], n: int
+) -> list[DPTreeCrossAttention]:
+    """One structure per layer. Post-processing of noised moments of n rows.
+
+    Under replace_one with unit 'row' the number of rows is public, so the noised sum of the normaliser's weights (which stays counted) is
+    overwritten by it.
+    """
+    public = config.unit == "row" and config.neighboring == NeighboringRelation.REPLACE_ONE.value
+    layers = []
+    for moments, encoder in zip(released, plan.encoders, strict=True):
+        if public and not bool(encoder.geometry.weight_map.any()):
+            _know_the_count(moments, n, encoder.geometry)
+        softmax = DPTreeSoftmax(moments, encoder, plan.split)
+        layers.append(DPTreeCrossAttention(softmax, config.normalizer_floor))
+    return layers
+
+
 def release_layers(
     plan: SoftmaxPlan,
     config: DPXAttnConfig,
@@ -93,24 +129,14 @@ def release_layers(
 ) -> list[DPTreeCrossAttention]:
     """One structure per layer, from one joint release; keys and values [H, n, d] and [H, n, dv].
 
-    *Formal guarantee.* That of `plan.split.event`. Under replace_one with unit 'row' the number of rows is public, so the noised sum of the
-    normaliser's weights (which stays counted) is overwritten by it: post-processing.
+    *Formal guarantee.* That of `plan.split.event`.
 
     Raises:
         ContextError, ConfigError: bad rows or groups; nothing is released.
     """
-    n = check_rows(keys, values, plan.encoders)
-    units = units_of_rows(config.unit, n, groups)
-    columns = [_columns(e.geometry, v) for e, v in zip(plan.encoders, values, strict=True)]
-    released = plan.release(keys, columns, entropy, units)
-    public = config.unit == "row" and config.neighboring == NeighboringRelation.REPLACE_ONE.value
-    layers = []
-    for moments, encoder in zip(released, plan.encoders, strict=True):
-        if public and not bool(encoder.geometry.weight_map.any()):
-            _know_the_count(moments, n, encoder.geometry)
-        softmax = DPTreeSoftmax(moments, encoder, plan.split)
-        layers.append(DPTreeCrossAttention(softmax, config.normalizer_floor))
-    return layers
+    sums = exact_sums(plan, config, keys, values, groups)
+    released = release_sums(sums, plan.moments, plan.split, entropy)
+    return layers_of(plan, config, released, keys[0].shape[-2])
 
 
 def _columns(geometry: HeadGeometry, value: torch.Tensor) -> torch.Tensor:

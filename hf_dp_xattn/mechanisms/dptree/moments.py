@@ -92,24 +92,32 @@ def add_sums(a: Sums, b: Sums) -> Sums:
     return {name: [x + y for x, y in zip(a[name], b[name], strict=True)] for name in a}
 
 
-def release_sums(sums: Sums, plan: MomentPlan, split: BudgetSplit, entropy: Entropy) -> list[ReleasedMoments]:
-    """Builds the trees and noises everything.
-
-    *Formal guarantee.* That of `split.event`: every tensor of the result is noised and is a part of the split.
-    """
+def parts_of(sums: Sums, plan: MomentPlan) -> dict[str, list[torch.Tensor]]:
+    """Everything that leaves, before noise: the nodes of every level, and the moments beside the trees, in the order of `plan.parts`."""
     parts: dict[str, list[torch.Tensor]] = {}
     for name in plan.trees:
         for level, nodes in enumerate(zip(*map(build_levels, sums[name]), strict=True)):
             parts[level_name(name, level)] = list(nodes)
-    parts |= {name: sums[name] for name in plan.plain}
-    released = split.noised(parts, entropy)
+    return parts | {name: sums[name] for name in plan.plain}
+
+
+def moments_of(released: Mapping[str, Sequence[torch.Tensor]], plan: MomentPlan) -> list[ReleasedMoments]:
+    """Noised parts, layer by layer. Post-processing."""
     return [
         ReleasedMoments(
             trees={t: [released[level_name(t, v)][i] for v in range(plan.depth)] for t in plan.trees},
             plain={p: released[p][i] for p in plan.plain},
         )
-        for i in range(len(next(iter(sums.values()))))
+        for i in range(len(next(iter(released.values()))))
     ]
+
+
+def release_sums(sums: Sums, plan: MomentPlan, split: BudgetSplit, entropy: Entropy) -> list[ReleasedMoments]:
+    """Builds the trees and noises everything.
+
+    *Formal guarantee.* That of `split.event`: every tensor of the result is noised and is a part of the split.
+    """
+    return moments_of(split.noised(parts_of(sums, plan), entropy), plan)
 
 
 def clip_weights(

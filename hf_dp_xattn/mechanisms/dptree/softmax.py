@@ -43,17 +43,14 @@ class SoftmaxPlan:
     moments: MomentPlan
     split: BudgetSplit
 
-    def release(
+    def exact_sums(
         self,
         keys: Sequence[torch.Tensor],
         columns: Sequence[torch.Tensor],
-        entropy: Entropy,
         units: torch.Tensor | None = None,
-    ) -> list[ReleasedMoments]:
+    ) -> Sums:
         """Per layer: keys [H, n, d], and columns [H, n, channels] that the row weight exp(b) of the geometry multiplies; units [n] as in
-        `sum_moments`. Rows that are units of their own are taken in chunks, so n may be large.
-
-        *Formal guarantee.* That of `split.event`.
+        `sum_moments`. Rows that are units of their own are taken in chunks, so n may be large. Private: without noise it must not leave.
         """
         n = keys[0].shape[-2]
         width = sum(e.geometry.heads * e.features.size for e in self.encoders)
@@ -65,7 +62,13 @@ class SoftmaxPlan:
             part = sum_moments(moments, self.moments, units)
             sums = part if sums is None else add_sums(sums, part)
         assert sums is not None
-        return release_sums(sums, self.moments, self.split, entropy)
+        return sums
+
+    def release(
+        self, keys: Sequence[torch.Tensor], columns: Sequence[torch.Tensor], entropy: Entropy
+    ) -> list[ReleasedMoments]:
+        """`exact_sums` of rows that are units of their own, noised. *Formal guarantee.* That of `split.event`."""
+        return release_sums(self.exact_sums(keys, columns), self.moments, self.split, entropy)
 
     def _encode(self, keys: Sequence[torch.Tensor], columns: Sequence[torch.Tensor]) -> list[Moments]:
         leaves = self.moments.leaves
