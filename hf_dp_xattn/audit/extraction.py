@@ -16,7 +16,6 @@ import torch
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..hosts.making import ContextRecipe, LayerRecipe
-from ..hosts.rows import project_rows
 from ..privacy.bits import Entropy, SystemEntropy
 from ..privacy.guessing import guess_bound
 from .laws import Context, Law, law_of
@@ -44,8 +43,7 @@ def _as_given(recipe: object, rows: torch.Tensor, groups: torch.Tensor | None) -
     if isinstance(recipe, ContextRecipe):
         return Context(rows.to(torch.float32), groups)
     assert isinstance(recipe, LayerRecipe)
-    pairs = [project_rows(attn, rows.to(recipe.dtype)) for attn in recipe.layers]
-    return Context(([k for k, _ in pairs], [v for _, v in pairs]), groups)
+    return Context(recipe.project(rows), groups)
 
 
 @torch.no_grad()

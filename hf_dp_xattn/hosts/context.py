@@ -21,8 +21,8 @@ class PrivateContext:
     """One context. `name` is what the ledger digests; `load` encodes and may be called only after the charge.
 
     rows counts all rows of the placeholder, public ones included; private_rows those that are released. phrases: the groups of the private
-    rows where they are phrases; public. variant: how it is encoded, public: another variant is not served by the same release, but charged
-    to the same name.
+    rows where they are phrases; public. variant: how it is encoded: another variant is not served by the same release, but charged to the
+    same name. parts: names of the documents that it consists of; each is charged as well, since each is released.
     """
 
     rows: int
@@ -31,6 +31,12 @@ class PrivateContext:
     load: Callable[[], Rows] = field(repr=False, compare=False)
     phrases: torch.Tensor | None = field(default=None, repr=False, compare=False)
     variant: bytes = field(default=b"", repr=False)
+    parts: tuple[tuple[bytes, ...], ...] = field(default=(), repr=False)
+
+    @property
+    def names(self) -> tuple[tuple[bytes, ...], ...]:
+        """All that is charged."""
+        return (self.name, *self.parts)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise DPXAttnError("A private context cannot be pickled or copied.")
@@ -59,11 +65,17 @@ class PrivateContext:
 
     def variant_of(self, groups: torch.Tensor | None) -> bytes:
         """What tells a release from another one of the same context: how it was encoded and grouped."""
-        return self.variant + (b"" if groups is None else _bytes(groups))
+        return self.variant + (b"" if groups is None else plain_bytes(groups))
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().cpu().numpy().tobytes()
+def plain_bytes(tensor: torch.Tensor) -> bytes:
+    """The same for equal numbers, whatever their type."""
+    kind = torch.float32 if tensor.is_floating_point() else torch.int64
+    return tensor.detach().to("cpu", kind).contiguous().numpy().tobytes()
+
+
+def _name_of_ids(ids: torch.Tensor) -> tuple[bytes, ...]:
+    return b"token ids", plain_bytes(ids)
 
 
 def from_ids(ids: torch.Tensor, mask: torch.Tensor | None, text: TextSide) -> PrivateContext:
@@ -73,21 +85,26 @@ def from_ids(ids: torch.Tensor, mask: torch.Tensor | None, text: TextSide) -> Pr
         return text.private_rows(ids, mask)
 
     rows = ids.shape[0]
-    name = (b"token ids", _bytes(ids.to(torch.int64)))
-    return PrivateContext(rows, rows - int(text.first_row_is_public), name, load)
+    return PrivateContext(rows, rows - int(text.first_row_is_public), _name_of_ids(ids), load)
 
 
-def from_phrases(phrases: Sequence[object], text: TextSide) -> PrivateContext:
-    """A context of phrases that are encoded one by one. Raises ContextError, see `check_phrases`."""
-    tokens = [text.tokenize(phrase) for phrase in check_phrases(phrases)]
+def from_phrases(phrases: Sequence[object], text: TextSide, whole: str | None = None) -> PrivateContext:
+    """A context of phrases that are encoded one by one. It is named as the whole text is: by `whole`, or by the phrases with commas between.
+
+    Raises:
+        ContextError: see `check_phrases`.
+    """
+    texts = check_phrases(phrases)
+    tokens = [text.tokenize(phrase) for phrase in texts]
+    ids, _ = text.tokenize(", ".join(texts) if whole is None else whole)
 
     def load() -> Rows:
         return torch.cat(encode_tokens(text, tokens)), text.public_first_row()
 
     each = text.length - int(text.first_row_is_public)
-    name = (b"phrases", *(_bytes(ids.to(torch.int64)) for ids, _ in tokens))
     groups = torch.arange(len(tokens)).repeat_interleave(each)
-    return PrivateContext(text.length, len(groups), name, load, groups)
+    variant = b"".join([b"phrases", *(plain_bytes(t) for t, _ in tokens)])
+    return PrivateContext(text.length, len(groups), _name_of_ids(ids), load, groups, variant)
 
 
 def from_embeddings(rows: torch.Tensor, channels: int) -> PrivateContext:
@@ -109,7 +126,7 @@ def from_embeddings(rows: torch.Tensor, channels: int) -> PrivateContext:
     def load() -> Rows:
         return kept, kept[:0]
 
-    return PrivateContext(rows.shape[0], rows.shape[0], (b"embeddings", _bytes(kept.to(torch.float32))), load)
+    return PrivateContext(rows.shape[0], rows.shape[0], (b"embeddings", plain_bytes(kept)), load)
 
 
 def name_phrases(context: Any, text: TextSide | None) -> PrivateContext:
@@ -122,7 +139,10 @@ def name_phrases(context: Any, text: TextSide | None) -> PrivateContext:
         raise ContextError(
             f'groups="phrases" takes a string or a list of strings, got {type(context).__name__}; nothing was spent.'
         )
-    return from_phrases(split_phrases(context) if isinstance(context, str) else context, _require(text))
+    side = _require(text)
+    if isinstance(context, str):
+        return from_phrases(split_phrases(context), side, context)
+    return from_phrases(context, side)
 
 
 def name_contexts(
@@ -155,7 +175,7 @@ def name_contexts(
     texts = as_texts(context, "context")
     side = _require(text)
     if phrases:
-        return [from_phrases(split_phrases(t), side) for t in texts]
+        return [from_phrases(split_phrases(t), side, t) for t in texts]
     return [from_ids(*side.tokenize(t), side) for t in texts]
 
 

@@ -1,7 +1,8 @@
 """Contexts of a host that grow: `protected.release(context, horizon=64)` opens one, `release.append(more)` goes on.
 
-*What is charged.* The opening, once, for the whole horizon, to the name of the first content. Content that is appended has a name of its
-own: one that the ledger knows from elsewhere is refused where this release would exceed its budget, and none is taken twice.
+*What is charged.* A unit enters once, and all that is published up to the horizon costs it the opening's events. So these are charged to
+every content that enters, under its own name and before it is encoded: to the first at the opening, to others when they are appended.
+Content that has spent its budget elsewhere is refused, and so is what is in already (a whole append, or one of its documents).
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from .fingerprint import Fingerprint
 from .making import ContextRecipe, LayerRecipe, Recipe
 from .release import ReleasedContext
 from .reporting import Spent
-from .rows import project_rows
 
 if TYPE_CHECKING:
     from .handle import ProtectedPipeline
@@ -35,7 +35,8 @@ class GrowingContext:
         self, release: GrowingRelease, recipe: Recipe, latest: ReleasedContext, spent: Spent
     ) -> None:
         self.release, self.recipe, self.latest, self.spent = release, recipe, latest, spent
-        self.names = {spent.digest}
+        self.names: set[str] = set()  # of all that is in
+        self.charged: set[str] = set()  # an append that failed and is made again is not charged again
 
     def __repr__(self) -> str:
         return f"GrowingContext({self.release!r})"
@@ -73,12 +74,15 @@ def open_growing(
     if not isinstance(recipe, (LayerRecipe, ContextRecipe)):
         raise ConfigError("This kind of host has no growing contexts.")
     prepared = grow(recipe.prepared, horizon, units=getattr(handle.calibration, "units", None))
-    name = handle.ledger.digest(context.name)
-    handle.ledger.charge(name, prepared.events, handle.budget, note={"horizon": horizon})
+    handle.charge(context, prepared.events, horizon=horizon)
     private, public = context.load()
     release = prepared.open(handle.entropy)
     latest = _append(release, recipe, private, own, public.detach().clone(), context.rows, current)
-    return GrowingContext(release, recipe, latest, Spent(name, release.guarantee()))
+    spent = Spent(handle.ledger.digest(context.name), release.guarantee())
+    growing = GrowingContext(release, recipe, latest, spent)
+    growing.names |= set(_names(handle, context))
+    growing.charged |= growing.names
+    return growing
 
 
 @torch.inference_mode(False)
@@ -86,11 +90,11 @@ def open_growing(
 def append_to(
     handle: ProtectedPipeline, growing: GrowingContext, context: PrivateContext, groups: torch.Tensor | None
 ) -> ReleasedContext:
-    """Encodes and adds a further content; nothing is charged.
+    """Charges a further content, encodes and adds it.
 
     Raises:
         ContextError, ConfigError: not valid, a group that an earlier append held, or content that is in already; nothing was released.
-        BudgetExceededError: the horizon is reached, or this content has spent its budget elsewhere.
+        BudgetExceededError: the horizon is reached, or this content has spent its budget elsewhere; nothing was spent.
         ReleaseError: the weights are no longer those that the release was opened with.
     """
     growing.release.check()
@@ -99,19 +103,26 @@ def append_to(
     own = context.groups(groups, handle.config.unit)
     if own is not None and groups is None:
         own = own + growing.release.next_group  # phrases: each append's are units of their own
-    name = handle.ledger.digest(context.name)
-    if name in growing.names:
+    names = _names(handle, context)
+    if growing.names & set(names):
         raise ContextError(
             "This content is in the growing context already: a unit enters once. Nothing was released."
         )
-    handle.ledger.check(name, growing.release.prepared.events, handle.budget)
+    growing.release.check_groups(own)
+    if not set(names) <= growing.charged:
+        handle.charge(context, growing.release.prepared.events, horizon=growing.release.prepared.horizon)
+        growing.charged |= set(names)
     private, _ = context.load()
     before = growing.latest
     growing.latest = _append(
         growing.release, growing.recipe, private, own, before.public_rows, before.rows, current
     )
-    growing.names.add(name)
+    growing.names |= set(names)
     return growing.latest
+
+
+def _names(handle: ProtectedPipeline, context: PrivateContext) -> list[str]:
+    return [handle.ledger.digest(name) for name in context.names]
 
 
 def _append(
@@ -125,8 +136,7 @@ def _append(
 ) -> ReleasedContext:
     private: Private
     if isinstance(recipe, LayerRecipe):
-        pairs = [project_rows(attn, rows.to(recipe.dtype)) for attn in recipe.layers]
-        private = LayerRows([k for k, _ in pairs], [v for _, v in pairs])
+        private = LayerRows(*recipe.project(rows))
     else:
         private = rows.to(torch.float32)
     state = release.append(private, groups=groups)

@@ -33,6 +33,7 @@ from .tables import Tables
 from .text import TextSide
 
 if TYPE_CHECKING:
+    from ..privacy.accountant import Event
     from ..privacy.bits import Entropy
     from .making import AnyCalibration
 
@@ -67,7 +68,7 @@ class ProtectedPipeline:
         self.config = config
         self.calibration = calibration
         self.ledger = Ledger() if ledger is None else ledger
-        self.budget = budget or Budget(config.epsilon, config.delta, config.unit, config.neighboring)
+        self.budget = _scoped(budget, config)
         self.layers = self._find_layers()
         self.access = Access()
         self.entropy = entropy
@@ -76,7 +77,7 @@ class ProtectedPipeline:
         self._originals: dict[str, Any] = {}
         self._processors: dict[str, DPAttnProcessor] = {}
         self._bindings = Bindings()
-        self._cache: OrderedDict[tuple[str, bytes], ReleasedContext] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, str], ReleasedContext] = OrderedDict()
         self._spent: list[Spent] = []
         self._tags: tuple[Tag, ...] = ()
         self._device = torch.device("cpu")
@@ -270,7 +271,10 @@ class ProtectedPipeline:
             self._seen = (weakref.ref(states), *self._state_of(states))
 
     def _state_of(self, states: torch.Tensor) -> tuple[int, object]:
-        return states._version, stamp(p for a in self.layers.values() for p in (a.to_k, a.to_v))
+        # queries and outputs as well: rows may be folded into them
+        return states._version, stamp(
+            p for a in self.layers.values() for p in (a.to_k, a.to_v, a.to_q, a.to_out[0])
+        )
 
     def _set_layout(self, layout: Layout | None) -> None:
         self._seen = None
@@ -361,21 +365,19 @@ class ProtectedPipeline:
         current = self._current_fingerprint()
         recipe = self._maker.prepare(current)
         keys = []
-        todo: dict[tuple[str, bytes], tuple[PrivateContext, torch.Tensor | None]] = {}
+        todo: dict[tuple[str, str], tuple[PrivateContext, torch.Tensor | None]] = {}
         for context in contexts:
             own = context.groups(groups, self.config.unit)
-            key = (self.ledger.digest(context.name), context.variant_of(own))
+            key = (self.ledger.digest(context.name), self.ledger.digest([context.variant_of(own)]))
             keys.append(key)
             cached = self._cache.get(key)
             if fresh or cached is None or cached.misfit(current, projected=self.projects_rows) is not None:
                 todo[key] = (context, own)
-        if recipe.events:
-            for digest, _ in todo:
-                self.ledger.check(digest, recipe.events, self.budget)
+        for context, _ in todo.values():
+            self.may_charge(context, recipe.events)
         done = {key: self._cache[key] for key in keys if key not in todo}
         for key, (context, own) in todo.items():
-            if recipe.events:
-                self.ledger.charge(key[0], recipe.events, self.budget)
+            self.charge(context, recipe.events)
             released = self._run(recipe, context, own, current)
             self._spent.append(Spent(key[0], released.guarantee))
             self._cache[key] = done[key] = released
@@ -384,6 +386,17 @@ class ProtectedPipeline:
         while len(self._cache) > MAX_CACHED_RELEASES:
             self._cache.popitem(last=False)
         return [done[key] for key in keys]
+
+    def may_charge(self, context: PrivateContext, events: tuple[Event, ...]) -> None:
+        """Raises BudgetExceededError where the ledger would refuse; nothing is charged."""
+        for name in context.names if events else ():
+            self.ledger.check(self.ledger.digest(name), events, self.budget)
+
+    def charge(self, context: PrivateContext, events: tuple[Event, ...], **note: Any) -> None:
+        """Charges a release of the context to all its names, or to none."""
+        self.may_charge(context, events)
+        for name in context.names if events else ():
+            self.ledger.charge(self.ledger.digest(name), events, self.budget, note=note)
 
     def _run(
         self,
@@ -484,6 +497,25 @@ class ProtectedPipeline:
     def report(self) -> PrivacyReport:
         """What was promised, spent and left open. Holds no private content; str(), to_dict(), to_json()."""
         return build_report(self, self._spent, self._maker.warnings(self._current_fingerprint()))
+
+
+def _scoped(budget: Budget | None, config: DPXAttnConfig) -> Budget:
+    """The budget, in the config's unit and relation: what is released is private in these, and charged as such.
+
+    Raises:
+        ConfigError: the budget is for others.
+    """
+    own = Budget(config.epsilon, config.delta, config.unit, config.neighboring)
+    if budget is None:
+        return own
+    for name in ("unit", "neighboring"):
+        given, released = getattr(budget, name), getattr(own, name)
+        if given not in (None, released):
+            raise ConfigError(
+                f"The budget is for {name}={given.value!r}, the config releases with {name}={released.value!r}, and one says nothing about "
+                "the other. Make them agree, or leave it out of the budget."
+            )
+    return dataclasses.replace(budget, unit=own.unit, neighboring=own.neighboring)
 
 
 def _require_fit(reason: str | None) -> None:

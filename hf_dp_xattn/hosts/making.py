@@ -17,10 +17,11 @@ from ..mechanisms.release import prepare_release
 from ..mechanisms.structure import AttentionStructure
 from ..privacy.accountant import Event
 from ..privacy.bits import Entropy
+from ..privacy.units import NeighboringRelation
 from ..report import Guarantee
 from .fingerprint import Fingerprint
 from .identity import OTHER_PROJECTIONS, check_layers, check_text, fingerprint_of
-from .rows import layer_specs, project_rows
+from .rows import layer_specs, project_apart, project_rows
 from .text import TextSide
 
 if TYPE_CHECKING:
@@ -77,12 +78,20 @@ class LayerRecipe:
     def events(self) -> tuple[Event, ...]:
         return self.prepared.events
 
-    def run(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy | None) -> Made:
+    def project(self, rows: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Keys and values [H, n, d] of every layer, of rows [n, C].
+
+        A matrix product may round a row in another way where there are more or fewer rows beside it. Where neighbours differ in their
+        number of rows, nothing would bound that change of all other rows' contributions: there, each row is projected by itself.
+        """
         rows = rows.to(self.dtype)
-        pairs = [project_rows(attn, rows) for attn in self.layers]
-        result = self.prepared.run(
-            [k for k, _ in pairs], [v for _, v in pairs], groups=groups, entropy=entropy
-        )
+        apart = self.prepared.config.neighboring != NeighboringRelation.REPLACE_ONE.value
+        pairs = [(project_apart if apart else project_rows)(attn, rows) for attn in self.layers]
+        return [k for k, _ in pairs], [v for _, v in pairs]
+
+    def run(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy | None) -> Made:
+        keys, values = self.project(rows)
+        result = self.prepared.run(keys, values, groups=groups, entropy=entropy)
         return Made(result.guarantee, structures=result.structures)
 
 

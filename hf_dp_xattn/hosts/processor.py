@@ -13,6 +13,7 @@ from ..errors import DPXAttnError, ProtectionLostError
 from ..mechanisms.rows_structure import RowsStructure, stack_rows
 from ..mechanisms.structure import AttentionStructure
 from ..ops.merge import exact_partial, merge
+from .folding import FoldedRows, fold
 from .placeholder import is_marked, match_tags
 from .rows import project, split_heads
 
@@ -72,7 +73,8 @@ class DPAttnProcessor:
 
     def __init__(self) -> None:
         self.table: LayerTable | None = None
-        self.joint: RowsStructure | None = None  # what the elements of `layout.states` attend to, all of them
+        # what the elements of `layout.states` attend to, all of them
+        self.joint: RowsStructure | FoldedRows | None = None
         self._layout: Layout | None = None
 
     @property
@@ -120,13 +122,18 @@ class DPAttnProcessor:
             hidden_states = hidden_states.view(batch, channel, height * width).transpose(1, 2)
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        query = split_heads(attn.to_q(hidden_states), attn.heads)
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-
-        hidden_states = self._attend(attn, self.table, query, encoder_hidden_states, attention_mask)
-        hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
-        hidden_states = attn.to_out[0](hidden_states)
+        joint = self._joint(attn, self.table, hidden_states, encoder_hidden_states, attention_mask)
+        if isinstance(joint, FoldedRows):
+            hidden_states = joint.attend(hidden_states)
+        else:
+            query = split_heads(attn.to_q(hidden_states), attn.heads)
+            if attn.norm_q is not None:
+                query = attn.norm_q(query)
+            if joint is not None:
+                hidden_states = joint.attend(query)
+            else:
+                hidden_states = self._attend(attn, self.table, query, encoder_hidden_states, attention_mask)
+            hidden_states = attn.to_out[0](hidden_states.transpose(1, 2).flatten(2).to(query.dtype))
         hidden_states = attn.to_out[1](hidden_states)
         if input_ndim == 4:
             hidden_states = hidden_states.transpose(-1, -2).reshape(batch, channel, height, width)
@@ -145,10 +152,6 @@ class DPAttnProcessor:
         """[B, H, m, d], private elements from the release and the others exactly."""
         layout = None if torch.compiler.is_compiling() or attention_mask is not None else self.layout
         if layout is not None and layout.states() is states and table.structure is not None:
-            if self.joint is None and not torch.is_grad_enabled():
-                self.joint = self._join(attn, table, layout, states)
-            if self.joint is not None and not torch.is_grad_enabled():
-                return self.joint.attend(query)
             out = torch.empty_like(query)
             out[layout.rows] = self._read(table, query[layout.rows], layout.index).to(query.dtype)
             if len(layout.public):
@@ -162,6 +165,26 @@ class DPAttnProcessor:
         allowed = marked.any() | table.allow_public.to(marked.device)
         public = torch.where(allowed, public, torch.full_like(public, torch.nan))
         return torch.where(marked[:, None, None, None], private.to(query.dtype), public)
+
+    def _joint(
+        self,
+        attn: Attention,
+        table: LayerTable,
+        hidden_states: torch.Tensor,
+        states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+    ) -> RowsStructure | FoldedRows | None:
+        """What all elements of the batch attend to, made at the first step and kept for the others; None where they are read apart."""
+        if torch.compiler.is_compiling() or attention_mask is not None or torch.is_grad_enabled():
+            return None
+        layout = self.layout
+        if layout is None or layout.states() is not states or table.structure is None:
+            return None
+        if self.joint is None:
+            rows = self._join(attn, table, layout, states)
+            if rows is not None:
+                self.joint = fold(attn, rows, hidden_states.shape[1]) or rows
+        return self.joint
 
     @staticmethod
     def _join(

@@ -49,6 +49,12 @@ def project_rows(attn: Attention, rows: torch.Tensor) -> tuple[torch.Tensor, tor
     return key[0], value[0]
 
 
+def project_apart(attn: Attention, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `project_rows`, one row at a time: the keys and values of a row are the same bits whichever rows stand beside it."""
+    keys, values = zip(*(project_rows(attn, row) for row in rows.split(1)), strict=True)
+    return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+
+
 @runtime_checkable
 class SelfDescribing(Protocol):
     """A layer that states its own shapes, because no matrix describes how its keys come about (rotary embeddings)."""

@@ -72,6 +72,9 @@ class PreparedRelease(Protocol):
     """Everything public is decided; `events` must be charged before `run` touches the context."""
 
     @property
+    def config(self) -> DPXAttnConfig: ...
+
+    @property
     def events(self) -> tuple[Event, ...]: ...
 
     @property

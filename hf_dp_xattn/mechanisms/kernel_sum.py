@@ -27,7 +27,7 @@ from ..errors import ConfigError
 from ..privacy.accountant import Event, GaussianEvent, gaussian_sigma_squared
 from ..privacy.bits import Entropy, SystemEntropy
 from ..privacy.noise import discrete_gaussian, sampling_distance
-from ..privacy.units import NeighboringRelation, sensitivity_factor
+from ..privacy.units import NeighboringRelation, public_counts, sensitivity_factor
 from ..report import Guarantee
 from .contract import NO_CALIBRATION, LayerRelease, LayerSpec, PublicCalibration
 from .contributions import (
@@ -105,7 +105,8 @@ class PreparedKernelSum:
             for t in totals
         ]
         sums = noised if self.sketch is None else self.sketch.reconstruct(noised[0], units, self.sigma)
-        public_rows = n if self.config.unit == "row" and self._counts_are_public else None
+        counted = self.config.neighboring == NeighboringRelation.REPLACE_ONE.value
+        public_rows = n if self.config.unit == "row" and counted else None
         structures = tuple(
             layer_structure(encoder, part, public_rows, self.config.normalizer_floor)
             for encoder, part in zip(self.encoders, sums, strict=True)
@@ -122,10 +123,6 @@ class PreparedKernelSum:
         """Standard deviation of the noise, in the units of the clipping bound."""
         return math.sqrt(self.sigma_squared) * 2.0**-self.exponent
 
-    @property
-    def _counts_are_public(self) -> bool:
-        return self.config.neighboring == NeighboringRelation.REPLACE_ONE.value
-
     def _noise(self, shape: torch.Size, entropy: Entropy, device: torch.device) -> torch.Tensor:
         return torch.from_numpy(discrete_gaussian(tuple(shape), self.sigma_squared, entropy=entropy)).to(
             device
@@ -139,9 +136,7 @@ class PreparedKernelSum:
             delta=self.config.delta,
             unit=self.config.unit,
             neighboring=self.config.neighboring,
-            # under add_or_remove_one the counts are private: they are not part of what leaves
-            rows=n if self._counts_are_public else None,
-            units=units if self._counts_are_public else None,
+            **public_counts(self.config.unit, self.config.neighboring, n, units),
             clip_norm=self.clip_norm,
             sensitivity=factor * self.clip_norm,
             sigma=self.sigma,

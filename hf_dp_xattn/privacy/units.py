@@ -24,6 +24,16 @@ class NeighboringRelation(StrEnum):
     ADD_OR_REMOVE_ONE = "add_or_remove_one"
 
 
+def public_counts(unit: str, neighboring: str, rows: int, units: int) -> dict[str, int | None]:
+    """Of `rows` and `units`, the numbers that all neighbours of a context share; None for the others: they may not leave.
+
+    Under add_or_remove_one that is neither. Under replace_one a unit that is the whole context may be replaced by a longer one.
+    """
+    if NeighboringRelation(neighboring) is not NeighboringRelation.REPLACE_ONE:
+        return {"rows": None, "units": None}
+    return {"rows": None if unit == Unit.CONTEXT.value else rows, "units": units}
+
+
 def sensitivity_factor(neighboring: NeighboringRelation | str) -> int:
     """Sensitivity of a sum of contributions of norm <= C, in multiples of C.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError, ContextError
-from ..context import PrivateContext, Rows, from_embeddings
+from ..context import PrivateContext, Rows, from_embeddings, plain_bytes
 from ..placeholder import read_tags
 from .outputs import last_hidden_state
 
@@ -18,15 +18,6 @@ STATES = "encoder_outputs"
 ENCODER_INPUTS = (*MAIN_INPUTS, MASK, STATES)
 Encode = Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor | None]]
 """Encoder inputs of batch 1 -> rows [n, C] and the mask [n] of those that are rows, or None where all are."""
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    plain = tensor.detach().to("cpu")
-    if plain.is_floating_point():
-        plain = plain.to(torch.float32)
-    elif plain.dtype == torch.bool:
-        plain = plain.to(torch.int64)
-    return plain.contiguous().numpy().tobytes()
 
 
 def gather(context: Any) -> dict[str, torch.Tensor]:
@@ -110,8 +101,8 @@ def _element(
     identity = (
         name.encode(),
         repr(tuple(main.shape)).encode(),
-        _bytes(main),
-        b"" if mask is None else _bytes(mask),
+        plain_bytes(main),
+        b"" if mask is None else plain_bytes(mask),
     )
 
     def load() -> Rows:
@@ -124,20 +115,26 @@ def _element(
 
 
 def join_documents(documents: Sequence[PrivateContext], unit: str) -> PrivateContext:
-    """ONE context of documents that are encoded apart from each other; with unit="group", each is a group.
+    """ONE context of documents that are encoded apart from each other; with unit="group", each is a group. Each is charged by its own name.
 
     Raises:
-        ContextError: the number of rows of a document is not known before it is encoded.
+        ContextError: a document is there twice, or its number of rows is not known before it is encoded.
     """
     counts = [d.private_rows for d in documents]
     if not all(counts):
         raise ContextError('groups="documents" takes token ids, embeddings, or hidden states.')
+    parts = tuple(d.name for d in documents)
+    if len(set(parts)) < len(parts):
+        raise ContextError("A document is there twice: it would be released twice. Nothing was spent.")
 
     def load() -> Rows:
         rows = torch.cat([d.load()[0] for d in documents])
         return rows, rows[:0]
 
     groups = torch.arange(len(documents)).repeat_interleave(torch.tensor(counts))
-    name = (b"documents", *(part for d in documents for part in (str(len(d.name)).encode(), *d.name)))
+    own = groups if unit == "group" else None
     total = sum(counts)
-    return PrivateContext(total, total, name, load, groups if unit == "group" else None)
+    if len(documents) == 1:
+        return PrivateContext(total, total, parts[0], load, own)
+    name = (b"documents", *(part for p in parts for part in (str(len(p)).encode(), *p)))
+    return PrivateContext(total, total, name, load, own, parts=parts)

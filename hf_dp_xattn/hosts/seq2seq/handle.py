@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -30,9 +30,6 @@ from .layers import rowwise_reason
 from .outputs import last_hidden_state
 from .probing import context_channels, find_layers
 from .reporting import seq2seq_report
-
-if TYPE_CHECKING:
-    pass
 
 # the marker's row and one of NaN: layers project a placeholder's rows at the first token, which must not take longer for a long context
 PLACEHOLDER_ROWS = 2

@@ -37,7 +37,8 @@ def seq2seq_report(
     """As `reporting.build_report`, with what is public and what is not covered here."""
     public = [
         "the model's weights and the shapes of its layers",
-        "the number of rows of a context, padding included",
+        "the number of rows of a context"
+        + (", padding included" if handle.config.unit == "context" else ", with padding and without"),
     ]
     if handle.config.unit == "group":
         public.append("which rows form a group, how many groups there are, and how many rows each has")

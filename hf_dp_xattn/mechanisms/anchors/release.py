@@ -30,7 +30,7 @@ from ...privacy.accountant import Event
 from ...privacy.bits import Entropy, SystemEntropy
 from ...privacy.noise import sampling_distance
 from ...privacy.response import RandomizedResponse
-from ...privacy.units import NeighboringRelation
+from ...privacy.units import NeighboringRelation, public_counts
 from ...report import Guarantee
 from ..contributions import check_groups
 from ..histogram import GeometricNoise, PreparedHistogram, prepare_geometric
@@ -309,7 +309,6 @@ class PreparedAnchors:
         return ContextRelease(context, self._guarantee(n, groups, entropy.private))
 
     def _guarantee(self, n: int, groups: torch.Tensor | None, private: bool) -> Guarantee:
-        public_counts = self.config.neighboring == NeighboringRelation.REPLACE_ONE.value
         units = n if self.config.unit == "row" else 1 if groups is None else len(torch.unique(groups))
         clip_norm, sensitivity, sigma = self.source.numbers
         return Guarantee(
@@ -318,8 +317,7 @@ class PreparedAnchors:
             delta=self.config.delta,
             unit=self.config.unit,
             neighboring=self.config.neighboring,
-            rows=n if public_counts else None,
-            units=units if public_counts else None,
+            **public_counts(self.config.unit, self.config.neighboring, n, units),
             clip_norm=clip_norm,
             sensitivity=sensitivity,
             sigma=sigma,

@@ -20,7 +20,7 @@ from ...config import DPXAttnConfig
 from ...privacy.accountant import Event
 from ...privacy.bits import Entropy, SystemEntropy
 from ...privacy.noise import sampling_distance
-from ...privacy.units import NeighboringRelation
+from ...privacy.units import public_counts
 from ...report import Guarantee
 from ..contract import NO_CALIBRATION, LayerRelease, LayerSpec, PublicCalibration
 from .attention import plan_attention, release_layers
@@ -65,13 +65,10 @@ class PreparedDPTree:
         entropy = SystemEntropy() if entropy is None else entropy
         layers = release_layers(self.plan, self.config, keys, values, groups=groups, entropy=entropy)
         n = keys[0].shape[-2]
-        units = {"row": n, "context": 1}.get(self.config.unit)
-        if groups is not None:
-            units = int(torch.unique(groups).numel())
+        units = n if self.config.unit == "row" else 1 if groups is None else int(torch.unique(groups).numel())
         return LayerRelease(tuple(map(structure_of, layers)), self._guarantee(n, units, entropy.private))
 
-    def _guarantee(self, n: int, units: int | None, private: bool) -> Guarantee:
-        counted = self.config.neighboring == NeighboringRelation.REPLACE_ONE.value
+    def _guarantee(self, n: int, units: int, private: bool) -> Guarantee:
         split = self.plan.split
         step = 2.0 ** -self.plan.encoders[0].exponent
         return Guarantee(
@@ -80,8 +77,7 @@ class PreparedDPTree:
             delta=self.config.delta,
             unit=self.config.unit,
             neighboring=self.config.neighboring,
-            rows=n if counted else None,
-            units=units if counted else None,
+            **public_counts(self.config.unit, self.config.neighboring, n, units),
             clip_norm=self.clip_norm,
             sensitivity=math.sqrt(split.event.shape[2]) * step,
             sigma=math.sqrt(2.0) * float(split.event.scale) * step,

@@ -15,6 +15,7 @@ alone, so T appends of distinct units cost what one does (parallel composition),
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
@@ -27,7 +28,7 @@ from ...privacy.accountant import Event, GaussianEvent
 from ...privacy.bits import Entropy, SystemEntropy
 from ...privacy.continual import ContinualPlan, RunningSum, choose_factors
 from ...privacy.noise import sampling_distance
-from ...privacy.units import NeighboringRelation
+from ...privacy.units import NeighboringRelation, public_counts
 from ...report import Guarantee
 from ..anchors.mixed import MixedSource
 from ..anchors.plan import AnchorPlan, Decoders
@@ -208,6 +209,7 @@ class GrowingRelease:
         self._run = prepared.way.run(entropy)
         self._groups: set[int] = set()
         self._closed = False
+        self._pid = os.getpid()
 
     def __repr__(self) -> str:
         return f"GrowingRelease(appends={self.appends} of {self.prepared.horizon}, mechanism={self.prepared.config.mechanism!r})"
@@ -251,12 +253,7 @@ class GrowingRelease:
         self.check()
         config, n = self.prepared.config, count_rows(private)
         check_groups(config.unit, n, groups)
-        new = set() if groups is None else set(torch.unique(groups).tolist())
-        if new & self._groups:
-            raise ContextError(
-                "A group may not span two appends: a unit enters once. Append whole groups, under numbers of their own; nothing was "
-                "released."
-            )
+        new = self.check_groups(groups)
         if self.rows + n > MAX_ROWS:
             raise ContextError(f"A growing context has at most {MAX_ROWS} rows; nothing was released.")
         try:
@@ -282,8 +279,22 @@ class GrowingRelease:
             return ContextRelease(content, self.guarantee())
         return LayerRelease(content, self.guarantee())
 
+    def check_groups(self, groups: torch.Tensor | None) -> set[int]:
+        """The groups' numbers. Raises ContextError where an earlier append held one of them."""
+        new = set() if groups is None else set(torch.unique(groups).tolist())
+        if new & self._groups:
+            raise ContextError(
+                "A group may not span two appends: a unit enters once. Append whole groups, under numbers of their own; nothing was "
+                "released."
+            )
+        return new
+
     def check(self) -> None:
-        """Raises BudgetExceededError where no further append is possible."""
+        """Raises BudgetExceededError where no further append is possible, DPXAttnError in another process than the opening's."""
+        if os.getpid() != self._pid:
+            raise DPXAttnError(
+                "A growing release does not go on in another process: what both of them append would be one charge for two releases."
+            )
         if self._closed:
             raise BudgetExceededError(CLOSED.format(why="it was closed"))
         if self.appends >= self.prepared.horizon:
@@ -306,8 +317,7 @@ class GrowingRelease:
             delta=config.delta,
             unit=config.unit,
             neighboring=config.neighboring,
-            rows=self.rows if counted else None,
-            units=self.units if counted else None,
+            **public_counts(config.unit, config.neighboring, self.rows, self.units),
             clip_norm=clip_norm,
             sensitivity=sensitivity,
             sigma=sigma,
