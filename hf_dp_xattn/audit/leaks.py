@@ -227,16 +227,18 @@ def one_release(subject: Subject, pair: Pair) -> Check:
         inputs = subject.inputs(release)
         subject.answer(inputs)
         subject.answer(inputs)
+        first = len(handle.ledger.entries())  # with documents as units, one for each of them as well
         again = subject.release(pair[0])
         reused = all(a is b for a, b in zip(release.contexts, again.contexts, strict=True))
-        once = len(handle.ledger.entries()) == 1
+        once = 0 < first == len(handle.ledger.entries())
         try:
             subject.release(pair[0], fresh=True)
-            second = "charged" if len(handle.ledger.entries()) == 2 else ""
+            second = "charged" if len(handle.ledger.entries()) == 2 * first else ""
         except BudgetExceededError:
             second = "refused"
+        before = len(handle.ledger.entries())
         subject.release(pair[1])
-        other = len(handle.ledger.entries()) == (3 if second == "charged" else 2)
+        other = len(handle.ledger.entries()) == before + first
     if reused and once and second and other:
         text = f"two answers and a repeated release cost one charge; a fresh release of the same canary is {second}, another canary charged"
         return Check(name, PASS, text)

@@ -15,8 +15,9 @@ import torch
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..hosts.protect import protect
-from ..privacy.ledger import Ledger
+from ..privacy.ledger import Budget, Ledger
 
+MANY = 1000  # releases that the ledger of an audit of groups has room for
 PARTS = 3  # units of a canary of groups; the last one is what canaries differ in
 Canary = tuple[Any, ...]
 Outputs = list[torch.Tensor]
@@ -38,7 +39,9 @@ class Subject:
     def protected(self, config: DPXAttnConfig | None = None) -> Iterator[Any]:
         """The handle, with a ledger in memory that nobody else has; unprotected at the end."""
         chosen = self.config if config is None else config
-        self.handle = protect(self.host, chosen, calibration=self.calibration, ledger=Ledger())
+        # canaries that are groups stand beside the same others, and a document that is released again is charged again
+        budget = Budget(MANY * chosen.epsilon, min(0.5, MANY * chosen.delta)) if self.by_groups else None
+        self.handle = protect(self.host, chosen, calibration=self.calibration, ledger=Ledger(), budget=budget)
         try:
             yield self.handle
         finally:

@@ -89,7 +89,7 @@ def from_ids(ids: torch.Tensor, mask: torch.Tensor | None, text: TextSide) -> Pr
 
 
 def from_phrases(phrases: Sequence[object], text: TextSide, whole: str | None = None) -> PrivateContext:
-    """A context of phrases that are encoded one by one. It is named as the whole text is: by `whole`, or by the phrases with commas between.
+    """A context of phrases that are encoded one by one, named as the whole text is: `whole`, or the phrases with commas between.
 
     Raises:
         ContextError: see `check_phrases`.

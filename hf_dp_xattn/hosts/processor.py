@@ -122,18 +122,7 @@ class DPAttnProcessor:
             hidden_states = hidden_states.view(batch, channel, height * width).transpose(1, 2)
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        joint = self._joint(attn, self.table, hidden_states, encoder_hidden_states, attention_mask)
-        if isinstance(joint, FoldedRows):
-            hidden_states = joint.attend(hidden_states)
-        else:
-            query = split_heads(attn.to_q(hidden_states), attn.heads)
-            if attn.norm_q is not None:
-                query = attn.norm_q(query)
-            if joint is not None:
-                hidden_states = joint.attend(query)
-            else:
-                hidden_states = self._attend(attn, self.table, query, encoder_hidden_states, attention_mask)
-            hidden_states = attn.to_out[0](hidden_states.transpose(1, 2).flatten(2).to(query.dtype))
+        hidden_states = self._attend(attn, self.table, hidden_states, encoder_hidden_states, attention_mask)
         hidden_states = attn.to_out[1](hidden_states)
         if input_ndim == 4:
             hidden_states = hidden_states.transpose(-1, -2).reshape(batch, channel, height, width)
@@ -142,6 +131,29 @@ class DPAttnProcessor:
         return hidden_states / attn.rescale_output_factor
 
     def _attend(
+        self,
+        attn: Attention,
+        table: LayerTable,
+        hidden_states: torch.Tensor,
+        states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """[B, m, C] -> [B, m, C'], from queries to the output projection."""
+        joint = self._joint(attn, table, hidden_states, states, attention_mask)
+        if isinstance(joint, FoldedRows):
+            return joint.attend(hidden_states)
+        query = split_heads(attn.to_q(hidden_states), attn.heads)
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        read = (
+            self._attend_apart(attn, table, query, states, attention_mask)
+            if joint is None
+            else joint.attend(query)
+        )
+        out: torch.Tensor = attn.to_out[0](read.transpose(1, 2).flatten(2).to(query.dtype))
+        return out
+
+    def _attend_apart(
         self,
         attn: Attention,
         table: LayerTable,

@@ -97,11 +97,11 @@ def an_open_gate(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
 def a_free_second_release(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
     charge, seen = Ledger.charge, set()
 
-    def once(self: Any, digest: str, *rest: Any) -> Any:
+    def once(self: Any, digest: str, *rest: Any, **options: Any) -> Any:
         if digest in seen:
             return None
         seen.add(digest)
-        return charge(self, digest, *rest)
+        return charge(self, digest, *rest, **options)
 
     monkeypatch.setattr(Ledger, "charge", once)
     monkeypatch.setattr(Ledger, "check", lambda *a: None)
@@ -115,7 +115,7 @@ def no_cache_of_releases(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> N
 
     monkeypatch.setattr(handle_module.ProtectedPipeline, "release_contexts", anew)
     monkeypatch.setattr(Ledger, "check", lambda *a: None)
-    monkeypatch.setattr(Ledger, "charge", lambda *a: None)
+    monkeypatch.setattr(Ledger, "charge", lambda *a, **options: None)
 
 
 def a_weight_that_stays_changed(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:

@@ -49,7 +49,9 @@ def embeddings(n: int, seed: int = 0) -> torch.Tensor:
 
 @BOTH
 @pytest.mark.parametrize("kind", ["text", "ids", "embeddings"])
-def test_appends_share_one_charge(pipe: Any, private: dpx.DPXAttnConfig, kind: str) -> None:
+def test_each_content_is_charged_once_for_the_whole_horizon(
+    pipe: Any, private: dpx.DPXAttnConfig, kind: str
+) -> None:
     ledger = dpx.Ledger()
     handle = protect(pipe, private, ledger=ledger)
     contents: list[Any] = [FIRST, MORE, SECRET]
@@ -65,7 +67,11 @@ def test_appends_share_one_charge(pipe: Any, private: dpx.DPXAttnConfig, kind: s
     for more in contents[1:]:
         assert release.append(more) is release
         pictures.append(picture(pipe, **release.inputs()))
-    assert len(ledger.entries()) == 1 and ledger.entries()[0].note == {"horizon": 3}
+    assert [c.note for c in ledger.entries()] == 3 * [{"horizon": 3}]
+    assert len({c.digest for c in ledger.entries()}) == 3  # each content, once
+    for content in contents:
+        with pytest.raises(BudgetExceededError):
+            handle.release(content, fresh=True)
     assert all(bool(torch.isfinite(p).all()) for p in pictures)
     assert all(float((a - b).abs().max()) > 1e-4 for a, b in itertools.pairwise(pictures))
     rows = {"text": 3 * 15, "ids": 3 * 15, "embeddings": 23}[kind]

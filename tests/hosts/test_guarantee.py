@@ -157,6 +157,52 @@ def test_a_projection_that_mixes_rows_is_caught(private: Any, monkeypatch: pytes
         check_sensitivity(tiny_unet(), private, monkeypatch)
 
 
+def check_removal(private: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removing a row takes its own contribution away and changes no other one, though all rows are huge where no projection looks: there,
+    what their keys and values are is what rounding makes of them."""
+    unet = tiny_unet(cross_attention_dim=256)
+    weights = [
+        w
+        for n, m in unet.named_modules()
+        if n.endswith(".attn2")
+        for w in (m.to_k.weight.detach(), m.to_v.weight.detach())
+    ]
+    unseen = torch.linalg.svd(torch.cat(weights).double()).Vh[-1].float()
+    gen = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, 256, generator=gen) + 1e8 * torch.randn(4, 1, generator=gen) * unseen
+    config = private.replace(neighboring="add_or_remove_one")
+    whole, less, alone = (
+        sums_without_noise(unet, config, r, monkeypatch) for r in (rows, rows[1:], rows[:1])
+    )
+    assert float(alone.norm()) > 0.1
+    assert float((whole - less - alone).abs().max()) < 1e-12  # integers, in units of a bound of 2^34: equal
+
+
+def test_a_row_that_is_removed_takes_its_own_contribution_along(
+    private: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_removal(private, monkeypatch)
+
+
+def test_rounding_that_depends_on_the_number_of_rows_is_caught(
+    private: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: all rows in one product, whose order of summation depends on how many they are, as a BLAS may choose."""
+    from hf_dp_xattn.hosts import making
+
+    def together(attn: Any, rows: torch.Tensor) -> Any:
+        cut = 16 * len(rows)
+        found = [
+            rows[:, :cut] @ m.weight[:, :cut].mT + rows[:, cut:] @ m.weight[:, cut:].mT
+            for m in (attn.to_k, attn.to_v)
+        ]
+        return tuple(t.unflatten(-1, (attn.heads, -1)).transpose(0, 1) for t in found)
+
+    monkeypatch.setattr(making, "project_apart", together)
+    with pytest.raises(AssertionError):
+        check_removal(private, monkeypatch)
+
+
 def check_numbers(handle: Any, config: Any) -> None:
     """Invariant 6: config, guarantee, ledger and report state the same numbers, and the ledger not less."""
     (entry,) = handle.report().to_dict()["releases"]

@@ -125,7 +125,9 @@ def join_documents(documents: Sequence[PrivateContext], unit: str) -> PrivateCon
         raise ContextError('groups="documents" takes token ids, embeddings, or hidden states.')
     parts = tuple(d.name for d in documents)
     if len(set(parts)) < len(parts):
-        raise ContextError("A document is there twice: it would be released twice. Nothing was spent.")
+        raise ContextError(
+            "A document is there twice: it would be released twice, for one charge. Leave the copy out; nothing was spent."
+        )
 
     def load() -> Rows:
         rows = torch.cat([d.load()[0] for d in documents])

@@ -47,7 +47,8 @@ def test_what_is_charged_covers_the_config(release: str, unit: str) -> None:
     assert epsilon_of(prepared.events, 1e-5) <= 4.0 * (1 + 1e-9)
     result = prepared.run_rows(rows(), groups=groups_for(unit), entropy=SeededEntropy(0))
     g = result.guarantee
-    assert (g.mechanism, g.epsilon, g.unit, g.rows) == ("anchors", 4.0, unit, N)
+    assert (g.mechanism, g.epsilon, g.unit) == ("anchors", 4.0, unit)
+    assert g.rows == (None if unit == "context" else N)  # a whole context may be replaced by a longer one
     assert g.units == {"row": N, "group": 3, "context": 1}[unit]
     assert g.clipping and not g.is_private  # a seeded sampler promises nothing
     assert bool(torch.isfinite(result.context.rows).all())

@@ -1,0 +1,118 @@
+"""What the ledger takes for one context, however it was given; and what it takes for several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import hf_dp_xattn as dpx
+from hf_dp_xattn import BudgetExceededError, ConfigError, ContextError
+
+from .anchor_calibrations import protect
+from .seq2seq.tiny import tiny
+
+TEXT = "a red circle"
+GROUPED = dpx.DPXAttnConfig(unit="group", projection_dim=4, degree=1)
+A, B, C = (torch.tensor([5, 6, 7, k]) for k in (8, 9, 10))
+
+
+def documents(*parts: torch.Tensor) -> Any:
+    return torch.stack(parts)
+
+
+@pytest.fixture
+def corpus(private: dpx.DPXAttnConfig) -> Any:
+    with dpx.protect(tiny("bart"), private.replace(unit="group", neighboring="replace_one")) as handle:
+        yield handle
+
+
+def again(handle: Any, *given: Any, **options: Any) -> None:
+    """It is known: refused for want of budget, with nothing spent."""
+    before = handle.ledger.entries()
+    with pytest.raises(BudgetExceededError):
+        handle.release(*given, fresh=True, **options)
+    assert handle.ledger.entries() == before
+
+
+@pytest.mark.parametrize("phrases", [TEXT, [TEXT], "a red circle, a blue square"], ids=["one", "list", "two"])
+def test_a_prompt_has_one_name_whole_or_in_phrases(pipe: Any, phrases: Any) -> None:
+    whole = phrases[0] if isinstance(phrases, list) else phrases
+    handle = protect(pipe, GROUPED)
+    handle.release(whole, groups=torch.arange(16) // 4)
+    again(handle, phrases, groups="phrases")
+    assert len(handle.ledger.entries()) == 1
+
+
+def test_phrases_that_are_split_in_another_way_are_another_release_of_the_same_text(pipe: Any) -> None:
+    handle = protect(pipe, GROUPED, budget=dpx.Budget(100.0, 1e-3))
+    one = handle.release(["a red circle, a blue square", "zebra"], groups="phrases")
+    two = handle.release(["a red circle", "a blue square, zebra"], groups="phrases")
+    assert one.contexts[0] is not two.contexts[0]
+    assert len({c.digest for c in handle.ledger.entries()}) == 1 and len(handle.ledger.entries()) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16], ids=str)
+def test_the_type_of_token_ids_is_no_part_of_the_name(private: Any, dtype: torch.dtype) -> None:
+    with dpx.protect(tiny("bart"), private) as handle:
+        handle.release(A)
+        again(handle, A.to(dtype))
+        again(handle, A.to(dtype).unsqueeze(0), groups="documents")
+
+
+def test_each_document_of_a_corpus_is_charged(corpus: Any) -> None:
+    corpus.release(documents(A, B), groups="documents")
+    assert len({c.digest for c in corpus.ledger.entries()}) == 3  # the corpus and its documents
+    again(corpus, documents(A), groups="documents")
+    again(corpus, documents(C, B), groups="documents")
+    corpus.release(documents(C), groups="documents")
+    with pytest.raises(ContextError, match="twice"):
+        corpus.release(documents(C, C), groups="documents")
+
+
+def test_what_was_appended_has_spent_its_budget(corpus: Any) -> None:
+    release = corpus.release(documents(A), groups="documents", horizon=4)
+    release.append(documents(B), groups="documents")
+    again(corpus, documents(B), groups="documents")
+    for more in (documents(B), documents(A, C), documents(C, B)):
+        with pytest.raises(ContextError, match="in the growing context already"):
+            release.append(more, groups="documents")
+    corpus.release(documents(C), groups="documents")
+    before = corpus.ledger.entries()
+    with pytest.raises(BudgetExceededError):
+        release.append(documents(C), groups="documents")
+    assert corpus.ledger.entries() == before
+    assert release.guarantees[0].units == 2
+
+
+def test_an_append_that_failed_is_made_again_without_a_second_charge(
+    corpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = corpus.release(documents(A), groups="documents", horizon=4)
+    add = type(release._growing.release).append
+
+    def fails(*given: Any, **options: Any) -> Any:
+        raise ContextError("planted")
+
+    monkeypatch.setattr(type(release._growing.release), "append", fails)
+    with pytest.raises(ContextError, match="planted"):
+        release.append(documents(B), groups="documents")
+    monkeypatch.setattr(type(release._growing.release), "append", add)
+    charged = corpus.ledger.entries()
+    release.append(documents(B), groups="documents")
+    assert corpus.ledger.entries() == charged and release.guarantees[0].units == 2
+
+
+@pytest.mark.parametrize("other", [{"unit": "context"}, {"neighboring": "add_or_remove_one"}], ids=str)
+def test_a_budget_is_in_the_unit_and_relation_of_what_is_released(pipe: Any, other: dict[str, str]) -> None:
+    config = dpx.DPXAttnConfig(projection_dim=4, degree=1)
+    with pytest.raises(ConfigError, match="budget is for"):
+        protect(pipe, config, budget=dpx.Budget(8.0, 1e-5, **other))
+    with protect(pipe, config, budget=dpx.Budget(8.0, 1e-5)) as handle:
+        handle.release(TEXT)
+        (charge,) = handle.ledger.entries()
+        assert (charge.unit, charge.neighboring) == ("row", "replace_one")
+    later = protect(pipe, config.replace(**other), ledger=handle.ledger, budget=dpx.Budget(99.0, 1e-2))
+    with pytest.raises(ConfigError, match="another unit"):
+        later.release(TEXT)
