@@ -55,7 +55,7 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
-    pipe = StableDiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype).to(device)
+    pipe = StableDiffusionPipeline.from_pretrained(args.model, dtype=dtype).to(device)
     calibration = dpx.Calibration.from_pretrained(args.calibration)
     print(dpx.plan(calibration, epsilon=args.epsilon))  # what to expect; nothing is spent
 

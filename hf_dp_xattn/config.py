@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import os
 import sys
 from dataclasses import dataclass, field
@@ -50,8 +51,8 @@ class DPXAttnConfig:
     """What is released, and at which price.
 
     Raises:
-        ConfigError: a field is out of range, or a key or value is unknown. Unknown keys are refused,
-            never dropped: a dropped key may weaken a guarantee.
+        ConfigError: a field is out of range, or a value is unknown. Unknown keys of a file, a dict or `replace` are refused, never dropped:
+            a dropped key may weaken a guarantee. (An unknown argument of the class itself is Python's own TypeError.)
     """
 
     mechanism: str = field(
@@ -115,6 +116,10 @@ class DPXAttnConfig:
                 raise ConfigError(
                     f"Unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}."
                 )
+        for name in ("epsilon", "delta", "logit_bound", "value_bound", "normalizer_floor"):
+            value = getattr(self, name)
+            if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):
+                object.__setattr__(self, name, float(value))  # numpy's scalars, which JSON would not take
         _require_number("epsilon", self.epsilon, low=0.0, high=math.inf)
         _require_number("delta", self.delta, low=0.0, high=1.0)
         _require_integer("degree", self.degree, low=0, high=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 import platform
 import statistics
@@ -72,6 +73,8 @@ def plan(
     if epsilon is not None:
         if epsilons is not None:
             raise ConfigError("Give epsilon or epsilons, not both.")
+        if not isinstance(epsilon, numbers.Real):
+            raise ConfigError("epsilon is one number; for several pass epsilons=[...].")
         asked = [epsilon]
     name, chosen = _choose(calibration, unit, neighboring, n)
     units = chosen.units if n is None else n

@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ProtectionLostError
+from ..errors import DPXAttnError, ProtectionLostError
 
+NO_COPY = (
+    "A protected host cannot be pickled or deep-copied: the copy would lose its gates. Call dpx.unprotect first and protect the copy, "
+    "or save with save_pretrained (which holds no release)."
+)
 CLOSED = (
     "The text encoder belongs to a protected pipeline and may not run on its own: its output would enter the UNet as public "
     "rows. Protect every pipeline that shares it (dpx.protect(other_pipe, config)), or, if this text is public, "
@@ -38,14 +42,18 @@ class TextGate:
     """A forward pre-hook on a text encoder that raises `ProtectionLostError` unless `access` is open in this thread."""
 
     def __init__(self, encoder: nn.Module, access: Access, message: str = CLOSED) -> None:
-        # Never traced: under torch.compile it breaks the graph (or, with fullgraph, fails), so the gate stays closed.
-        @torch.compiler.disable
-        def gate(module: nn.Module, args: Any) -> None:
-            if not (access.encoding or access.public):
-                raise ProtectionLostError(message)
-
         self.encoder = encoder
-        self._hook = encoder.register_forward_pre_hook(gate)
+        self._access, self._message = access, message
+        self._hook = encoder.register_forward_pre_hook(self._gate)
+
+    # Never traced: under torch.compile it breaks the graph (or, with fullgraph, fails), so the gate stays closed.
+    @torch.compiler.disable
+    def _gate(self, module: nn.Module, args: Any) -> None:
+        if not (self._access.encoding or self._access.public):
+            raise ProtectionLostError(self._message)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise DPXAttnError(NO_COPY)
 
     def installed(self) -> bool:
         return self._hook.id in self.encoder._forward_pre_hooks

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 SUPPORTED = "Supported: " + ", ".join(PIPELINES) + " and their UNet2DConditionModel."
 
+LANGUAGE_MODELS = (
+    "Supported are models with a language head (...ForConditionalGeneration, ...ForCausalLM, EncoderDecoderModel, ...) of the "
+    "architectures in docs/hosts.md; a bare encoder, or a model without its head (LlamaModel, BertModel), is not."
+)
+
 # Methods through which a supported pipeline's prompt flows; a subclass that overrides one may send it elsewhere.
 PROMPT_METHODS = ("__call__", "encode_prompt", "_encode_prompt", "check_inputs")
 
@@ -56,7 +61,20 @@ def unwrap(model: Any) -> Any:
 
 
 def refuse_host(host: Any) -> UnsupportedModelError:
-    name = type(unwrap(host)).__name__
+    """What to say of a host that is not in the tables, and which kinds are."""
+    from transformers import PreTrainedModel
+
+    host = unwrap(host)
+    name = type(host).__name__
+    if type(host).__module__.split(".")[0] == "peft":
+        return UnsupportedModelError(
+            f"{name} is a wrapper around a model: protect the model inside it, dpx.protect(model.get_base_model(), ...), which keeps its "
+            "adapters. Nothing was patched."
+        )
+    if isinstance(host, PreTrainedModel):
+        return UnsupportedModelError(
+            f"{name} cannot be protected: it is not in the table of hosts. {LANGUAGE_MODELS} Nothing was patched."
+        )
     reason = next(
         (text for key, text in REASONS.items() if key.lower() in name.lower()),
         "it is not in the table of hosts",

@@ -68,7 +68,8 @@ class ProtectedPipeline:
         self.config = config
         self.calibration = calibration
         self.ledger = Ledger() if ledger is None else ledger
-        self.budget = _scoped(budget, config)
+        own = Budget(config.epsilon, config.delta) if budget is None else budget
+        self.budget = own.scoped(config.unit, config.neighboring)
         self.layers = self._find_layers()
         self.access = Access()
         self.entropy = entropy
@@ -458,7 +459,7 @@ class ProtectedPipeline:
         if len(rows) != 1:
             raise ReleaseError("Contexts of different lengths cannot be batched; release them one by one.")
         tags: list[Tag] = []
-        for context, text in zip(release.contexts, release.public_texts(prompt), strict=True):
+        for context, text in release.beside(prompt):
             if text is None:
                 tags += self.bind_contexts([context])
                 continue
@@ -497,25 +498,6 @@ class ProtectedPipeline:
     def report(self) -> PrivacyReport:
         """What was promised, spent and left open. Holds no private content; str(), to_dict(), to_json()."""
         return build_report(self, self._spent, self._maker.warnings(self._current_fingerprint()))
-
-
-def _scoped(budget: Budget | None, config: DPXAttnConfig) -> Budget:
-    """The budget, in the config's unit and relation: what is released is private in these, and charged as such.
-
-    Raises:
-        ConfigError: the budget is for others.
-    """
-    own = Budget(config.epsilon, config.delta, config.unit, config.neighboring)
-    if budget is None:
-        return own
-    for name in ("unit", "neighboring"):
-        given, released = getattr(budget, name), getattr(own, name)
-        if given not in (None, released):
-            raise ConfigError(
-                f"The budget is for {name}={given.value!r}, the config releases with {name}={released.value!r}, and one says nothing about "
-                "the other. Make them agree, or leave it out of the budget."
-            )
-    return dataclasses.replace(budget, unit=own.unit, neighboring=own.neighboring)
 
 
 def _require_fit(reason: str | None) -> None:

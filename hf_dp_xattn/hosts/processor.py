@@ -13,17 +13,13 @@ from ..errors import DPXAttnError, ProtectionLostError
 from ..mechanisms.rows_structure import RowsStructure, stack_rows
 from ..mechanisms.structure import AttentionStructure
 from ..ops.merge import exact_partial, merge
+from .access import NO_COPY
 from .folding import FoldedRows, fold
 from .placeholder import is_marked, match_tags
 from .rows import project, split_heads
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
-
-NO_COPY = (
-    "A protected host cannot be pickled or deep-copied: the copy would lose its gates. Call dpx.unprotect first and protect the copy, "
-    "or save with save_pretrained (which holds no release)."
-)
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..calibration.anchors.calibration import AnchorCalibration
+from ..calibration.calibration import Calibration
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
-from ..privacy.ledger import Budget
+from ..privacy.ledger import Budget, Ledger
 from .architectures import check_pipeline_class, refuse_host, unwrap
 from .handle import HANDLE_ATTRIBUTE, ProtectedPipeline
 
 if TYPE_CHECKING:
     from ..privacy.bits import Entropy
-    from ..privacy.ledger import Ledger
     from .making import AnyCalibration
 
 
@@ -104,6 +105,7 @@ def _protect(
 ) -> ProtectedPipeline:
     if not isinstance(config, DPXAttnConfig):
         raise ConfigError(f"config must be a DPXAttnConfig, got {type(config).__name__}.")
+    _check_types(calibration, ledger, budget)
     unet, pipe, kind = _dispatch(host)
     handle = handle_of(unet)
     if handle is not None:
@@ -135,10 +137,28 @@ def _protect(
     return handle
 
 
+def _check_types(calibration: Any, ledger: Any, budget: Any) -> None:
+    """A path or a number in the place of an object would be noticed at the first release only, or be taken for something else."""
+    for name, given, kinds, way in (
+        (
+            "calibration",
+            calibration,
+            (Calibration, AnchorCalibration),
+            "dpx.Calibration.from_pretrained(path)",
+        ),
+        ("ledger", ledger, (Ledger,), "dpx.Ledger(path)"),
+        ("budget", budget, (Budget,), "dpx.Budget(epsilon, delta)"),
+    ):
+        if given is not None and not isinstance(given, kinds):
+            raise ConfigError(f"`{name}` is a {type(given).__name__}: pass {way}. Nothing was patched.")
+
+
 def _check_same(handle: ProtectedPipeline, config: DPXAttnConfig, *others: Any) -> None:
     own = (handle.calibration, handle.ledger, handle.budget, handle.entropy)
     same = all(
-        o is None or o is mine or (isinstance(o, Budget) and o == mine)
+        o is None
+        or o is mine
+        or (isinstance(o, Budget) and o.scoped(handle.config.unit, handle.config.neighboring) == mine)
         for o, mine in zip(others, own, strict=True)
     )
     if config != handle.config or not same:

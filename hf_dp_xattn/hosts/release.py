@@ -145,7 +145,8 @@ class Release:
         """Keyword arguments for the host: placeholders [len(self), rows, C] without private content.
 
         Args:
-            prompt: public text (or one per context) whose exact rows join the private structure under one softmax.
+            prompt: public text (one for all contexts, one for each, or several for ONE) whose exact rows join the private structure under
+                one softmax.
             public: transformers only: input_ids (and attention_mask) of public documents that join it likewise, or, for a decoder-only
                 model, of the user's own text, which follows the private prefix; and what else `generate` takes, which is passed on.
 
@@ -262,15 +263,14 @@ class Release:
             PUSH_MESSAGE,
         )
 
-    def public_texts(self, prompt: str | Sequence[str] | None) -> list[str | None]:
-        """`prompt` as one entry per context."""
+    def beside(self, prompt: str | Sequence[str] | None) -> list[tuple[ReleasedContext, str | None]]:
+        """Each context with the public text that joins it: one text for all, one for each, or ONE context for several texts."""
         if prompt is None:
-            return [None] * len(self)
+            return [(context, None) for context in self.contexts]
         from .text import as_texts
 
         texts = as_texts(prompt, "prompt")
-        if len(texts) == 1:
-            texts = list(texts) * len(self)
-        if len(texts) != len(self):
+        count = max(len(texts), len(self))
+        if {len(texts), len(self)} - {1, count}:
             raise ConfigError(f"Got {len(texts)} public prompts for {len(self)} contexts.")
-        return list(texts)
+        return list(zip(self.contexts * (count // len(self)), [*texts] * (count // len(texts)), strict=True))

@@ -30,7 +30,7 @@ def from_pretrained(name_or_path: str | Path, *, ledger: Ledger | None = None, *
         ledger: what has been spent so far. Without one the restored host starts with an empty ledger in memory, and contexts that were
             released before can be released once more.
         options: revision, token, subfolder, local_files_only, cache_dir, force_download; what else the host's own `from_pretrained` takes
-            (torch_dtype, ...) is passed on.
+            (dtype, ...) is passed on.
 
     Returns:
         The diffusers pipeline, UNet or transformers model, protected.

@@ -10,6 +10,7 @@ ledger object lives it notices (its own charges are gone), a new process cannot.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import hmac
 import json
@@ -69,6 +70,17 @@ class Budget:
                 object.__setattr__(self, "neighboring", NeighboringRelation(self.neighboring))
         except ValueError as error:
             raise ConfigError(f"Unknown unit or neighbouring relation: {error}.") from None
+
+    def scoped(self, unit: str, neighboring: str) -> Budget:
+        """This budget for what is released in that unit and relation. Raises `ConfigError` where it is for others."""
+        own = dataclasses.replace(self, unit=unit, neighboring=neighboring)
+        for name, given in (("unit", self.unit), ("neighboring", self.neighboring)):
+            if given not in (None, getattr(own, name)):
+                raise ConfigError(
+                    f"The budget is for {name}={str(given)!r}, the config releases with {name}={str(getattr(own, name))!r}, and one says "
+                    "nothing about the other. Make them agree, or leave it out of the budget."
+                )
+        return own
 
     def _scope(self) -> tuple[str | None, str | None]:
         return (
@@ -287,7 +299,10 @@ class Ledger:
                 raise LedgerError("The ledger file has a second hard link, which hides charges; remove it.")
             charges = _open_seal(self._path.read_bytes(), self._key, self._path.name)
         except FileNotFoundError:
-            raise LedgerError("The ledger file is gone, though in use. Restore it from a backup.") from None
+            raise LedgerError(
+                f"The ledger {self._path.name} is gone, though its key {self._path.name}.key says that it was in use. Restore it from a "
+                "backup. (Only where no release of it is in anybody's hands: remove the key as well, and begin a new ledger.)"
+            ) from None
         except OSError as error:
             raise LedgerError(f"The ledger cannot be read ({type(error).__name__}).") from error
         ids = tuple(c.id for c in charges)

@@ -180,7 +180,8 @@ def dp_xattn(
     batch, query_heads, m, width = query.shape
     if len(call.index) != batch or key.shape[0] != batch:
         raise ProtectionLostError(
-            f"A layer was called with a batch of {batch}, the placeholder has one of {len(call.index)}."
+            f"A layer was called with a batch of {batch}, the placeholder has one of {len(call.index)}: pass release.inputs() the "
+            "decoder_input_ids, or release as many contexts."
         )
     kept = query[..., : width - state.padding]
     out = read(table, group_queries(kept, key.shape[1]), call.index, scale_of(given), softcap)

@@ -210,16 +210,19 @@ class ProtectedSeq2Seq(RoutedHandle):
         self, release: Release, prompt: str | Sequence[str] | None = None, **public: Any
     ) -> dict[str, Any]:
         """See `Release.inputs`. input_ids, attention_mask: PUBLIC documents, encoded by themselves, whose exact rows join the release under
-        one softmax: one for all contexts or one for each. Anything else (decoder_input_ids, ...) is passed on.
+        one softmax: one for all contexts or one for each. Anything else is passed on. ONE context serves a batch of decoder_input_ids.
         """
         self.check_thoroughly()
         if prompt is not None:
             raise ConfigError("A model has no tokenizer: pass public text as input_ids (and attention_mask).")
         ids, mask = public.pop("input_ids", None), public.pop(MASK, None)
-        count = len(release.contexts)
+        asked = public.get("decoder_input_ids")
+        batch = len(asked) if isinstance(asked, torch.Tensor) and asked.ndim == 2 else 1
+        contexts = release.contexts * (batch if len(release.contexts) == 1 else 1)
+        count = len(contexts)
         rows = [None] * count if ids is None else self._public_rows(ids, mask, count)
         tags: list[Tag] = []
-        for context, exact in zip(release.contexts, rows, strict=True):
+        for context, exact in zip(contexts, rows, strict=True):
             tag = context.tag if exact is None else new_tag()
             tags.append(self._bindings.add(bind(context, exact, tag)))
         self._calls.seen = None
