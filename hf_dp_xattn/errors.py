@@ -12,9 +12,9 @@ class ConfigError(DPXAttnError, ValueError):
 
 
 class ContextError(DPXAttnError, ValueError):
-    """The private context itself cannot be released (NaN, wrong rank, no rows). Nothing was spent.
+    """The private context itself cannot be released (NaN, wrong rank, no rows). Nothing was released.
 
-    The message names shapes and dtypes only, never values.
+    The message names shapes and dtypes only, never values. Nothing was spent, unless an encoder made the NaN: it runs after the charge.
     """
 
 

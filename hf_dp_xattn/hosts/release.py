@@ -176,10 +176,11 @@ class Release:
         *,
         groups: torch.Tensor | Literal["phrases"] | None = None,
     ) -> Release:
-        """Adds a further document to a release that was opened with a horizon; later `inputs` read both. Nothing is charged.
+        """Adds a further document to a release that was opened with a horizon; later `inputs` read both.
 
-        What leaves is covered by the guarantee of the opening: each row (or group) enters once, the noise is shared by all appends. It is
-        public when an append comes, and (under replace_one) how many rows it has.
+        What leaves is covered by the guarantee of the opening: each row (or group) enters once, the noise is shared by all appends. So the
+        document is charged, under its own name, what the opening cost; what is in already pays nothing more. It is public when an append
+        comes, and (under replace_one) how many rows it has.
 
         Args:
             context, groups: as in `protected.release`; ONE context. Groups have numbers that no earlier append used.
@@ -188,7 +189,8 @@ class Release:
             This release.
 
         Raises:
-            BudgetExceededError: all appends are made. ContextError, ConfigError: not valid, or in already; nothing was released.
+            BudgetExceededError: all appends are made, or this document has spent its budget elsewhere. ContextError, ConfigError: not valid,
+                or in already; nothing was released.
             ReleaseError: not opened with a horizon, loaded from disk, or its host is no longer protected or has other weights.
         """
         if self._growing is None:

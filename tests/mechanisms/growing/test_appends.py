@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import pickle
 
 import pytest
@@ -127,3 +128,12 @@ def test_it_is_neither_pickled_nor_shown() -> None:
     g = growing.guarantee()
     assert g.is_private and (g.rows, g.units) == (2, 2)
     assert "at most 8 appends" in g.clipping and "once" in g.clipping and "public" in g.clipping
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_does_not_go_on_in_another_process(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both would append at the price of one; the ledger knows of one stream."""
+    growing = prepare(way).open()
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(DPXAttnError, match="another process"):
+        growing.check()
