@@ -68,7 +68,7 @@ class Guarantee:
         )
         return (
             f"({self.epsilon:g}, {self.delta:g})-differentially private when {unit} of the private context is {change}; "
-            "every query, layer, step and image reads only this release."
+            "every query, layer, step and output reads only this release."
         )
 
 
@@ -98,7 +98,7 @@ class PrivacyReport:
         return json.dumps(self.to_dict(), **{"indent": 2, "sort_keys": True, **kwargs})
 
     def __str__(self) -> str:
-        lines = [f"Privacy report: {self.host}, {self.layers} cross-attention layers, {self.heads} heads"]
+        lines = [f"Privacy report: {self.host}, {self.layers} layers that read the context, {self.heads} heads"]
         lines += [f"  {w}" for w in self.warnings]
         if not self.releases:
             lines.append("  nothing has been released yet")

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 PROBE_TEXT = "a photograph of a red apple on a wooden table, and a window behind it"  # never change it: it is in saved calibrations
 TEXT_TOLERANCE = 0.05  # rounding to half precision stays far below, another encoder far above
 OTHER_PROJECTIONS = (
-    "the calibration's decoder was fitted to other projections (an adapter was loaded, removed or fused since, or the weights were tuned); "
-    "quality, not privacy, is affected: calibrate again with the weights as they are"
+    "the calibration's decoder was fitted to other projections (an adapter was loaded, removed or fused since, the weights were tuned, or "
+    "the model was cast to a dtype that rounds them further away than usual); quality, not privacy, is affected: calibrate again with the weights as they are"
 )
 
 

@@ -74,7 +74,7 @@ class Binding:
 
 
 class Release:
-    """One release per context; every query, layer, step and image that uses it is post-processing.
+    """One release per context; every query, layer, step and output that uses it is post-processing.
 
     *Formal guarantee.* `guarantees[i]` states what was released of context i; for `mechanism="none"` that is nothing private.
     Made by `protected.release(...)`, saved and loaded with `save_pretrained` / `from_pretrained`.
@@ -189,8 +189,8 @@ class Release:
             This release.
 
         Raises:
-            BudgetExceededError: all appends are made, or this document has spent its budget elsewhere. ContextError, ConfigError: not valid,
-                or in already; nothing was released.
+            BudgetExceededError: all appends are made, or this document has spent its budget elsewhere; nothing was spent.
+            ContextError, ConfigError: not valid, or in already; nothing was released.
             ReleaseError: not opened with a horizon, loaded from disk, or its host is no longer protected or has other weights.
         """
         if self._growing is None:

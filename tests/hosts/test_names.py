@@ -67,8 +67,12 @@ def test_each_document_of_a_corpus_is_charged(corpus: Any) -> None:
     again(corpus, documents(A), groups="documents")
     again(corpus, documents(C, B), groups="documents")
     corpus.release(documents(C), groups="documents")
-    with pytest.raises(ContextError, match="twice"):
-        corpus.release(documents(C, C), groups="documents")
+
+
+def test_equal_documents_of_one_corpus_are_units_of_their_own(corpus: Any) -> None:
+    release = corpus.release(documents(A, B, A), groups="documents")
+    assert release.guarantees[0].units == 3
+    assert len(corpus.ledger.entries()) == 3  # the corpus, A, B
 
 
 def test_what_was_appended_has_spent_its_budget(corpus: Any) -> None:

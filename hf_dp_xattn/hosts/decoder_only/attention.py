@@ -63,9 +63,18 @@ class Call:
 
 
 class Calls(threading.local):
-    """The forward that this thread is in; no other thread can see or replace it."""
+    """The forward that this thread is in; no other thread can see or replace it. generating: `generate` calls it."""
 
     current: Call | None = None
+    generating: bool = False
+
+    @contextmanager
+    def inside_generate(self) -> Iterator[None]:
+        before, self.generating = self.generating, True
+        try:
+            yield
+        finally:
+            self.generating = before
 
 
 @dataclass(frozen=True)

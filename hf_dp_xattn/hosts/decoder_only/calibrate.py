@@ -69,6 +69,11 @@ def calibrate_decoder(
 ) -> Calibration | AnchorCalibration:
     """See `hosts.calibrate.calibrate`. Queries are those of public questions, and of `query_steps` tokens sampled after each, behind
     `query_prompts` public prefixes."""
+    if any(p.device.type == "meta" for p in model.parameters()):
+        raise ConfigError(
+            "Some weights of this model are offloaded (on the meta device), and a calibration reads and differentiates them: calibrate the "
+            "model as it is loaded, then offload it."
+        )
     settings = options.anchor_settings()
     anchored = config.mechanism == "anchors"
     if anchored:

@@ -11,6 +11,8 @@ import torch
 
 from ...errors import ConfigError, ContextError
 
+SYSTEM_ROLES = ("system", "developer")
+BESIDE = ("tools", "documents")  # what templates write into their fixed words
 NO_SYSTEM = 'The first message must be the private one: {"role": "system", "content": "..."}, its content a text that is not empty.'
 
 
@@ -33,6 +35,7 @@ def split_chat(
     messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool = True,
+    public_system: bool = False,
     **options: Any,
 ) -> SplitChat:
     """Splits a conversation whose first message is a private system prompt, by the tokenizer's own chat template.
@@ -42,16 +45,18 @@ def split_chat(
 
     Args:
         tokenizer: with a chat template. messages: role and content, the system prompt first; its lines become segments.
-        options: for `tokenizer.apply_chat_template`.
+        public_system: declares PUBLIC what else may look private: system and developer messages after the first one, and `tools` and
+            `documents`. All of it stands in `head` or `input_ids`, exact to the model, and whoever sees the replies may learn it.
+        options: for `tokenizer.apply_chat_template`. Whatever the template makes of them is PUBLIC.
 
     Raises:
-        ConfigError: no system prompt, or a template that leaves it out or repeats it.
+        ConfigError: no system prompt, or a template that leaves it out or repeats it; further system messages, tools or documents that are
+            not declared public; an entry of the system message beside role and content.
         ContextError: a template whose fixed words depend on the system prompt. The message quotes nothing.
     """
-    first = messages[0] if messages else {}
-    content = first.get("content")
-    if first.get("role") != "system" or not isinstance(content, str) or not content.strip():
-        raise ConfigError(NO_SYSTEM)
+    first, content = _private_message(messages)
+    if not public_system:
+        _refuse_others(messages[1:], options)
     mark = f"dpx{secrets.token_hex(16)}"  # in no text, so that it is found in one place
 
     def fill(text: str) -> str:
@@ -81,3 +86,41 @@ def split_chat(
 
     segments = [s for s in map(ids, private.splitlines(keepends=True)) if len(s)]
     return SplitChat(ids(head), ids(private), tuple(segments), ids(rest).unsqueeze(0))
+
+
+def _private_message(messages: Any) -> tuple[Mapping[str, Any], str]:
+    """The system message and its text. Raises ConfigError where there is none, or more in it than its text."""
+    if (
+        isinstance(messages, (str, bytes))
+        or not isinstance(messages, Sequence)
+        or not all(isinstance(message, Mapping) for message in messages)
+    ):
+        raise ConfigError('A conversation is a list of messages {"role": ..., "content": ...}. ' + NO_SYSTEM)
+    first = messages[0] if messages else {}
+    content = first.get("content")
+    if first.get("role") != "system" or not isinstance(content, str) or not content.strip():
+        raise ConfigError(NO_SYSTEM)
+    others = sorted(str(k) for k, v in first.items() if k not in ("role", "content") and v is not None)
+    if others:
+        raise ConfigError(
+            f"The system message has entries beside role and content ({', '.join(others)}), which a template may write into its public "
+            "words. Put what is private into the content, and pass what is public as an option of the template."
+        )
+    return first, content
+
+
+def _refuse_others(later: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> None:
+    """Raises ConfigError for what may look private and would become public text."""
+    roles = [str(message.get("role")).strip().lower() for message in later]
+    found = [role for role in SYSTEM_ROLES if role in roles]
+    if found:
+        raise ConfigError(
+            f"Only the first message is private, and a later one has the role {found[0]!r}: it would be public text, exact to the model. "
+            "Join its text with the first message's, or declare it public with public_system=True."
+        )
+    given = [name for name in BESIDE if options.get(name)]
+    if given:
+        raise ConfigError(
+            f"{given[0]} would be written into the template's public words, exact to the model. Put them into the system prompt's text, or "
+            "declare them public with public_system=True."
+        )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ...errors import ConfigError, ProtectionLostError
 from .. import generating
@@ -28,6 +30,27 @@ REFUSED: dict[str, str] = {
     "penalty_alpha": "contrastive search splits caches in ways of its own",
 }
 HARMLESS: dict[str, tuple[Any, ...]] = {**generating.HARMLESS, "penalty_alpha": (0, 0.0)}
+REFUSED_IN_CALLS = ("position_ids", "token_type_ids")  # of a direct call; `generate` counts positions as the model does
+
+
+def infer_mask(model: Any, ids: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor:
+    """[B, m] for ids [B, m] that came without a mask, as the unprotected model's `generate` infers it: pads are left out where the model has
+    a pad token that ends no reply.
+
+    options: of `generate`, as far as they are known: pad_token_id, eos_token_id, generation_config count before the model's own.
+    """
+
+    def asked(name: str) -> list[int]:
+        configs = (options.get("generation_config"), getattr(model, "generation_config", None))
+        for value in (options.get(name), *(getattr(config, name, None) for config in configs)):
+            if value is not None:
+                return torch.as_tensor(value).flatten().tolist()
+        return []
+
+    pad = asked("pad_token_id")
+    if not pad or pad[0] in asked("eos_token_id"):
+        return torch.ones_like(ids)
+    return ids.ne(pad[0]).to(ids)
 
 
 class GenerateShadow:
@@ -81,7 +104,8 @@ class GenerateShadow:
         check_window(self._handle.limit, cache.offset + cache.own + self._planned(arguments, config, ids))
         cache = cache.fork()  # so that the same inputs can be used again
         cache.elastic = True
-        return original(**{**arguments, "past_key_values": cache})
+        with self._handle.calls.inside_generate():
+            return original(**{**arguments, "past_key_values": cache})
 
     @staticmethod
     def _planned(arguments: dict[str, Any], config: Any, ids: Any) -> int:

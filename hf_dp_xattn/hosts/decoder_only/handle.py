@@ -24,9 +24,9 @@ from .attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, check_win
 from .cache import PrefixCache
 from .contexts import check_groups, name_prefix, read_prefixes
 from .encoder import PrefixEncoder
-from .generation import NO_INPUTS, GenerateShadow
-from .layers import PrefixLayer, prefix_fingerprint
-from .probing import find_layers
+from .generation import NO_INPUTS, REFUSED, REFUSED_IN_CALLS, GenerateShadow, infer_mask
+from .layers import PrefixLayer, device_of, prefix_fingerprint
+from .probing import ON_META, find_layers
 from .reporting import prefix_report
 
 
@@ -49,7 +49,7 @@ class ProtectedDecoder(RoutedHandle):
         self._encoder = PrefixEncoder(model, self.decoder_layers)
         self._calls = Calls()
         self._generate = GenerateShadow(model, self)
-        self._served: tuple[tuple[Tag, ...], torch.device, dict[str, LayerTable]] | None = None
+        self._served: tuple[object, dict[str, LayerTable]] | None = None
 
     def _find_layers(self) -> dict[str, Any]:
         self.decoder_layers: dict[str, PrefixLayer] = find_layers(self.model)
@@ -72,6 +72,11 @@ class ProtectedDecoder(RoutedHandle):
         """How many positions the model's layers see at once; None: as many as there are."""
         return self._encoder.limit
 
+    @property
+    def calls(self) -> Calls:
+        """The forward that each thread is in."""
+        return self._calls
+
     # ---- gates -------------------------------------------------------------------------------------------------------------
 
     def check_thoroughly(self) -> None:
@@ -82,7 +87,7 @@ class ProtectedDecoder(RoutedHandle):
         """The model's gate. Raises before anything runs."""
         if torch.compiler.is_compiling():
             raise ProtectionLostError(
-                "A protected decoder-only model is not supported under torch.compile yet."
+                "The gate of a protected decoder-only model is never traced: torch.compile runs it with fullgraph=False only."
             )
         self._calls.current = None
         self.check()
@@ -99,6 +104,9 @@ class ProtectedDecoder(RoutedHandle):
             raise ConfigError(
                 "A protected model takes input_ids and the cache of release.inputs(), not inputs_embeds or use_cache=False."
             )
+        for name in () if self._calls.generating else REFUSED_IN_CALLS:
+            if given.get(name) is not None:
+                raise ConfigError(f"{name} is not supported on a protected model: {REFUSED[name]}.")
         batch, queries = ids.shape
         cache.fit(batch)
         own = cache.own + queries
@@ -118,10 +126,10 @@ class ProtectedDecoder(RoutedHandle):
         self._calls.current = Call(tables, cache.index.to(ids.device), cache.offset, own, visible)
 
     def _read(self, cache: PrefixCache, device: torch.device) -> dict[str, LayerTable]:
-        """The tables that `serve` made for this cache last, or new ones."""
-        served = self._served
-        if served is not None and served[:2] == (cache.tags, device):
-            return served[2]
+        """The tables that `serve` made for this cache last, or new ones: in a direct call, for the first tokens of a cache."""
+        served, begun = self._served, cache.own > 0 or self._calls.generating
+        if begun and served is not None and served[0] == (cache.tags, device, self.model.dtype):
+            return served[1]
         return self.serve(cache)
 
     @torch.inference_mode(False)  # what is kept must serve other modes too
@@ -134,16 +142,19 @@ class ProtectedDecoder(RoutedHandle):
         """
         bindings = self._bindings.find(cache.tags)
         current = self.verify([b.context for b in bindings])
-        device = torch.device(self.model.device)
+        device = device_of(self.model)
         allow = torch.tensor(False, device=device)
         tables = self._tables.build(bindings, allow, device, self.model.dtype, current)
-        self._served = (cache.tags, device, tables)
+        self._served = (cache.tags, device, self.model.dtype), tables
         return tables
 
     def _current_fingerprint(self) -> Fingerprint:
-        """Taken anew only where a weight or an adapter has changed since: it costs a short run of the model."""
+        """Taken anew only where a weight or an adapter has changed since (or is offloaded: then at each use): it costs a short run of the
+        model. Raises ConfigError where there are no weights to run."""
         now = (str(self.model.dtype), *stamp([self.model.base_model]))
         if self._sketched is None or self._sketched[0] != now:
+            if device_of(self.model).type == "meta":
+                raise ConfigError(f"The model's weights are gone ({ON_META}). Load them again; nothing was spent.")
             with evaluating(self.model):
                 self._sketched = now, prefix_fingerprint(self.model, self.decoder_layers)
         return self._sketched[1]
@@ -205,6 +216,9 @@ class ProtectedDecoder(RoutedHandle):
         """See `Release.inputs`. input_ids [B, m] (and attention_mask [B, m]): the user's own PUBLIC tokens, all of the conversation after
         the system prompt; one release serves all of them, or there is one for each. Anything else is passed on.
 
+        Without an attention_mask, pads are left out where the unprotected model's `generate` would: its pad_token_id is set (in `public`, or
+        in the generation config) and none of its eos_token_id. Where these two are one, padded texts need their mask.
+
         Returns:
             input_ids, attention_mask (which counts head and padded prefix), past_key_values (a `PrefixCache`: the release's name).
         """
@@ -217,7 +231,7 @@ class ProtectedDecoder(RoutedHandle):
         if not isinstance(ids, torch.Tensor) or ids.ndim not in (1, 2) or ids.shape[-1] == 0:
             raise ConfigError("Pass the user's tokens: release.inputs(input_ids=ids) with ids [B, m] or [m].")
         ids = ids.unsqueeze(0) if ids.ndim == 1 else ids
-        mask = torch.ones_like(ids) if mask is None else torch.atleast_2d(mask).to(ids)
+        mask = infer_mask(self.model, ids, public) if mask is None else torch.atleast_2d(mask).to(ids)
         if mask.shape != ids.shape:
             raise ConfigError(f"attention_mask must be {list(ids.shape)}, got {list(mask.shape)}.")
         if len(release.contexts) not in (1, len(ids)):

@@ -88,13 +88,27 @@ def make_layers(modules: Sequence[tuple[str, nn.Module, Any, Seen]]) -> dict[str
     return layers
 
 
+def device_of(model: Any) -> torch.device:
+    """Where the model computes. Of weights that accelerate offloads nothing but their hooks tells it; "meta": nothing does."""
+    device = torch.device(model.device)
+    if device.type != "meta":
+        return device
+    for module in model.modules():
+        hook = module.__dict__.get("_hf_hook")
+        for one in getattr(hook, "hooks", (hook,)):
+            where = getattr(one, "execution_device", None)
+            if where is not None and torch.device(where).type != "meta":
+                return torch.device(where)
+    return device
+
+
 def run_recorded(
     model: Any, layers: dict[str, PrefixLayer], ids: torch.Tensor, **arguments: Any
 ) -> list[Seen]:
     """What each layer handed to its attention, in a run of the model's body over token ids [B, n] with the host's own attention."""
     state = Recording({layer.module: layer.config for layer in layers.values()})
     with routed(state.configs, NAME), recording(state):
-        model.base_model(input_ids=ids.to(model.device), use_cache=False, **arguments)
+        model.base_model(input_ids=ids.to(device_of(model)), use_cache=False, **arguments)
     return [state.seen[module] for module in state.configs]
 
 
@@ -106,7 +120,10 @@ def rows_of(seen: Sequence[Seen]) -> torch.Tensor:
 
 @torch.no_grad()
 def prefix_fingerprint(model: Any, layers: dict[str, PrefixLayer]) -> Fingerprint:
-    """Sketches of each layer's keys and values of fixed public tokens: they show a change of any weight below, adapters included."""
+    """Sketches of each layer's keys and values of fixed public tokens: they show a change of any weight below, adapters included.
+
+    They carry the rounding of all layers below as well, which `Fingerprint.difference` allows for.
+    """
     size = model.get_input_embeddings().num_embeddings
     ids = (1 + PROBE_STEP * torch.arange(SIZE)) % size
     sketches = []
@@ -117,4 +134,5 @@ def prefix_fingerprint(model: Any, layers: dict[str, PrefixLayer]) -> Fingerprin
         tuple((n, a.heads, a.cross_attention_dim, a.inner_dim) for n, a in layers.items()),
         torch.stack(sketches),
         str(model.dtype).removeprefix("torch."),
+        running=True,
     )

@@ -21,7 +21,7 @@ from ..processor import LayerTable
 from ..routing import evaluating, routed
 from .attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, Recording, recording
 from .cache import PrefixCache
-from .layers import PrefixLayer, make_layers, rows_of, run_recorded
+from .layers import PrefixLayer, device_of, make_layers, rows_of, run_recorded
 
 PREFIX, SUFFIX = 5, 4
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -31,6 +31,7 @@ SUPPORTED = (
     "layers all call the attention interface."
 )
 _HARD_CODED = "its attention is computed in its own code, not through the attention interface of transformers"
+ON_META = "they are on the meta device, and no hook of accelerate with an execution device brings them from elsewhere"
 _TABLES = (
     "wpe",
     "embed_positions",
@@ -101,8 +102,8 @@ def find_layers(model: Any) -> dict[str, PrefixLayer]:
         raise refuse(model, "it is not a decoder-only model that generates")
     if model.main_input_name != "input_ids":
         raise refuse(model, f"it generates from {model.main_input_name}, not from token ids")
-    if next(model.parameters()).device.type == "meta":
-        raise refuse(model, "its weights are not loaded")
+    if device_of(model).type == "meta":
+        raise refuse(model, f"its weights are not loaded ({ON_META})")
     if _rotations(model.config.get_text_config(decoder=True)) & set(_BY_LENGTH):
         raise refuse(
             model,
@@ -134,7 +135,7 @@ def _prefix(model: Any) -> str:
 def _probe(model: Any) -> dict[str, PrefixLayer]:
     if model.base_model is model:
         raise refuse(model, "it has no body apart from its head")
-    ids = _token_ids(model).to(model.device)
+    ids = _token_ids(model).to(device_of(model))
     reference = model(input_ids=ids, use_cache=False).logits.float()
     if not bool(reference.isfinite().all()):
         raise refuse(model, "the probe gave NaN or Inf")

@@ -115,19 +115,16 @@ def _element(
 
 
 def join_documents(documents: Sequence[PrivateContext], unit: str) -> PrivateContext:
-    """ONE context of documents that are encoded apart from each other; with unit="group", each is a group. Each is charged by its own name.
+    """ONE context of documents that are encoded apart from each other; with unit="group", each is a group. Each is charged by its own name,
+    once: equal ones are units of their own, as if of several authors.
 
     Raises:
-        ContextError: a document is there twice, or its number of rows is not known before it is encoded.
+        ContextError: the number of rows of a document is not known before it is encoded.
     """
     counts = [d.private_rows for d in documents]
     if not all(counts):
         raise ContextError('groups="documents" takes token ids, embeddings, or hidden states.')
-    parts = tuple(d.name for d in documents)
-    if len(set(parts)) < len(parts):
-        raise ContextError(
-            "A document is there twice: it would be released twice, for one charge. Leave the copy out; nothing was spent."
-        )
+    names = tuple(d.name for d in documents)
 
     def load() -> Rows:
         rows = torch.cat([d.load()[0] for d in documents])
@@ -137,6 +134,6 @@ def join_documents(documents: Sequence[PrivateContext], unit: str) -> PrivateCon
     own = groups if unit == "group" else None
     total = sum(counts)
     if len(documents) == 1:
-        return PrivateContext(total, total, parts[0], load, own)
-    name = (b"documents", *(part for p in parts for part in (str(len(p)).encode(), *p)))
-    return PrivateContext(total, total, name, load, own, parts=parts)
+        return PrivateContext(total, total, names[0], load, own)
+    name = (b"documents", *(part for n in names for part in (str(len(n)).encode(), *n)))
+    return PrivateContext(total, total, name, load, own, parts=tuple(dict.fromkeys(names)))

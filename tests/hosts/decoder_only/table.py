@@ -25,7 +25,8 @@ TAIL = """
 Refused: {refused} (attention in code of their own, attention sinks, recurrent layers, rotary embeddings that change with the length).
 
 `release = protected.release(ids, public_head=h)` takes token ids; `dpx.split_chat(tokenizer, messages)` finds the head, the private
-system prompt and the public rest by the tokenizer's own chat template. `protected.release(segments, groups="segments",
+system prompt and the public rest by the tokenizer's own chat template. Only the first message is private: later system or developer
+messages, and the template's `tools` and `documents`, are refused until `public_system=True` declares them public. `protected.release(segments, groups="segments",
 public_head=head)` with `unit="group"` runs each segment by itself, after the head and at positions that start behind it (parallel
 context windows), so the guarantee for one segment is real end to end. Tokens of one sequence know of those before them: `unit="row"`
 protects one position's keys and values, `unit="context"` the whole prefix.
@@ -36,7 +37,13 @@ of context space, one position's keys and values of all layers side by side (`an
 
 What works: `generate(**release.inputs(input_ids=ids, attention_mask=mask))` with greedy search, beams, sampling,
 `num_return_sequences`, left padding, streamers, and several turns (all tokens so far, or the returned cache and the new ones); direct
-calls `model(**release.inputs(input_ids=ids))`; batches with one release or one for each element.
+calls `model(**release.inputs(input_ids=ids))`; batches with one release or one for each element. Where `release.inputs` is given no
+attention_mask it leaves pads out as the unprotected `generate` does: if the model has a pad token that is none of its end tokens.
+
+`torch.compile(model)` and `model.compile()` run with graph breaks: the gate is never traced, and replies are those of the plain call. With
+`fullgraph=True` torch raises its own error (`Unsupported`) instead. Weights that accelerate offloads (`cpu_offload`, before or after
+`dpx.protect`) work as well; their check below then costs a short run at each use. A calibration needs the weights loaded. The
+`text-generation` pipeline works inside `protected.public()` only: it gives `generate` no release.
 
 Calibrations: `dpx.calibrate(model, prefixes, config, public_head=..., questions=...)` with public token ids, or lists of segments for
 unit="group", and public questions. With `replies=4` the decoder of `anchors` is trained on what the model itself replies to four public
@@ -44,10 +51,15 @@ questions behind each public prefix, and not on its attention alone, and plans a
 and backwards, and it decides how much of a behaviour is left (the chat example).
 
 LoRA through PEFT (`model.add_adapter`): an adapter takes part in what is released. A release holds keys and values of the weights that it
-was made with, so that any later change of them is refused (`ReleaseError`), until it is undone or the prefix is released anew.
+was made with, so that a later change of them is refused (`ReleaseError`), until it is undone or the prefix is released anew. A cast is no
+such change: releases and calibrations of float32 serve a bfloat16 or float16 model, and the other way round. What tells the two apart are
+keys and values of 16 fixed public tokens. In layer l (from 1) they may move by 4 u sqrt(l), where u is the roundoff of the coarser dtype
+(2^-8 for bfloat16, 2^-11 for all others): 0.8 % and 6 % in layers 1 and 16 for float16, eight times as much for bfloat16; the trained chat
+model moves by less than half of that. An adapter that moves no layer further than this is not noticed. Where dtypes differ and a layer
+moves further, the error names both dtypes beside the adapter.
 
-What is refused: assisted decoding and prompt lookup, static, offloaded and paged caches (`generate_batch`), `torch.compile`, prefill
-in chunks, `use_cache=False`, guidance, positions or caches made elsewhere, a call without a release, and going beyond a sliding window
+What is refused: assisted decoding and prompt lookup, static, offloaded and paged caches (`generate_batch`), compiled generation
+(`compile_config`), prefill in chunks, `use_cache=False`, guidance, positions (`position_ids`) or caches made elsewhere, a call without a release, and going beyond a sliding window
 or a table of learned positions.
 """
 

@@ -91,7 +91,7 @@ def test_documents_are_released_with_a_calibration_for_groups(
     assert torch.equal(random, torch.get_rng_state())
     assert calibration.units == 12
     handle = dpx.protect(model, config, calibration=calibration)
-    release = handle.release(**documents_of(999, repeats=False), groups="documents")
+    release = handle.release(**documents_of(999), groups="documents")
     scores = generate(model, release.inputs())[1]
     assert bool(scores.isfinite().any()) and not bool(scores.isnan().any())
     (found,) = handle.report().releases
