@@ -325,8 +325,8 @@ class GrowingRelease:
             private_noise=self._entropy.private,
             calibrated=self.prepared.calibrated,
             clipping=(
-                f"a context that grows by at most {self.prepared.horizon} appends, charged once for all of them; each {config.unit} enters "
-                f"at one append, whose time{sizes} is public; {self.prepared.way.describe()}"
+                f"a context that grows by at most {self.prepared.horizon} appends; what enters is charged once, for all of them; each "
+                f"{config.unit} enters at one append, whose time{sizes} is public; {self.prepared.way.describe()}"
             ),
         )
 
