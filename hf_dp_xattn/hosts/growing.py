@@ -16,6 +16,7 @@ from ..errors import ConfigError, ContextError, DPXAttnError
 from ..mechanisms.anchors.rows import ContextRelease
 from ..mechanisms.growing import GrowingRelease, LayerRows, grow
 from ..mechanisms.growing.sources import Private
+from .charging import charge, names_of
 from .context import PrivateContext
 from .fingerprint import Fingerprint
 from .making import ContextRecipe, LayerRecipe, Recipe
@@ -74,13 +75,13 @@ def open_growing(
     if not isinstance(recipe, (LayerRecipe, ContextRecipe)):
         raise ConfigError("This kind of host has no growing contexts.")
     prepared = grow(recipe.prepared, horizon, units=getattr(handle.calibration, "units", None))
-    handle.charge(context, prepared.events, horizon=horizon)
+    charge(handle, context, prepared.events, horizon=horizon)
     private, public = context.load()
     release = prepared.open(handle.entropy)
     latest = _append(release, recipe, private, own, public.detach().clone(), context.rows, current)
     spent = Spent(handle.ledger.digest(context.name), release.guarantee())
     growing = GrowingContext(release, recipe, latest, spent)
-    growing.names |= set(_names(handle, context))
+    growing.names |= set(names_of(handle, context))
     growing.charged |= growing.names
     return growing
 
@@ -103,7 +104,7 @@ def append_to(
     own = context.groups(groups, handle.config.unit)
     if own is not None and groups is None:
         own = own + growing.release.next_group  # phrases: each append's are units of their own
-    names = _names(handle, context)
+    names = names_of(handle, context)
     if growing.names & set(names):
         raise ContextError(
             "This content is in the growing context already: a unit enters once. Nothing was released."
@@ -119,10 +120,6 @@ def append_to(
     )
     growing.names |= set(names)
     return growing.latest
-
-
-def _names(handle: ProtectedPipeline, context: PrivateContext) -> list[str]:
-    return [handle.ledger.digest(name) for name in context.names]
 
 
 def _append(

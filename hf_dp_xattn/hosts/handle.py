@@ -19,6 +19,7 @@ from ..report import PrivacyReport
 from .access import Access, TextGate
 from .architectures import find_layers, rowwise_reason, side_channel_reason, unwrap
 from .bindings import Bindings, bind, unique
+from .charging import charge, may_charge
 from .context import PrivateContext, name_contexts, name_phrases
 from .fingerprint import Fingerprint, fingerprint, stamp
 from .growing import GrowingContext, append_to, only, open_growing
@@ -33,7 +34,6 @@ from .tables import Tables
 from .text import TextSide
 
 if TYPE_CHECKING:
-    from ..privacy.accountant import Event
     from ..privacy.bits import Entropy
     from .making import AnyCalibration
 
@@ -375,10 +375,10 @@ class ProtectedPipeline:
             if fresh or cached is None or cached.misfit(current, projected=self.projects_rows) is not None:
                 todo[key] = (context, own)
         for context, _ in todo.values():
-            self.may_charge(context, recipe.events)
+            may_charge(self, context, recipe.events)
         done = {key: self._cache[key] for key in keys if key not in todo}
         for key, (context, own) in todo.items():
-            self.charge(context, recipe.events)
+            charge(self, context, recipe.events)
             released = self._run(recipe, context, own, current)
             self._spent.append(Spent(key[0], released.guarantee))
             self._cache[key] = done[key] = released
@@ -387,17 +387,6 @@ class ProtectedPipeline:
         while len(self._cache) > MAX_CACHED_RELEASES:
             self._cache.popitem(last=False)
         return [done[key] for key in keys]
-
-    def may_charge(self, context: PrivateContext, events: tuple[Event, ...]) -> None:
-        """Raises BudgetExceededError where the ledger would refuse; nothing is charged."""
-        for name in context.names if events else ():
-            self.ledger.check(self.ledger.digest(name), events, self.budget)
-
-    def charge(self, context: PrivateContext, events: tuple[Event, ...], **note: Any) -> None:
-        """Charges a release of the context to all its names, or to none."""
-        self.may_charge(context, events)
-        for name in context.names if events else ():
-            self.ledger.charge(self.ledger.digest(name), events, self.budget, note=note)
 
     def _run(
         self,
