@@ -111,7 +111,8 @@ def append_to(
         )
     growing.release.check_groups(own)
     if not set(names) <= growing.charged:
-        handle.charge(context, growing.release.prepared.events, horizon=growing.release.prepared.horizon)
+        prepared = growing.release.prepared
+        charge(handle, context, prepared.events, horizon=prepared.horizon)
         growing.charged |= set(names)
     private, _ = context.load()
     before = growing.latest
