@@ -8,9 +8,11 @@ from collections.abc import Sequence
 
 from . import __version__
 from .commands import audit, bench, calibrate, demo, generate, plan, push, release, report
+from .commands.watching import CommandFailed
 from .errors import DPXAttnError
 
 COMMANDS = (demo, plan, calibrate, release, generate, report, audit, bench, push)
+FAILED = 1
 BAD_INPUT = 2  # argparse's own code for a wrong usage, too
 _DESCRIPTION = """\
 Differentially private attention for Hugging Face models: a private context is released once as a noised structure, and every layer,
@@ -26,7 +28,7 @@ start here:
   hf-dp-xattn audit ./my-pipeline --help              try to break it on your own model, before you trust it
   hf-dp-xattn COMMAND --help                          options and examples of a command
 
-exit codes: 0 done; 1 the answer is no (see the command's help); 2 bad input, with a message on stderr.
+exit codes: 0 done; 1 the answer is no, or it failed after a charge (see the command's help); 2 bad input, with a message on stderr.
 """
 
 
@@ -56,4 +58,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except DPXAttnError as error:
         print(f"hf-dp-xattn: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return FAILED if isinstance(error, CommandFailed) else BAD_INPUT

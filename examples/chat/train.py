@@ -244,7 +244,7 @@ def main() -> None:
     model = train(args)
     model.half().save_pretrained(args.model)
     build_tokenizer().save_pretrained(args.model)
-    told = {"steps": args.steps, "more": args.more, "minutes": round(time.process_time() / 60)}
+    told = {"steps": args.steps, "more": args.more}
     (args.model / "training.json").write_text(json.dumps(told) + "\n")
 
 

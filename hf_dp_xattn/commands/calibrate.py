@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .models import SETTINGS, load_plain, parse_dtype
+from .public_numbers import check_numbers
 from .texts import add_text_options, load_tokenizer, plain_ids, read_documents, read_prefix, read_question
 
 NAME = "calibrate"
@@ -61,11 +62,22 @@ def add(subparsers: Any) -> None:
         help="text file in UTF-8 with one PUBLIC text a line, or JSON lines (see above)",
     )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the calibration")
-    parser.add_argument("--mechanism", choices=("anchors", "kernel_sum"), default="anchors")
     parser.add_argument(
-        "--unit", choices=("row", "group", "context"), help="what one neighbouring step changes"
+        "--mechanism",
+        choices=("anchors", "kernel_sum"),
+        default="anchors",
+        help="what will be released (default: anchors)",
     )
-    parser.add_argument("--neighboring", choices=("replace_one", "add_or_remove_one"), help="how it changes")
+    parser.add_argument(
+        "--unit",
+        choices=("row", "group", "context"),
+        help="what one neighbouring step changes (default: row)",
+    )
+    parser.add_argument(
+        "--neighboring",
+        choices=("replace_one", "add_or_remove_one"),
+        help="how it changes (default: replace_one)",
+    )
     parser.add_argument("--delta", type=float, metavar="D", help="failure probability (default: 1e-5)")
     parser.add_argument(
         "--epsilons", type=float, nargs="+", metavar="E", help="one plan for each (default: 0.5 to 64)"
@@ -114,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
     from ..config import DPXAttnConfig
     from ..hosts.calibrate import calibrate
 
+    check_numbers(args)
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out.name!r} exists and is not an empty folder; choose a new one.")

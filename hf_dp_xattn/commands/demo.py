@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .models import add_settings
+from .public_numbers import check_numbers, check_pictures
 from .release import say
 from .trial_hosts import load_trial
 
@@ -103,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
         trial = load_trial(args)
         subject = subject_of(trial.host, trial.config, trial.calibration, trial.tokenizer)
         pictures = isinstance(subject, PipelineSubject)
+        if pictures:
+            check_pictures(trial.host, args)
         canary = _canary(subject, args)
         columns, report = _columns(subject, canary, epsilons, args, pictures)
     values: dict[str, Any] = {"report": report.to_dict(), "unit": subject.config.unit}
@@ -120,9 +123,7 @@ def _settle(args: argparse.Namespace) -> tuple[float, ...]:
     """Fills in what was left out; the epsilons."""
     from ..hosts.saving import FOLDER
 
-    for name in ("steps", "new_tokens"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1.")
+    check_numbers(args)
     if not Path(args.out).is_dir():
         raise ConfigError("--out takes a folder that exists.")
     if args.model is None:
@@ -130,8 +131,6 @@ def _settle(args: argparse.Namespace) -> tuple[float, ...]:
     epsilons = tuple(args.epsilons or EPSILONS)
     if (Path(args.model) / FOLDER).is_dir():
         return epsilons  # saved with its protection, which says the rest
-    if args.calibration is not None and args.mechanism is None:
-        args.mechanism = "anchors"
     args.epsilon = max(epsilons)
     return epsilons
 
@@ -146,9 +145,11 @@ def _take_the_shipped(args: argparse.Namespace) -> None:
             "Name a model: hf-dp-xattn demo MODEL --calibration FOLDER. (Without one it takes examples/shapes/pipeline of a checkout; this "
             "is none.)"
         )
-    args.model, args.unit = str(root / "pipeline"), args.unit or "context"
-    args.text = args.text or list(_SHIPPED_TEXT)
-    if args.calibration is None and args.mechanism in (None, "anchors"):
+    args.model, args.text = str(root / "pipeline"), args.text or list(_SHIPPED_TEXT)
+    if args.calibration is not None:
+        return  # it says the rest
+    args.unit = args.unit or "context"
+    if args.mechanism in (None, "anchors"):
         args.calibration = str(root / "calibrations" / args.unit)
 
 

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .models import SETTINGS, check_texts, load_plain, parse_dtype, protected_model
+from .models import (
+    SETTINGS,
+    check_texts,
+    is_given,
+    load_plain,
+    parse_dtype,
+    protected_model,
+    read_private_prefix,
+)
 from .private_text import WHY, read_private_text
-from .release import REFUSED, add_releasing, new_folder, release_or_refuse, say
+from .public_head import check_chat
+from .public_numbers import NOTHING, check_decoder_room, check_numbers, check_pictures
+from .release import REFUSED, add_releasing, keep, new_folder, release_or_refuse, say
 from .texts import LINES, load_tokenizer, plain_ids, read_question, tokenize
+from .watching import Stage, watching
 
 NAME = "generate"
+NEW_TOKENS = 60
 _DESCRIPTION = f"""\
 Draws a picture (diffusers) or writes a text (transformers) from a release. With --release it reads a saved one: nothing is charged, and
 no private text is asked for. Otherwise it releases a private text first, once, and charges it to --ledger; keep that release with
@@ -36,7 +49,8 @@ examples:
     hf-dp-xattn generate examples/chat/model --release ./release --chat --public "please say bird and ship"
     hf-dp-xattn generate examples/rag/model --release ./release --begin "what is the colour ?" --new-tokens 1
 
-exit codes: 0 done; 1 the ledger refuses, nothing was released; 2 bad input, nothing was spent (the message is on stderr).
+exit codes: 0 done; 1 the ledger refuses and nothing was released, or something failed after the charge or while drawing or writing (the
+message on stderr says which, what was charged, and where the release is kept); 2 bad input, nothing was spent (the message is on stderr).
 """
 
 
@@ -69,52 +83,76 @@ def add(subparsers: Any) -> None:
         help="the picture (.png, .jpg, .webp), or the text (default: standard output)",
     )
     parser.add_argument("--steps", type=int, metavar="N", help="pictures: denoising steps")
-    parser.add_argument("--guidance", type=float, metavar="W", help="pictures: guidance scale")
-    parser.add_argument("--height", type=int, metavar="PIXELS", help="pictures")
-    parser.add_argument("--width", type=int, metavar="PIXELS", help="pictures")
-    parser.add_argument("--new-tokens", type=int, metavar="N", help="texts: at most so many (default: 60)")
+    parser.add_argument("--guidance", type=float, metavar="W", help="pictures: guidance scale, 0 or more")
     parser.add_argument(
-        "--seed", type=int, metavar="N", help="of the picture or of sampling; public, and not of the release"
+        "--height", type=int, metavar="PIXELS", help="pictures: a multiple of 8 (or of what the VAE needs)"
+    )
+    parser.add_argument("--width", type=int, metavar="PIXELS", help="pictures: likewise")
+    parser.add_argument(
+        "--new-tokens", type=int, metavar="N", help=f"texts: at most so many (default: {NEW_TOKENS})"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="of the picture or of sampling, 0 to 2^63 - 1; public, and not of the release",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, and no progress")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the picture or the text; 1 where the ledger refuses."""
+    """Writes the picture or the text; 1 where the ledger refuses, or where it fails after a charge or with a saved release."""
     private = _check(args)
     say(args, "loading the model")
-    handle, release = _given(args) if args.release is not None else (_protected(args), None)
+    ledger, release = None, None
+    if args.release is not None:
+        handle, release = _given(args)
+    else:
+        from .watched_ledger import WatchedLedger
+
+        ledger = WatchedLedger(args.ledger)
+        handle = protected_model(args, ledger)
     public = None if _check_host(handle, args) else _read_public(handle, args)
-    if release is None:
-        say(args, "releasing")
-        release = release_or_refuse(handle, args, str(private))
+    if public is not None:
+        _check_room(handle, args, *public, private=private)
+        _check_chat(handle, release, args)
+    stage = Stage("Generating", private=release is None, keep=None if args.keep else "--keep FOLDER")
+    with watching(ledger, stage):
         if release is None:
-            return REFUSED
-        if args.keep is not None:
-            release.save_pretrained(args.keep)
-    say(args, "generating")
-    made: dict[str, Any] = (
-        _draw(handle, release, args) if public is None else _write(handle, release, args, *public)
-    )
+            stage.doing = "Releasing"
+            say(args, "releasing")
+            release = release_or_refuse(handle, args, str(private))
+            if release is None:
+                return REFUSED
+            if args.keep is not None:
+                keep(release, Path(args.keep), stage)
+            stage.doing, stage.private = "Generating", False
+        say(args, "generating")
+        made: dict[str, Any] = (
+            _draw(handle, release, args) if public is None else _write(handle, release, args, *public)
+        )
+        _tell(args, made, [g.sentence() for g in release.guarantees])
+    return 0
+
+
+def _tell(args: argparse.Namespace, made: dict[str, Any], guarantees: list[str]) -> None:
     if args.json:
-        print(json.dumps({**made, "guarantees": [g.sentence() for g in release.guarantees]}, sort_keys=True))
-        return 0
+        print(json.dumps({**made, "guarantees": guarantees}, sort_keys=True))
+        return
     if "texts" in made and "files" not in made:
         print("\n".join(made["texts"]))
-    for guarantee in release.guarantees:
-        print(guarantee.sentence(), file=sys.stderr)
-    for file in made.get("files", ()):
-        print(f"wrote {file}", file=sys.stderr)
-    return 0
+    for told in (*guarantees, *(f"wrote {file}" for file in made.get("files", ()))):
+        print(told, file=sys.stderr)
 
 
 def _check(args: argparse.Namespace) -> str | None:
     """The private text, where one is to be released; everything that can be refused without a model is."""
+    check_numbers(args)
     given = [
         n
         for n in ("config", *SETTINGS, "calibration", "prompt_file", "prefix_bucket", "ledger", "keep")
-        if getattr(args, n)
+        if is_given(getattr(args, n))
     ]
     if args.release is not None:
         if given:
@@ -128,12 +166,6 @@ def _check(args: argparse.Namespace) -> str | None:
     return read_private_text(args.prompt_file)
 
 
-def _protected(args: argparse.Namespace) -> Any:
-    from ..privacy.ledger import Ledger
-
-    return protected_model(args, Ledger(args.ledger))
-
-
 def _given(args: argparse.Namespace) -> tuple[Any, Any]:
     """The handle and a saved release; no budget is at hand, and none is spent."""
     from ..hosts.protect import handle_of
@@ -143,7 +175,7 @@ def _given(args: argparse.Namespace) -> tuple[Any, Any]:
 
     dtype = parse_dtype(args.dtype)
     if (Path(args.model) / FOLDER).is_dir():
-        host = from_pretrained(args.model, torch_dtype=dtype)
+        host = from_pretrained(args.model, dtype=dtype)
     else:
         host = load_plain(args.model, dtype)
     release = Release.from_pretrained(args.release, host=host)
@@ -164,15 +196,25 @@ def _check_host(handle: Any, args: argparse.Namespace) -> bool:
             raise ConfigError("--new-tokens is for texts, and this is a pipeline of pictures.")
         if args.out is None or Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
             raise ConfigError("A picture needs a file: --out picture.png")
+        check_pictures(handle.text.pipe, args)
+        if args.public is not None:
+            handle.text.tokenize(args.public)  # refused now, not after the charge
     elif of_pictures:
         raise ConfigError(f"--{', --'.join(of_pictures)}: for pictures, and this model writes text.")
     if args.begin is not None and (pictures or decoder):
         raise ConfigError("--begin is for encoder-decoder models.")
     if decoder and args.public is None:
         raise ConfigError("A decoder-only model answers something: --public TEXT is the user's turn.")
-    if args.out is not None and (not Path(args.out).resolve().parent.is_dir() or Path(args.out).is_dir()):
-        raise ConfigError("--out takes a file in a folder that exists.")
+    if args.out is not None:
+        _check_out(Path(args.out).resolve())
     return pictures
+
+
+def _check_out(out: Path) -> None:
+    if not out.parent.is_dir() or out.is_dir():
+        raise ConfigError(f"--out takes a file in a folder that exists. {NOTHING}")
+    if not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise ConfigError(f"Nothing can be written to the file of --out. {NOTHING}")
 
 
 def _draw(handle: Any, release: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -210,12 +252,52 @@ def _read_public(handle: Any, args: argparse.Namespace) -> tuple[dict[str, Any],
     load_tokenizer(args.model)
     if isinstance(handle, ProtectedDecoder):
         ids = read_question(args.model, args.public, chat=args.chat)
+        _check_words(ids)
         return {"input_ids": ids}, ids.shape[1]
     public = {} if args.public is None else {"input_ids": tokenize(args.model, args.public)[0]}
+    if public:
+        _check_words(public["input_ids"])
     if args.begin is None:
         return public, 0
     start = starts_of(handle.unet, [plain_ids(args.model, args.begin)])[0]
     return {**public, "decoder_input_ids": start.unsqueeze(0)}, len(start)
+
+
+def _check_words(ids: Any) -> None:
+    if not ids.shape[1]:
+        raise ConfigError(f"--public holds no words. {NOTHING}")
+
+
+def _check_room(
+    handle: Any, args: argparse.Namespace, public: dict[str, Any], skip: int, *, private: str | None
+) -> None:
+    """Raises ConfigError where the model has too few positions for the text; of a decoder-only model with a saved release, `generate`
+    itself says so, at no cost."""
+    from ..hosts.decoder_only.attention import check_window
+    from ..hosts.decoder_only.contexts import padded_length
+    from ..hosts.decoder_only.handle import ProtectedDecoder
+
+    if not isinstance(handle, ProtectedDecoder):
+        check_decoder_room(handle.unet, max(1, skip) + _new_tokens(args) - 1)
+    elif private is not None:
+        prefix = read_private_prefix(handle, args, private)
+        parts = prefix.context if isinstance(prefix.context, list) else [prefix.context]
+        slots = padded_length(max(map(len, parts), default=0), args.prefix_bucket)
+        try:
+            check_window(handle.limit, len(prefix.head) + slots + skip + _new_tokens(args) - 1)
+        except ConfigError as error:
+            raise ConfigError(f"{error} {NOTHING}") from None
+
+
+def _check_chat(handle: Any, release: Any | None, args: argparse.Namespace) -> None:
+    from ..hosts.decoder_only.handle import ProtectedDecoder
+
+    if release is not None and isinstance(handle, ProtectedDecoder):
+        check_chat(handle, release, args)
+
+
+def _new_tokens(args: argparse.Namespace) -> int:
+    return NEW_TOKENS if args.new_tokens is None else args.new_tokens
 
 
 def _write(
@@ -226,7 +308,7 @@ def _write(
     tokenizer = load_tokenizer(args.model)
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    options: dict[str, Any] = {"max_new_tokens": 60 if args.new_tokens is None else args.new_tokens}
+    options: dict[str, Any] = {"max_new_tokens": _new_tokens(args)}
     if args.seed is not None:
         options["do_sample"] = True
     found = handle.unet.generate(**release.inputs(**public), **options)

@@ -11,9 +11,12 @@ from .texts import lines_of, read_documents, read_prefix
 
 if TYPE_CHECKING:
     from ..config import DPXAttnConfig
+    from ..hosts.making import AnyCalibration
     from ..privacy.ledger import Ledger
+    from .texts import PrefixText
 
 SETTINGS = ("mechanism", "epsilon", "delta", "unit", "neighboring")
+_DTYPES = ("float16", "half", "bfloat16", "float32", "float", "float64", "double")
 
 
 def add_protection(parser: argparse.ArgumentParser) -> None:
@@ -32,24 +35,36 @@ def add_protection(parser: argparse.ArgumentParser) -> None:
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """All settings but epsilon, the calibration, and the type of the weights."""
-    parser.add_argument("--mechanism", choices=("anchors", "kernel_sum", "dptree"), help="what is released")
+    parser.add_argument(
+        "--mechanism",
+        choices=("anchors", "kernel_sum", "dptree"),
+        help="what is released (default: what the calibration is for; without one, kernel_sum)",
+    )
     parser.add_argument("--delta", type=float, metavar="D", help="failure probability (default: 1e-5)")
     parser.add_argument(
-        "--unit", choices=("row", "group", "context"), help="what one neighbouring step changes"
+        "--unit",
+        choices=("row", "group", "context"),
+        help="what one neighbouring step changes (default: the calibration's; without one, row)",
     )
-    parser.add_argument("--neighboring", choices=("replace_one", "add_or_remove_one"), help="how it changes")
     parser.add_argument(
-        "--calibration", metavar="FOLDER", help="folder or Hub id of a calibration for this model"
+        "--neighboring",
+        choices=("replace_one", "add_or_remove_one"),
+        help="how it changes (default: the calibration's where it has one, else replace_one)",
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="FOLDER",
+        help="folder or Hub id of a calibration for this model; mechanism, unit and relation are its own where they are not given",
     )
     parser.add_argument("--dtype", default="float32", help="type of the weights (default: float32)")
 
 
 def protected_model(args: argparse.Namespace, ledger: Ledger) -> Any:
-    """The handle of the model that the options describe.
+    """The handle of the model that the options describe. What they leave open is taken from the calibration, where there is one.
 
     Raises:
-        ConfigError: options that contradict a protection which is there, or none that say how to protect. UnsupportedModelError: see
-            `protect`.
+        ConfigError: options that contradict a protection which is there, or the calibration, or none that say how to protect.
+            UnsupportedModelError: see `protect`.
     """
     from ..hosts.protect import handle_of, protect
     from ..hosts.restoring import from_pretrained
@@ -62,13 +77,14 @@ def protected_model(args: argparse.Namespace, ledger: Ledger) -> Any:
             raise ConfigError(
                 f"{Path(args.model).name!r} is protected already; leave out --{', --'.join(given)}."
             )
-        return handle_of(from_pretrained(args.model, ledger=ledger, torch_dtype=dtype))
-    config = _config(args, given)
+        return handle_of(from_pretrained(args.model, ledger=ledger, dtype=dtype))
+    _check_settings(args, given)
     calibration = None
     if args.calibration is not None:
         from ..calibration.calibration import Calibration
 
         calibration = Calibration.from_pretrained(args.calibration)
+    config = _config(args, calibration)
     return protect(load_plain(args.model, dtype), config, calibration=calibration, ledger=ledger)
 
 
@@ -76,24 +92,36 @@ def parse_dtype(name: str) -> Any:
     """A floating-point type of torch. Raises ConfigError."""
     import torch
 
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ConfigError(f"--dtype must be a floating-point type of torch, got {name!r}.")
-    return dtype
+    if name not in _DTYPES:  # torch has more, in which no model runs
+        raise ConfigError(f"--dtype must be a floating-point type that models run in, got {name!r}.")
+    return getattr(torch, name)
 
 
-def _config(args: argparse.Namespace, given: list[str]) -> DPXAttnConfig:
-    from ..config import DPXAttnConfig
-
+def _check_settings(args: argparse.Namespace, given: list[str]) -> None:
     if args.config is not None:
         if set(given) & set(SETTINGS):
             raise ConfigError("Give either --config or the settings themselves, not both.")
-        return DPXAttnConfig.from_pretrained(args.config)
-    if args.epsilon is None:
+    elif args.epsilon is None:
         raise ConfigError("Say what a release may cost: --epsilon E, or --config FOLDER.")
-    return DPXAttnConfig(
-        **{name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    )
+
+
+def _config(args: argparse.Namespace, calibration: AnyCalibration | None) -> DPXAttnConfig:
+    from ..config import DPXAttnConfig
+
+    if args.config is not None:
+        return DPXAttnConfig.from_pretrained(args.config)
+    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    return DPXAttnConfig(**{**({} if calibration is None else settings_of(calibration)), **given})
+
+
+def settings_of(calibration: AnyCalibration) -> dict[str, Any]:
+    """What a config must say to go with a calibration."""
+    from ..calibration.anchors.calibration import AnchorCalibration
+
+    if isinstance(calibration, AnchorCalibration):
+        names = ("mechanism", "unit", "neighboring")
+        return {name: getattr(calibration, name) for name in names}
+    return {"mechanism": "kernel_sum", **calibration.settings}  # it serves both relations
 
 
 def load_plain(name: str, dtype: Any) -> Any:
@@ -113,7 +141,7 @@ def load_plain(name: str, dtype: Any) -> Any:
         if is_pipeline:
             from diffusers import DiffusionPipeline
 
-            return DiffusionPipeline.from_pretrained(name, use_safetensors=True, torch_dtype=dtype)
+            return DiffusionPipeline.from_pretrained(name, use_safetensors=True, dtype=dtype)
         import transformers
 
         folder = locate(name, ("config.json",), error=ConfigError).folder
@@ -143,9 +171,19 @@ def check_texts(handle: Any, args: argparse.Namespace) -> None:
             "The private context of this model is an image, which the command line does not read: in Python, protected.release(**processor."
             "image_processor(image, return_tensors='pt'))."
         )
-    given = [n for n in ("chat", "prefix_bucket") if getattr(args, n) not in (None, False)]
+    given = [n for n in ("chat", "prefix_bucket") if is_given(getattr(args, n))]
     if given and not isinstance(handle, ProtectedDecoder):
         raise ConfigError(f"--{given[0].replace('_', '-')} is for decoder-only models.")
+
+
+def is_given(value: Any) -> bool:
+    """Whether an option was given; 0 was."""
+    return value is not None and value is not False
+
+
+def read_private_prefix(handle: Any, args: argparse.Namespace, text: str) -> PrefixText:
+    """A decoder-only model's private prefix; with unit="group" its lines are segments. Raises as `read_prefix` does."""
+    return read_prefix(args.model, lines_of(text) if handle.config.unit == "group" else text, chat=args.chat)
 
 
 def release_text(handle: Any, args: argparse.Namespace, text: str) -> Any:
@@ -156,7 +194,7 @@ def release_text(handle: Any, args: argparse.Namespace, text: str) -> Any:
     check_texts(handle, args)
     apart = handle.config.unit == "group"
     if isinstance(handle, ProtectedDecoder):
-        prefix = read_prefix(args.model, lines_of(text) if apart else text, chat=args.chat)
+        prefix = read_private_prefix(handle, args, text)
         return handle.release(
             prefix.context,
             groups="segments" if apart else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ..errors import BudgetExceededError, ConfigError
 from .models import add_protection, protected_model, release_text
 from .private_text import WHY, add_private_text, read_private_text
 from .texts import LINES, add_text_options
+from .watching import Stage, watching
 
 NAME = "release"
 REFUSED = 1
@@ -38,7 +40,8 @@ examples:
   then, in Python:
     release = dpx.Release.from_pretrained("./release", host=pipe); pipe(**release.inputs())
 
-exit codes: 0 done; 1 the ledger refuses, nothing was released; 2 bad input, nothing was spent (the message is on stderr).
+exit codes: 0 done; 1 the ledger refuses and nothing was released, or something failed after the charge (the message on stderr says which,
+and whether the release was kept); 2 bad input, nothing was spent (the message is on stderr).
 """
 
 
@@ -59,24 +62,34 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the release and prints its report; 1 where the ledger refuses."""
-    from ..privacy.ledger import Ledger
+    """Writes the release and prints its report; 1 where the ledger refuses, or after a charge something fails."""
+    from .watched_ledger import WatchedLedger
 
     out = new_folder(Path(args.out))
     text = read_private_text(args.prompt_file)
     say(args, "loading the model")
-    handle = protected_model(args, Ledger(args.ledger))
+    ledger = WatchedLedger(args.ledger)
+    handle = protected_model(args, ledger)
     say(args, "releasing")
-    release = release_or_refuse(handle, args, text)
-    if release is None:
-        return REFUSED
-    release.save_pretrained(out)
-    report = handle.report()
-    if args.json:
-        print(json.dumps({"folder": str(out), "report": report.to_dict()}, sort_keys=True))
-    else:
-        print(f"{report}\nwrote {out}")
+    with watching(ledger, Stage("Releasing")) as stage:
+        release = release_or_refuse(handle, args, text)
+        if release is None:
+            return REFUSED
+        keep(release, out, stage)
+        stage.doing = "Printing the report"
+        report = handle.report()
+        if args.json:
+            print(json.dumps({"folder": str(out), "report": report.to_dict()}, sort_keys=True))
+        else:
+            print(f"{report}\nwrote {out}")
     return 0
+
+
+def keep(release: Any, out: Path, stage: Stage) -> None:
+    """Writes a release that was just made. The private text takes no part any more."""
+    stage.doing, stage.private = "Writing the release", False
+    release.save_pretrained(out)
+    stage.kept = str(out)
 
 
 def add_releasing(parser: argparse.ArgumentParser, *, ledger_required: bool) -> None:
@@ -105,7 +118,7 @@ def new_folder(out: Path) -> Path:
     """Makes the folder of a release.
 
     Raises:
-        ConfigError: it holds a release already, or cannot be made.
+        ConfigError: it holds a release already, or cannot be made or written to.
     """
     from ..hosts.storage import JSON_NAME
 
@@ -119,6 +132,8 @@ def new_folder(out: Path) -> Path:
         raise ConfigError(
             f"{out.name!r} cannot be made ({type(error).__name__}). Nothing was spent."
         ) from None
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise ConfigError(f"Nothing can be written to {out.name!r}. Nothing was spent.")
     return out
 
 

@@ -27,7 +27,7 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
         "--chat",
         action="store_true",
         help="decoder-only models: the private text is the content of the system message, and what the tokenizer's chat template puts "
-        "before it is public",
+        "before it is public; a release that was made so is also read so",
     )
     parser.add_argument(
         "--prefix-bucket",
@@ -120,6 +120,16 @@ def read_prefix(name: str, text: str | Sequence[str], *, chat: bool) -> PrefixTe
         return PrefixText(ids[0, :start], [plain_ids(name, segment) for segment in text])
     ids, start = tokenize(name, str(text))
     return PrefixText(ids[0, :start], ids[0, start:])
+
+
+def plain_head(name: str) -> torch.Tensor:
+    """ids [h] that stand before a prefix without a chat template, PUBLIC: BOS, or none."""
+    return read_prefix(name, "a", chat=False).head
+
+
+def chat_head(name: str) -> torch.Tensor:
+    """ids [h] that the chat template puts before a system prompt, PUBLIC. Raises as `read_prefix` does."""
+    return read_prefix(name, "a", chat=True).head
 
 
 def read_question(name: str, text: str, *, chat: bool) -> torch.Tensor:

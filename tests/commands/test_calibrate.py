@@ -103,6 +103,9 @@ BAD: dict[str, tuple[str, list[str], list[str], str]] = {
     "a model that reads images": ("mllama", TEXTS, [], "images"),
     "a bad epsilon": ("plain", PAIRS, ["--epsilons", "-1", "--anchors", "64"], "epsilon"),
     "a bad type": ("plain", PAIRS, ["--dtype", "int8"], "--dtype"),
+    "a seed that is none": ("plain", PAIRS, ["--seed", "99999999999999999999999"], "--seed"),
+    "steps below none": ("plain", PAIRS, ["--steps", "-1"], "--steps"),
+    "a length below none": ("bart", TEXTS, ["--length", "-1"], "--length"),
 }
 
 

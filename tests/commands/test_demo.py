@@ -79,6 +79,11 @@ BAD: dict[str, tuple[str, list[str], str]] = {
     "a bad epsilon": ("plain", [*MECHANISM, "--epsilons", "-1"], "epsilon"),
     "no folder": ("plain", [*MECHANISM, "--out", "/nowhere/at/all"], "--out"),
     "no steps": ("plain", [*MECHANISM, "--steps", "0"], "--steps"),
+    "too many steps": ("plain", [*MECHANISM, "--steps", "5000"], "--steps 5000 does not suit"),
+    "no guidance": ("plain", [*MECHANISM, "--guidance", "nan"], "--guidance"),
+    "a size that is none": ("plain", [*MECHANISM, "--pixels", "33"], "multiple of 8"),
+    "a seed that is none": ("plain", [*MECHANISM, "--seed", "99999999999999999999999"], "--seed"),
+    "no tokens": ("bart", [*MECHANISM, "--new-tokens", "0"], "--new-tokens"),
     "no words": ("plain", [*MECHANISM, "--text", " "], "--text"),
     "a question to a pipeline": ("plain", [*MECHANISM, "--question", "why?"], "--question"),
 }

@@ -1,0 +1,30 @@
+"""A ledger that remembers whether this command has charged it: what failed afterwards must be told with that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import BudgetExceededError, ConfigError, LedgerError
+from ..privacy.accountant import Event
+from ..privacy.ledger import Budget, Charge, Ledger
+
+
+class WatchedLedger(Ledger):
+    """charged: None before a charge, then what is known of it, in words for a message."""
+
+    charged: str | None = None
+
+    def charge(
+        self, digest: str, events: Sequence[Event], budget: Budget, *, note: Mapping[str, Any] | None = None
+    ) -> Charge:
+        """See `Ledger.charge`."""
+        try:
+            made = super().charge(digest, events, budget, note=note)
+        except (BudgetExceededError, ConfigError, LedgerError):
+            raise
+        except BaseException:  # such as a full disk: the ledger itself cannot tell
+            self.charged = self.charged or "may have been charged"
+            raise
+        self.charged = "was charged"
+        return made
