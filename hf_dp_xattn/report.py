@@ -98,7 +98,9 @@ class PrivacyReport:
         return json.dumps(self.to_dict(), **{"indent": 2, "sort_keys": True, **kwargs})
 
     def __str__(self) -> str:
-        lines = [f"Privacy report: {self.host}, {self.layers} layers that read the context, {self.heads} heads"]
+        lines = [
+            f"Privacy report: {self.host}, {self.layers} layers that read the context, {self.heads} heads"
+        ]
         lines += [f"  {w}" for w in self.warnings]
         if not self.releases:
             lines.append("  nothing has been released yet")

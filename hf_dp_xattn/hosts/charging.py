@@ -25,7 +25,7 @@ def may_charge(handle: ProtectedPipeline, context: PrivateContext, events: tuple
 def charge(
     handle: ProtectedPipeline, context: PrivateContext, events: tuple[Event, ...], **note: Any
 ) -> None:
-    """Charges a release to all names, or to none (another process may spend in between: then some stay charged, and nothing is released)."""
+    """Charges a release to all names, or to none. (Where another process spends in between, some stay charged and nothing is released.)"""
     may_charge(handle, context, events)
     for name in names_of(handle, context) if events else ():
         handle.ledger.charge(name, events, handle.budget, note=note)

@@ -28,9 +28,9 @@ TOLERANCE = {"bfloat16": 8e-3}
 DEFAULT_TOLERANCE = 1.5e-3
 # Activations (a prefix's keys and values) carry the rounding of all layers below, which adds up like a random walk: layer l, counted from
 # 1, is forgiven DEPTH * roundoff * sqrt(l). Measured against float32, in units of roundoff * sqrt(l), the worst layer is at 1.8 in bfloat16
-# and 1.2 in float16 for the trained chat example (4 layers), at up to 1.4 for random Llamas of 16 to 64 layers, and at up to 2.4 for the tiny
-# models of the tests, whose weights are six times too large; 32 such layers are at 3.1 and 3.8. So the margin is 2.2 for a trained model.
-# Single precision counts as float16: its products may be computed in TF32, which rounds as float16 does.
+# and 1.2 in float16 for the trained chat example (4 layers), at up to 1.4 for random Llamas of 16 to 64 layers, and at up to 2.4 for the
+# tiny models of the tests, whose weights are six times too large; 32 such layers are at 3.1 and 3.8. So the margin is 2.2 for a trained
+# model. Single precision counts as float16: its products may be computed in TF32, which rounds as float16 does.
 DEPTH = 4.0
 ROUNDOFF = {"bfloat16": 2**-8}
 DEFAULT_ROUNDOFF = 2**-11

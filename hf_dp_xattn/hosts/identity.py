@@ -21,7 +21,8 @@ PROBE_TEXT = "a photograph of a red apple on a wooden table, and a window behind
 TEXT_TOLERANCE = 0.05  # rounding to half precision stays far below, another encoder far above
 OTHER_PROJECTIONS = (
     "the calibration's decoder was fitted to other projections (an adapter was loaded, removed or fused since, the weights were tuned, or "
-    "the model was cast to a dtype that rounds them further away than usual); quality, not privacy, is affected: calibrate again with the weights as they are"
+    "the model was cast to a dtype that rounds them further away than usual); quality, not privacy, is affected: calibrate again with the "
+    "weights as they are"
 )
 
 

@@ -30,12 +30,15 @@ REFUSED: dict[str, str] = {
     "penalty_alpha": "contrastive search splits caches in ways of its own",
 }
 HARMLESS: dict[str, tuple[Any, ...]] = {**generating.HARMLESS, "penalty_alpha": (0, 0.0)}
-REFUSED_IN_CALLS = ("position_ids", "token_type_ids")  # of a direct call; `generate` counts positions as the model does
+REFUSED_IN_CALLS = (
+    "position_ids",
+    "token_type_ids",
+)  # of a direct call; `generate` counts positions as the model does
 
 
 def infer_mask(model: Any, ids: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor:
-    """[B, m] for ids [B, m] that came without a mask, as the unprotected model's `generate` infers it: pads are left out where the model has
-    a pad token that ends no reply.
+    """[B, m] for ids [B, m] that came without a mask, as the unprotected model's `generate` infers it: pads are left out where the model
+    has a pad token that ends no reply.
 
     options: of `generate`, as far as they are known: pad_token_id, eos_token_id, generation_config count before the model's own.
     """

@@ -15,7 +15,6 @@ from ..bindings import bind
 from ..context import PrivateContext
 from ..fingerprint import Fingerprint, stamp
 from ..making import Recipe
-from ..placeholder import Tag
 from ..processor import LayerTable
 from ..release import Release, ReleasedContext
 from ..routed import RoutedHandle
@@ -154,7 +153,9 @@ class ProtectedDecoder(RoutedHandle):
         now = (str(self.model.dtype), *stamp([self.model.base_model]))
         if self._sketched is None or self._sketched[0] != now:
             if device_of(self.model).type == "meta":
-                raise ConfigError(f"The model's weights are gone ({ON_META}). Load them again; nothing was spent.")
+                raise ConfigError(
+                    f"The model's weights are gone ({ON_META}). Load them again; nothing was spent."
+                )
             with evaluating(self.model):
                 self._sketched = now, prefix_fingerprint(self.model, self.decoder_layers)
         return self._sketched[1]
@@ -216,8 +217,8 @@ class ProtectedDecoder(RoutedHandle):
         """See `Release.inputs`. input_ids [B, m] (and attention_mask [B, m]): the user's own PUBLIC tokens, all of the conversation after
         the system prompt; one release serves all of them, or there is one for each. Anything else is passed on.
 
-        Without an attention_mask, pads are left out where the unprotected model's `generate` would: its pad_token_id is set (in `public`, or
-        in the generation config) and none of its eos_token_id. Where these two are one, padded texts need their mask.
+        Without an attention_mask, pads are left out where the unprotected model's `generate` would: its pad_token_id is set (in `public`,
+        or in the generation config) and none of its eos_token_id. Where these two are one, padded texts need their mask.
 
         Returns:
             input_ids, attention_mask (which counts head and padded prefix), past_key_values (a `PrefixCache`: the release's name).

@@ -26,10 +26,11 @@ Refused: {refused} (attention in code of their own, attention sinks, recurrent l
 
 `release = protected.release(ids, public_head=h)` takes token ids; `dpx.split_chat(tokenizer, messages)` finds the head, the private
 system prompt and the public rest by the tokenizer's own chat template. Only the first message is private: later system or developer
-messages, and the template's `tools` and `documents`, are refused until `public_system=True` declares them public. `protected.release(segments, groups="segments",
-public_head=head)` with `unit="group"` runs each segment by itself, after the head and at positions that start behind it (parallel
-context windows), so the guarantee for one segment is real end to end. Tokens of one sequence know of those before them: `unit="row"`
-protects one position's keys and values, `unit="context"` the whole prefix.
+messages, and the template's `tools` and `documents`, are refused until `public_system=True` declares them public.
+
+`protected.release(segments, groups="segments", public_head=head)` with `unit="group"` runs each segment by itself, after the head and at
+positions that start behind it (parallel context windows), so the guarantee for one segment is real end to end. Tokens of one sequence
+know of those before them: `unit="row"` protects one position's keys and values, `unit="context"` the whole prefix.
 
 The user's tokens start behind the head and the prefix's padded length, which is public: the next multiple of 64, or `prefix_bucket`.
 What is released: keys and values of all layers together, as attention sees them, after rotary embedding (`kernel_sum`, `dptree`); or rows
@@ -54,13 +55,13 @@ LoRA through PEFT (`model.add_adapter`): an adapter takes part in what is releas
 was made with, so that a later change of them is refused (`ReleaseError`), until it is undone or the prefix is released anew. A cast is no
 such change: releases and calibrations of float32 serve a bfloat16 or float16 model, and the other way round. What tells the two apart are
 keys and values of 16 fixed public tokens. In layer l (from 1) they may move by 4 u sqrt(l), where u is the roundoff of the coarser dtype
-(2^-8 for bfloat16, 2^-11 for all others): 0.8 % and 6 % in layers 1 and 16 for float16, eight times as much for bfloat16; the trained chat
-model moves by less than half of that. An adapter that moves no layer further than this is not noticed. Where dtypes differ and a layer
+(2^-8 for bfloat16, 2^-11 for all others): 1.6 % in layer 1 and 6.3 % in layer 16 for bfloat16, an eighth of that for float16; the trained
+chat model moves by less than half as much. An adapter that moves no layer further than this is not noticed. Where dtypes differ and a layer
 moves further, the error names both dtypes beside the adapter.
 
 What is refused: assisted decoding and prompt lookup, static, offloaded and paged caches (`generate_batch`), compiled generation
-(`compile_config`), prefill in chunks, `use_cache=False`, guidance, positions (`position_ids`) or caches made elsewhere, a call without a release, and going beyond a sliding window
-or a table of learned positions.
+(`compile_config`), prefill in chunks, `use_cache=False`, guidance, positions (`position_ids`) or caches made elsewhere, a call without a
+release, and going beyond a sliding window or a table of learned positions.
 """
 
 

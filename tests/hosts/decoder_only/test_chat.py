@@ -122,6 +122,48 @@ def test_what_cannot_be_split(messages: Any, template: str, error: type[Exceptio
     assert "kind" not in str(raised.value)
 
 
+SECOND = {"role": "system", "content": "the code 7"}
+DEVELOPER = {"role": "developer", "content": "the code 7"}
+CARRIER = "<s>{{ tools }} {{ documents }} {% for m in messages %}[user] {{ m.content }} {% endfor %}"
+DECLARED: dict[str, tuple[list[dict[str, str]], dict[str, Any]]] = {
+    "second system message": ([SYSTEM, SECOND, USER], {}),
+    "after the user's turn": ([SYSTEM, USER, SECOND], {}),
+    "developer": ([SYSTEM, DEVELOPER, USER], {}),
+    "in capitals": ([SYSTEM, {**SECOND, "role": "System"}, USER], {}),
+    "tools": ([SYSTEM, USER], {"tools": [{"name": "code"}]}),
+    "documents": ([SYSTEM, USER], {"documents": [{"title": "code", "text": "7"}]}),
+}
+
+
+@pytest.mark.parametrize("case", DECLARED)
+def test_what_looks_private_beside_the_system_prompt_must_be_declared_public(case: str) -> None:
+    """It would stand in the public parts, exact to the model."""
+    messages, options = DECLARED[case]
+    template = CARRIER if options else TEMPLATE
+    with pytest.raises(dpx.ConfigError, match="public_system=True") as raised:
+        dpx.split_chat(tokenizer(template), messages, **options)
+    assert "7" not in str(raised.value)
+    chat = dpx.split_chat(tokenizer(template), messages, public_system=True, **options)
+    assert words(chat.private)[:2] == ["be", "kind"] or options
+    if not options:
+        assert "code" in words(chat.input_ids) and "code" not in words(chat.head)
+
+
+def test_the_system_message_holds_its_text_only() -> None:
+    template = "<s>{{ messages[0].name }} {{ messages[0].content }} [user]"
+    with pytest.raises(dpx.ConfigError, match="name") as raised:
+        dpx.split_chat(tokenizer(template), [{**SYSTEM, "name": "code"}, USER])
+    assert "code" not in str(raised.value)
+    assert len(dpx.split_chat(tokenizer(), [{**SYSTEM, "name": None}, USER]).private) == 7
+
+
+@pytest.mark.parametrize("messages", ["hi", b"hi", SYSTEM, None, ["hi"], [SYSTEM, "hi"], 3], ids=str)
+@pytest.mark.parametrize("public", [False, True])
+def test_what_is_no_conversation(messages: Any, public: bool) -> None:
+    with pytest.raises(dpx.ConfigError, match="list of messages"):
+        dpx.split_chat(tokenizer(), messages, public_system=public)
+
+
 def test_pipelines_need_a_release_too(private: dpx.DPXAttnConfig) -> None:
     text = pipeline("text-generation", model=tiny("llama"), tokenizer=tokenizer())
     with dpx.protect(text, private) as handle:

@@ -145,6 +145,54 @@ def test_ways_that_are_not_supported_are_refused(
     assert not ran
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_positions_of_a_direct_call_are_refused(name: str, private: dpx.DPXAttnConfig) -> None:
+    """Positions are counted behind the padded prefix; other ones would move the logits. `generate` hands its own to the model."""
+    model = tiny(name)
+    inputs = protect(model, private).release(tokens(9)).inputs(**questions())
+    ran: list[Any] = []
+    model.get_input_embeddings().register_forward_hook(lambda *a: ran.append(a))
+    for given in (
+        {"position_ids": torch.arange(6).unsqueeze(0)},
+        {"token_type_ids": torch.zeros(2, 6).long()},
+    ):
+        with pytest.raises(dpx.ConfigError, match="not supported"):
+            model(**inputs, **given)
+    assert not ran
+    out = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
+    follows = {"input_ids": out.sequences[:, -1:], "past_key_values": out.past_key_values}
+    model(**follows)
+    with pytest.raises(dpx.ConfigError, match="position_ids"):  # the cache of generate is no way around
+        model(**follows, position_ids=torch.full((2, 1), 3))
+
+
+def test_compiled_with_graph_breaks(private: dpx.DPXAttnConfig) -> None:
+    """The gate is never traced, so each call reads its own release, recompiled or not; a whole graph is refused by torch."""
+    model = tiny("llama")
+    handle = protect(model, private)
+    releases = [handle.release(tokens(9, seed)) for seed in range(10)]
+    want = [model(**r.inputs(input_ids=OWN)).logits for r in releases]
+    replies = [model.generate(**r.inputs(input_ids=OWN), max_new_tokens=3) for r in releases]
+    torch._dynamo.reset()
+    try:
+        compiled: Any = torch.compile(model, backend="eager")
+        for release, logits, reply in zip(releases, want, replies, strict=True):
+            assert torch.equal(compiled(**release.inputs(input_ids=OWN)).logits, logits)
+            assert torch.equal(compiled.generate(**release.inputs(input_ids=OWN), max_new_tokens=3), reply)
+        with pytest.raises(dpx.ProtectionLostError):
+            compiled(input_ids=OWN)
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            torch.compile(model, backend="eager", fullgraph=True)(**releases[0].inputs(input_ids=OWN))
+        torch._dynamo.reset()
+        model.compile(backend="eager")
+        assert torch.equal(model(**releases[1].inputs(input_ids=OWN)).logits, want[1])
+        with pytest.raises(dpx.ProtectionLostError):
+            model(input_ids=OWN)
+    finally:
+        torch._dynamo.reset()
+
+
 def test_assistants_and_continuous_batching_are_refused(model: Any, private: dpx.DPXAttnConfig) -> None:
     inputs = protect(model, private).release(tokens(9)).inputs(input_ids=OWN)
     with pytest.raises(dpx.ConfigError, match="assisted"):

@@ -41,16 +41,17 @@ Refused, because their cross-attention is computed in code of their own: {refuse
 
 What works: `generate` with greedy search, beams, sampling, `num_return_sequences`, padded batches (masked rows are no rows); the
 `automatic-speech-recognition` pipeline (transformers has none left for text: its text2text, summarization and translation pipelines are
-gone); `model(**release.inputs(), labels=...)`; `torch.compile` with graph breaks (`fullgraph=False`); `release.inputs(input_ids=...)` puts a PUBLIC document beside the
-private one; `protected.release(**tokenizer(documents, ...), groups="documents")` with `unit="group"` encodes each document apart
-(Fusion-in-Decoder), so the guarantee for one document is real end to end.
+gone); `model(**release.inputs(), labels=...)`; `torch.compile` with graph breaks (`fullgraph=False`); `release.inputs(input_ids=...)` puts
+a PUBLIC document beside the private one; `protected.release(**tokenizer(documents, ...), groups="documents")` with `unit="group"` encodes
+each document apart (Fusion-in-Decoder), so the guarantee for one document is real end to end.
 
 Calibrations (`anchors` needs one, `kernel_sum` gains by one): `dpx.calibrate(model, ids, config)` with public token ids [N, n] cut to one
 length (long public texts in pieces), for unit="row" or "context".
 
 What is refused: assisted decoding and prompt lookup, `encoder_no_repeat_ngram_size` and `encoder_repetition_penalty` (they read the
 document past the release; where a model's own settings ask for the first, as Blenderbot's do, it is switched off and the report says
-so), guidance, static caches and compiled generation (`compile_config`), caches made elsewhere, Whisper's token timestamps, quantised projections.
+so), guidance, static caches and compiled generation (`compile_config`), caches made elsewhere, Whisper's token timestamps, quantised
+projections.
 """
 
 
