@@ -8,8 +8,8 @@ guarantee covers. Then `pipe(**release.inputs(prompt="a large red circle on the 
 released rows and to the exact rows of the customer's words under one softmax. The exact phrases never reach the UNet, however many
 pictures are drawn.
 
-The look also GROWS: `protected.release(first, horizon=8)` opens a release that takes up to seven more appends, and `release.append(more)`
-is not charged, since each phrase enters once and its answer is its own.
+The look also GROWS: `protected.release(first, horizon=8)` opens a release that takes up to seven more appends. Each phrase is charged once,
+when it enters: its answer is its own, and nothing is added to what the others have spent.
 
 What this does not cover: the customer's words; that the phrases stand together, how many there are and when each came; and what the
 guarantee's epsilon allows to be told. The pictures SHOW the look, which is what they are for: at epsilon = 16 an observer may well name
@@ -117,10 +117,10 @@ def main() -> None:
 
     rows = [("words alone\n(public)", draw(pipe, public))]
     with dpx.protect(pipe, config(args.epsilon, unit="group"), calibration=calibration) as protected:
-        release = protected.release(look[:1], groups="phrases", horizon=HORIZON)  # charged, once
+        release = protected.release(look[:1], groups="phrases", horizon=HORIZON)  # charged to this phrase
         rows.append(("+ look,\n1 phrase", with_look(pipe, public, release)))
         for phrase in look[1:]:
-            release.append([phrase], groups="phrases")  # not charged
+            release.append([phrase], groups="phrases")  # charged to that one
         if len(look) > 1:
             rows.append((f"+ look,\n{len(look)} phrases", with_look(pipe, public, release)))
         report = protected.report()

@@ -15,12 +15,17 @@ class WatchedLedger(Ledger):
 
     charged: str | None = None
 
-    def charge(
-        self, digest: str, events: Sequence[Event], budget: Budget, *, note: Mapping[str, Any] | None = None
-    ) -> Charge:
-        """See `Ledger.charge`."""
+    def charge_all(
+        self,
+        digests: Sequence[str],
+        events: Sequence[Event],
+        budget: Budget,
+        *,
+        note: Mapping[str, Any] | None = None,
+    ) -> tuple[Charge, ...]:
+        """See `Ledger.charge_all`."""
         try:
-            made = super().charge(digest, events, budget, note=note)
+            made = super().charge_all(digests, events, budget, note=note)
         except (BudgetExceededError, ConfigError, LedgerError):
             raise
         except BaseException:  # such as a full disk: the ledger itself cannot tell

@@ -1,7 +1,8 @@
-"""What a release of a context costs, and whom: its own name, and the names of the documents that it consists of."""
+"""What a release of a context costs, and whom: its own name, and the names of what it consists of."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .context import PrivateContext
@@ -16,16 +17,18 @@ def names_of(handle: ProtectedPipeline, context: PrivateContext) -> list[str]:
     return [handle.ledger.digest(name) for name in context.names]
 
 
-def may_charge(handle: ProtectedPipeline, context: PrivateContext, events: tuple[Event, ...]) -> None:
-    """Raises BudgetExceededError where the ledger would refuse one of the names; nothing is charged."""
-    for name in names_of(handle, context) if events else ():
-        handle.ledger.check(name, events, handle.budget)
+def may_charge(
+    handle: ProtectedPipeline, contexts: Sequence[PrivateContext], events: tuple[Event, ...]
+) -> None:
+    """Raises BudgetExceededError or ConfigError where the ledger would refuse releases of all of these; nothing is charged."""
+    if events:
+        digests = [name for context in contexts for name in names_of(handle, context)]
+        handle.ledger.check_all(digests, events, handle.budget)
 
 
 def charge(
     handle: ProtectedPipeline, context: PrivateContext, events: tuple[Event, ...], **note: Any
 ) -> None:
-    """Charges a release to all names, or to none. (Where another process spends in between, some stay charged and nothing is released.)"""
-    may_charge(handle, context, events)
-    for name in names_of(handle, context) if events else ():
-        handle.ledger.charge(name, events, handle.budget, note=note)
+    """Charges a release to all names, or to none. Raises BudgetExceededError or ConfigError where the ledger refuses."""
+    if events:
+        handle.ledger.charge_all(names_of(handle, context), events, handle.budget, note=note)

@@ -22,7 +22,7 @@ class PrivateContext:
 
     rows counts all rows of the placeholder, public ones included; private_rows those that are released. phrases: the groups of the private
     rows where they are phrases; public. variant: how it is encoded: another variant is not served by the same release, but charged to the
-    same name. parts: names of the documents that it consists of; each is charged as well, since each is released.
+    same name. parts: names of the documents that it consists of, or of the text that its phrases are of; they are charged as well.
     """
 
     rows: int
@@ -69,9 +69,10 @@ class PrivateContext:
 
 
 def plain_bytes(tensor: torch.Tensor) -> bytes:
-    """The same for equal numbers, whatever their type."""
-    kind = torch.float32 if tensor.is_floating_point() else torch.int64
-    return tensor.detach().to("cpu", kind).contiguous().numpy().tobytes()
+    """The same for equal numbers, whatever their type (-0.0 equals 0.0)."""
+    floating = tensor.is_floating_point()
+    plain = tensor.detach().to("cpu", torch.float32 if floating else torch.int64)
+    return (plain + 0.0 if floating else plain).contiguous().numpy().tobytes()
 
 
 def _name_of_ids(ids: torch.Tensor) -> tuple[bytes, ...]:
@@ -89,7 +90,8 @@ def from_ids(ids: torch.Tensor, mask: torch.Tensor | None, text: TextSide) -> Pr
 
 
 def from_phrases(phrases: Sequence[object], text: TextSide, whole: str | None = None) -> PrivateContext:
-    """A context of phrases that are encoded one by one, named as the whole text is: `whole`, or the phrases with commas between.
+    """A context of phrases that are encoded one by one, named by them, whatever stood between. The whole text is charged as well: `whole`,
+    or the phrases with commas between; as far as the encoder reads it.
 
     Raises:
         ContextError: see `check_phrases`.
@@ -103,8 +105,8 @@ def from_phrases(phrases: Sequence[object], text: TextSide, whole: str | None = 
 
     each = text.length - int(text.first_row_is_public)
     groups = torch.arange(len(tokens)).repeat_interleave(each)
-    variant = b"".join([b"phrases", *(plain_bytes(t) for t, _ in tokens)])
-    return PrivateContext(text.length, len(groups), _name_of_ids(ids), load, groups, variant)
+    name = (b"phrases", *(plain_bytes(t) for t, _ in tokens))
+    return PrivateContext(text.length, len(groups), name, load, groups, parts=(_name_of_ids(ids),))
 
 
 def from_embeddings(rows: torch.Tensor, channels: int) -> PrivateContext:

@@ -119,6 +119,7 @@ def fingerprint(layers: dict[str, Attention], dtype: torch.dtype) -> Fingerprint
 
 def stamp(roots: Iterable[nn.Module]) -> tuple[object, ...]:
     """Changes whenever these modules' weights do by ordinary means: another parameter, a write to one, an adapter's scale, switch or merge.
+    (A write to a parameter's `.data` in place is not counted by torch, and not seen.)
 
     Without arithmetic or synchronisation, so that it can be taken at every step, where `fingerprint` cannot.
     """

@@ -12,7 +12,7 @@ I (C + C' + 2 R), I the width of all heads together: less where the rows of all 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -53,8 +53,9 @@ def fold(attn: Attention, rows: RowsStructure, queries: int) -> FoldedRows | Non
     Single precision only: in half precision rounding W_q^T K^T would move the logits.
     """
     project, out = attn.to_q, attn.to_out[0]
-    if attn.norm_q is not None or not (_plain(project, rows.key) and _plain(out, rows.key)):
+    if not foldable(attn, rows):
         return None
+    assert isinstance(project, nn.Linear) and isinstance(out, nn.Linear)
     batch, heads, count, _ = rows.key.shape
     if not _pays(project.in_features, project.out_features, out.out_features, heads * count, count, queries):
         return None
@@ -73,7 +74,13 @@ def fold(attn: Attention, rows: RowsStructure, queries: int) -> FoldedRows | Non
     )
 
 
-def _plain(module: nn.Module, like: torch.Tensor) -> TypeGuard[nn.Linear]:
+def foldable(attn: Attention, rows: RowsStructure) -> bool:
+    """Whether nothing but plain matrices in single precision stands between. To be asked at every use: a hook may have come since."""
+    plain = _plain(attn.to_q, rows.key) and _plain(attn.to_out[0], rows.key)
+    return plain and attn.norm_q is None and not torch.is_autocast_enabled(rows.key.device.type)
+
+
+def _plain(module: nn.Module, like: torch.Tensor) -> bool:
     return (
         type(module) is nn.Linear
         and module.weight.dtype == like.dtype == torch.float32

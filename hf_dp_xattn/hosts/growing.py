@@ -79,9 +79,8 @@ def open_growing(
     private, public = context.load()
     release = prepared.open(handle.entropy)
     latest = _append(release, recipe, private, own, public.detach().clone(), context.rows, current)
-    spent = Spent(handle.ledger.digest(context.name), release.guarantee())
-    growing = GrowingContext(release, recipe, latest, spent)
-    growing.names |= set(names_of(handle, context))
+    growing = GrowingContext(release, recipe, latest, Spent(names_of(handle, context), release.guarantee()))
+    growing.names |= set(growing.spent.digests)
     growing.charged |= growing.names
     return growing
 
@@ -114,12 +113,17 @@ def append_to(
         prepared = growing.release.prepared
         charge(handle, context, prepared.events, horizon=prepared.horizon)
         growing.charged |= set(names)
-    private, _ = context.load()
-    before = growing.latest
-    growing.latest = _append(
-        growing.release, growing.recipe, private, own, before.public_rows, before.rows, current
-    )
-    growing.names |= set(names)
+        growing.spent.digests.extend(names)
+    growing.names |= set(names)  # before it enters: whatever happens then, it does not enter twice
+    try:
+        private, _ = context.load()
+        before = growing.latest
+        growing.latest = _append(
+            growing.release, growing.recipe, private, own, before.public_rows, before.rows, current
+        )
+    except (ConfigError, ContextError):
+        growing.names -= set(names)  # it is not in
+        raise
     return growing.latest
 
 

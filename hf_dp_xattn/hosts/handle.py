@@ -19,7 +19,7 @@ from ..report import PrivacyReport
 from .access import Access, TextGate
 from .architectures import find_layers, rowwise_reason, side_channel_reason, unwrap
 from .bindings import Bindings, bind, unique
-from .charging import charge, may_charge
+from .charging import charge, may_charge, names_of
 from .context import PrivateContext, name_contexts, name_phrases
 from .fingerprint import Fingerprint, fingerprint, stamp
 from .growing import GrowingContext, append_to, only, open_growing
@@ -300,7 +300,8 @@ class ProtectedPipeline:
                 context is ONE list of phrases, or a string that is split into them (`phrases.split_phrases`), and each phrase is encoded by
                 itself. With a calibration for phrases and no `groups`, every string is a context that is split.
             fresh: release again with new noise; charged again.
-            horizon: ONE context that grows, by at most so many appends, this one included: `Release.append`. Charged once, now.
+            horizon: ONE context that grows, by at most so many appends, this one included: `Release.append`. Each is charged when it
+                comes.
 
         Raises:
             ContextError, ConfigError: not valid; nothing was spent.
@@ -374,13 +375,12 @@ class ProtectedPipeline:
             cached = self._cache.get(key)
             if fresh or cached is None or cached.misfit(current, projected=self.projects_rows) is not None:
                 todo[key] = (context, own)
-        for context, _ in todo.values():
-            may_charge(self, context, recipe.events)
+        may_charge(self, [context for context, _ in todo.values()], recipe.events)
         done = {key: self._cache[key] for key in keys if key not in todo}
         for key, (context, own) in todo.items():
             charge(self, context, recipe.events)
             released = self._run(recipe, context, own, current)
-            self._spent.append(Spent(key[0], released.guarantee))
+            self._spent.append(Spent(names_of(self, context), released.guarantee))
             self._cache[key] = done[key] = released
         for key in keys:
             self._cache.move_to_end(key)
@@ -410,16 +410,16 @@ class ProtectedPipeline:
     def _current_fingerprint(self) -> Fingerprint:
         return fingerprint(self.layers, self.unet.dtype)
 
-    def digest_of(self, context: ReleasedContext) -> str | None:
-        """The ledger's name of a context that this handle released."""
-        return next((s.digest for s in self._spent if s.guarantee is context.guarantee), None)
+    def digests_of(self, context: ReleasedContext) -> list[str]:
+        """The ledger's names of a context that this handle released."""
+        return next((s.digests for s in self._spent if s.guarantee is context.guarantee), [])
 
     def adopt(self, contexts: Sequence[ReleasedContext]) -> None:
         """Takes in releases that were made elsewhere: verified, and named in the report."""
         current = self._current_fingerprint()
         for context in contexts:
             _require_fit(context.foreign(current, projected=self.projects_rows))
-        self._spent += [Spent(None, c.guarantee) for c in contexts]
+        self._spent += [Spent([], c.guarantee) for c in contexts]
 
     def verify(self, contexts: Sequence[ReleasedContext]) -> Fingerprint:
         """The fingerprint of the present weights. Raises ReleaseError unless the releases can serve them."""
@@ -477,7 +477,8 @@ class ProtectedPipeline:
     def _set_tables(self, tags: tuple[Tag, ...], device: torch.device, current: Fingerprint) -> None:
         self._set_layout(None)
         allow = torch.tensor(self.access.public > 0, device=device)
-        tables = self._tables.build(self._bindings.find(tags), allow, device, self.unet.dtype, current)
+        with torch.autocast(device.type, enabled=False):  # tables outlive the region that they are made in
+            tables = self._tables.build(self._bindings.find(tags), allow, device, self.unet.dtype, current)
         for name, table in tables.items():
             self._processors[name].table = table
         self._tags, self._device, self._fingerprint = tags, device, current

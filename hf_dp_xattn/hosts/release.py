@@ -135,9 +135,9 @@ class Release:
         return self._charges
 
     def _count(self, handle: ProtectedPipeline) -> tuple[Charges, ...]:
-        growing = None if self._growing is None else self._growing.spent.digest
+        growing = [] if self._growing is None else self._growing.spent.digests
         return tuple(
-            c.charges or charges_of(handle, growing or handle.digest_of(c), c.guarantee)
+            c.charges or charges_of(handle, growing or handle.digests_of(c), c.guarantee)
             for c in self._contexts
         )
 

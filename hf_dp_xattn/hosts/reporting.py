@@ -32,9 +32,10 @@ PHRASES_NOT_COVERED = (
 
 @dataclass(frozen=True)
 class Spent:
-    """One release: the ledger's (keyed) name of its context, or None for one that was loaded; and what was promised."""
+    """One release: the ledger's (keyed) names of its context and of what it consists of, none for one that was loaded; and what was
+    promised. A growing release adds the names of its appends."""
 
-    digest: str | None
+    digests: list[str]
     guarantee: Guarantee
 
 
@@ -75,20 +76,19 @@ def release_entry(name: str, guarantee: Guarantee, charges: int, spent: float | 
 
 def _entry(handle: ProtectedPipeline, name: str, spent: Spent) -> dict[str, Any]:
     g = spent.guarantee
-    if spent.digest is None:
+    if not spent.digests:
         return release_entry(name, g, 0, ELSEWHERE)
     if g.mechanism == "none":
         return release_entry(name, g, 0, "unbounded")
-    charges = handle.ledger.charges(spent.digest)
-    return release_entry(name, g, len(charges), handle.ledger.spent(spent.digest, g.delta))
+    return release_entry(name, g, *handle.ledger.most(spent.digests, g.delta))
 
 
 def build_report(handle: ProtectedPipeline, spent: Sequence[Spent], warnings: Sequence[str]) -> PrivacyReport:
     """The report; `releases` has one entry per release made or loaded by this handle, in order."""
     names: dict[str, str] = {}
     for s in spent:
-        if s.digest is not None:
-            names.setdefault(s.digest, f"context {len(names) + 1}")
+        if s.digests:
+            names.setdefault(s.digests[0], f"context {len(names) + 1}")
     notes = list(warnings)
     if any(not s.guarantee.is_private for s in spent) or not handle.config.is_private:
         notes.insert(0, "NOT PRIVATE: at least one release promises nothing, see below.")
@@ -102,7 +102,7 @@ def build_report(handle: ProtectedPipeline, spent: Sequence[Spent], warnings: Se
         layers=len(handle.layers),
         heads=sum(a.heads for a in handle.layers.values()),
         config=handle.config.to_dict(),
-        releases=tuple(_entry(handle, "loaded" if s.digest is None else names[s.digest], s) for s in spent),
+        releases=tuple(_entry(handle, names[s.digests[0]] if s.digests else "loaded", s) for s in spent),
         public=_public(handle),
         not_covered=NOT_COVERED + (PHRASES_NOT_COVERED if handle.config.unit == "group" else ()),
         ledger=f"{persistent}; budget per context: epsilon {handle.budget.epsilon:g} at delta {handle.budget.delta:g}",

@@ -50,8 +50,9 @@ def project_rows(attn: Attention, rows: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def project_apart(attn: Attention, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `project_rows`, one row at a time: the keys and values of a row are the same bits whichever rows stand beside it."""
-    keys, values = zip(*(project_rows(attn, row) for row in rows.split(1)), strict=True)
+    """As `project_rows`, one row at a time, each in memory of its own: the shape and the alignment of a product, by which its kernel may
+    choose an order of summation, do not tell how many rows there are."""
+    keys, values = zip(*(project_rows(attn, row.clone()) for row in rows.split(1)), strict=True)
     return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ class Terms:
 @dataclass(frozen=True)
 class Charges:
     """number: releases of this context that the ledger counted, this one included. epsilon: of all of them, at the guarantee's delta;
-    None where the ledger is not at hand."""
+    None where the ledger is not at hand. Of a corpus, both are those of the document that has the most."""
 
     number: int
     epsilon: float | None
@@ -52,12 +53,11 @@ def terms_of(handle: ProtectedPipeline) -> Terms:
     )
 
 
-def charges_of(handle: ProtectedPipeline, digest: str | None, guarantee: Guarantee) -> Charges:
-    """What the handle's ledger counted; of one release where it does not know the context."""
-    if digest is None or not guarantee.is_private:
+def charges_of(handle: ProtectedPipeline, digests: Sequence[str], guarantee: Guarantee) -> Charges:
+    """What the handle's ledger counted, at most, of the context and of what it consists of; of one release where it knows none of them."""
+    if not digests or not guarantee.is_private:
         return Charges(1, None)
-    number = len(handle.ledger.charges(digest))
-    return Charges(number, handle.ledger.spent(digest, guarantee.delta))
+    return Charges(*handle.ledger.most(digests, guarantee.delta))
 
 
 def read_terms(values: dict[str, Any]) -> Terms:

@@ -369,6 +369,19 @@ class Ledger:
         name, delta, count = secrets.token_hex(8), float(budget.delta), len(earlier) + 1
         return Charge(name, digest, spent, after, delta, count, time, events, note, *scope)
 
+    def _assess_all(
+        self,
+        before: Sequence[Charge],
+        digests: Sequence[str],
+        events: Sequence[Event],
+        budget: Budget,
+        note: dict[str, Any],
+    ) -> tuple[Charge, ...]:
+        made: list[Charge] = []
+        for digest in digests:
+            made.append(self._assess([*before, *made], self._check_digest(digest), events, budget, note))
+        return tuple(made)
+
     def charge(
         self, digest: str, events: Sequence[Event], budget: Budget, *, note: Mapping[str, Any] | None = None
     ) -> Charge:
@@ -382,22 +395,50 @@ class Ledger:
         Raises `BudgetExceededError` beyond the budget, `ConfigError` for invalid arguments, `LedgerError`
         for files.
         """
+        return self.charge_all([digest], events, budget, note=note)[0]
+
+    def charge_all(
+        self,
+        digests: Sequence[str],
+        events: Sequence[Event],
+        budget: Budget,
+        *,
+        note: Mapping[str, Any] | None = None,
+    ) -> tuple[Charge, ...]:
+        """`charge` of one release of several names: all of them, or none, in one write. A name that comes twice is charged twice."""
         clean = _check_note(note or {})
         with self._locked():
-            self._check_digest(digest)
             charges = self._read()
-            charge = self._assess(charges, digest, events, budget, clean)
+            made = self._assess_all(charges, digests, events, budget, clean)
             if self._path is None:
-                self._memory = (*charges, charge)
+                self._memory = (*charges, *made)
             else:
-                _write(self._path, _seal((*charges, charge), self._key))
-                self._seen = (*self._seen, charge.id)
-            return charge
+                _write(self._path, _seal((*charges, *made), self._key))
+                self._seen = (*self._seen, *(c.id for c in made))
+            return made
 
     def check(self, digest: str, events: Sequence[Event], budget: Budget) -> Charge:
         """What `charge` would return (or raise) now, without recording it; it may not fit later."""
+        return self.check_all([digest], events, budget)[0]
+
+    def check_all(
+        self, digests: Sequence[str], events: Sequence[Event], budget: Budget
+    ) -> tuple[Charge, ...]:
+        """What `charge_all` would return (or raise) now."""
         with self._locked():
-            return self._assess(self._read(), self._check_digest(digest), events, budget, {})
+            return self._assess_all(self._read(), digests, events, budget, {})
+
+    def most(self, digests: Iterable[str], delta: float) -> tuple[int, float]:
+        """Of several names, the largest number of charges and the largest epsilon spent at `delta`; (0, 0) where none was charged."""
+        wanted = set(digests)
+        events: dict[str, list[Event]] = {}
+        numbers: dict[str, int] = {}
+        for c in self.entries():
+            if c.digest in wanted:
+                events.setdefault(c.digest, []).extend(c.events)
+                numbers[c.digest] = numbers.get(c.digest, 0) + 1
+        distinct = {tuple(e) for e in events.values()}  # documents of one corpus have mostly spent alike
+        return max(numbers.values(), default=0), max((_epsilon(e, delta) for e in distinct), default=0.0)
 
     def spent(self, digest: str, delta: float) -> float:
         """Epsilon spent at `delta`; 0 if never charged, inf at delta 0 after a release that needs a delta."""

@@ -95,16 +95,15 @@ def an_open_gate(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
 
 
 def a_free_second_release(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
-    charge, seen = Ledger.charge, set()
+    charge, seen = Ledger.charge_all, set()
 
-    def once(self: Any, digest: str, *rest: Any, **options: Any) -> Any:
-        if digest in seen:
-            return None
-        seen.add(digest)
-        return charge(self, digest, *rest, **options)
+    def once(self: Any, digests: list[str], *rest: Any, **options: Any) -> Any:
+        fresh = [d for d in digests if d not in seen]
+        seen.update(fresh)
+        return charge(self, fresh, *rest, **options)
 
-    monkeypatch.setattr(Ledger, "charge", once)
-    monkeypatch.setattr(Ledger, "check", lambda *a: None)
+    monkeypatch.setattr(Ledger, "charge_all", once)
+    monkeypatch.setattr(Ledger, "check_all", lambda *a: ())
 
 
 def no_cache_of_releases(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
@@ -114,8 +113,8 @@ def no_cache_of_releases(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> N
         return release(self, contexts, **{**options, "fresh": True})
 
     monkeypatch.setattr(handle_module.ProtectedPipeline, "release_contexts", anew)
-    monkeypatch.setattr(Ledger, "check", lambda *a: None)
-    monkeypatch.setattr(Ledger, "charge", lambda *a, **options: None)
+    monkeypatch.setattr(Ledger, "check_all", lambda *a: ())
+    monkeypatch.setattr(Ledger, "charge_all", lambda *a, **options: ())
 
 
 def a_weight_that_stays_changed(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:

@@ -277,7 +277,7 @@ def test_nothing_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the planner must not do this")
 
     monkeypatch.setattr(Ledger, "__init__", refuse)
-    monkeypatch.setattr(Ledger, "charge", refuse)
+    monkeypatch.setattr(Ledger, "charge_all", refuse)
     monkeypatch.setattr(SystemEntropy, "random_bytes", refuse)
     dpx.plan(ONE, want_fvu=0.5)
     with pytest.raises(ConfigError):

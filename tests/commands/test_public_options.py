@@ -212,7 +212,7 @@ def test_a_charge_that_may_have_been_made(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(dpx.Ledger, "charge", fail(OSError(28, "No space left on device")))
+    monkeypatch.setattr(dpx.Ledger, "charge_all", fail(OSError(28, "No space left on device")))
     assert generate(models_folder, "plain", *DRAW, "--prompt-file", prompt) == 1
     assert "The release may have been charged to 'l'" in capsys.readouterr().err
 

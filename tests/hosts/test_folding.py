@@ -10,7 +10,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.hosts.folding import FoldedRows, fold
+from hf_dp_xattn.hosts.folding import fold
 from hf_dp_xattn.hosts.processor import DPAttnProcessor
 from hf_dp_xattn.hosts.rows import split_heads
 from hf_dp_xattn.mechanisms.rows_structure import RowsStructure
@@ -119,7 +119,7 @@ def test_a_host_folds_at_the_first_step_and_again_when_weights_change(
 
         first, apart = both()
         processors = [p for p in unet.attn_processors.values() if isinstance(p, DPAttnProcessor)]
-        assert any(isinstance(p.joint, FoldedRows) for p in processors)
+        assert any(p.folded is not None for p in processors)
         torch.testing.assert_close(first, apart, rtol=1e-4, atol=1e-5)
         assert torch.equal(draw(unet, states), first)
         with torch.no_grad():
@@ -134,3 +134,58 @@ def test_a_host_folds_at_the_first_step_and_again_when_weights_change(
         last, apart = both()
         torch.testing.assert_close(last, apart, rtol=1e-4, atol=1e-5)
         assert float((last - later).abs().max()) > 1e-3
+
+
+def folding_host() -> tuple[Any, Any, torch.Tensor]:
+    """(UNet, handle, states) after a first step that folded."""
+    unet = tiny_unet(**WIDE)
+    handle = dpx.protect(unet, CONFIG, calibration=calibration_for(unet))
+    release = handle.release(torch.randn(16, CHANNELS, generator=torch.Generator().manual_seed(5)))
+    public = torch.randn(1, 16, CHANNELS, generator=torch.Generator().manual_seed(4))
+    states = torch.cat([public, release.inputs()["encoder_hidden_states"]])
+    draw(unet, states)
+    return unet, handle, states
+
+
+def test_a_hook_that_comes_later_is_called() -> None:
+    unet, handle, states = folding_host()
+    called: list[str] = []
+    for name, attn in handle.layers.items():
+        attn.to_q.register_forward_hook(lambda *a, name=name: called.append(name))
+    draw(unet, states)
+    assert sorted(called) == sorted(handle.layers)
+
+
+@pytest.mark.parametrize("begin", ["inside", "outside"])
+def test_autocast_is_not_folded(begin: str) -> None:
+    unet, _, states = folding_host()
+    exact = draw(unet, states)
+    if begin == "inside":
+        states = states.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = draw(unet, states)
+    assert bool(inside.isfinite().all()) and not torch.equal(inside.float(), exact)
+    torch.testing.assert_close(draw(unet, states), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_a_picture_of_few_queries_does_not_decide_for_a_larger_one() -> None:
+    unet, _, states = folding_host()
+    processors = [p for p in unet.attn_processors.values() if isinstance(p, DPAttnProcessor)]
+    twin = states.clone()
+    draw(unet, twin, size=2)
+    assert all(p.folded is None for p in processors)
+    draw(unet, twin)
+    assert any(p.folded is not None for p in processors)
+
+
+def test_inference_mode_and_gradients_are_not_folded() -> None:
+    unet, _, states = folding_host()
+    processors = [p for p in unet.attn_processors.values() if isinstance(p, DPAttnProcessor)]
+    with torch.inference_mode():
+        twin = states.clone()
+        first = draw(unet, twin)
+    assert all(p.folded is None for p in processors)
+    torch.testing.assert_close(first, draw(unet, states), rtol=1e-4, atol=1e-5)
+    sample = torch.zeros(2, 4, 16, 16, requires_grad=True)
+    unet(sample, 5, encoder_hidden_states=states.clone()).sample.sum().backward()
+    assert bool(sample.grad.isfinite().all()) and all(p.folded is None for p in processors)

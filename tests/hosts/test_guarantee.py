@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import hf_dp_xattn as dpx
+from hf_dp_xattn.hosts.rows import project_rows
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from ..hosts_tiny import CHANNELS, LENGTH, picture, tiny_sd, tiny_unet
@@ -160,7 +161,9 @@ def test_a_projection_that_mixes_rows_is_caught(private: Any, monkeypatch: pytes
 def check_removal(private: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Removing a row takes its own contribution away and changes no other one, though all rows are huge where no projection looks: there,
     what their keys and values are is what rounding makes of them."""
-    unet = tiny_unet(cross_attention_dim=256)
+    unet = tiny_unet(
+        cross_attention_dim=250
+    )  # rows of 1,000 bytes: their places in memory differ in alignment
     weights = [
         w
         for n, m in unet.named_modules()
@@ -169,7 +172,7 @@ def check_removal(private: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     unseen = torch.linalg.svd(torch.cat(weights).double()).Vh[-1].float()
     gen = torch.Generator().manual_seed(0)
-    rows = torch.randn(4, 256, generator=gen) + 1e8 * torch.randn(4, 1, generator=gen) * unseen
+    rows = torch.randn(4, 250, generator=gen) + 1e8 * torch.randn(4, 1, generator=gen) * unseen
     config = private.replace(neighboring="add_or_remove_one")
     whole, less, alone = (
         sums_without_noise(unet, config, r, monkeypatch) for r in (rows, rows[1:], rows[:1])
@@ -201,6 +204,23 @@ def test_rounding_that_depends_on_the_number_of_rows_is_caught(
     monkeypatch.setattr(making, "project_apart", together)
     with pytest.raises(AssertionError):
         check_removal(private, monkeypatch)
+
+
+def test_no_row_of_a_product_depends_on_the_others(exact: Any) -> None:
+    """What `replace_one` rests on where keys and values are computed in floating point: the shapes are those of the neighbour."""
+    unet = tiny_unet(cross_attention_dim=250)
+    gen = torch.Generator().manual_seed(0)
+    rows = 1e4 * torch.randn(77, 250, generator=gen)
+    with dpx.protect(unet, exact) as handle:
+        before = [project_rows(attn, rows) for attn in handle.layers.values()]
+        for i in (0, 40, 76):
+            other = rows.clone()
+            other[i] = 1e8 * torch.randn(250, generator=gen)
+            same = torch.arange(77) != i
+            for attn, pair in zip(handle.layers.values(), before, strict=True):
+                for want, found in zip(pair, project_rows(attn, other), strict=True):
+                    assert torch.equal(found[:, same], want[:, same])
+                    assert not torch.equal(found[:, i], want[:, i])
 
 
 def check_numbers(handle: Any, config: Any) -> None:

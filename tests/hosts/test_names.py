@@ -9,13 +9,20 @@ import torch
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn import BudgetExceededError, ConfigError, ContextError
+from hf_dp_xattn.hosts.context import from_phrases
+from hf_dp_xattn.hosts.seq2seq.contexts import name_inputs
 
+from ..hosts_tiny import tiny_sd
 from .anchor_calibrations import protect
 from .seq2seq.tiny import tiny
 
 TEXT = "a red circle"
 GROUPED = dpx.DPXAttnConfig(unit="group", projection_dim=4, degree=1)
 A, B, C = (torch.tensor([5, 6, 7, k]) for k in (8, 9, 10))
+
+
+def _name(ids: torch.Tensor) -> tuple[bytes, ...]:
+    return name_inputs({"input_ids": ids}, 0, lambda inputs: (inputs["input_ids"], None))[0].name
 
 
 def documents(*parts: torch.Tensor) -> Any:
@@ -42,7 +49,25 @@ def test_a_prompt_has_one_name_whole_or_in_phrases(pipe: Any, phrases: Any) -> N
     handle = protect(pipe, GROUPED)
     handle.release(whole, groups=torch.arange(16) // 4)
     again(handle, phrases, groups="phrases")
-    assert len(handle.ledger.entries()) == 1
+    other = protect(tiny_sd(), GROUPED)
+    other.release(phrases, groups="phrases")
+    again(other, whole, groups=torch.arange(16) // 4)
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["a red circle and a blue square", "a red circle; a blue square", ["a red circle", "a blue square"]],
+    ids=["and", "semicolon", "list"],
+)
+def test_phrases_have_one_name_whatever_stands_between_them(pipe: Any, other: Any) -> None:
+    handle = protect(pipe, GROUPED)
+    release = handle.release("a red circle\na blue square", groups="phrases")
+    assert handle.release(other, groups="phrases").contexts == release.contexts  # it is the same one
+    again(handle, other, groups="phrases")
+    growing = protect(tiny_sd(), GROUPED).release("zebra", groups="phrases", horizon=4)
+    growing.append("a red circle , a blue square", groups="phrases")
+    with pytest.raises(ContextError, match="already"):
+        growing.append(other, groups="phrases")
 
 
 def test_phrases_that_are_split_in_another_way_are_another_release_of_the_same_text(pipe: Any) -> None:
@@ -50,7 +75,10 @@ def test_phrases_that_are_split_in_another_way_are_another_release_of_the_same_t
     one = handle.release(["a red circle, a blue square", "zebra"], groups="phrases")
     two = handle.release(["a red circle", "a blue square, zebra"], groups="phrases")
     assert one.contexts[0] is not two.contexts[0]
-    assert len({c.digest for c in handle.ledger.entries()}) == 1 and len(handle.ledger.entries()) == 2
+    whole = [c for c in handle.ledger.entries() if c.number_of_releases == 2]
+    assert (
+        len(whole) == 1 and len(handle.ledger.entries()) == 4
+    )  # the text twice, and each way of splitting it
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16], ids=str)
@@ -59,6 +87,38 @@ def test_the_type_of_token_ids_is_no_part_of_the_name(private: Any, dtype: torch
         handle.release(A)
         again(handle, A.to(dtype))
         again(handle, A.to(dtype).unsqueeze(0), groups="documents")
+
+
+@pytest.mark.parametrize("pad", [0, 1, 9], ids=str)
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_padding_is_no_part_of_the_name(private: Any, left: bool, pad: int) -> None:
+    filling = torch.full((3,), pad)
+    ids = torch.cat([filling, A] if left else [A, filling])
+    mask = torch.cat([torch.zeros(3), torch.ones(4)] if left else [torch.ones(4), torch.zeros(3)]).long()
+    with dpx.protect(tiny("bart"), private) as handle:
+        handle.release(A)
+        again(handle, input_ids=ids.unsqueeze(0), attention_mask=mask.unsqueeze(0))
+
+
+def test_a_report_counts_what_its_documents_spent(private: Any) -> None:
+    config = private.replace(unit="group")
+    with dpx.protect(tiny("bart"), config, budget=dpx.Budget(30.0, 1e-3)) as handle:
+        handle.release(documents(A), groups="documents")
+        release = handle.release(documents(A, B), groups="documents")
+        alone, both = handle.report().releases
+        assert (alone["charges"], both["charges"]) == (2, 2)
+        spent = handle.ledger.spent(handle.ledger.digest(_name(A)), config.delta)
+        assert both["spent_epsilon"] == spent > config.epsilon
+        assert release.charges[0].number == 2 and release.charges[0].epsilon == spent
+
+
+def test_a_batch_is_checked_as_a_whole(pipe: Any) -> None:
+    """Two contexts of one name: the second would not fit, so that nothing is charged."""
+    handle = protect(pipe, GROUPED)
+    contexts = [from_phrases(p, handle.text) for p in (["a", "b, c"], ["a, b", "c"])]
+    with pytest.raises(BudgetExceededError):
+        handle.release_contexts(contexts)
+    assert handle.ledger.entries() == ()
 
 
 def test_each_document_of_a_corpus_is_charged(corpus: Any) -> None:

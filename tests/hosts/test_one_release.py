@@ -19,12 +19,12 @@ class Runs:
 
     def __init__(self, handle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.order: list[str] = []
-        run, charge = handle_module.ProtectedPipeline._run, handle.ledger.charge
+        run, charge = handle_module.ProtectedPipeline._run, handle.ledger.charge_all
         monkeypatch.setattr(
             handle_module.ProtectedPipeline, "_run", lambda *a: self.order.append("run") or run(*a)
         )
         monkeypatch.setattr(
-            handle.ledger, "charge", lambda *a, **k: self.order.append("charge") or charge(*a, **k)
+            handle.ledger, "charge_all", lambda *a, **k: self.order.append("charge") or charge(*a, **k)
         )
         if handle._patches:
             text = handle._patches[0].text

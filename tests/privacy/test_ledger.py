@@ -59,6 +59,35 @@ def test_charges_add_up_and_are_refused_beyond_the_budget(path, persistent):
     ledger.charge(other, ONE, Budget(1, 0))
 
 
+@pytest.mark.parametrize("persistent", (True, False))
+def test_a_release_of_several_names_is_charged_to_all_or_none(path, persistent):
+    ledger = Ledger(path if persistent else None)
+    names = [ledger.digest([bytes([i])]) for i in range(4)]
+    ledger.charge(names[3], ONE, Budget(1, 0))
+    for call in (ledger.check_all, ledger.charge_all):
+        for several in (names, [names[0], names[0]]):  # one of them, or one of them twice, is too much
+            with pytest.raises(BudgetExceededError):
+                call(several, ONE, Budget(1, 0))
+    assert len(ledger.entries()) == 1 and ledger.check_all(names[:3], ONE, Budget(1, 0))[2].epsilon_after == 1
+    made = ledger.charge_all(names[:3], ONE, Budget(1, 0), note={"horizon": 3})
+    assert [c.digest for c in made] == names[:3] and ledger.entries()[1:] == made
+    twice = ledger.charge_all([names[0], names[0]], ONE, Budget(3, 0))
+    assert [c.number_of_releases for c in twice] == [2, 3]
+    assert ledger.most(names, 0) == (3, 3) and ledger.most(names[1:], 0) == (1, 1)
+    assert ledger.most([], 0) == ledger.most([ledger.digest([b"new"])], 0) == (0, 0)
+
+
+def test_a_crash_charges_several_names_or_none(path, monkeypatch):
+    ledger = Ledger(path)
+    names = [ledger.digest([bytes([i])]) for i in range(5)]
+    for function, nth in STEPS[:3]:
+        with monkeypatch.context() as patch:
+            _crash_at(patch, function, nth)
+            with pytest.raises(_Crash):
+                ledger.charge_all(names, ONE, Budget(9, 0))
+        assert len({Ledger(path).spent(n, 0) for n in names}) == 1
+
+
 def test_gaussian_spending_is_infinite_at_delta_zero():
     ledger = Ledger()
     digest = ledger.digest(PARTS)

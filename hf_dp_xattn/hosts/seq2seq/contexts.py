@@ -79,7 +79,8 @@ def name_inputs(inputs: dict[str, Any], channels: int, encode: Encode) -> list[P
 def _element(
     name: str, main: torch.Tensor, mask: torch.Tensor | None, channels: int, encode: Encode
 ) -> PrivateContext:
-    """Masked rows are no rows; padding at the end is cut off, so one document has one name however it was batched."""
+    """Masked rows are no rows and no part of the name, so one document has one name however it was padded. Padding at the end is cut off;
+    other padding may move positions, and makes another release of the same document."""
     rows = main.shape[0]
     if name in ("input_ids", "inputs_embeds", STATES) and mask is not None:
         if len(mask) != rows:
@@ -98,12 +99,11 @@ def _element(
         inputs[MASK] = mask.unsqueeze(0).to(torch.int64)
     features = name not in ("input_ids", "inputs_embeds")
     count = len(main) if mask is None else int(mask.sum())
-    identity = (
-        name.encode(),
-        repr(tuple(main.shape)).encode(),
-        plain_bytes(main),
-        b"" if mask is None else plain_bytes(mask),
-    )
+    seen = main if mask is None or features else main[mask]
+    identity: tuple[bytes, ...] = (name.encode(), repr(tuple(seen.shape)).encode(), plain_bytes(seen))
+    variant = b"" if mask is None else plain_bytes(mask)
+    if features:  # what a mask of features hides is known to the encoder only
+        identity = (*identity, variant)
 
     def load() -> Rows:
         states, kept = encode(inputs)
@@ -111,7 +111,7 @@ def _element(
         return states, states[:0]
 
     # how many rows an encoder makes of features is known when they were encoded: a function of public shapes and masks
-    return PrivateContext(0 if features else rows, 0 if features else count, identity, load)
+    return PrivateContext(0 if features else rows, 0 if features else count, identity, load, variant=variant)
 
 
 def join_documents(documents: Sequence[PrivateContext], unit: str) -> PrivateContext:

@@ -96,7 +96,7 @@ class ProtectedSeq2Seq(RoutedHandle):
         """The model's gate. Raises before anything runs."""
         if torch.compiler.is_compiling():
             raise ProtectionLostError(
-                "A protected encoder-decoder model is not supported under torch.compile yet."
+                "The gate of a protected encoder-decoder model is never traced: torch.compile runs it with fullgraph=False only."
             )
         self._calls.current = None
         self.check()
@@ -167,7 +167,8 @@ class ProtectedSeq2Seq(RoutedHandle):
             groups: for `unit="group"`, public: integers [n] that name each row's group; or "documents": the batch is ONE context of
                 documents, each encoded apart from all others, and each a group.
             fresh: release again with new noise; charged again.
-            horizon: ONE context that grows, by at most so many appends, this one included: `Release.append`. Charged once, now.
+            horizon: ONE context that grows, by at most so many appends, this one included: `Release.append`. Each is charged when it
+                comes.
 
         Raises:
             ContextError, ConfigError: not valid; nothing was spent.

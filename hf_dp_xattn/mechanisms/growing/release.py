@@ -1,4 +1,4 @@
-r"""`GrowingRelease`: one running release of a context to which documents are added, charged once when it is opened.
+r"""`GrowingRelease`: one running release of a context to which documents are added; each unit is charged once for all of it.
 
 *Formal guarantee.* **Released:** the noised vectors y_1, ..., y_T of `privacy/continual.py`, one at each of at most T = horizon appends;
 every state in between is post-processing of them. **Unit:** a row, or a group of rows; an append is a batch of whole units, a unit enters

@@ -204,3 +204,22 @@ def test_a_protected_pipeline(private: dpx.DPXAttnConfig) -> None:
     assert len(handle.report().releases) == 1
     dpx.unprotect(pipe)
     assert "generate" not in moonshine.__dict__
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_compiled_with_graph_breaks(name: str, private: dpx.DPXAttnConfig) -> None:
+    """The gate is never traced, so each call reads its own release, recompiled or not."""
+    model = tiny(name)
+    handle = dpx.protect(model, private)
+    releases = [handle.release(torch.arange(5 + i, 12 + i)) for i in range(4)]
+    start = torch.tensor([[2]])
+    want = [model(**r.inputs(decoder_input_ids=start)).logits for r in releases]
+    torch._dynamo.reset()
+    try:
+        compiled: Any = torch.compile(model, backend="eager")
+        for release, logits in zip(releases, want, strict=True):
+            assert torch.equal(compiled(**release.inputs(decoder_input_ids=start)).logits, logits)
+        with pytest.raises(dpx.ProtectionLostError):
+            compiled(input_ids=torch.arange(5, 12).unsqueeze(0), decoder_input_ids=start)
+    finally:
+        torch._dynamo.reset()
