@@ -99,9 +99,10 @@ def measure(count: int = 10_000, anchors: int = 4096) -> dict[str, object]:
 def measure_step(size: int = 64, repeats: int = 41) -> dict[str, object]:
     """One denoising step with guidance, protected and unprotected in turn; the calibration is small, the rows served are as many.
 
-    A timed step is not a picture's first (that one reads the placeholder, once: `activation_s`). Steps vary by some per cent on a shared
-    machine, cross-attention is a fifteenth of them and all that differs: hence many pairs, each in the other order than the one before, and
-    an interval for their median. The layers of cross-attention are also timed alone, in turn, on a step's own inputs.
+    A timed step is not a picture's first: that one reads the placeholder (`activation_s`) and folds its rows into the layers (`first_s`:
+    what the layers take then). Steps vary by some per cent on a shared machine, cross-attention is a fifteenth of them and all that
+    differs: hence many pairs, each in the other order than the one before, and an interval for their median. The layers of cross-attention
+    are also timed alone, in turn, on a step's own inputs.
     """
     warnings.simplefilter("ignore")
     pipe = pipeline()
@@ -120,12 +121,15 @@ def measure_step(size: int = 64, repeats: int = 41) -> dict[str, object]:
     )
     private = contexts(1, seed=9).float()
     plain = torch.cat([negative, private])
-    step(pipe.unet, plain, size)
-    taken: dict[str, list[float]] = {"protected": [], "plain": []}
+    inputs = _inputs(pipe.unet, plain, size)
+    taken: dict[str, list[float]] = {"protected": [], "plain": [], "first": []}
     rows, layers = 0, {}
 
     def timed(name: str, states: torch.Tensor) -> None:
         step(pipe.unet, states, 8)  # reads the placeholder, where there is one
+        first = _run_layers(inputs, states)
+        if name == "protected":
+            taken["first"].append(first)
         start = time.perf_counter()
         step(pipe.unet, states, size)
         taken[name].append(time.perf_counter() - start)
@@ -141,7 +145,7 @@ def measure_step(size: int = 64, repeats: int = 41) -> dict[str, object]:
             states = torch.cat([negative, release.inputs()["prompt_embeds"]])
             timed("protected", states)
             if i == repeats - 1:
-                layers = _time_layers(pipe.unet, states, plain, size)
+                layers = _time_layers(pipe.unet, inputs, states, plain)
         if not i % 2:
             timed("plain", plain)
     ratios = sorted(p / q for p, q in zip(taken["protected"], taken["plain"], strict=True))
@@ -155,19 +159,19 @@ def measure_step(size: int = 64, repeats: int = 41) -> dict[str, object]:
         "step_ratio": ratios[repeats // 2],
         "step_ratio_interval": [ratios[int(low)], ratios[int(high)]],
         "step_ratios": ratios,
+        "first_s": sorted(taken["first"])[repeats // 2],
         **layers,
         "step_ratio_from_layers": 1
         + (layers["layers_protected_s"] + layers["gate_s"] - layers["layers_unprotected_s"]) / unprotected,
     }
 
 
-@torch.no_grad()
-def _time_layers(
-    unet: UNet2DConditionModel, states: torch.Tensor, plain: torch.Tensor, size: int, repeats: int = 15
-) -> dict[str, float]:
-    """Seconds in all cross-attention layers of a step, protected and plain in turn on the inputs that a protected step has; and in the
-    gate before the UNet."""
-    inputs: list[tuple[Attention, torch.Tensor]] = []
+Inputs = list[tuple[Attention, torch.Tensor]]
+
+
+def _inputs(unet: UNet2DConditionModel, states: torch.Tensor, size: int) -> Inputs:
+    """The hidden states that each cross-attention layer is given in a step."""
+    inputs: Inputs = []
 
     def keep(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         assert isinstance(module, Attention)
@@ -178,6 +182,23 @@ def _time_layers(
     step(unet, states, size)
     for hook in hooks:
         hook.remove()
+    return inputs
+
+
+@torch.no_grad()
+def _run_layers(inputs: Inputs, states: torch.Tensor) -> float:
+    """Seconds of all of them."""
+    start = time.perf_counter()
+    for attn, hidden in inputs:
+        attn.processor(attn, hidden, encoder_hidden_states=states)
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def _time_layers(
+    unet: UNet2DConditionModel, inputs: Inputs, states: torch.Tensor, plain: torch.Tensor, repeats: int = 15
+) -> dict[str, float]:
+    """Seconds in all cross-attention layers of a step, protected and plain in turn on the same inputs; and in the gate before the UNet."""
     seconds = {"layers_protected_s": 0.0, "layers_unprotected_s": 0.0}
     unprotected = AttnProcessor2_0()
     for attn, hidden in inputs:

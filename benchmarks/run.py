@@ -77,6 +77,7 @@ def markdown(results: dict[str, dict]) -> str:
             f"| the same from its cross-attention layers and the gate alone, all that differs "
             f"({1e3 * r['layers_protected_s']:.0f} ms + {1e3 * r['gate_s']:.1f} ms / {1e3 * r['layers_unprotected_s']:.0f} ms) | "
             f"{r['step_ratio_from_layers']:.4f} | 1.00 |",
+            f"| these layers in a picture's first step, which folds the rows into them | {1e3 * r['first_s']:.0f} ms | |",
         ]
     if "sd15" in results:
         r = results["sd15"]

@@ -21,7 +21,7 @@ def may_charge(
     handle: ProtectedPipeline, contexts: Sequence[PrivateContext], events: tuple[Event, ...]
 ) -> None:
     """Raises BudgetExceededError or ConfigError where the ledger would refuse releases of all of these; nothing is charged."""
-    if events:
+    if events and contexts:  # what is served again needs no ledger
         digests = [name for context in contexts for name in names_of(handle, context)]
         handle.ledger.check_all(digests, events, handle.budget)
 

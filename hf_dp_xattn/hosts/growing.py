@@ -76,9 +76,10 @@ def open_growing(
         raise ConfigError("This kind of host has no growing contexts.")
     prepared = grow(recipe.prepared, horizon, units=getattr(handle.calibration, "units", None))
     charge(handle, context, prepared.events, horizon=horizon)
-    private, public = context.load()
+    rows, public = context.load()
     release = prepared.open(handle.entropy)
-    latest = _append(release, recipe, private, own, public.detach().clone(), context.rows, current)
+    private = _as_given(recipe, rows)
+    latest = _append(release, private, own, public.detach().clone(), context.rows, current)
     growing = GrowingContext(release, recipe, latest, Spent(names_of(handle, context), release.guarantee()))
     growing.names |= set(growing.spent.digests)
     growing.charged |= growing.names
@@ -114,33 +115,31 @@ def append_to(
         charge(handle, context, prepared.events, horizon=prepared.horizon)
         growing.charged |= set(names)
         growing.spent.digests.extend(names)
+    rows, _ = context.load()
+    private = _as_given(growing.recipe, rows)
     growing.names |= set(names)  # before it enters: whatever happens then, it does not enter twice
     try:
-        private, _ = context.load()
         before = growing.latest
-        growing.latest = _append(
-            growing.release, growing.recipe, private, own, before.public_rows, before.rows, current
-        )
+        growing.latest = _append(growing.release, private, own, before.public_rows, before.rows, current)
     except (ConfigError, ContextError):
         growing.names -= set(names)  # it is not in
         raise
     return growing.latest
 
 
+def _as_given(recipe: Recipe, rows: torch.Tensor) -> Private:
+    """Rows as the mechanism takes them."""
+    return LayerRows(*recipe.project(rows)) if isinstance(recipe, LayerRecipe) else rows.to(torch.float32)
+
+
 def _append(
     release: GrowingRelease,
-    recipe: Recipe,
-    rows: torch.Tensor,
+    private: Private,
     groups: torch.Tensor | None,
     public: torch.Tensor,
     length: int,
     current: Fingerprint,
 ) -> ReleasedContext:
-    private: Private
-    if isinstance(recipe, LayerRecipe):
-        private = LayerRows(*recipe.project(rows))
-    else:
-        private = rows.to(torch.float32)
     state = release.append(private, groups=groups)
     if isinstance(state, ContextRelease):
         return ReleasedContext((), state.guarantee, public, length, current, state.context)

@@ -25,7 +25,7 @@ class Terms:
 @dataclass(frozen=True)
 class Charges:
     """number: releases of this context that the ledger counted, this one included. epsilon: of all of them, at the guarantee's delta;
-    None where the ledger is not at hand. Of a corpus, both are those of the document that has the most."""
+    None where the ledger is not at hand. Of a corpus, each is the largest among its documents."""
 
     number: int
     epsilon: float | None

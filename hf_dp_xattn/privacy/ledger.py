@@ -20,7 +20,7 @@ import re
 import secrets
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -336,27 +336,24 @@ class Ledger:
             raise ConfigError("The digest was made by another ledger; make it with this one.")
         return digest
 
+    @staticmethod
     def _assess(
-        self,
-        before: Sequence[Charge],
+        earlier: Sequence[Charge],
         digest: str,
-        events: Sequence[Event],
+        events: tuple[Event, ...],
         budget: Budget,
         note: dict[str, Any],
+        epsilon: Callable[[tuple[Event, ...]], float],
     ) -> Charge:
-        events = tuple(events)
-        if not events:
-            raise ConfigError("A charge needs at least one event.")
-        requested = _epsilon(events, budget.delta)
-        earlier = [c for c in before if c.digest == digest]
+        requested = epsilon(events)
         scope = budget._scope()
         if any((c.unit, c.neighboring) != scope for c in earlier):
             raise ConfigError(
                 "This context was charged under another unit or neighbouring relation, and the two do not "
                 "compose. Release it under the earlier one."
             )
-        old = [e for c in earlier for e in c.events]
-        spent, after = _epsilon(old, budget.delta), _epsilon([*old, *events], budget.delta)
+        old = tuple(e for c in earlier for e in c.events)
+        spent, after = epsilon(old), epsilon((*old, *events))
         after = max(spent, after)
         if not after <= budget.epsilon * (1 + _TOLERANCE):
             raise BudgetExceededError(
@@ -377,9 +374,24 @@ class Ledger:
         budget: Budget,
         note: dict[str, Any],
     ) -> tuple[Charge, ...]:
-        made: list[Charge] = []
+        new = tuple(events)
+        if not new:
+            raise ConfigError("A charge needs at least one event.")
+        of: dict[str, list[Charge]] = {self._check_digest(digest): [] for digest in digests}
+        for charge in before:
+            if charge.digest in of:
+                of[charge.digest].append(charge)
+        known: dict[tuple[Event, ...], float] = {}  # documents of one corpus have mostly spent alike
+
+        def epsilon(spent: tuple[Event, ...]) -> float:
+            if spent not in known:
+                known[spent] = _epsilon(spent, budget.delta)
+            return known[spent]
+
+        made = []
         for digest in digests:
-            made.append(self._assess([*before, *made], self._check_digest(digest), events, budget, note))
+            made.append(self._assess(of[digest], digest, new, budget, note, epsilon))
+            of[digest].append(made[-1])
         return tuple(made)
 
     def charge(
@@ -412,7 +424,7 @@ class Ledger:
             made = self._assess_all(charges, digests, events, budget, clean)
             if self._path is None:
                 self._memory = (*charges, *made)
-            else:
+            elif made:
                 _write(self._path, _seal((*charges, *made), self._key))
                 self._seen = (*self._seen, *(c.id for c in made))
             return made

@@ -159,11 +159,14 @@ def test_a_hook_that_comes_later_is_called() -> None:
 @pytest.mark.parametrize("begin", ["inside", "outside"])
 def test_autocast_is_not_folded(begin: str) -> None:
     unet, _, states = folding_host()
+    processors = [p for p in unet.attn_processors.values() if isinstance(p, DPAttnProcessor)]
     exact = draw(unet, states)
+    assert any(p.folded is not None for p in processors)
     if begin == "inside":
         states = states.clone()
     with torch.autocast("cpu", torch.bfloat16):
         inside = draw(unet, states)
+    assert all(p.folded is None for p in processors)
     assert bool(inside.isfinite().all()) and not torch.equal(inside.float(), exact)
     torch.testing.assert_close(draw(unet, states), exact, rtol=1e-4, atol=1e-5)
 

@@ -100,6 +100,30 @@ def test_padding_is_no_part_of_the_name(private: Any, left: bool, pad: int) -> N
         again(handle, input_ids=ids.unsqueeze(0), attention_mask=mask.unsqueeze(0))
 
 
+@pytest.mark.parametrize("documents_of", [False, True], ids=["one text", "documents"])
+def test_other_positions_are_another_release_of_the_same_document(private: Any, documents_of: bool) -> None:
+    options: dict[str, Any] = {"groups": "documents"} if documents_of else {}
+    padded = torch.cat([torch.ones(3, dtype=torch.int64), A]).unsqueeze(0)
+    mask = (torch.arange(7) >= 3).long().unsqueeze(0)
+    with dpx.protect(tiny("bart"), private, budget=dpx.Budget(100.0, 1e-3)) as handle:
+        plain = handle.release(A.unsqueeze(0), **options)
+        for _ in range(2):
+            left = handle.release(input_ids=padded, attention_mask=mask, **options)
+            assert left.contexts[0] is not plain.contexts[0]
+        assert len(handle.ledger.entries()) == 2
+
+
+def test_what_is_served_again_needs_no_ledger(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = protect(pipe, GROUPED.replace(unit="row"))
+    context = handle.release(TEXT).contexts[0]
+
+    def locked(self: Any) -> Any:
+        raise AssertionError("the ledger was asked")
+
+    monkeypatch.setattr(dpx.Ledger, "_locked", locked)
+    assert handle.release_contexts(handle._named(TEXT, None)[0]) == [context]
+
+
 def test_a_report_counts_what_its_documents_spent(private: Any) -> None:
     config = private.replace(unit="group")
     with dpx.protect(tiny("bart"), config, budget=dpx.Budget(30.0, 1e-3)) as handle:
@@ -150,19 +174,26 @@ def test_what_was_appended_has_spent_its_budget(corpus: Any) -> None:
     assert release.guarantees[0].units == 2
 
 
+@pytest.mark.parametrize(
+    ("planted", "error"),
+    [
+        (lambda release: (type(release._growing.release), "append"), ContextError),
+        (lambda release: (type(release._growing.recipe), "project"), RuntimeError),
+    ],
+    ids=["bad rows", "out of memory"],
+)
 def test_an_append_that_failed_is_made_again_without_a_second_charge(
-    corpus: Any, monkeypatch: pytest.MonkeyPatch
+    corpus: Any, monkeypatch: pytest.MonkeyPatch, planted: Any, error: type[Exception]
 ) -> None:
     release = corpus.release(documents(A), groups="documents", horizon=4)
-    add = type(release._growing.release).append
 
     def fails(*given: Any, **options: Any) -> Any:
-        raise ContextError("planted")
+        raise error("planted")
 
-    monkeypatch.setattr(type(release._growing.release), "append", fails)
-    with pytest.raises(ContextError, match="planted"):
-        release.append(documents(B), groups="documents")
-    monkeypatch.setattr(type(release._growing.release), "append", add)
+    with monkeypatch.context() as patch:
+        patch.setattr(*planted(release), fails)
+        with pytest.raises(error, match="planted"):
+            release.append(documents(B), groups="documents")
     charged = corpus.ledger.entries()
     release.append(documents(B), groups="documents")
     assert corpus.ledger.entries() == charged and release.guarantees[0].units == 2

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 import torch
 
 from ...errors import ConfigError, ContextError
-from ..context import PrivateContext, Rows, from_embeddings
+from ..context import PrivateContext, Rows, from_embeddings, plain_bytes
 from ..placeholder import read_tags
 from .probing import STATES
 
@@ -98,8 +98,8 @@ def _image(
         return rows, rows[:0]
 
     count = int(inputs[RATIO_MASK].sum()) * patches
-    pixels = inputs[PIXELS].to("cpu", torch.float32)
-    name = (PIXELS.encode(), repr(tuple(pixels.shape)).encode(), pixels.contiguous().numpy().tobytes())
+    pixels = inputs[PIXELS]
+    name = (PIXELS.encode(), repr(tuple(pixels.shape)).encode(), plain_bytes(pixels))
     variant = repr([inputs[n].flatten().tolist() for n in (RATIO_IDS, RATIO_MASK)]).encode()
     return PrivateContext(count, count, name, load, variant=variant)
 

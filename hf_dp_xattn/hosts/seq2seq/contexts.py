@@ -100,10 +100,11 @@ def _element(
     features = name not in ("input_ids", "inputs_embeds")
     count = len(main) if mask is None else int(mask.sum())
     seen = main if mask is None or features else main[mask]
-    identity: tuple[bytes, ...] = (name.encode(), repr(tuple(seen.shape)).encode(), plain_bytes(seen))
-    variant = b"" if mask is None else plain_bytes(mask)
-    if features:  # what a mask of features hides is known to the encoder only
-        identity = (*identity, variant)
+    # what a mask of features hides is known to the encoder only
+    hidden = b"" if mask is None or not features else plain_bytes(mask)
+    identity = (name.encode(), repr(tuple(seen.shape)).encode(), plain_bytes(seen), hidden)
+    # positions may be counted from the mask, or from the padding's own ids
+    variant = b"" if mask is None else plain_bytes(mask) + plain_bytes(main)
 
     def load() -> Rows:
         states, kept = encode(inputs)
@@ -134,6 +135,8 @@ def join_documents(documents: Sequence[PrivateContext], unit: str) -> PrivateCon
     own = groups if unit == "group" else None
     total = sum(counts)
     if len(documents) == 1:
-        return PrivateContext(total, total, names[0], load, own)
+        return PrivateContext(total, total, names[0], load, own, variant=documents[0].variant)
+    variants = [d.variant for d in documents]
+    variant = b"".join(str(len(v)).encode() + b":" + v for v in variants) if any(variants) else b""
     name = (b"documents", *(part for n in names for part in (str(len(n)).encode(), *n)))
-    return PrivateContext(total, total, name, load, own, parts=tuple(dict.fromkeys(names)))
+    return PrivateContext(total, total, name, load, own, variant, tuple(dict.fromkeys(names)))
