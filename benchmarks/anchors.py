@@ -8,8 +8,13 @@ Protected and unprotected steps alternate in one run. Targets: calibration of 4,
 from __future__ import annotations
 
 import gc
+import json
+import os
+import subprocess
+import sys
 import time
 import warnings
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -96,13 +101,12 @@ def measure(count: int = 10_000, anchors: int = 4096) -> dict[str, object]:
     }
 
 
-def measure_step(size: int = 64, repeats: int = 41) -> dict[str, object]:
+def measure_step(size: int = 64, repeats: int = 31) -> dict[str, object]:
     """One denoising step with guidance, protected and unprotected in turn; the calibration is small, the rows served are as many.
 
-    A timed step is not a picture's first: that one reads the placeholder (`activation_s`) and folds its rows into the layers (`first_s`:
-    what the layers take then). Steps vary by some per cent on a shared machine, cross-attention is a fifteenth of them and all that
-    differs: hence many pairs, each in the other order than the one before, and an interval for their median. The layers of cross-attention
-    are also timed alone, in turn, on a step's own inputs.
+    A timed step is not a picture's first, which reads the placeholder (`activation_s`). Steps vary by some per cent on a shared machine,
+    cross-attention is a fifteenth of them and all that differs: hence many pairs, each in the other order than the one before, and an
+    interval for their median. The layers of cross-attention are also timed alone, in turn, on a step's own inputs.
     """
     warnings.simplefilter("ignore")
     pipe = pipeline()
@@ -122,14 +126,12 @@ def measure_step(size: int = 64, repeats: int = 41) -> dict[str, object]:
     private = contexts(1, seed=9).float()
     plain = torch.cat([negative, private])
     inputs = _inputs(pipe.unet, plain, size)
-    taken: dict[str, list[float]] = {"protected": [], "plain": [], "first": []}
+    taken: dict[str, list[float]] = {"protected": [], "plain": []}
     rows, layers = 0, {}
 
     def timed(name: str, states: torch.Tensor) -> None:
         step(pipe.unet, states, 8)  # reads the placeholder, where there is one
-        first = _run_layers(inputs, states)
-        if name == "protected":
-            taken["first"].append(first)
+        _run_layers(inputs, states)
         start = time.perf_counter()
         step(pipe.unet, states, size)
         taken[name].append(time.perf_counter() - start)
@@ -159,11 +161,27 @@ def measure_step(size: int = 64, repeats: int = 41) -> dict[str, object]:
         "step_ratio": ratios[repeats // 2],
         "step_ratio_interval": [ratios[int(low)], ratios[int(high)]],
         "step_ratios": ratios,
-        "first_s": sorted(taken["first"])[repeats // 2],
         **layers,
         "step_ratio_from_layers": 1
         + (layers["layers_protected_s"] + layers["gate_s"] - layers["layers_unprotected_s"]) / unprotected,
     }
+
+
+def measure_step_kept(repeats: int = 21) -> dict[str, object]:
+    """`measure_step` in a process whose allocator keeps freed memory (glibc's malloc told so; tcmalloc and jemalloc do by themselves). By
+    default glibc gives it back and a step faults it in anew, three gigabytes of it, by an order of allocations that differs by chance."""
+    code = f"import json, anchors; print(json.dumps(anchors.measure_step(repeats={repeats})))"
+    kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36)}
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        env={**os.environ, **kept},
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    )
+    result: dict[str, object] = json.loads(found.stdout.splitlines()[-1])
+    return result
 
 
 Inputs = list[tuple[Attention, torch.Tensor]]
@@ -186,12 +204,9 @@ def _inputs(unet: UNet2DConditionModel, states: torch.Tensor, size: int) -> Inpu
 
 
 @torch.no_grad()
-def _run_layers(inputs: Inputs, states: torch.Tensor) -> float:
-    """Seconds of all of them."""
-    start = time.perf_counter()
+def _run_layers(inputs: Inputs, states: torch.Tensor) -> None:
     for attn, hidden in inputs:
         attn.processor(attn, hidden, encoder_hidden_states=states)
-    return time.perf_counter() - start
 
 
 @torch.no_grad()

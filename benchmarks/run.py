@@ -29,9 +29,13 @@ SECTIONS = {
     "attend": attend.measure,
     "anchors": anchors.measure,
     "anchors_step": anchors.measure_step,
+    "anchors_step_kept": anchors.measure_step_kept,
     "sd15": sd15.measure,
     "tokens": tokens.measure,
 }
+
+
+STEPS = {"anchors_step": "", "anchors_step_kept": ", an allocator that keeps freed memory"}
 
 
 def markdown(results: dict[str, dict]) -> str:
@@ -67,17 +71,18 @@ def markdown(results: dict[str, dict]) -> str:
             f"| keys and values of the decoded rows, once per picture | {1e3 * r['activation_s']:.0f} ms | |",
             f"| rows served | {r['rows_served']} of 77 | |",
         ]
-    if "anchors_step" in results:
-        r = results["anchors_step"]
+    for name, words in STEPS.items():
+        if name not in results:
+            continue
+        r = results[name]
         low, high = r["step_ratio_interval"]
         lines += [
-            f"| denoising step, protected / unprotected, median of {r['repeats']} pairs | {r['step_ratio']:.3f} "
+            f"| denoising step{words}, protected / unprotected, median of {r['repeats']} pairs | {r['step_ratio']:.3f} "
             f"({r['step_protected_s']:.2f} s / {r['step_unprotected_s']:.2f} s; 95 % interval of the median {low:.3f} to "
             f"{high:.3f}) | 1.00 |",
             f"| the same from its cross-attention layers and the gate alone, all that differs "
             f"({1e3 * r['layers_protected_s']:.0f} ms + {1e3 * r['gate_s']:.1f} ms / {1e3 * r['layers_unprotected_s']:.0f} ms) | "
             f"{r['step_ratio_from_layers']:.4f} | 1.00 |",
-            f"| these layers in a picture's first step, which folds the rows into them | {1e3 * r['first_s']:.0f} ms | |",
         ]
     if "sd15" in results:
         r = results["sd15"]

@@ -101,8 +101,10 @@ def _sketch(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     base: Any = getattr(module, "base_layer", module)
     device = next(module.parameters()).device
     probe = signs("in", base.in_features).to(torch.device("cpu") if device.type == "meta" else device, dtype)
-    out = module(probe.unsqueeze(0))[0].to("cpu", torch.float32)
-    return out @ signs("out", base.out_features).mT / base.out_features**0.5
+    with torch.autocast(probe.device.type, enabled=False):
+        out = module(probe.unsqueeze(0))[0]
+    with torch.autocast("cpu", enabled=False):
+        return out.to("cpu", torch.float32) @ signs("out", base.out_features).mT / base.out_features**0.5
 
 
 @torch.no_grad()

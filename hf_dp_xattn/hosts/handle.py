@@ -272,10 +272,7 @@ class ProtectedPipeline:
             self._seen = (weakref.ref(states), *self._state_of(states))
 
     def _state_of(self, states: torch.Tensor) -> tuple[int, object]:
-        # queries and outputs as well: rows may be folded into them
-        return states._version, stamp(
-            p for a in self.layers.values() for p in (a.to_k, a.to_v, a.to_q, a.to_out[0])
-        )
+        return states._version, stamp(p for a in self.layers.values() for p in (a.to_k, a.to_v))
 
     def _set_layout(self, layout: Layout | None) -> None:
         self._seen = None
@@ -477,8 +474,7 @@ class ProtectedPipeline:
     def _set_tables(self, tags: tuple[Tag, ...], device: torch.device, current: Fingerprint) -> None:
         self._set_layout(None)
         allow = torch.tensor(self.access.public > 0, device=device)
-        with torch.autocast(device.type, enabled=False):  # tables outlive the region that they are made in
-            tables = self._tables.build(self._bindings.find(tags), allow, device, self.unet.dtype, current)
+        tables = self._tables.build(self._bindings.find(tags), allow, device, self.unet.dtype, current)
         for name, table in tables.items():
             self._processors[name].table = table
         self._tags, self._device, self._fingerprint = tags, device, current

@@ -14,7 +14,6 @@ from ..mechanisms.rows_structure import RowsStructure, stack_rows
 from ..mechanisms.structure import AttentionStructure
 from ..ops.merge import exact_partial, merge
 from .access import NO_COPY
-from .folding import FoldedRows, fold, foldable
 from .placeholder import is_marked, match_tags
 from .rows import project, split_heads
 
@@ -69,10 +68,7 @@ class DPAttnProcessor:
 
     def __init__(self) -> None:
         self.table: LayerTable | None = None
-        # what the elements of `layout.states` attend to, all of them; and the same, folded into the layer's projections
-        self.joint: RowsStructure | None = None
-        self.folded: FoldedRows | None = None
-        self._folded_for = 0  # the most queries for which folding was tried
+        self.joint: RowsStructure | None = None  # what the elements of `layout.states` attend to, all of them
         self._autocast = False  # whether `joint` was made under it
         self._layout: Layout | None = None
 
@@ -83,11 +79,7 @@ class DPAttnProcessor:
     @layout.setter
     def layout(self, layout: Layout | None) -> None:
         self._layout = layout
-        self._drop_joint()
-
-    def _drop_joint(self) -> None:
-        self.joint = self.folded = None
-        self._folded_for = 0
+        self.joint = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise DPXAttnError(NO_COPY)
@@ -142,9 +134,7 @@ class DPAttnProcessor:
         attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """[B, m, C] -> [B, m, C'], from queries to the output projection."""
-        joint = self._joint(attn, table, hidden_states, states, attention_mask)
-        if joint is not None and self.folded is not None and foldable(attn, joint):
-            return self.folded.attend(hidden_states)
+        joint = self._joint(attn, table, states, attention_mask)
         query = split_heads(attn.to_q(hidden_states), attn.heads)
         if attn.norm_q is not None:
             query = attn.norm_q(query)
@@ -185,7 +175,6 @@ class DPAttnProcessor:
         self,
         attn: Attention,
         table: LayerTable,
-        hidden_states: torch.Tensor,
         states: torch.Tensor,
         attention_mask: torch.Tensor | None,
     ) -> RowsStructure | None:
@@ -196,16 +185,9 @@ class DPAttnProcessor:
         if layout is None or layout.states() is not states or table.structure is None:
             return None
         autocast = torch.is_autocast_enabled(states.device.type)
-        if autocast != self._autocast:
-            self._drop_joint()  # keys and values of public rows were made in the other precision
-            self._autocast = autocast
-        if self.joint is None:
-            self.joint = self._join(attn, table, layout, states)
-        queries = hidden_states.shape[1]
-        # of an inference tensor every step is the first: nothing would be kept for the next
-        if self.joint is not None and queries > self._folded_for and not states.is_inference():
-            self._folded_for = queries
-            self.folded = self.folded or fold(attn, self.joint, queries)
+        if self.joint is None or autocast != self._autocast:
+            # keys and values of public rows are of the precision that they were made in
+            self.joint, self._autocast = self._join(attn, table, layout, states), autocast
         return self.joint
 
     @staticmethod

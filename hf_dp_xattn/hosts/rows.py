@@ -43,9 +43,11 @@ def project(attn: Attention, states: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def project_rows(attn: Attention, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [H, n, d] of rows [n, C], where the layer's weights are."""
+    """Keys and values [H, n, d] of rows [n, C], where the layer's weights are; in these weights' precision, since they outlive a region of
+    autocast that they may be made in."""
     states = rows.unsqueeze(0).to(_home(attn.to_k, rows.device))
-    key, value = attn.project(states) if isinstance(attn, SelfProjecting) else project(attn, states)
+    with torch.autocast(states.device.type, enabled=False):
+        key, value = attn.project(states) if isinstance(attn, SelfProjecting) else project(attn, states)
     return key[0], value[0]
 
 

@@ -41,6 +41,37 @@ def test_the_host_may_change_its_dtype(pipe: Any, private: Any) -> None:
 
 
 @BOTH
+@pytest.mark.parametrize("begin", ["inside", "outside"])
+def test_autocast_leaves_nothing_behind(private: Any, begin: str) -> None:
+    """Keys and values that were made inside it do not serve outside: the same tensor draws what it drew, or would have drawn."""
+    unet = tiny_unet()
+    handle = protect(unet, private)
+    gen = torch.Generator().manual_seed(4)
+    public, context = torch.randn(2, 16, CHANNELS, generator=gen)
+    placeholder = handle.release(context).inputs()["encoder_hidden_states"]
+    states = torch.cat([public.unsqueeze(0), placeholder])
+
+    def draw(given: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return unet(latents().repeat(2, 1, 1, 1), 5, encoder_hidden_states=given).sample
+
+    exact = draw(states)
+    if begin == "inside":
+        handle.unprotect()
+        handle = protect(unet, private, ledger=handle.ledger, budget=dpx.Budget(100.0, 1e-3))
+        with torch.autocast("cpu", torch.bfloat16):
+            states = torch.cat(
+                [public.unsqueeze(0), handle.release(context).inputs()["encoder_hidden_states"]]
+            )
+            draw(states)
+        exact = draw(states.clone())
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = draw(states)
+    assert bool(inside.isfinite().all()) and not torch.equal(inside.float(), exact)
+    torch.testing.assert_close(draw(states), exact, rtol=1e-5, atol=1e-6)
+
+
+@BOTH
 def test_mixed_text_encoder_and_unet_dtypes(private: Any) -> None:
     pipe = tiny_sd()
     pipe.unet.to(torch.bfloat16)
