@@ -151,7 +151,9 @@ def main() -> None:
     print(f"  the same picture from the same noise: {'yes' if same else 'NO'}")
     second.resize((256, 256), resample=0).save(args.out / "second_machine.png")
     (args.out / "report.txt").write_text(f"{report}\n")
-    found = {"pushed": commit, "repo": args.repo, "same_picture": same, "releases": len(ledger.entries())}
+    # phrases are charged by two names, their own and the text's
+    releases = max(charge.number_of_releases for charge in ledger.entries())
+    found = {"pushed": commit, "repo": args.repo, "same_picture": same, "releases": releases}
     (args.out / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
     say(f"Done; files in {args.out.resolve()}")
 
