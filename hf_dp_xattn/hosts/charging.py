@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .context import PrivateContext
-
 if TYPE_CHECKING:
     from ..privacy.accountant import Event
+    from .context import PrivateContext
     from .handle import ProtectedPipeline
 
 
@@ -17,18 +16,13 @@ def names_of(handle: ProtectedPipeline, context: PrivateContext) -> list[str]:
     return [handle.ledger.digest(name) for name in context.names]
 
 
-def may_charge(
-    handle: ProtectedPipeline, contexts: Sequence[PrivateContext], events: tuple[Event, ...]
-) -> None:
+def may_charge(handle: ProtectedPipeline, names: Sequence[str], events: tuple[Event, ...]) -> None:
     """Raises BudgetExceededError or ConfigError where the ledger would refuse releases of all of these; nothing is charged."""
-    if events and contexts:  # what is served again needs no ledger
-        digests = [name for context in contexts for name in names_of(handle, context)]
-        handle.ledger.check_all(digests, events, handle.budget)
+    if events and names:  # what is served again needs no ledger
+        handle.ledger.check_all(names, events, handle.budget)
 
 
-def charge(
-    handle: ProtectedPipeline, context: PrivateContext, events: tuple[Event, ...], **note: Any
-) -> None:
+def charge(handle: ProtectedPipeline, names: Sequence[str], events: tuple[Event, ...], **note: Any) -> None:
     """Charges a release to all names, or to none. Raises BudgetExceededError or ConfigError where the ledger refuses."""
     if events:
-        handle.ledger.charge_all(names_of(handle, context), events, handle.budget, note=note)
+        handle.ledger.charge_all(names, events, handle.budget, note=note)

@@ -36,8 +36,7 @@ class GrowingContext:
         self, release: GrowingRelease, recipe: Recipe, latest: ReleasedContext, spent: Spent
     ) -> None:
         self.release, self.recipe, self.latest, self.spent = release, recipe, latest, spent
-        self.names: set[str] = set()  # of all that is in
-        self.charged: set[str] = set()  # an append that failed and is made again is not charged again
+        self.names = set(spent.digests)  # of all that is in
 
     def __repr__(self) -> str:
         return f"GrowingContext({self.release!r})"
@@ -75,15 +74,13 @@ def open_growing(
     if not isinstance(recipe, (LayerRecipe, ContextRecipe)):
         raise ConfigError("This kind of host has no growing contexts.")
     prepared = grow(recipe.prepared, horizon, units=getattr(handle.calibration, "units", None))
-    charge(handle, context, prepared.events, horizon=horizon)
+    names = names_of(handle, context)
+    charge(handle, names, prepared.events, horizon=horizon)
     rows, public = context.load()
     release = prepared.open(handle.entropy)
     private = _as_given(recipe, rows)
     latest = _append(release, private, own, public.detach().clone(), context.rows, current)
-    growing = GrowingContext(release, recipe, latest, Spent(names_of(handle, context), release.guarantee()))
-    growing.names |= set(growing.spent.digests)
-    growing.charged |= growing.names
-    return growing
+    return GrowingContext(release, recipe, latest, Spent(names, release.guarantee()))
 
 
 @torch.inference_mode(False)
@@ -110,10 +107,11 @@ def append_to(
             "This content is in the growing context already: a unit enters once. Nothing was released."
         )
     growing.release.check_groups(own)
-    if not set(names) <= growing.charged:
+    if not set(names) <= set(
+        growing.spent.digests
+    ):  # else an append that failed is made again: it is charged already
         prepared = growing.release.prepared
-        charge(handle, context, prepared.events, horizon=prepared.horizon)
-        growing.charged |= set(names)
+        charge(handle, names, prepared.events, horizon=prepared.horizon)
         growing.spent.digests.extend(names)
     rows, _ = context.load()
     private = _as_given(growing.recipe, rows)

@@ -364,20 +364,21 @@ class ProtectedPipeline:
         current = self._current_fingerprint()
         recipe = self._maker.prepare(current)
         keys = []
-        todo: dict[tuple[str, str], tuple[PrivateContext, torch.Tensor | None]] = {}
+        todo: dict[tuple[str, str], tuple[PrivateContext, torch.Tensor | None, list[str]]] = {}
         for context in contexts:
             own = context.groups(groups, self.config.unit)
-            key = (self.ledger.digest(context.name), self.ledger.digest([context.variant_of(own)]))
+            names = names_of(self, context)
+            key = (names[0], self.ledger.digest([context.variant_of(own)]))
             keys.append(key)
             cached = self._cache.get(key)
             if fresh or cached is None or cached.misfit(current, projected=self.projects_rows) is not None:
-                todo[key] = (context, own)
-        may_charge(self, [context for context, _ in todo.values()], recipe.events)
+                todo[key] = (context, own, names)
+        may_charge(self, [name for _, _, names in todo.values() for name in names], recipe.events)
         done = {key: self._cache[key] for key in keys if key not in todo}
-        for key, (context, own) in todo.items():
-            charge(self, context, recipe.events)
+        for key, (context, own, names) in todo.items():
+            charge(self, names, recipe.events)
             released = self._run(recipe, context, own, current)
-            self._spent.append(Spent(names_of(self, context), released.guarantee))
+            self._spent.append(Spent(names, released.guarantee))
             self._cache[key] = done[key] = released
         for key in keys:
             self._cache.move_to_end(key)

@@ -117,7 +117,13 @@ class DPAttnProcessor:
             hidden_states = hidden_states.view(batch, channel, height * width).transpose(1, 2)
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        hidden_states = self._attend(attn, self.table, hidden_states, encoder_hidden_states, attention_mask)
+        query = split_heads(attn.to_q(hidden_states), attn.heads)
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+
+        hidden_states = self._attend(attn, self.table, query, encoder_hidden_states, attention_mask)
+        hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
+        hidden_states = attn.to_out[0](hidden_states)
         hidden_states = attn.to_out[1](hidden_states)
         if input_ndim == 4:
             hidden_states = hidden_states.transpose(-1, -2).reshape(batch, channel, height, width)
@@ -129,27 +135,6 @@ class DPAttnProcessor:
         self,
         attn: Attention,
         table: LayerTable,
-        hidden_states: torch.Tensor,
-        states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """[B, m, C] -> [B, m, C'], from queries to the output projection."""
-        joint = self._joint(attn, table, states, attention_mask)
-        query = split_heads(attn.to_q(hidden_states), attn.heads)
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        read = (
-            self._attend_apart(attn, table, query, states, attention_mask)
-            if joint is None
-            else joint.attend(query)
-        )
-        out: torch.Tensor = attn.to_out[0](read.transpose(1, 2).flatten(2).to(query.dtype))
-        return out
-
-    def _attend_apart(
-        self,
-        attn: Attention,
-        table: LayerTable,
         query: torch.Tensor,
         states: torch.Tensor,
         attention_mask: torch.Tensor | None,
@@ -157,6 +142,12 @@ class DPAttnProcessor:
         """[B, H, m, d], private elements from the release and the others exactly."""
         layout = None if torch.compiler.is_compiling() or attention_mask is not None else self.layout
         if layout is not None and layout.states() is states and table.structure is not None:
+            autocast = torch.is_autocast_enabled(states.device.type)
+            if (self.joint is None or autocast != self._autocast) and not torch.is_grad_enabled():
+                # keys and values of public rows are of the precision that they were made in
+                self.joint, self._autocast = self._join(attn, table, layout, states), autocast
+            if self.joint is not None and not torch.is_grad_enabled():
+                return self.joint.attend(query)
             out = torch.empty_like(query)
             out[layout.rows] = self._read(table, query[layout.rows], layout.index).to(query.dtype)
             if len(layout.public):
@@ -170,25 +161,6 @@ class DPAttnProcessor:
         allowed = marked.any() | table.allow_public.to(marked.device)
         public = torch.where(allowed, public, torch.full_like(public, torch.nan))
         return torch.where(marked[:, None, None, None], private.to(query.dtype), public)
-
-    def _joint(
-        self,
-        attn: Attention,
-        table: LayerTable,
-        states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-    ) -> RowsStructure | None:
-        """What all elements of the batch attend to, made at the first step and kept for the others; None where they are read apart."""
-        if torch.compiler.is_compiling() or attention_mask is not None or torch.is_grad_enabled():
-            return None
-        layout = self.layout
-        if layout is None or layout.states() is not states or table.structure is None:
-            return None
-        autocast = torch.is_autocast_enabled(states.device.type)
-        if self.joint is None or autocast != self._autocast:
-            # keys and values of public rows are of the precision that they were made in
-            self.joint, self._autocast = self._join(attn, table, layout, states), autocast
-        return self.joint
 
     @staticmethod
     def _join(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError, ContextError
-from ..context import PrivateContext
+from ..context import PrivateContext, plain_bytes
 from .encoder import PrefixEncoder
 
 BUCKET = 64
@@ -113,10 +113,6 @@ def read_prefixes(context: Any, groups: Any, public_head: Any, bucket: int | Non
     return prefixes
 
 
-def _bytes(ids: torch.Tensor) -> bytes:
-    return ids.numpy().tobytes()
-
-
 def name_prefix(prefix: Prefix, encoder: PrefixEncoder, unit: str, *, apart: bool) -> PrivateContext:
     """The context of a prefix; each segment is a group where they are encoded apart.
 
@@ -134,8 +130,10 @@ def name_prefix(prefix: Prefix, encoder: PrefixEncoder, unit: str, *, apart: boo
 
     private = torch.cat(prefix.segments)
     splits = torch.tensor([prefix.slots, len(prefix.segments), *(len(s) for s in prefix.segments)])
-    variant = _bytes(splits) + _bytes(prefix.head)
-    return PrivateContext(prefix.slots, len(private), (b"prefix", _bytes(private)), load, groups, variant)
+    variant = plain_bytes(splits) + plain_bytes(prefix.head)
+    return PrivateContext(
+        prefix.slots, len(private), (b"prefix", plain_bytes(private)), load, groups, variant
+    )
 
 
 def check_groups(groups: Any, prefixes: Sequence[Prefix]) -> torch.Tensor | None:

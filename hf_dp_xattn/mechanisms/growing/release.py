@@ -268,8 +268,8 @@ class GrowingRelease:
         self.rows += n
         self.units += n if groups is None else len(new)
         self._groups |= new
-        counted = config.neighboring == NeighboringRelation.REPLACE_ONE.value
-        state = State(total, deviation, self.rows if counted else None, self.units if counted else None)
+        counts = public_counts(config.unit, config.neighboring, self.rows, self.units)
+        state = State(total, deviation, **counts)
         try:
             content = self.prepared.way.current(state)
         except BaseException:
