@@ -108,7 +108,8 @@ def test_a_release_serves_the_cast_model(
     release.save_pretrained(tmp_path)
     model.to(dtype)
     assert model(**inputs).logits.dtype == dtype  # inputs that were made before the cast
-    for served in (release, dpx.Release.from_pretrained(tmp_path, host=tiny(name).to(dtype))):
+    other = tiny(name).to(dtype)  # kept here: a release does not keep its host
+    for served in (release, dpx.Release.from_pretrained(tmp_path, host=other)):
         host = model if served is release else served._active_handle().model
         got = host(**served.inputs(**questions())).logits
         assert got.dtype == dtype
