@@ -24,7 +24,8 @@ class PipelineSubject(Subject):
 
     @property
     def serving(self) -> torch.nn.Module:
-        return self.unet
+        unet: torch.nn.Module = self.unet
+        return unet
 
     @property
     def modules(self) -> dict[str, torch.nn.Module]:

@@ -75,7 +75,8 @@ def fit_calibration(
         raise ConfigError(f"A calibration needs at least 8 public contexts, got {count}.")
 
     def stream(label: str) -> Iterable[Rows]:
-        return tqdm(contexts(), total=count, desc=label, disable=not progress, leave=False)
+        bar: Iterable[Rows] = tqdm(contexts(), total=count, desc=label, disable=not progress, leave=False)
+        return bar
 
     geometries, n = _fit_geometry(config, specs, stream("moments"), public_queries, row_weight_spread)
     features = [features_of(config, g.projected_dim) for g in geometries]

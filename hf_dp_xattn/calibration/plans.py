@@ -149,4 +149,5 @@ def _validate(z: torch.Tensor, y: torch.Tensor, sigma: float, fold: int, folds: 
     noisy = cov_y + sigma**2 * torch.eye(y.shape[1], dtype=torch.float64)
     gain = torch.linalg.solve(noisy, cov_zy.mT).mT
     residual = z[test] - mean_z - (y[test] - mean_y) @ gain.mT
-    return residual.square().sum() + test.sum() * sigma**2 * gain.square().sum()
+    error: torch.Tensor = residual.square().sum() + test.sum() * sigma**2 * gain.square().sum()
+    return error

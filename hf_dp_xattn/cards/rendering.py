@@ -46,7 +46,8 @@ def card_options(given: Mapping[str, Any]) -> CardOptions:
         raise ConfigError("`license` must be a license id of the Hub, such as 'apache-2.0'.")
     if base is not None and not is_hub_id(base):
         raise ConfigError("`base_model` must be the id of a model on the Hub, such as 'owner/name'.")
-    return CardOptions(**given)  # type: ignore[typeddict-item]
+    options: CardOptions = given  # type: ignore[assignment]
+    return options
 
 
 def is_hub_id(name: Any) -> bool:
@@ -84,7 +85,7 @@ def render(parts: Parts, options: CardOptions) -> ModelCard:
         base_model=options.get("base_model") or parts.base_model,
         tags=[*TAGS, *parts.tags],
     )
-    return ModelCard.from_template(
+    card: ModelCard = ModelCard.from_template(
         data,
         template_str=template(),
         marker=f"{MARKER}delete this line to keep your own text when it is saved or pushed again. -->",
@@ -97,6 +98,7 @@ def render(parts: Parts, options: CardOptions) -> ModelCard:
         utility="\n\n".join(text for text in (parts.utility, options.get("utility")) if text),
         details=parts.details,
     )
+    return card
 
 
 def card_file(folder: Path, card: ModelCard) -> dict[str, bytes]:

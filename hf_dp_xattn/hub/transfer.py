@@ -163,9 +163,10 @@ def _unreadable(cause: Exception, name: str, error: type[DPXAttnError]) -> Excep
 
 def _is_hub_error(cause: Exception) -> bool:
     """No such name, repository, revision or file; no access; no network; a server or a download that failed."""
-    from huggingface_hub.errors import EntryNotFoundError, HTTPError  # HTTPError: of whichever client it uses
+    from huggingface_hub import errors
 
-    return isinstance(cause, (EntryNotFoundError, HTTPError, OSError, ValueError))
+    http: type[Exception] = vars(errors)["HTTPError"]  # of whichever client it uses
+    return isinstance(cause, (errors.EntryNotFoundError, http, OSError, ValueError))
 
 
 def find_files(

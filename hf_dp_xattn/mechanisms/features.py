@@ -132,7 +132,8 @@ class TaylorFeatures:
             features = buffer[:, :, : block.shape[2]]
             self._write_monomials(block, features)
             out[:, :, start : start + QUERY_BLOCK] = torch.bmm(folded, features)
-        return out.unflatten(0, batch)
+        result: torch.Tensor = out.unflatten(0, batch)
+        return result
 
     def _write_monomials(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """x [G, p, m] -> out [G, r, m] (row 0, the constant, is there already)."""

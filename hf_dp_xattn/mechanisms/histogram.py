@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..errors import ConfigError, ContextError, DPXAttnError
@@ -51,7 +52,8 @@ def _one_sided(size: int, rate: Fraction, entropy: Entropy) -> np.ndarray:
     """P(j) ~ exp(-rate j), j >= 0. The smallest of s samples of rate/s: P(min >= j) = exp(-j rate / s)^s."""
     parts = math.ceil(rate / _SAMPLER_RATE)
     draws = [discrete_geometric(size, parts / rate, entropy=entropy) for _ in range(parts)]
-    return np.minimum.reduce(draws)
+    least: npt.NDArray[np.int64] = np.minimum.reduce(draws)
+    return least
 
 
 @dataclass(frozen=True)

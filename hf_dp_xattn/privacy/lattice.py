@@ -20,7 +20,7 @@ from ..errors import ConfigError
 EXACT_LIMIT = 2**53
 ENTRY_BITS = 19  # |integer entries of a contribution's two factors| <= 2^19, their products <= 2^38
 ENTRY_LIMIT = 2**ENTRY_BITS
-ROWS_PER_CHUNK = 2 ** (52 - 2 * ENTRY_BITS)  # 16384 products of 2^38 sum to 2^52 < 2^53
+ROWS_PER_CHUNK: int = 2 ** (52 - 2 * ENTRY_BITS)  # 16384 products of 2^38 sum to 2^52 < 2^53
 
 
 def power_of_two(exponents: Sequence[int], device: torch.device | None = None) -> torch.Tensor:

@@ -98,7 +98,8 @@ def row_metric(
     linear = torch.linalg.solve(gram, centred.mT @ sketch)  # [C, S]
     left, values, _ = torch.linalg.svd(linear, full_matrices=False)
     p = min(dims, len(values))
-    return (left[:, :p] * values[:p]).mT.contiguous()
+    directions: torch.Tensor = left[:, :p] * values[:p]
+    return directions.mT.contiguous()
 
 
 @torch.no_grad()

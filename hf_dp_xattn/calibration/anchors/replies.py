@@ -74,5 +74,6 @@ def divergence(
     counts = rest > 1e-4
     left = others.logsumexp(-1).masked_fill(~counts, 0.0)
     kl = kl + torch.where(counts, rest * (rest.clamp_min(1e-12).log() - left), 0.0)
-    found = torch.zeros(len(ids), dtype=kl.dtype).index_add(0, row, kl)
-    return found / weight.sum(-1).clamp_min(1.0)
+    total = torch.zeros(len(ids), dtype=kl.dtype).index_add(0, row, kl)
+    mean: torch.Tensor = total / weight.sum(-1).clamp_min(1.0)
+    return mean

@@ -71,7 +71,8 @@ class SlotSettings:
 
 def clip_unit(x: torch.Tensor) -> torch.Tensor:
     """x / max(1, |x|) along the last axis."""
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1.0)
+    norm: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.clamp_min(1.0)
 
 
 class SlotTrainer(nn.Module):

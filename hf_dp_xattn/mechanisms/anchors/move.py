@@ -38,4 +38,5 @@ class RowMove:
         """What is added to every anchor, [C] float32. mean_code [K]: ybar; weights [m]; noise: s."""
         moment = self.moment.double() + noise**2 * torch.eye(len(self.moment), dtype=torch.float64)
         told = torch.linalg.solve(moment, self.residual(mean_code, weights))
-        return (self.cross.double() @ told).float()
+        step: torch.Tensor = self.cross.double() @ told
+        return step.float()

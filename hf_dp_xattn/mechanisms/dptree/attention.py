@@ -78,7 +78,8 @@ def units_of_rows(unit: str, n: int, groups: torch.Tensor | None) -> torch.Tenso
     """
     check_groups(unit, n, groups)
     if groups is not None:
-        return torch.unique(groups.cpu(), return_inverse=True)[1]
+        owner: torch.Tensor = torch.unique(groups.cpu(), return_inverse=True)[1]
+        return owner
     return torch.zeros(n, dtype=torch.int64) if unit == "context" else None
 
 
