@@ -9,22 +9,21 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
-from .errors import ConfigError
-from .hub import (
+from .artefacts import (
+    CardOptions,
     HubOptions,
     PushOptions,
+    card_file,
     dump_document,
     find_files,
     push_with_card,
     read_document,
     write_files,
 )
+from .errors import ConfigError
 from .privacy.units import NeighboringRelation, Unit
-
-if TYPE_CHECKING:
-    from .cards import CardOptions
 
 CONFIG_NAME = "dp_xattn_config.json"
 SCHEMA_VERSION = 1
@@ -169,7 +168,7 @@ class DPXAttnConfig:
         Raises:
             HubError: the upload failed, and the repository is as it was. ConfigError: unknown options.
         """
-        from .cards import card_file, config_card
+        from .cards import config_card
 
         def save(directory: str, card: CardOptions) -> None:
             self.save_pretrained(directory)
@@ -181,7 +180,7 @@ class DPXAttnConfig:
     def from_pretrained(
         cls, name_or_path: str | os.PathLike[str], **options: Unpack[HubOptions]
     ) -> DPXAttnConfig:
-        """Reads a config from a folder, or from a Hub repository (`revision`, `token`, `subfolder`, ...: `hub.HubOptions`).
+        """Reads a config from a folder, or from a Hub repository (`revision`, `token`, `subfolder`, ...: `artefacts.HubOptions`).
 
         Raises:
             ConfigError: missing, damaged, of another schema; an unknown key, or a missing one, because a default may be weaker than what

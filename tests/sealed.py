@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hf_dp_xattn.hub.documents import seal
+from hf_dp_xattn.artefacts.documents import seal
 
 
 def write_sealed(path: Path, values: dict[str, Any]) -> None:

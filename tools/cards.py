@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.cards import calibration_card, card_options
+from hf_dp_xattn.artefacts import card_options
+from hf_dp_xattn.cards import calibration_card
 
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATIONS = "examples/shapes/calibrations"

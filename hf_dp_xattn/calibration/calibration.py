@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
+from ..artefacts import HubOptions, find_files, read_document
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
-from ..hub import HubOptions, find_files, read_document
 from ..mechanisms.contract import LayerSpec
 from ..mechanisms.contributions import lattice_exponent
 from ..mechanisms.geometry import HeadGeometry
@@ -115,7 +115,7 @@ class Calibration(Shared):
     def from_pretrained(
         cls, name_or_path: str | os.PathLike[str], **options: Unpack[HubOptions]
     ) -> Calibration | AnchorCalibration:
-        """Reads a folder or a Hub repository (`hub.HubOptions`), of whichever mechanism; raises ConfigError on anything missing, unknown,
+        """Reads a folder or a Hub repository (`HubOptions`), of whichever mechanism; raises ConfigError on anything missing, unknown,
         damaged or of another schema."""
         folder = find_files(name_or_path, (JSON_NAME, TENSORS_NAME), error=ConfigError, **options)
         return load_calibration(folder)

@@ -12,19 +12,26 @@ import os
 import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from ..artefacts import (
+    CardOptions,
+    PushOptions,
+    card_file,
+    card_options,
+    dump_document,
+    push_with_card,
+    read_document,
+    seal,
+    unseal,
+    write_files,
+)
 from ..errors import ConfigError
-from ..hub import dump_document, push_with_card, read_document, seal, unseal, write_files
 from .checks import check_keys
-
-if TYPE_CHECKING:
-    from ..cards import CardOptions
-    from ..hub import PushOptions
 
 SCHEMA_VERSION = 2
 UNSEALED_VERSION = 1  # without a checksum of the JSON itself
@@ -123,9 +130,9 @@ class Shared:
     def save_pretrained(self, directory: str | os.PathLike[str], **card: Unpack[CardOptions]) -> Path:
         """Writes JSON + safetensors (no pickle) and a card; returns the folder.
 
-        A README.md that somebody else wrote stays as it is. card: license, base_model, utility (`cards.CardOptions`).
+        A README.md that somebody else wrote stays as it is. card: license, base_model, utility (`artefacts.CardOptions`).
         """
-        from ..cards import calibration_card, card_file, card_options
+        from ..cards import calibration_card
 
         folder = Path(directory)
         calibration: Any = self

@@ -7,8 +7,8 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from ..artefacts.card import HERE, CardOptions, Parts, render, table
 from ..report import ELSEWHERE, Guarantee
-from .rendering import HERE, CardOptions, Parts, render, table
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard

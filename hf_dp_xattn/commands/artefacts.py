@@ -15,13 +15,13 @@ def find_artefact(name: str, **options: Any) -> tuple[str, Path]:
     Raises:
         ConfigError: none of them is there.
     """
+    from ..artefacts import locate
     from ..calibration.stored import JSON_NAME as CALIBRATION_JSON
     from ..calibration.stored import TENSORS_NAME as CALIBRATION_TENSORS
     from ..config import CONFIG_NAME
     from ..hosts.restoring import locate_protection
     from ..hosts.saving import FOLDER
     from ..hosts.storage import JSON_NAME, TENSORS_NAME
-    from ..hub import locate
 
     if (Path(name) / (options.get("subfolder") or "") / FOLDER).is_dir():
         return "protection", locate_protection(name, **options).folder

@@ -122,7 +122,7 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the calibration and says what each of its plans is expected to give."""
-    from ..cards import CardOptions
+    from ..artefacts import CardOptions
     from ..config import DPXAttnConfig
     from ..hosts.calibrate import calibrate
 

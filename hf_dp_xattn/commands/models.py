@@ -130,7 +130,7 @@ def load_plain(name: str, dtype: Any) -> Any:
     Raises:
         ConfigError: it is neither.
     """
-    from ..hub import locate, read_document
+    from ..artefacts import locate, read_document
 
     try:
         index = locate(name, ("model_index.json",), error=ConfigError)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
 
+from ..artefacts import CardOptions, HubOptions, PushOptions, find_files, push_with_card
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, DPXAttnError, ReleaseError
-from ..hub import HubOptions, PushOptions, find_files, push_with_card
 from ..mechanisms.anchors.rows import ContextRows
 from ..mechanisms.structure import AttentionStructure
 from ..report import Guarantee
@@ -23,7 +23,6 @@ from .placeholder import Tag, new_tag
 from .terms import Charges, Terms, charges_of, terms_of
 
 if TYPE_CHECKING:
-    from ..cards import CardOptions
     from .growing import GrowingContext
     from .handle import ProtectedPipeline
 
@@ -222,7 +221,7 @@ class Release:
     def from_pretrained(
         cls, name_or_path: str | os.PathLike[str], *, host: Any, **options: Unpack[HubOptions]
     ) -> Release:
-        """Loads a release (a folder or a Hub repository, `hub.HubOptions`) for `host`, which is protected with the release's config if it
+        """Loads a release (a folder or a Hub repository, `HubOptions`) for `host`, which is protected with the release's config if it
         is not yet.
 
         No calibration is needed to serve a release; without one, a host that is protected here makes no `anchors` release of its own.

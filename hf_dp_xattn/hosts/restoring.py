@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
+from ..artefacts import Found, HubOptions, download_folder, locate, read_document, unseal
 from ..calibration.anchors.calibration import AnchorCalibration
 from ..calibration.calibration import Calibration, load_calibration
 from ..calibration.stored import JSON_NAME
 from ..config import CONFIG_NAME, DPXAttnConfig
 from ..errors import ConfigError
-from ..hub import Found, HubOptions, download_folder, locate, read_document, unseal
 from ..privacy.ledger import Budget, Ledger
 from .protect import protect, protect_to_serve
 from .saving import CALIBRATION_NAMES, FOLDER, PROTECTION_NAME, SCHEMA, sha256_of

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..artefacts import card_file, card_options, dump_document, seal, write_files
 from ..calibration.stored import JSON_NAME, TENSORS_NAME
 from ..config import CONFIG_NAME
 from ..errors import ConfigError
-from ..hub import dump_document, seal, write_files
 
 if TYPE_CHECKING:
     from .handle import ProtectedPipeline
@@ -94,7 +94,7 @@ def _refuse_adapters(host: Any) -> None:
 
 def save_protection(handle: ProtectedPipeline, host: Any, directory: Path) -> Path:
     """Writes `dp_xattn/` into a host's folder; returns it."""
-    from ..cards import card_file, card_options, protection_card
+    from ..cards import protection_card
 
     folder = directory / FOLDER
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,10 +17,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from ..config import DPXAttnConfig
-from ..errors import ConfigError, ReleaseError
-from ..hub import (
+from ..artefacts import (
+    CardOptions,
     PushOptions,
+    card_file,
+    card_options,
     dump_document,
     push_with_card,
     read_document,
@@ -28,6 +29,8 @@ from ..hub import (
     unseal,
     write_files,
 )
+from ..config import DPXAttnConfig
+from ..errors import ConfigError, ReleaseError
 from ..mechanisms.anchors.rows import ContextRows
 from ..mechanisms.dptree.structure import DistanceFeatures, DPTreeStructure
 from ..mechanisms.features import PositiveRandomFeatures, TaylorFeatures
@@ -39,7 +42,6 @@ from .reporting import release_entry
 from .terms import Charges, Terms, read_charges, read_terms
 
 if TYPE_CHECKING:
-    from ..cards import CardOptions
     from .release import Release
 
 JSON_NAME = "dp_xattn_release.json"
@@ -192,7 +194,7 @@ def load_file(folder: Path) -> ReleaseFile:
 
 def save_with_card(release: Release | ReleaseFile, folder: Path, card: CardOptions) -> Path:
     """Writes the files and the card; returns the folder. Raises ReleaseError, see `check_writable`, before anything is written."""
-    from ..cards import card_file, card_options, release_card
+    from ..cards import release_card
 
     check_writable(release)
     text = release_card(release, card_options(card))

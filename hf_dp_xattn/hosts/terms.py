@@ -33,7 +33,7 @@ class Charges:
 
 def base_model_of(host: Any) -> str | None:
     """The Hub id that a pipeline or model was loaded from. A local path says nothing to others, and may say too much."""
-    from ..cards.rendering import is_hub_id
+    from ..artefacts.card import is_hub_id
 
     config = getattr(host, "config", None)
     name = getattr(host, "name_or_path", None) or getattr(config, "_name_or_path", None)

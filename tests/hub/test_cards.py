@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.cards.rendering import template
+from hf_dp_xattn.artefacts.card import template
 
 from ..hosts.anchor_calibrations import protect
 from ..hosts_tiny import picture, tiny_sd
@@ -24,7 +24,8 @@ SECTIONS = ("Load it", "What is promised", "What is public", "What is NOT covere
 def card_of(kind: str, folder: Path, **options: Any) -> str:
     thing = make(kind)
     if kind == "config":
-        from hf_dp_xattn.cards import card_options, config_card
+        from hf_dp_xattn.artefacts import card_options
+        from hf_dp_xattn.cards import config_card
 
         return str(config_card(thing, card_options(options)))
     thing.save_pretrained(folder, **options)

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import hf_dp_xattn as dpx
+from hf_dp_xattn.artefacts.documents import write_files
 from hf_dp_xattn.calibration.calibration import load_calibration
 from hf_dp_xattn.errors import DPXAttnError
 from hf_dp_xattn.hosts.storage import load_file as load_release_file
-from hf_dp_xattn.hub.documents import write_files
 
 from ..sealed import write_sealed
 from .artefacts import KINDS, content, make

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import close_session
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.hub.transfer import MARKER
+from hf_dp_xattn.artefacts.card import MARKER
 
 from ..hosts.anchor_calibrations import protect
 from ..hosts.seq2seq.tiny import tiny

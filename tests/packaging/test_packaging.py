@@ -79,7 +79,7 @@ def test_the_wheel(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "site")
     assert {n.split("/")[0] for n in names} == {"hf_dp_xattn", f"hf_dp_xattn-{PROJECT['version']}.dist-info"}
     ours = {str(p.relative_to(ROOT)) for p in (ROOT / "hf_dp_xattn").rglob("*.py")}
-    assert ours <= names and {"hf_dp_xattn/py.typed", "hf_dp_xattn/cards/template.md"} <= names
+    assert ours <= names and {"hf_dp_xattn/py.typed", "hf_dp_xattn/artefacts/template.md"} <= names
     assert not [n for n in names if n.endswith((".safetensors", ".pt", ".png"))]
     assert "License-Expression: Apache-2.0" in metadata and "Provides-Extra: docs" in metadata
     code = (

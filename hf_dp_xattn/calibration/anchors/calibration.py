@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
+from ...artefacts import HubOptions, find_files
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
-from ...hub import HubOptions, find_files
 from ...mechanisms.anchors.plan import AnchorPlan, Decoders
 from ...mechanisms.anchors.release import PreparedAnchors, prepare_anchors
 from ..stored import JSON_NAME, TENSORS_NAME, Shared
@@ -107,7 +107,7 @@ class AnchorCalibration(Shared):
     def from_pretrained(
         cls, name_or_path: str | os.PathLike[str], **options: Unpack[HubOptions]
     ) -> AnchorCalibration:
-        """Reads a folder or a Hub repository (`hub.HubOptions`); raises ConfigError on anything missing, unknown, damaged or of another
+        """Reads a folder or a Hub repository (`HubOptions`); raises ConfigError on anything missing, unknown, damaged or of another
         schema."""
         return load_anchors(find_files(name_or_path, (JSON_NAME, TENSORS_NAME), error=ConfigError, **options))
 

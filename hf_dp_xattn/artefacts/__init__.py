@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .card import CardOptions, card_file, card_options
 from .documents import dump_document, read_document, seal, unseal, write_files
 from .transfer import (
     Found,
@@ -15,9 +16,12 @@ from .transfer import (
 )
 
 __all__ = [
+    "CardOptions",
     "Found",
     "HubOptions",
     "PushOptions",
+    "card_file",
+    "card_options",
     "download_folder",
     "dump_document",
     "find_files",

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..errors import ConfigError
-from ..hub.transfer import MARKER, README
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
+README = "README.md"
+MARKER = "<!-- Written by hf_dp_xattn; "
 LIBRARY = "hf_dp_xattn"
 TAGS = ("differential-privacy", "cross-attention", LIBRARY)
 NO_LICENSE = "unknown"  # the Hub's own word where the publisher chose none

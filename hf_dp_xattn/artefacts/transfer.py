@@ -8,15 +8,11 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 from ..errors import ConfigError, DPXAttnError, HubError
+from .card import MARKER, README, CardOptions, card_options
 
-if TYPE_CHECKING:
-    from ..cards import CardOptions
-
-README = "README.md"
-MARKER = "<!-- Written by hf_dp_xattn; "
 WANTED = (
     "*.safetensors",
     "*.json",
@@ -244,8 +240,6 @@ def push_with_card(
 ) -> str:
     """`push_files` for `push_to_hub`: `save(folder, card options)` writes the files and the card. Raises as that does, and ConfigError for
     options that are unknown or not valid."""
-    from ..cards import card_options
-
     check_options(options, PushOptions, "push_to_hub")
     upload: dict[str, Any] = dict(options)
     card = card_options(
