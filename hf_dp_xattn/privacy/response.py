@@ -57,6 +57,11 @@ class RandomizedResponse:
         return cls(alphabet, exact, max(_UNIT, (_UNIT << 160) // high))
 
     @property
+    def unit(self) -> int:
+        """D, the weight of a symbol that is not the true one."""
+        return _UNIT
+
+    @property
     def event(self) -> PureEvent:
         """What is charged."""
         return PureEvent(self.epsilon)
