@@ -15,8 +15,8 @@ from shapes.private import config
 from shapes.scenes import heldout_examples, train_examples
 from tqdm.auto import tqdm
 
-from hf_dp_xattn.calibration.anchors.calibration import AnchorCalibration
-from hf_dp_xattn.calibration.anchors.fit import AnchorSettings, fit_anchors
+from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibration
+from hf_dp_xattn.calibration.anchors.anchors_fit import AnchorSettings, fit_anchors
 from hf_dp_xattn.calibration.anchors.slots_fit import PublicContexts, SlotSettings
 from hf_dp_xattn.hosts.identity import host_identity
 from hf_dp_xattn.privacy.bits import SeededEntropy

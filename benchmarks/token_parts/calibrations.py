@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.calibration.anchors.calibration import AnchorCalibration, HostIdentity
+from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibration, HostIdentity
 from hf_dp_xattn.calibration.anchors.slots_fit import SlotSettings
 from hf_dp_xattn.hosts.fingerprint import Fingerprint
 from hf_dp_xattn.mechanisms.anchors.plan import AnchorPlan, Decoders, Quality

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.calibration.anchors.calibration import AnchorCalibration, ScorePoint
+from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibration, ScorePoint
 from shapes.evaluate import load_pipeline
 from shapes.private import CALIBRATIONS, PUBLIC_SEED, UNITS, config, generate_private, prompts
 from shapes.reader import load_reader, score

@@ -18,7 +18,7 @@ from ..mechanisms.contract import LayerSpec
 from ..mechanisms.contributions import lattice_exponent
 from ..mechanisms.geometry import HeadGeometry
 from ..mechanisms.sketch import SketchBasis, SketchPlan
-from .anchors.calibration import AnchorCalibration
+from .anchors.anchors_calibration import AnchorCalibration
 from .anchors.files import KIND, load_anchors
 from .files import load_kernel_sum, save_kernel_sum
 from .stored import JSON_NAME, TENSORS_NAME, Shared

@@ -23,7 +23,7 @@ from ..privacy.accountant import epsilon_of, needs_delta
 from ..privacy.bits import SeededEntropy
 from ..privacy.guessing import PRIORS, guess_bound
 from ..privacy.units import NeighboringRelation, Unit
-from .anchors.calibration import AnchorCalibration
+from .anchors.anchors_calibration import AnchorCalibration
 from .curves import INTERPOLATED, OUTSIDE, Curve
 from .plan_report import Plan, PlanPoint
 

@@ -13,7 +13,7 @@ from ..report import ELSEWHERE, Guarantee
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
-    from ..calibration.anchors.calibration import AnchorCalibration
+    from ..calibration.anchors.anchors_calibration import AnchorCalibration
     from ..calibration.calibration import Calibration
     from ..config import DPXAttnConfig
     from ..hosts.release import Release
@@ -143,7 +143,7 @@ def _qualities(calibration: AnchorCalibration) -> str:
 
 def calibration_card(calibration: Calibration | AnchorCalibration, options: CardOptions) -> ModelCard:
     """The card of a calibration, of either kind."""
-    from ..calibration.anchors.calibration import AnchorCalibration
+    from ..calibration.anchors.anchors_calibration import AnchorCalibration
 
     settings: dict[str, Any]
     if isinstance(calibration, AnchorCalibration):
@@ -278,7 +278,7 @@ def protection_card(
     options: CardOptions,
 ) -> ModelCard:
     """The card beside a protected pipeline or model."""
-    from ..calibration.anchors.calibration import AnchorCalibration
+    from ..calibration.anchors.anchors_calibration import AnchorCalibration
 
     utility = _qualities(calibration) if isinstance(calibration, AnchorCalibration) else None
     rows = [

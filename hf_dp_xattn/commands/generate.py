@@ -247,7 +247,7 @@ def _read_public(handle: Any, args: argparse.Namespace) -> tuple[dict[str, Any],
         ConfigError, ContextError: no tokenizer, or words that it cannot take; before anything is spent.
     """
     from ..hosts.decoder_only.handle import ProtectedDecoder
-    from ..hosts.seq2seq.calibrate import starts_of
+    from ..hosts.seq2seq.public_documents import starts_of
 
     load_tokenizer(args.model)
     if isinstance(handle, ProtectedDecoder):

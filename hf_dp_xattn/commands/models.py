@@ -116,7 +116,7 @@ def _config(args: argparse.Namespace, calibration: AnyCalibration | None) -> DPX
 
 def settings_of(calibration: AnyCalibration) -> dict[str, Any]:
     """What a config must say to go with a calibration."""
-    from ..calibration.anchors.calibration import AnchorCalibration
+    from ..calibration.anchors.anchors_calibration import AnchorCalibration
 
     if isinstance(calibration, AnchorCalibration):
         names = ("mechanism", "unit", "neighboring")

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from ..calibration.anchors.calibration import AnchorCalibration
-from ..calibration.anchors.fit import candidates, fit_anchors
+from ..calibration.anchors.anchors_calibration import AnchorCalibration
+from ..calibration.anchors.anchors_fit import candidates, fit_anchors
 from ..calibration.anchors.objective import Objective
 from ..calibration.calibration import Calibration
-from ..calibration.fit import PublicQueries, Rows, fit_calibration
+from ..calibration.calibration_options import CalibrationOptions
+from ..calibration.kernel_fit import PublicQueries, Rows, fit_calibration
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from .access import Access
 from .architectures import check_pipeline_class, find_layers
-from .calibrate_anchors import Public, gather_contexts, is_large, layer_probes, slot_schedule
-from .calibration_options import CalibrationOptions
 from .decoder_only.probing import is_decoder_only
 from .identity import host_identity
 from .image_text.probing import is_image_text
 from .protect import handle_of
+from .public_prompts import Public, gather_contexts, is_large, layer_probes, slot_schedule
 from .rows import layer_specs, project_rows, split_heads
 from .seq2seq.probing import is_seq2seq
 from .text import TextSide
@@ -114,14 +114,14 @@ def calibrate(
             "Calibrate before `protect` (or after `unprotect`): a protected pipeline has no exact queries."
         )
     if is_decoder_only(pipe) and not is_image_text(pipe):
-        from .decoder_only.calibrate import calibrate_decoder
+        from .decoder_only.public_prefixes import calibrate_decoder
 
         return calibrate_decoder(pipe, public_contexts, config, options)
     if prefix_bucket is not None or public_head != 0 or replies:
         raise ConfigError("public_head, prefix_bucket and replies are for decoder-only models.")
     if is_seq2seq(pipe) or is_image_text(pipe):
-        from .image_text.calibrate import calibrate_image_text
-        from .seq2seq.calibrate import calibrate_seq2seq
+        from .image_text.public_images import calibrate_image_text
+        from .seq2seq.public_documents import calibrate_seq2seq
 
         fit = calibrate_seq2seq if is_seq2seq(pipe) else calibrate_image_text
         return fit(pipe, public_contexts, config, options)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..calibration.anchors.calibration import AnchorCalibration, HostIdentity
+from ..calibration.anchors.anchors_calibration import AnchorCalibration, HostIdentity
 from ..errors import ConfigError
 from .fingerprint import FAR, Fingerprint, fingerprint
 from .text import TextSide

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ..calibration.anchors.calibration import AnchorCalibration
+from ..calibration.anchors.anchors_calibration import AnchorCalibration
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..mechanisms.anchors.release import NO_CALIBRATION

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.anchors.calibration import AnchorCalibration
+from ..calibration.anchors.anchors_calibration import AnchorCalibration
 from ..calibration.calibration import Calibration
 from ..config import DPXAttnConfig
 from ..errors import ConfigError

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from ..artefacts import Found, HubOptions, download_folder, locate, read_document, unseal
-from ..calibration.anchors.calibration import AnchorCalibration
+from ..calibration.anchors.anchors_calibration import AnchorCalibration
 from ..calibration.calibration import Calibration, load_calibration
 from ..calibration.stored import JSON_NAME
 from ..config import CONFIG_NAME, DPXAttnConfig

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_dp_xattn.calibration.anchors.calibration import AnchorCalibration, HostIdentity, ScorePoint
+from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibration, HostIdentity, ScorePoint
 from hf_dp_xattn.mechanisms.anchors.plan import Quality
 
 from ..mechanisms.anchors.naive_anchors import CHANNELS, decoders, plan

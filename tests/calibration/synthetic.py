@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_dp_xattn.calibration.calibration import Calibration
-from hf_dp_xattn.calibration.fit import PublicQueries, fit_calibration
+from hf_dp_xattn.calibration.kernel_fit import PublicQueries, fit_calibration
 from hf_dp_xattn.config import DPXAttnConfig
 from hf_dp_xattn.mechanisms.contract import LayerSpec
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.calibration.anchors.fit import simulate
+from hf_dp_xattn.calibration.anchors.anchors_fit import simulate
 from hf_dp_xattn.calibration.anchors.objective import Objective, fvu
 from hf_dp_xattn.hosts.access import Access
 from hf_dp_xattn.hosts.architectures import find_layers
 from hf_dp_xattn.hosts.calibrate import output_gain, public_queries
-from hf_dp_xattn.hosts.calibrate_anchors import gather_contexts, layer_probes
+from hf_dp_xattn.hosts.public_prompts import gather_contexts, layer_probes
 from hf_dp_xattn.hosts.text import TextSide
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))

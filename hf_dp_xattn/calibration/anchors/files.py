@@ -16,7 +16,7 @@ from ..checks import check_keys
 from ..stored import JSON_NAME, Tensors, read_header, read_stored, write_stored
 
 if TYPE_CHECKING:
-    from .calibration import AnchorCalibration
+    from .anchors_calibration import AnchorCalibration
 
 KIND = "anchors"
 # what is stored in half precision
@@ -130,7 +130,7 @@ def _read_plan(i: int, entry: dict[str, Any], tensors: dict[str, torch.Tensor]) 
 
 
 def _read(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> AnchorCalibration:
-    from .calibration import AnchorCalibration, HostIdentity, ScorePoint
+    from .anchors_calibration import AnchorCalibration, HostIdentity, ScorePoint
 
     cells = header["cells"]
     check_keys(header["host"], {"layers", "dtype"}, "the host of the calibration")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .replies import Logits, Replies, divergence
+from .reply_divergence import Logits, Replies, divergence
 
 Project = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 

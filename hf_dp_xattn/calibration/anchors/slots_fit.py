@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
 from .objective import Objective
-from .replies import Replies
+from .reply_divergence import Replies
 
 _SAMPLE = 150_000_000
 

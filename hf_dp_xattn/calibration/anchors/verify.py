@@ -12,7 +12,7 @@ from ...privacy.units import NeighboringRelation
 from ..checks import Sizes, integer, number, refuse
 
 if TYPE_CHECKING:
-    from .calibration import AnchorCalibration
+    from .anchors_calibration import AnchorCalibration
 
 GROUPINGS = {"row": ("rows",), "group": ("rows", "phrases", "segments"), "context": ("context",)}
 

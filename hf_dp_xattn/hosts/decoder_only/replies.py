@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...calibration.anchors.replies import Replies, keep_likeliest
+from ...calibration.anchors.reply_divergence import Replies, keep_likeliest
 from ..placeholder import new_tag
 from ..routing import evaluating
 from .attention import Call, Calls

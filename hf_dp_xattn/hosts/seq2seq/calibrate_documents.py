@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ...calibration.anchors.calibration import AnchorCalibration, HostIdentity
+from ...calibration.anchors.anchors_calibration import AnchorCalibration, HostIdentity
+from ...calibration.anchors.anchors_fit import MINIMUM_CONTEXTS, AnchorSettings, fit_anchors
 from ...calibration.anchors.documents_fit import CELLS, document_plans, fit_documents, influences
-from ...calibration.anchors.fit import MINIMUM_CONTEXTS, AnchorSettings, fit_anchors
 from ...calibration.anchors.kmeans import kmeans
 from ...calibration.anchors.objective import LayerProbe, Objective
 from ...calibration.anchors.slots_fit import PublicContexts, SlotSettings
@@ -27,7 +27,7 @@ from ...errors import ConfigError
 from ...mechanisms.anchors.plan import Decoders
 from ...mechanisms.anchors.release import pool
 from ..access import Access
-from ..calibrate_anchors import choose_contexts
+from ..public_prompts import choose_contexts
 from .contexts import MASK, STATES, gather
 from .encoder import EncoderSide
 from .probing import context_channels

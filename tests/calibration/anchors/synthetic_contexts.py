@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_dp_xattn.calibration.anchors.calibration import HostIdentity
+from hf_dp_xattn.calibration.anchors.anchors_calibration import HostIdentity
 from hf_dp_xattn.calibration.anchors.objective import LayerProbe, Objective
 from hf_dp_xattn.calibration.anchors.slots_fit import PublicContexts
 

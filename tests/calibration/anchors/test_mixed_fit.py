@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_dp_xattn import ConfigError, DPXAttnConfig
-from hf_dp_xattn.calibration.anchors.calibration import AnchorCalibration
-from hf_dp_xattn.calibration.anchors.fit import AnchorSettings, fit_anchors, simulate
+from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibration
+from hf_dp_xattn.calibration.anchors.anchors_fit import AnchorSettings, fit_anchors, simulate
 from hf_dp_xattn.calibration.anchors.mixed_fit import LIKE_COST, Compared
 from hf_dp_xattn.calibration.anchors.objective import fvu
 from hf_dp_xattn.calibration.anchors.slots_fit import PublicContexts

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.calibration.anchors.calibration import AnchorCalibration, HostIdentity
+from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibration, HostIdentity
 from hf_dp_xattn.hosts.decoder_only.layers import prefix_fingerprint
 from hf_dp_xattn.hosts.decoder_only.probing import find_layers
 from hf_dp_xattn.mechanisms.anchors.plan import AnchorPlan, Decoders, Quality

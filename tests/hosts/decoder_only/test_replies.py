@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.calibration.anchors.replies import KEPT, divergence
+from hf_dp_xattn.calibration.anchors.reply_divergence import KEPT, divergence
 from hf_dp_xattn.hosts.decoder_only.layers import rows_of, run_recorded
 from hf_dp_xattn.hosts.decoder_only.probing import find_layers
 from hf_dp_xattn.hosts.decoder_only.replies import Asking, ask, end_ids, replying
 
-from .test_calibrate import OPTIONS, public
+from .test_public_prefixes import OPTIONS, public
 from .tiny import VOCABULARY, tiny, tokens
 
 HEAD = torch.tensor([1, 4])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.calibration.anchors.calibration import AnchorCalibration
+from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibration
 from hf_dp_xattn.hosts.image_text.probing import find_layers
 
 from ..seq2seq.calibrations import calibration_for

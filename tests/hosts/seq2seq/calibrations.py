@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.calibration.anchors.calibration import AnchorCalibration
+from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibration
 from hf_dp_xattn.hosts.identity import host_identity
 from hf_dp_xattn.hosts.seq2seq.probing import find_layers
 from hf_dp_xattn.mechanisms.anchors.cells import CellDecoder

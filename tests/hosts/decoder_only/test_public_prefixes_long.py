@@ -7,8 +7,8 @@ import torch
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.calibration.anchors.slots_fit import PublicContexts, SlotSettings, SlotTrainer
-from hf_dp_xattn.hosts.decoder_only import calibrate
-from hf_dp_xattn.hosts.decoder_only.calibrate import SoftmaxProbe, exact_outputs
+from hf_dp_xattn.hosts.decoder_only import public_prefixes
+from hf_dp_xattn.hosts.decoder_only.public_prefixes import SoftmaxProbe, exact_outputs
 
 from .tiny import segments, tiny
 
@@ -36,9 +36,9 @@ def gathered(monkeypatch: pytest.MonkeyPatch, lengths: list[int], sample: int) -
     def stop(config: object, contexts: PublicContexts, *args: object, **kwargs: object) -> None:
         seen.append(contexts)
 
-    monkeypatch.setattr(calibrate, "fit_anchors", stop)
-    monkeypatch.setattr(calibrate, "_SAMPLE", sample)
-    monkeypatch.setattr(calibrate, "GATHER_BATCH", 2)
+    monkeypatch.setattr(public_prefixes, "fit_anchors", stop)
+    monkeypatch.setattr(public_prefixes, "_SAMPLE", sample)
+    monkeypatch.setattr(public_prefixes, "GATHER_BATCH", 2)
     dpx.calibrate(
         tiny("llama"),
         [segments([1] * n, i) for i, n in enumerate(lengths)],

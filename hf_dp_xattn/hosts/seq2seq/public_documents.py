@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ...calibration.anchors.calibration import AnchorCalibration
-from ...calibration.anchors.fit import candidates, fit_anchors
+from ...calibration.anchors.anchors_calibration import AnchorCalibration
+from ...calibration.anchors.anchors_fit import candidates, fit_anchors
 from ...calibration.anchors.objective import LayerProbe, Objective
 from ...calibration.anchors.slots_fit import PublicContexts
 from ...calibration.calibration import Calibration
-from ...calibration.fit import PublicQueries, Rows, fit_calibration
+from ...calibration.calibration_options import CalibrationOptions
+from ...calibration.kernel_fit import PublicQueries, Rows, fit_calibration
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
 from ...mechanisms.anchors.release import pool
 from ..access import Access
-from ..calibrate_anchors import choose_contexts, slot_schedule
-from ..calibration_options import CalibrationOptions
 from ..identity import host_identity
+from ..public_prompts import choose_contexts, slot_schedule
 from ..routing import routed
 from ..rows import layer_specs
 from .attention import NAME, Serving, serving

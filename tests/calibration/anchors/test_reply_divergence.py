@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_dp_xattn.calibration.anchors.replies import KEPT, Replies, divergence, keep_likeliest
+from hf_dp_xattn.calibration.anchors.reply_divergence import KEPT, Replies, divergence, keep_likeliest
 
 
 def exact_and_decoded(vocabulary: int, sharp: float) -> tuple[Replies, torch.Tensor, torch.Tensor]:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.calibration.anchors.calibration import AnchorCalibration
-from hf_dp_xattn.hosts.decoder_only.calibrate import SoftmaxProbe, output_gain
+from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibration
 from hf_dp_xattn.hosts.decoder_only.probing import find_layers
+from hf_dp_xattn.hosts.decoder_only.public_prefixes import SoftmaxProbe, output_gain
 
 from .tiny import generate, questions, segments, tiny, tokens
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hf_dp_xattn import Calibration, ConfigError, DPXAttnConfig
-from hf_dp_xattn.calibration.anchors.calibration import AnchorCalibration
-from hf_dp_xattn.calibration.anchors.fit import AnchorSettings, candidates, fit_anchors, simulate
+from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibration
+from hf_dp_xattn.calibration.anchors.anchors_fit import AnchorSettings, candidates, fit_anchors, simulate
 from hf_dp_xattn.calibration.anchors.objective import fvu
 from hf_dp_xattn.calibration.anchors.slots_fit import PublicContexts, SlotSettings
 from hf_dp_xattn.calibration.stored import JSON_NAME, TENSORS_NAME

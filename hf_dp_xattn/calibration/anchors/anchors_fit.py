@@ -18,7 +18,7 @@ from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
 from ...mechanisms.row_sum import RowSum
 from ...privacy.response import RandomizedResponse
 from ...privacy.units import NeighboringRelation
-from .calibration import AnchorCalibration, HostIdentity
+from .anchors_calibration import AnchorCalibration, HostIdentity
 from .cells_fit import Codebook, fit_codebook, fit_tilt, histogram_plan
 from .judge import Judged, judge, simulate
 from .kmeans import assign, kmeans

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.hosts.image_text.calibrate import _encode
+from hf_dp_xattn.hosts.image_text.public_images import _encode
 
 from .tiny import PATCHES, generate, images, texts, tiny
 

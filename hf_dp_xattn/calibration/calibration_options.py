@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..calibration.anchors.fit import AnchorSettings
+from .anchors.anchors_fit import AnchorSettings
 
 
 @dataclass(frozen=True)

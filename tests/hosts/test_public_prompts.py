@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.calibration.anchors.calibration import AnchorCalibration
+from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibration
 from hf_dp_xattn.hosts.architectures import find_layers
-from hf_dp_xattn.hosts.calibrate_anchors import choose_contexts, slot_schedule
+from hf_dp_xattn.hosts.public_prompts import choose_contexts, slot_schedule
 
 from ..hosts_tiny import picture, tiny_unet
 

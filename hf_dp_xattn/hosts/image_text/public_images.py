@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ...calibration.anchors.calibration import AnchorCalibration
-from ...calibration.anchors.fit import candidates
+from ...calibration.anchors.anchors_calibration import AnchorCalibration
+from ...calibration.anchors.anchors_fit import candidates
 from ...calibration.calibration import Calibration
+from ...calibration.calibration_options import CalibrationOptions
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
 from ..access import Access
-from ..calibrate_anchors import choose_contexts
-from ..calibration_options import CalibrationOptions
-from ..seq2seq.calibrate import fit_rows, sample_queries, starts_of
+from ..public_prompts import choose_contexts
+from ..seq2seq.public_documents import fit_rows, sample_queries, starts_of
 from .contexts import RATIO_MASK, STATES, gather
 from .probing import context_channels, find_layers, run_text
 from .vision import VisionSide

@@ -33,8 +33,8 @@ from ..mechanisms.features import FeatureMap, features_of
 from ..mechanisms.geometry import HeadGeometry, balance
 from ..mechanisms.sketch import SketchBasis, integer_analysis, sketch_units
 from .calibration import BOUND_FIELDS, Calibration
+from .kernel_plans import HeldOut, Probe, fit_plan
 from .moments import Moments
-from .plans import HeldOut, Probe, fit_plan
 
 Rows = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]  # keys, values per layer: [H, n, d], [H, n, dv]
 

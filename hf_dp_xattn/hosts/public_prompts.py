@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from ..calibration.anchors.calibration import GROUPINGS
+from ..calibration.anchors.anchors_calibration import GROUPINGS
 from ..calibration.anchors.objective import LayerProbe
 from ..calibration.anchors.slots_fit import PublicContexts, SlotSettings
 from ..errors import ConfigError

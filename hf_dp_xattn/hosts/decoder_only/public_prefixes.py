@@ -14,19 +14,19 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from ...calibration.anchors.calibration import AnchorCalibration, HostIdentity
-from ...calibration.anchors.fit import candidates, fit_anchors
+from ...calibration.anchors.anchors_calibration import AnchorCalibration, HostIdentity
+from ...calibration.anchors.anchors_fit import candidates, fit_anchors
 from ...calibration.anchors.objective import LayerProbe, Objective
-from ...calibration.anchors.replies import Replies
+from ...calibration.anchors.reply_divergence import Replies
 from ...calibration.anchors.slots_fit import PublicContexts, SlotSettings
 from ...calibration.calibration import Calibration
-from ...calibration.fit import PublicQueries, Rows, fit_calibration
+from ...calibration.calibration_options import CalibrationOptions
+from ...calibration.kernel_fit import PublicQueries, Rows, fit_calibration
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
 from ...mechanisms.anchors.release import pool
-from ..calibrate_anchors import choose_contexts
-from ..calibration_options import CalibrationOptions
 from ..placeholder import new_tag
+from ..public_prompts import choose_contexts
 from ..routing import evaluating
 from ..rows import layer_specs
 from .attention import Call
