@@ -7,7 +7,7 @@ softmax, merged by log-sum-exp. The host hands over keys and values of own token
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,10 +103,14 @@ class Seen:
 
 @dataclass
 class Recording:
-    """The layers' queries, keys and values while the host's own attention runs. configs: the host's own, by module."""
+    """The layers' queries, keys and values while the host's own attention runs. configs: the host's own, by module.
+
+    judge: is given each module, what it handed over, and what the host's own attention made of it.
+    """
 
     configs: dict[nn.Module, Any]
     seen: dict[nn.Module, Seen] = field(default_factory=dict)
+    judge: Callable[[nn.Module, Seen, torch.Tensor], None] | None = None
 
 
 class _Current(threading.local):
@@ -152,6 +156,8 @@ def dp_xattn_prefix(
         )
         original = host_attention(module, state.configs[module]._attn_implementation)
         result: tuple[torch.Tensor, Any] = original(module, query, key, value, attention_mask, **kwargs)
+        if state.judge is not None:
+            state.judge(module, state.seen.pop(module), result[0])  # of several hundred tokens: not kept
         return result
     layer: LayerState | None = module.__dict__.get(LAYER_ATTRIBUTE)
     call = None if layer is None else layer.calls.current

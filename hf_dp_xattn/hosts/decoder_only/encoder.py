@@ -10,7 +10,7 @@ import torch
 from ...errors import ContextError
 from ..routing import evaluating
 from .layers import PrefixLayer, rows_of, run_recorded
-from .probing import has_position_table, position_limit
+from .probing import FixedLimits, position_limit
 
 
 class PrefixEncoder:
@@ -18,11 +18,11 @@ class PrefixEncoder:
 
     def __init__(self, model: Any, layers: dict[str, PrefixLayer]) -> None:
         self._model, self._layers = model, layers
-        self._table = has_position_table(model)
+        self._fixed = FixedLimits.of(model)
 
     @property
     def limit(self) -> int | None:
-        return position_limit(self._model, self._table)
+        return position_limit(self._model, self._fixed)
 
     def check(self, head: int, slots: int) -> None:
         """Raises ContextError where the model has no position left for a user's token."""

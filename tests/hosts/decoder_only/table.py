@@ -15,8 +15,11 @@ HEAD = """
 
 A private prefix (a system prompt, documents, examples) is released once; the user's own tokens and a public head (BOS, the chat
 template's fixed words) are attended exactly, under one softmax with the release. Supported is what a probe proves: the model's logits
-must stay the same after its first tokens were taken away and are read from their keys and values alone. Each model is tested with
-`none`, which gives the tokens of the unprotected model for greedy search, beams, samples and padded batches, and with a release.
+must stay the same after its first tokens were taken away and are read from their keys and values alone; of a few tokens, and of several
+hundred, beyond every number in its configuration that may be a length (a window, a block, a number of kept tokens) as far as a second of
+computing reaches. A model whose attention changes there is refused. A length that is named and not reached is a limit, as a sliding window
+is: 2048 positions for `DogeForCausalLM` with its usual `keep_window_size`. Each model is tested with `none`, which gives the tokens of the
+unprotected model for greedy search, beams, samples and padded batches, and with a release.
 
 | model | an attention layer | notes |
 |---|---|---|

@@ -111,12 +111,108 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "recurrent_gemma": _of("RecurrentGemma", **_GROUPED),
     "llama_dynamic": _of("Llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
 }
+_LATENT: dict[str, Any] = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}
+_INDEXED = {"index_topk": 32, "index_head_dim": 16, "index_n_heads": 2}
+_GEMMA3N: dict[str, Any] = {
+    "head_dim": 8,
+    "sliding_window": 64,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "laurel_rank": 4,
+    "activation_sparsity_pattern": [0.0, 0.0],
+    **_GROUPED,
+}
+
+
+def _scaled(kind: str, **more: Any) -> dict[str, Any]:
+    rope = {
+        "rope_type": kind,
+        "factor": 4.0,
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 64,
+        **more,
+    }
+    return {"rope_parameters": rope, **_GROUPED}
+
+
+# whose attention changes with the length, or is computed in parts: right wherever they are accepted
+UNUSUAL: dict[str, Callable[[], Any]] = {
+    "doge_64": _of("Doge", keep_window_size=64, **_GROUPED),
+    "doge_2048": _of("Doge", keep_window_size=2048, **_GROUPED),
+    "llama4": _of(
+        "Llama4",
+        text=True,
+        head_dim=8,
+        attention_chunk_size=48,
+        intermediate_size_mlp=48,
+        num_local_experts=2,
+        layer_types=["chunked_attention", "full_attention"],
+        no_rope_layers=[1, 0],
+        moe_layers=[1],
+        **_GROUPED,
+    ),
+    "gemma3n": _of(
+        "Gemma3n",
+        text=True,
+        num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"],
+        **_GEMMA3N,
+    ),
+    "gemma3n_shared": _of(
+        "Gemma3n", text=True, num_kv_shared_layers=1, layer_types=["sliding_attention"] * 2, **_GEMMA3N
+    ),
+    "modernbert_decoder": lambda: tf.ModernBertDecoderForCausalLM(
+        tf.ModernBertDecoderConfig(**_COMMON, local_attention=64)
+    ),
+    "deepseek_v2": _of("DeepseekV2", **_LATENT),
+    "deepseek_v32": _of("DeepseekV32", **_LATENT, **_INDEXED),
+    "glm_moe_dsa": _of("GlmMoeDsa", **_LATENT, **_INDEXED),
+    "minimax": _of("MiniMax", head_dim=8, block_size=32, num_local_experts=2, **_GROUPED),
+    "jamba": _of(
+        "Jamba",
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        mamba_d_state=4,
+        num_experts=2,
+        use_mamba_kernels=False,
+        **_GROUPED,
+    ),
+    "falcon_h1": _of(
+        "FalconH1",
+        mamba_d_ssm=32,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_n_groups=1,
+        mamba_d_state=8,
+        **_GROUPED,
+    ),
+    "lfm2": _of("Lfm2", layer_types=["conv", "full_attention"], **_GROUPED),
+    "biogpt": _of("BioGpt"),
+    "jetmoe": _of("JetMoe", kv_channels=8, num_local_experts=2, num_experts_per_tok=1, num_key_value_heads=4),
+    "diffllama": _of("DiffLlama", **_GROUPED),
+    "phi3_window": _of("Phi3", sliding_window=64, **_GROUPED),
+    "qwen2_window": _of("Qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=1, **_GROUPED),
+    "llama_yarn": _of("Llama", **_scaled("yarn")),
+    "llama_scaled": _of("Llama", **_scaled("llama3", low_freq_factor=1.0, high_freq_factor=4.0)),
+}
 
 
 @functools.cache
 def _built(name: str) -> Any:
     torch.manual_seed(3)
-    model = {**BUILDERS, **REFUSED}[name]().eval()
+    model = {**BUILDERS, **REFUSED, **UNUSUAL}[name]().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
