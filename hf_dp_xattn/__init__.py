@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .hosts.protect import handle_of, protect, unprotect
     from .hosts.release import Release
     from .hosts.restoring import from_pretrained
-    from .mechanisms.release import release_attention
+    from .mechanisms.release_attention import release_attention
     from .privacy.ledger import Budget, Ledger
     from .report import Guarantee, PrivacyReport
 
@@ -57,7 +57,7 @@ _HOMES = {
     "hosts.protect": ("handle_of", "protect", "unprotect"),
     "hosts.release": ("Release",),
     "hosts.restoring": ("from_pretrained",),
-    "mechanisms.release": ("release_attention",),
+    "mechanisms.release_attention": ("release_attention",),
     "privacy.ledger": ("Budget", "Ledger"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

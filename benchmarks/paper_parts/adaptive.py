@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from hf_dp_xattn.mechanisms.dptree import DPTreeSoftmax, MedianOfCopies
-from hf_dp_xattn.mechanisms.dptree.adaptive import copies_for, gaussian_uniform_bound, net_size
-from hf_dp_xattn.mechanisms.features import TaylorFeatures
-from hf_dp_xattn.mechanisms.kernel_sum import PreparedKernelSum
+from hf_dp_xattn.mechanisms.dptree import DPTreeSoftmax
+from hf_dp_xattn.mechanisms.kernel_sum.features import TaylorFeatures
+from hf_dp_xattn.mechanisms.kernel_sum.kernel_sum import PreparedKernelSum
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from .common import DELTA, KERNEL, NOISELESS, Sizes, config, prepare, release, rows
+from .median_of_copies import MedianOfCopies, copies_for, gaussian_uniform_bound, net_size
 
 EPSILON, BETA = 2.0, 1e-6
 WIDTH = 0.25  # of the net

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from hf_dp_xattn import DPXAttnConfig
-from hf_dp_xattn.mechanisms.contract import LayerSpec
-from hf_dp_xattn.mechanisms.release import prepare_release
+from hf_dp_xattn.mechanisms.base import LayerSpec
+from hf_dp_xattn.mechanisms.release_attention import prepare_release
 from hf_dp_xattn.mechanisms.structure import KernelSumStructure
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
@@ -129,7 +129,7 @@ def release(data: Rows, settings: DPXAttnConfig, seed: int | None = None) -> Ker
 
 def check_answers(data: Rows, degree: int = 2) -> dict[str, float]:
     """Relative error of both mechanisms without visible noise. Raises SystemExit above the bound: then nothing is printed."""
-    from hf_dp_xattn.mechanisms.features import attention_relative_error, taylor_relative_error
+    from hf_dp_xattn.mechanisms.kernel_sum.features import attention_relative_error, taylor_relative_error
 
     bound = attention_relative_error(taylor_relative_error(1.0, degree)) * 1.01 + 5e-3
     found = {}

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from hf_dp_xattn.mechanisms.dptree import DPTreeCrossAttention
-from hf_dp_xattn.mechanisms.dptree.release import PreparedDPTree
-from hf_dp_xattn.mechanisms.features import number_of_monomials
+from hf_dp_xattn.mechanisms.dptree.dptree import PreparedDPTree
+from hf_dp_xattn.mechanisms.kernel_sum.features import number_of_monomials
 
 from .common import (
     KERNEL,

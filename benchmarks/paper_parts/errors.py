@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hf_dp_xattn.mechanisms.features import (
+from hf_dp_xattn.mechanisms.kernel_sum.features import (
     attention_relative_error,
     number_of_monomials,
     taylor_relative_error,

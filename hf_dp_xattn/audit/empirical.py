@@ -17,10 +17,10 @@ from typing import Any
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
-from ..mechanisms.anchors.release import PreparedAnchors, prepare_source
-from ..mechanisms.dptree.release import PreparedDPTree
-from ..mechanisms.kernel_sum import PreparedKernelSum
-from ..mechanisms.release import prepare_release
+from ..mechanisms.anchors.anchors import PreparedAnchors, prepare_source
+from ..mechanisms.dptree.dptree import PreparedDPTree
+from ..mechanisms.kernel_sum.kernel_sum import PreparedKernelSum
+from ..mechanisms.release_attention import prepare_release
 from ..privacy.accountant import epsilon_of
 from ..privacy.bits import Entropy, SystemEntropy
 from .laws import Law, claimed, is_gaussian, law_of

@@ -18,22 +18,22 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError
-from ..mechanisms.anchors.mixed import MixedSource
-from ..mechanisms.anchors.release import (
+from ..mechanisms.anchors.anchors import (
     HistogramSource,
     PreparedAnchors,
     ResponseSource,
     SumSource,
     pool,
 )
-from ..mechanisms.contributions import sum_rows, sum_units, unit_rows
-from ..mechanisms.dptree.attention import exact_sums
-from ..mechanisms.dptree.moments import parts_of
-from ..mechanisms.dptree.release import PreparedDPTree
-from ..mechanisms.histogram import GaussianNoise, GeometricNoise, PreparedHistogram
-from ..mechanisms.kernel_sum import PreparedKernelSum
-from ..mechanisms.row_sum import PreparedRowSum
-from ..mechanisms.sketch import sum_sketch
+from ..mechanisms.anchors.histogram import GaussianNoise, GeometricNoise, PreparedHistogram
+from ..mechanisms.anchors.mixed import MixedSource
+from ..mechanisms.anchors.row_sum import PreparedRowSum
+from ..mechanisms.dptree.dptree import PreparedDPTree
+from ..mechanisms.dptree.tree_attention import exact_sums
+from ..mechanisms.dptree.tree_moments import parts_of
+from ..mechanisms.kernel_sum.contributions import sum_rows, sum_units, unit_rows
+from ..mechanisms.kernel_sum.kernel_sum import PreparedKernelSum
+from ..mechanisms.kernel_sum.sketch import sum_sketch
 from ..privacy.accountant import Event, GaussianEvent, TruncatedLaplaceEvent, needs_delta
 from ..privacy.bits import Entropy
 from ..privacy.truncated_laplace import truncated_laplace

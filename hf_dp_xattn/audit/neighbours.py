@@ -15,7 +15,7 @@ import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
-from ..mechanisms.contributions import LayerEncoder
+from ..mechanisms.kernel_sum.contributions import LayerEncoder
 from ..privacy.units import NeighboringRelation, Unit
 from .laws import AnchorsLaw, Context, DPTreeLaw, KernelSumLaw, Law, Views
 

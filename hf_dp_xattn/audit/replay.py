@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from ..errors import DPXAttnError
+from ..mechanisms.anchors.anchors import HistogramSource, ResponseSource, SumSource, pool
+from ..mechanisms.anchors.histogram import GaussianNoise
 from ..mechanisms.anchors.mixed import MixedSource
-from ..mechanisms.anchors.release import HistogramSource, ResponseSource, SumSource, pool
-from ..mechanisms.dptree.attention import layers_of
-from ..mechanisms.dptree.moments import moments_of
-from ..mechanisms.dptree.structure import structure_of
-from ..mechanisms.histogram import GaussianNoise
-from ..mechanisms.kernel_sum import layer_structure
-from ..mechanisms.row_sum import PreparedRowSum
+from ..mechanisms.anchors.row_sum import PreparedRowSum
+from ..mechanisms.dptree.tree_attention import layers_of
+from ..mechanisms.dptree.tree_moments import moments_of
+from ..mechanisms.dptree.tree_structure import structure_of
+from ..mechanisms.kernel_sum.kernel_sum import layer_structure
 from ..privacy.bits import Entropy, SystemEntropy
 from .laws import AnchorsLaw, Context, DPTreeLaw, KernelSumLaw, Law
 

@@ -14,10 +14,10 @@ import torch
 from ..artefacts import HubOptions, find_files, read_document
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
-from ..mechanisms.contract import LayerSpec
-from ..mechanisms.contributions import lattice_exponent
-from ..mechanisms.geometry import HeadGeometry
-from ..mechanisms.sketch import SketchBasis, SketchPlan
+from ..mechanisms.base import LayerSpec
+from ..mechanisms.kernel_sum.contributions import lattice_exponent
+from ..mechanisms.kernel_sum.geometry import HeadGeometry
+from ..mechanisms.kernel_sum.sketch import SketchBasis, SketchPlan
 from .anchors.anchors_calibration import AnchorCalibration
 from .anchors.files import KIND, load_anchors
 from .files import load_kernel_sum, save_kernel_sum

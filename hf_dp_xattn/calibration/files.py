@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import FEATURES, DPXAttnConfig
-from ..mechanisms.geometry import HeadGeometry
-from ..mechanisms.sketch import SketchBasis
+from ..mechanisms.kernel_sum.geometry import HeadGeometry
+from ..mechanisms.kernel_sum.sketch import SketchBasis
 from .checks import Sizes, check_keys, integer, number, refuse
 from .stored import Tensors, read_header, read_stored, write_stored
 

@@ -21,17 +21,17 @@ from tqdm.auto import tqdm
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
-from ..mechanisms.contract import LayerSpec
-from ..mechanisms.contributions import (
+from ..mechanisms.base import LayerSpec
+from ..mechanisms.kernel_sum.contributions import (
     LayerEncoder,
     joint_norm_squared,
     lattice_exponent,
     unit_contribution,
     unit_rows,
 )
-from ..mechanisms.features import FeatureMap, features_of
-from ..mechanisms.geometry import HeadGeometry, balance
-from ..mechanisms.sketch import SketchBasis, integer_analysis, sketch_units
+from ..mechanisms.kernel_sum.features import FeatureMap, features_of
+from ..mechanisms.kernel_sum.geometry import HeadGeometry, balance
+from ..mechanisms.kernel_sum.sketch import SketchBasis, integer_analysis, sketch_units
 from .calibration import BOUND_FIELDS, Calibration
 from .kernel_plans import HeldOut, Probe, fit_plan
 from .moments import Moments

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from ..config import DPXAttnConfig
-from ..mechanisms.contributions import LayerEncoder
-from ..mechanisms.kernel_sum import layer_structure
-from ..mechanisms.sketch import SketchBasis, clip_sketch
+from ..mechanisms.kernel_sum.contributions import LayerEncoder
+from ..mechanisms.kernel_sum.kernel_sum import layer_structure
+from ..mechanisms.kernel_sum.sketch import SketchBasis, clip_sketch
 from ..privacy.accountant import gaussian_sigma_squared
 from ..privacy.units import NeighboringRelation, sensitivity_factor
 from .calibration import PlanEntry, sketch_plan

@@ -16,9 +16,9 @@ import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
+from ..mechanisms.anchors.anchors import HistogramSource, PreparedAnchors, ResponseSource, SumSource
 from ..mechanisms.anchors.mixed import MixedSource
 from ..mechanisms.anchors.plan import AnchorPlan, Decoders
-from ..mechanisms.anchors.release import HistogramSource, PreparedAnchors, ResponseSource, SumSource
 from ..privacy.accountant import epsilon_of, needs_delta
 from ..privacy.bits import SeededEntropy
 from ..privacy.guessing import PRIORS, guess_bound

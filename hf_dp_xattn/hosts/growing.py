@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ConfigError, ContextError, DPXAttnError
-from ..mechanisms.anchors.rows import ContextRelease
-from ..mechanisms.growing import GrowingRelease, LayerRows, grow
-from ..mechanisms.growing.sources import Private
+from ..mechanisms.context_rows import ContextRelease
+from ..mechanisms.growing_release import GrowingRelease, grow
+from ..mechanisms.growing_sources import LayerRows, Private
 from .charging import charge, names_of
 from .context import PrivateContext
 from .fingerprint import Fingerprint

@@ -10,10 +10,10 @@ import torch
 from ..calibration.anchors.anchors_calibration import AnchorCalibration
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
-from ..mechanisms.anchors.release import NO_CALIBRATION
-from ..mechanisms.anchors.rows import ContextRows, PreparedContextRelease
-from ..mechanisms.contract import PreparedRelease
-from ..mechanisms.release import prepare_release
+from ..mechanisms.anchors.anchors import NO_CALIBRATION
+from ..mechanisms.base import PreparedRelease
+from ..mechanisms.context_rows import ContextRows, PreparedContextRelease
+from ..mechanisms.release_attention import prepare_release
 from ..mechanisms.structure import AttentionStructure
 from ..privacy.accountant import Event
 from ..privacy.bits import Entropy

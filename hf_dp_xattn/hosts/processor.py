@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import DPXAttnError, ProtectionLostError
+from ..mechanisms.merge import exact_partial, merge
 from ..mechanisms.rows_structure import RowsStructure, stack_rows
 from ..mechanisms.structure import AttentionStructure
-from ..ops.merge import exact_partial, merge
 from .access import NO_COPY
 from .placeholder import is_marked, match_tags
 from .rows import project, split_heads

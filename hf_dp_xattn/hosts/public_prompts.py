@@ -13,7 +13,7 @@ from ..calibration.anchors.anchors_calibration import GROUPINGS
 from ..calibration.anchors.objective import LayerProbe
 from ..calibration.anchors.slots_fit import PublicContexts, SlotSettings
 from ..errors import ConfigError
-from ..mechanisms.anchors.release import pool
+from ..mechanisms.anchors.anchors import pool
 from .phrases import split_phrases
 from .rows import project
 from .text import TextSide

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..mechanisms.merge import exact_partial, merge
 from ..mechanisms.rows_structure import RowsStructure
 from ..mechanisms.structure import AttentionStructure
-from ..ops.merge import exact_partial, merge
 from .processor import LayerTable
 
 Public = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]

@@ -15,7 +15,7 @@ import torch
 from ..artefacts import CardOptions, HubOptions, PushOptions, find_files, push_with_card
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, DPXAttnError, ReleaseError
-from ..mechanisms.anchors.rows import ContextRows
+from ..mechanisms.context_rows import ContextRows
 from ..mechanisms.structure import AttentionStructure
 from ..report import Guarantee
 from .fingerprint import FAR, Fingerprint

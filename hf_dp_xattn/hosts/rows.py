@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from ..mechanisms.contract import LayerSpec
+from ..mechanisms.base import LayerSpec
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention

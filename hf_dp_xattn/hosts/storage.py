@@ -31,9 +31,9 @@ from ..artefacts import (
 )
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, ReleaseError
-from ..mechanisms.anchors.rows import ContextRows
-from ..mechanisms.dptree.structure import DistanceFeatures, DPTreeStructure
-from ..mechanisms.features import PositiveRandomFeatures, TaylorFeatures
+from ..mechanisms.context_rows import ContextRows
+from ..mechanisms.dptree.tree_structure import DistanceFeatures, DPTreeStructure
+from ..mechanisms.kernel_sum.features import PositiveRandomFeatures, TaylorFeatures
 from ..mechanisms.structure import AttentionStructure, KernelSumStructure
 from ..report import ELSEWHERE, Guarantee, PrivacyReport
 from .fingerprint import SIZE, Fingerprint

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import ConfigError, ReleaseError
-from ..ops.merge import exact_partial
+from .merge import exact_partial
 from .structure import AttentionStructure, ExactStructure
 
 ROWS_MULTIPLE = (

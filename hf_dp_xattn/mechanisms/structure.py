@@ -9,7 +9,7 @@ from typing import Protocol, Self
 import torch
 
 from ..errors import ConfigError, ReleaseError
-from ..ops.merge import exact_partial, merge
+from .merge import exact_partial, merge
 
 
 class AttentionStructure(Protocol):

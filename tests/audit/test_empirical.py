@@ -18,15 +18,16 @@ from hf_dp_xattn.audit.empirical import again_with, audit_releases, targets
 from hf_dp_xattn.audit.laws import DPTreeLaw, TruncatedLaplaceNoise
 from hf_dp_xattn.audit.report import NOT_APPLICABLE, PASS, Check
 from hf_dp_xattn.audit.settings import SMALLER
-from hf_dp_xattn.mechanisms import histogram, kernel_sum, row_sum
-from hf_dp_xattn.mechanisms.anchors import release as anchors_release
+from hf_dp_xattn.mechanisms.anchors import anchors as anchors_release
+from hf_dp_xattn.mechanisms.anchors import histogram, row_sum
+from hf_dp_xattn.mechanisms.anchors.anchors import prepare_anchors
+from hf_dp_xattn.mechanisms.anchors.histogram import GeometricNoise
 from hf_dp_xattn.mechanisms.anchors.mixed import MixedSource
-from hf_dp_xattn.mechanisms.anchors.release import prepare_anchors
-from hf_dp_xattn.mechanisms.contract import LayerSpec
+from hf_dp_xattn.mechanisms.base import LayerSpec
 from hf_dp_xattn.mechanisms.dptree import budget as dptree_budget
-from hf_dp_xattn.mechanisms.dptree import moments as dptree_moments
-from hf_dp_xattn.mechanisms.histogram import GeometricNoise
-from hf_dp_xattn.mechanisms.release import prepare_release
+from hf_dp_xattn.mechanisms.dptree import tree_moments as dptree_moments
+from hf_dp_xattn.mechanisms.kernel_sum.kernel_sum import kernel_sum
+from hf_dp_xattn.mechanisms.release_attention import prepare_release
 from hf_dp_xattn.privacy.bits import SeededEntropy
 from hf_dp_xattn.privacy.response import RandomizedResponse
 

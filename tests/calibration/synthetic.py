@@ -7,7 +7,7 @@ import torch
 from hf_dp_xattn.calibration.calibration import Calibration
 from hf_dp_xattn.calibration.kernel_fit import PublicQueries, fit_calibration
 from hf_dp_xattn.config import DPXAttnConfig
-from hf_dp_xattn.mechanisms.contract import LayerSpec
+from hf_dp_xattn.mechanisms.base import LayerSpec
 
 CHANNELS, HEADS, ROWS = 12, 2, 20
 DIMS = (4, 6)

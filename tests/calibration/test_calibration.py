@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from hf_dp_xattn.calibration.calibration import Calibration
 from hf_dp_xattn.config import DPXAttnConfig
 from hf_dp_xattn.errors import ConfigError
-from hf_dp_xattn.mechanisms.contract import LayerSpec
-from hf_dp_xattn.mechanisms.contributions import unit_rows
-from hf_dp_xattn.mechanisms.kernel_sum import PreparedKernelSum
-from hf_dp_xattn.mechanisms.release import prepare_release
-from hf_dp_xattn.mechanisms.sketch import clip_sketch, sketch_units, sum_sketch
+from hf_dp_xattn.mechanisms.base import LayerSpec
+from hf_dp_xattn.mechanisms.kernel_sum.contributions import unit_rows
+from hf_dp_xattn.mechanisms.kernel_sum.kernel_sum import PreparedKernelSum
+from hf_dp_xattn.mechanisms.kernel_sum.sketch import clip_sketch, sketch_units, sum_sketch
+from hf_dp_xattn.mechanisms.release_attention import prepare_release
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from ..sealed import write_sealed

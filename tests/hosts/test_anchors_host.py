@@ -15,7 +15,7 @@ import hf_dp_xattn as dpx
 from hf_dp_xattn.errors import ReleaseError
 from hf_dp_xattn.hosts.identity import OTHER_PROJECTIONS
 from hf_dp_xattn.hosts.tables import MAX_CACHED_ROWS
-from hf_dp_xattn.mechanisms.anchors.rows import ContextRows
+from hf_dp_xattn.mechanisms.context_rows import ContextRows
 
 from ..hosts_tiny import CHANNELS, latents, picture, tiny_img2img, tiny_sd, tiny_unet
 from .anchor_calibrations import CONFIG, RELEASES, calibration_for, protect

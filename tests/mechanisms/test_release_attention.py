@@ -6,18 +6,18 @@ import warnings
 import pytest
 import torch
 
-import hf_dp_xattn.mechanisms.kernel_sum as kernel_sum
+import hf_dp_xattn.mechanisms.kernel_sum.kernel_sum as kernel_sum
 from hf_dp_xattn.config import DPXAttnConfig
 from hf_dp_xattn.errors import ConfigError, ContextError
-from hf_dp_xattn.mechanisms.contract import LayerSpec
-from hf_dp_xattn.mechanisms.features import attention_relative_error, taylor_relative_error
-from hf_dp_xattn.mechanisms.release import prepare_release, release_attention
+from hf_dp_xattn.mechanisms.base import LayerSpec
+from hf_dp_xattn.mechanisms.kernel_sum.features import attention_relative_error, taylor_relative_error
+from hf_dp_xattn.mechanisms.release_attention import prepare_release, release_attention
 from hf_dp_xattn.mechanisms.structure import ExactStructure, KernelSumStructure, stack
 from hf_dp_xattn.privacy.accountant import epsilon_of
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
-from .geometries import random_geometry
-from .naive_kernel_sum import naive_attend, naive_sum
+from .kernel_sum.geometries import random_geometry
+from .kernel_sum.naive_kernel_sum import naive_attend, naive_sum
 
 LOUD = DPXAttnConfig(epsilon=1e6, logit_bound=1.0)  # so little noise that the approximation itself is seen
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hf_dp_xattn.errors import ConfigError, ReleaseError
+from hf_dp_xattn.mechanisms.merge import merge
 from hf_dp_xattn.mechanisms.rows_structure import ROWS_MULTIPLE, RowsStructure, stack_rows
-from hf_dp_xattn.ops.merge import merge
 
 SCALE = 0.4
 

@@ -12,8 +12,8 @@ import torch
 from ...artefacts import HubOptions, find_files
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
+from ...mechanisms.anchors.anchors import PreparedAnchors, prepare_anchors
 from ...mechanisms.anchors.plan import AnchorPlan, Decoders
-from ...mechanisms.anchors.release import PreparedAnchors, prepare_anchors
 from ..stored import JSON_NAME, TENSORS_NAME, Shared
 from .files import KIND, load_anchors, rounded, save_anchors
 from .verify import GROUPINGS, verify_anchors

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ...config import DPXAttnConfig
 from ...mechanisms.anchors.cells import CellDecoder, Tilt
 from ...mechanisms.anchors.plan import NOT_JUDGED, AnchorPlan
-from ...mechanisms.quantizer import RowQuantizer
+from ...mechanisms.anchors.quantizer import RowQuantizer
 from ...privacy.units import NeighboringRelation
 from .kmeans import POINTS_PER_CELL, assign, kmeans
 from .objective import Objective

@@ -21,7 +21,7 @@ import torch
 from ...config import DPXAttnConfig
 from ...mechanisms.anchors.cells import CellDecoder
 from ...mechanisms.anchors.plan import AnchorPlan, Decoders
-from ...mechanisms.quantizer import RowQuantizer
+from ...mechanisms.anchors.quantizer import RowQuantizer
 from .cells_fit import GRID, Codebook, histogram_plan, log_prior
 from .judge import judge
 from .kmeans import assign, kmeans

@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from ...config import DPXAttnConfig
+from ...mechanisms.anchors.anchors import prepare_anchors
 from ...mechanisms.anchors.plan import AnchorPlan, Decoders, Quality
-from ...mechanisms.anchors.release import prepare_anchors
-from ...mechanisms.anchors.rows import ContextRows
+from ...mechanisms.context_rows import ContextRows
 from ...privacy.bits import SeededEntropy
 from .objective import Objective, fvu, fvu_interval
 from .slots_fit import PublicContexts

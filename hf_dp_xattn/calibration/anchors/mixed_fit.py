@@ -19,7 +19,7 @@ from ...mechanisms.anchors.cells import CellDecoder
 from ...mechanisms.anchors.mixed import row_code
 from ...mechanisms.anchors.move import RowMove
 from ...mechanisms.anchors.plan import AnchorPlan, Decoders
-from ...mechanisms.quantizer import RowQuantizer
+from ...mechanisms.anchors.quantizer import RowQuantizer
 from .cells_fit import Codebook
 from .judge import judge
 from .kmeans import assign, kmeans

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from ...errors import ConfigError, DPXAttnError, ProtectionLostError
-from ...ops.merge import exact_partial, merge
+from ...mechanisms.merge import exact_partial, merge
 from ..processor import NO_COPY, LayerTable
 from ..reading import group_queries, host_attention, read_partial, ungroup
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...mechanisms.contract import LayerSpec
+from ...mechanisms.base import LayerSpec
 from ..fingerprint import SIZE, Fingerprint, signs
 from ..routing import routed
 from .attention import NAME, Recording, Seen, recording

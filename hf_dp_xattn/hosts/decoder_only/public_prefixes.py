@@ -24,7 +24,7 @@ from ...calibration.calibration_options import CalibrationOptions
 from ...calibration.kernel_fit import PublicQueries, Rows, fit_calibration
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
-from ...mechanisms.anchors.release import pool
+from ...mechanisms.anchors.anchors import pool
 from ..placeholder import new_tag
 from ..public_prompts import choose_contexts
 from ..routing import evaluating

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from ...errors import DPXAttnError, ProtectionLostError
-from ...ops.merge import exact_partial
+from ...mechanisms.merge import exact_partial
 from ..processor import NO_COPY, LayerTable
 from ..reading import group_queries, host_attention, read, ungroup
 

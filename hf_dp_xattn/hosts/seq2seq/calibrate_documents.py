@@ -24,8 +24,8 @@ from ...calibration.anchors.objective import LayerProbe, Objective
 from ...calibration.anchors.slots_fit import PublicContexts, SlotSettings
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
+from ...mechanisms.anchors.anchors import pool
 from ...mechanisms.anchors.plan import Decoders
-from ...mechanisms.anchors.release import pool
 from ..access import Access
 from ..public_prompts import choose_contexts
 from .contexts import MASK, STATES, gather

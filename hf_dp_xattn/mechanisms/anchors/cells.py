@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .rows import ContextRows
+from ..context_rows import ContextRows
 
 
 @dataclass(frozen=True, eq=False)

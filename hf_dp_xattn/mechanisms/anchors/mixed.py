@@ -28,12 +28,12 @@ from ...errors import ConfigError
 from ...privacy.accountant import Event
 from ...privacy.bits import Entropy
 from ...privacy.units import NeighboringRelation, Unit
-from ..row_sum import PreparedRowSum, RowSum
+from ..context_rows import ContextRows
 from .plan import AnchorPlan, Decoders
-from .rows import ContextRows
+from .row_sum import PreparedRowSum, RowSum
 
 if TYPE_CHECKING:
-    from .release import HistogramSource
+    from .anchors import HistogramSource
 
 HISTOGRAM_SHARE = Fraction(3, 4)  # of epsilon; the sum gets the rest, and all of delta
 

@@ -12,8 +12,8 @@ from ...errors import ConfigError
 from ...privacy.bits import Entropy, SystemEntropy
 from ...privacy.lattice import ENTRY_BITS, quantize
 from .budget import BudgetSplit, noise_error
-from .moments import MomentPlan, Moments, ReleasedMoments, release_sums, sum_moments
 from .tree import level_name, number_of_leaves, range_sums
+from .tree_moments import MomentPlan, Moments, ReleasedMoments, release_sums, sum_moments
 
 _WEIGHT_BITS, _FACTOR_BITS = ENTRY_BITS - 1, ENTRY_BITS - 2
 

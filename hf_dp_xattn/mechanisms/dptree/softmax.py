@@ -20,13 +20,13 @@ import torch
 from ...errors import ConfigError
 from ...privacy.bits import Entropy, SystemEntropy
 from ...privacy.lattice import ENTRY_BITS, power_of_two, quantize, sequential_sum
-from ..contributions import LayerEncoder
-from ..features import TaylorFeatures
-from ..geometry import HeadGeometry, declared_geometry, feature_norm
+from ..kernel_sum.contributions import LayerEncoder
+from ..kernel_sum.features import TaylorFeatures
+from ..kernel_sum.geometry import HeadGeometry, declared_geometry, feature_norm
 from .budget import BudgetSplit, noise_error
 from .distance import DPTreeDistance, DPTreeHighDim, bin_of
-from .moments import MomentPlan, Moments, ReleasedMoments, Sums, add_sums, release_sums, sum_moments
 from .tree import level_name, number_of_leaves
+from .tree_moments import MomentPlan, Moments, ReleasedMoments, Sums, add_sums, release_sums, sum_moments
 
 TREES, PLAIN = ("weights", "first", "second"), ("total", "norms")
 _FACTOR_BITS = ENTRY_BITS - 2
@@ -202,7 +202,7 @@ class DPTreeSoftmax:
     weights to [-weight_bound, weight_bound].
 
     *Formal guarantee.* `init` is (epsilon, delta)-DP when one key with its weights is replaced, or appears or disappears: one joint
-    release of the trees, W and N, clipped in every moment (moments.py), split as `split.table()` says.
+    release of the trees, W and N, clipped in every moment (tree_moments.py), split as `split.table()` says.
 
     *Error.* Relative: the Taylor error of the degree on [-logit_bound, logit_bound] (`features.taylor_relative_error`). Additive: the
     noise, for one query within `error_bound(beta)` with probability 1 - beta, for all queries at once (adaptive ones too) within

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_dp_xattn import ConfigError, DPXAttnConfig
+from hf_dp_xattn.mechanisms.anchors.anchors import PreparedAnchors, prepare_anchors
 from hf_dp_xattn.mechanisms.anchors.mixed import HISTOGRAM_SHARE, MixedSource
 from hf_dp_xattn.mechanisms.anchors.plan import Decoders
-from hf_dp_xattn.mechanisms.anchors.release import PreparedAnchors, prepare_anchors
-from hf_dp_xattn.mechanisms.growing.release import grow
+from hf_dp_xattn.mechanisms.growing_release import grow
 from hf_dp_xattn.privacy.accountant import GaussianEvent, PureEvent, epsilon_of, gaussian_sigma_squared
 from hf_dp_xattn.privacy.bits import SeededEntropy
 from hf_dp_xattn.privacy.ledger import Budget, Ledger

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_dp_xattn import ConfigError, ContextError, DPXAttnConfig
+from hf_dp_xattn.mechanisms.anchors.anchors import nearest_plan, pool, prepare_anchors
 from hf_dp_xattn.mechanisms.anchors.plan import Decoders
-from hf_dp_xattn.mechanisms.anchors.release import nearest_plan, pool, prepare_anchors
-from hf_dp_xattn.mechanisms.anchors.rows import NEGLIGIBLE, ContextRows
+from hf_dp_xattn.mechanisms.context_rows import NEGLIGIBLE, ContextRows
 from hf_dp_xattn.privacy.accountant import epsilon_of
 from hf_dp_xattn.privacy.bits import SeededEntropy
 from hf_dp_xattn.privacy.ledger import Budget, Ledger

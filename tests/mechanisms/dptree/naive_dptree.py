@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from hf_dp_xattn.mechanisms.geometry import MAX_LOG_WEIGHT, HeadGeometry
+from hf_dp_xattn.mechanisms.kernel_sum.geometry import MAX_LOG_WEIGHT, HeadGeometry
 
-from ..naive_kernel_sum import naive_clip_to_ball, naive_taylor
+from ..kernel_sum.naive_kernel_sum import naive_clip_to_ball, naive_taylor
 
 
 class NaiveTree:

@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 
 from hf_dp_xattn.config import DPXAttnConfig
 from hf_dp_xattn.errors import ConfigError, ContextError
-from hf_dp_xattn.mechanisms.contract import LayerSpec
+from hf_dp_xattn.mechanisms.base import LayerSpec
 from hf_dp_xattn.mechanisms.dptree import DPTreeCrossAttention, DPTreeSoftmax
 from hf_dp_xattn.mechanisms.dptree import softmax as softmax_module
-from hf_dp_xattn.mechanisms.dptree.release import PreparedDPTree
-from hf_dp_xattn.mechanisms.dptree.structure import DPTreeStructure
-from hf_dp_xattn.mechanisms.features import attention_relative_error, taylor_relative_error
-from hf_dp_xattn.mechanisms.geometry import HeadGeometry
-from hf_dp_xattn.mechanisms.release import prepare_release, release_attention
+from hf_dp_xattn.mechanisms.dptree.dptree import PreparedDPTree
+from hf_dp_xattn.mechanisms.dptree.tree_structure import DPTreeStructure
+from hf_dp_xattn.mechanisms.kernel_sum.features import attention_relative_error, taylor_relative_error
+from hf_dp_xattn.mechanisms.kernel_sum.geometry import HeadGeometry
+from hf_dp_xattn.mechanisms.release_attention import prepare_release, release_attention
 from hf_dp_xattn.mechanisms.structure import stack
 from hf_dp_xattn.privacy.accountant import TruncatedLaplaceEvent, epsilon_of
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
-from ..geometries import random_geometry
+from ..kernel_sum.geometries import random_geometry
 from .naive_dptree import naive_softmax, naive_tree_attention
 from .test_tree import captured, check_noise, check_sensitivity
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.mechanisms.dptree.structure import DPTreeStructure
+from hf_dp_xattn.mechanisms.dptree.tree_structure import DPTreeStructure
 
 from ...hosts_tiny import picture, tiny_sd
 

@@ -7,17 +7,15 @@ import math
 import pytest
 import torch
 
-from hf_dp_xattn.mechanisms import kernel_sum
+from hf_dp_xattn.mechanisms.anchors.anchors import prepare_anchors
 from hf_dp_xattn.mechanisms.anchors.cells import CellDecoder
-from hf_dp_xattn.mechanisms.anchors.release import prepare_anchors
-from hf_dp_xattn.mechanisms.anchors.rows import ContextRelease
-from hf_dp_xattn.mechanisms.contract import LayerRelease, LayerSpec
-from hf_dp_xattn.mechanisms.growing import GrowingRelease, LayerRows, grow
-from hf_dp_xattn.mechanisms.growing.release import ContinualWay
-from hf_dp_xattn.mechanisms.growing.sources import CellSource, KernelSource, State
-from hf_dp_xattn.mechanisms.kernel_sum import PreparedKernelSum
-from hf_dp_xattn.mechanisms.release import prepare_release
-from hf_dp_xattn.mechanisms.sketch import SketchPlan
+from hf_dp_xattn.mechanisms.base import LayerRelease, LayerSpec
+from hf_dp_xattn.mechanisms.context_rows import ContextRelease
+from hf_dp_xattn.mechanisms.growing_release import ContinualWay, GrowingRelease, grow
+from hf_dp_xattn.mechanisms.growing_sources import CellSource, KernelSource, LayerRows, State
+from hf_dp_xattn.mechanisms.kernel_sum.kernel_sum import PreparedKernelSum, kernel_sum
+from hf_dp_xattn.mechanisms.kernel_sum.sketch import SketchPlan
+from hf_dp_xattn.mechanisms.release_attention import prepare_release
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from ..anchors.naive_anchors import CELLS, CHANNELS, decoders, gen, plan

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from hf_dp_xattn import BudgetExceededError, ConfigError, ContextError, DPXAttnError
+from hf_dp_xattn.mechanisms.anchors.anchors import prepare_anchors
 from hf_dp_xattn.mechanisms.anchors.plan import Decoders
-from hf_dp_xattn.mechanisms.anchors.release import prepare_anchors
-from hf_dp_xattn.mechanisms.growing import grow
-from hf_dp_xattn.mechanisms.release import prepare_release
+from hf_dp_xattn.mechanisms.growing_release import grow
+from hf_dp_xattn.mechanisms.release_attention import prepare_release
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from ..anchors.naive_anchors import CHANNELS, decoders, plan

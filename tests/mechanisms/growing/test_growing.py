@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_dp_xattn import BudgetExceededError
-from hf_dp_xattn.mechanisms import contributions
-from hf_dp_xattn.mechanisms.growing import LayerRows, PreparedGrowing
-from hf_dp_xattn.mechanisms.growing import sources as sources_module
-from hf_dp_xattn.mechanisms.growing.release import ContinualWay
+from hf_dp_xattn.mechanisms import growing_sources as sources_module
+from hf_dp_xattn.mechanisms.growing_release import ContinualWay, PreparedGrowing
+from hf_dp_xattn.mechanisms.growing_sources import LayerRows
+from hf_dp_xattn.mechanisms.kernel_sum.kernel_sum import contributions
 from hf_dp_xattn.privacy import continual
 from hf_dp_xattn.privacy.accountant import PureEvent, epsilon_of
 from hf_dp_xattn.privacy.bits import SeededEntropy

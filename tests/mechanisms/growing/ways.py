@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from hf_dp_xattn import DPXAttnConfig
-from hf_dp_xattn.mechanisms.anchors.release import prepare_anchors
-from hf_dp_xattn.mechanisms.contract import LayerSpec
-from hf_dp_xattn.mechanisms.growing import LayerRows, PreparedGrowing, grow
-from hf_dp_xattn.mechanisms.kernel_sum import PreparedKernelSum
-from hf_dp_xattn.mechanisms.release import prepare_release
-from hf_dp_xattn.mechanisms.sketch import SketchBasis, SketchPlan
+from hf_dp_xattn.mechanisms.anchors.anchors import prepare_anchors
+from hf_dp_xattn.mechanisms.base import LayerSpec
+from hf_dp_xattn.mechanisms.growing_release import PreparedGrowing, grow
+from hf_dp_xattn.mechanisms.growing_sources import LayerRows
+from hf_dp_xattn.mechanisms.kernel_sum.kernel_sum import PreparedKernelSum
+from hf_dp_xattn.mechanisms.kernel_sum.sketch import SketchBasis, SketchPlan
+from hf_dp_xattn.mechanisms.release_attention import prepare_release
 from hf_dp_xattn.privacy import continual
 from hf_dp_xattn.privacy.accountant import GaussianEvent
 

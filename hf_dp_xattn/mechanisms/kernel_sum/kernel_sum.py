@@ -1,0 +1,225 @@
+r"""`kernel_sum`: the paper's polynomial-kernel cross-attention as ONE joint Gaussian release.
+
+*Source.* arXiv 2407.14717 (polynomial features, DPTreeSoftmax); sum_i w_i <P(x_i), P(y)> is linear in sum_i P(x_i) (w_i, 1)^T, so a
+single noised sum replaces its r trees, and the terms that the paper lets out without noise (the normaliser, sum_i w_i
+|P(x_i)|^2) do not arise: the normaliser is one more column of the same sum.
+
+*Formal guarantee.* **Released:** y = sum_u a(u) + Z in Z^D, the integer contributions of all units over all layers, heads, features and
+channels and the normaliser, or of a public linear sketch of them; Z has independent coordinates from the discrete Gaussian
+N_Z(0, sigma^2). **Neighbouring relation:** `replace_one` (number of rows and units public) or `add_or_remove_one`, of one unit (row,
+group, or the whole context). **Sensitivity:** |a(u)|_2 <= C exactly (privacy/clipping.py), so 2 C or C. **Noise:** the smallest sigma whose
+epsilon at delta is <= config.epsilon (privacy/accountant.py). **Theorem:** for integer vectors with l2 sensitivity Delta the
+discrete Gaussian satisfies Delta^2/(2 sigma^2)-concentrated DP (Canonne, Kamath, Steinke 2020, Theorem 14), converted to (epsilon, delta).
+The sampler is exact; its statistical distance is 0 under the assumptions in privacy/noise.py. Everything after y is post-processing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from ...config import DPXAttnConfig
+from ...errors import ConfigError
+from ...privacy.accountant import Event, GaussianEvent, gaussian_sigma_squared
+from ...privacy.bits import Entropy, SystemEntropy
+from ...privacy.noise import discrete_gaussian, sampling_distance
+from ...privacy.units import NeighboringRelation, public_counts, sensitivity_factor
+from ...report import Guarantee
+from ..base import NO_CALIBRATION, LayerRelease, LayerSpec, PublicCalibration
+from ..structure import KernelSumStructure
+from .contributions import (
+    LayerEncoder,
+    check_groups,
+    check_rows,
+    lattice_exponent,
+    sum_rows,
+    sum_units,
+    unit_rows,
+)
+from .features import FeatureMap, features_of
+from .geometry import HeadGeometry, feature_norm
+from .sketch import SketchPlan, sum_sketch
+
+
+def declared_clip_norm(
+    geometries: Sequence[HeadGeometry], features: Sequence[FeatureMap], value_bound: float
+) -> float:
+    """C such that no row within the declared bounds is clipped: C^2 = sum_h |phi|^2 (|v|^2 + beta^2)."""
+    total = 0.0
+    for geometry, feature in zip(geometries, features, strict=True):
+        phi = feature_norm(feature, geometry).square()
+        value = value_bound**2 * geometry.value_dim + geometry.normalizer_weight.square()
+        total += float((phi * value * geometry.value_scale.square()).sum())
+    return math.sqrt(total)
+
+
+@dataclass(frozen=True)
+class PreparedKernelSum:
+    """A kernel-sum release of which everything public is fixed. `events` must be charged before `run`."""
+
+    config: DPXAttnConfig
+    encoders: tuple[LayerEncoder, ...]
+    clip_norm: float
+    bound: int
+    sigma_squared: int | Fraction
+    events: tuple[Event, ...]
+    warnings: tuple[str, ...]
+    calibrated: bool
+    sketch: SketchPlan | None = None
+
+    def run(
+        self,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        *,
+        groups: torch.Tensor | None = None,
+        entropy: Entropy | None = None,
+    ) -> LayerRelease:
+        """Computes, clips, sums, adds noise; returns post-processed structures.
+
+        Args:
+            keys, values: per layer [H, n, d] and [H, n, dv].
+
+        Raises:
+            ContextError, ConfigError: bad rows or groups; nothing is released.
+        """
+        entropy = SystemEntropy() if entropy is None else entropy
+        n = check_rows(keys, values, self.encoders)
+        check_groups(self.config.unit, n, groups)
+        if self.sketch is None and self.config.unit == "row":
+            # no list of units here: n may be a million
+            units, totals = n, sum_rows(self.encoders, keys, values, self.bound)
+        else:
+            rows_of_units = unit_rows(self.config.unit, n, groups)
+            units = len(rows_of_units)
+            if self.sketch is None:
+                totals = sum_units(self.encoders, keys, values, self.bound, rows_of_units)
+            else:
+                totals = [sum_sketch(self.encoders, keys, values, self.bound, rows_of_units, self.sketch)]
+        noised = [
+            (t + self._noise(t.shape, entropy, t.device)).to(torch.float64) * 2.0**-self.exponent
+            for t in totals
+        ]
+        sums = noised if self.sketch is None else self.sketch.reconstruct(noised[0], units, self.sigma)
+        counted = self.config.neighboring == NeighboringRelation.REPLACE_ONE.value
+        public_rows = n if self.config.unit == "row" and counted else None
+        structures = tuple(
+            layer_structure(encoder, part, public_rows, self.config.normalizer_floor)
+            for encoder, part in zip(self.encoders, sums, strict=True)
+        )
+        return LayerRelease(structures, self._guarantee(n, units, entropy.private))
+
+    @property
+    def exponent(self) -> int:
+        """The released numbers live on the lattice 2^-exponent."""
+        return self.encoders[0].exponent if self.sketch is None else self.sketch.exponent
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the noise, in the units of the clipping bound."""
+        return math.sqrt(self.sigma_squared) * 2.0**-self.exponent
+
+    def _noise(self, shape: torch.Size, entropy: Entropy, device: torch.device) -> torch.Tensor:
+        return torch.from_numpy(discrete_gaussian(tuple(shape), self.sigma_squared, entropy=entropy)).to(
+            device
+        )
+
+    def _guarantee(self, n: int, units: int, private: bool) -> Guarantee:
+        factor = sensitivity_factor(NeighboringRelation(self.config.neighboring))
+        return Guarantee(
+            mechanism="kernel_sum",
+            epsilon=self.config.epsilon,
+            delta=self.config.delta,
+            unit=self.config.unit,
+            neighboring=self.config.neighboring,
+            **public_counts(self.config.unit, self.config.neighboring, n, units),
+            clip_norm=self.clip_norm,
+            sensitivity=factor * self.clip_norm,
+            sigma=self.sigma,
+            sampling_distance=sampling_distance(),
+            private_noise=private,
+            calibrated=self.calibrated,
+            clipping=(
+                f"each {self.config.unit}'s joint contribution over {len(self.encoders)} layer(s), all heads, channels and the "
+                f"normaliser is clipped to l2 norm {self.clip_norm:.4g}"
+            ),
+        )
+
+
+def layer_structure(
+    encoder: LayerEncoder, sums: torch.Tensor, public_rows: int | None, floor_fraction: float
+) -> KernelSumStructure:
+    """Post-processing of one layer's noised sums [H, r, dv + 1] (float64, scaled) into what queries read."""
+    g, features, device = encoder.geometry, encoder.features, sums.device
+    scale = g.value_scale.to(device)[:, None, None]
+    sums = torch.cat(
+        [sums[..., :-1] / scale, sums[..., -1:] / (scale * g.normalizer_weight.to(device)[:, None, None])],
+        dim=-1,
+    )
+    sums = sums * features.query_fold().to(device)[:, None]
+    unweighted = ~g.weight_map.abs().amax(-1).gt(0).to(device)
+    if public_rows is not None and features.has_constant:
+        # Without row weights, the constant feature of the normaliser counts the rows, which replace_one makes public.
+        sums[:, 0, -1] = torch.where(
+            unweighted, torch.full_like(sums[:, 0, -1], float(public_rows)), sums[:, 0, -1]
+        )
+    zero = sums.new_zeros(1, g.projected_dim)
+    table = features.query_table().to(device)
+    at_centre = features.query_features(zero, table.to(zero)) @ sums[..., -1:]
+    floor = floor_fraction * at_centre.reshape(g.heads).clamp_min(1.0)
+    return KernelSumStructure(
+        sums=sums.to(torch.float32).unsqueeze(0),
+        floor=floor.to(torch.float32).reshape(1, g.heads, 1),
+        query_center=g.query_center.to(device, torch.float32),
+        query_map=g.query_map.to(device, torch.float32),
+        query_radius=g.query_radius.to(device, torch.float32),
+        key_center=(g.key_center * g.scale).to(device, torch.float32),
+        value_center=g.value_center.to(device, torch.float32),
+        table=table.to(torch.float32),
+        features=features,
+    )
+
+
+def prepare_kernel_sum(
+    config: DPXAttnConfig, specs: Sequence[LayerSpec], calibration: PublicCalibration | None
+) -> PreparedKernelSum:
+    """Fixes geometry, features, clipping bound, lattice and noise from public data and the config.
+
+    Raises:
+        ConfigError: the calibration does not fit, or the release would be too large.
+    """
+    if calibration is not None:
+        calibration.check(config, specs)
+    geometries = [s.geometry(config) for s in specs] if calibration is None else list(calibration.geometries)
+    features = [features_of(config, g.projected_dim) for g in geometries]
+    plan = None if calibration is None else calibration.plan(config)
+    encoding_norm = (
+        declared_clip_norm(geometries, features, config.value_bound)
+        if calibration is None
+        else calibration.clip_norm
+    )
+    clip_norm = encoding_norm if plan is None else plan.clip_norm
+    if not (
+        math.isfinite(clip_norm) and clip_norm > 0 and math.isfinite(encoding_norm) and encoding_norm > 0
+    ):
+        raise ConfigError(f"The clipping bound must be positive and finite, got {clip_norm!r}.")
+    exponent = lattice_exponent(encoding_norm)
+    bound = math.floor(clip_norm * 2.0 ** (exponent if plan is None else plan.exponent))
+    sensitivity = sensitivity_factor(NeighboringRelation(config.neighboring)) * bound
+    sigma_squared = gaussian_sigma_squared(config.epsilon, config.delta, sensitivity)
+    event = GaussianEvent(sensitivity=sensitivity, sigma_squared=sigma_squared)
+    return PreparedKernelSum(
+        config=config,
+        encoders=tuple(LayerEncoder(g, f, exponent) for g, f in zip(geometries, features, strict=True)),
+        clip_norm=clip_norm,
+        bound=bound,
+        sigma_squared=sigma_squared,
+        events=(event,),
+        warnings=() if calibration is not None else (NO_CALIBRATION,),
+        calibrated=calibration is not None,
+        sketch=plan,
+    )

@@ -1,1 +1,0 @@
-"""Query operators that mechanisms share."""
