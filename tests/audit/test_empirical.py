@@ -26,7 +26,7 @@ from hf_dp_xattn.mechanisms.anchors.mixed import MixedSource
 from hf_dp_xattn.mechanisms.base import LayerSpec
 from hf_dp_xattn.mechanisms.dptree import budget as dptree_budget
 from hf_dp_xattn.mechanisms.dptree import tree_moments as dptree_moments
-from hf_dp_xattn.mechanisms.kernel_sum.kernel_sum import kernel_sum
+from hf_dp_xattn.mechanisms.kernel_sum import kernel_sum
 from hf_dp_xattn.mechanisms.release_attention import prepare_release
 from hf_dp_xattn.privacy.bits import SeededEntropy
 from hf_dp_xattn.privacy.response import RandomizedResponse

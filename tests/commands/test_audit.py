@@ -11,7 +11,7 @@ import pytest
 from hf_dp_xattn.audit import AuditReport
 from hf_dp_xattn.audit.report import LIMITS
 from hf_dp_xattn.cli import main
-from hf_dp_xattn.mechanisms.kernel_sum.kernel_sum import kernel_sum
+from hf_dp_xattn.mechanisms.kernel_sum import kernel_sum
 
 from ..hub.hosts import LONG_SECRET, SECRET
 from ..private_content import PrivateContent, check_clean

@@ -58,7 +58,7 @@ def test_seeded_noise_is_caught_and_labelled(private: Any) -> None:
 
 def test_a_torch_seeded_sampler_would_be_caught(private: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: floating-point noise from torch's generator in place of the lattice."""
-    from hf_dp_xattn.mechanisms.kernel_sum.kernel_sum import kernel_sum
+    from hf_dp_xattn.mechanisms.kernel_sum import kernel_sum
 
     def planted(shape: Any, sigma_squared: Any, *, entropy: Any) -> np.ndarray:
         return (torch.randn(shape) * float(sigma_squared) ** 0.5).round().to(torch.int64).numpy()
@@ -111,7 +111,7 @@ def sums_without_noise(
     unet: Any, private: Any, rows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> torch.Tensor:
     """The joint vector before noise, in units of its clipping bound."""
-    from hf_dp_xattn.mechanisms.kernel_sum.kernel_sum import kernel_sum
+    from hf_dp_xattn.mechanisms.kernel_sum import kernel_sum
 
     seen = []
     original = kernel_sum.sum_rows

@@ -18,8 +18,8 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from ...errors import DPXAttnError, UnsupportedModelError
+from ...mechanisms.merge import exact_partial
 from ...mechanisms.rows_structure import RowsStructure
-from ...ops.merge import exact_partial
 from ..named_lengths import MOST, probed_length, unprobed_length
 from ..placeholder import new_tag
 from ..processor import LayerTable

@@ -13,7 +13,8 @@ from hf_dp_xattn.mechanisms.base import LayerRelease, LayerSpec
 from hf_dp_xattn.mechanisms.context_rows import ContextRelease
 from hf_dp_xattn.mechanisms.growing_release import ContinualWay, GrowingRelease, grow
 from hf_dp_xattn.mechanisms.growing_sources import CellSource, KernelSource, LayerRows, State
-from hf_dp_xattn.mechanisms.kernel_sum.kernel_sum import PreparedKernelSum, kernel_sum
+from hf_dp_xattn.mechanisms.kernel_sum import kernel_sum
+from hf_dp_xattn.mechanisms.kernel_sum.kernel_sum import PreparedKernelSum
 from hf_dp_xattn.mechanisms.kernel_sum.sketch import SketchPlan
 from hf_dp_xattn.mechanisms.release_attention import prepare_release
 from hf_dp_xattn.privacy.bits import SeededEntropy

@@ -14,7 +14,7 @@ from hf_dp_xattn import BudgetExceededError
 from hf_dp_xattn.mechanisms import growing_sources as sources_module
 from hf_dp_xattn.mechanisms.growing_release import ContinualWay, PreparedGrowing
 from hf_dp_xattn.mechanisms.growing_sources import LayerRows
-from hf_dp_xattn.mechanisms.kernel_sum.kernel_sum import contributions
+from hf_dp_xattn.mechanisms.kernel_sum import contributions
 from hf_dp_xattn.privacy import continual
 from hf_dp_xattn.privacy.accountant import PureEvent, epsilon_of
 from hf_dp_xattn.privacy.bits import SeededEntropy
