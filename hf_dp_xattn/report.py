@@ -107,10 +107,10 @@ class PrivacyReport:
             lines.append("  nothing has been released yet")
         for i, release in enumerate(self.releases):
             lines.append(f"  release {i + 1} [{release['name']}]: {release['guarantee_text']}")
-            lines.append(
-                f"      charges on this context: {release['charges']}, spent in total: epsilon {_up(release['spent_epsilon'])} "
-                f"at delta {release['delta']:g}"
-            )
+            spent = f"charges on this context: {release['charges']}, spent in total: epsilon {_up(release['spent_epsilon'])}"
+            if release["charges"] is None:
+                spent = f"spent on this context: epsilon {release['spent_epsilon']}"
+            lines.append(f"      {spent} at delta {release['delta']:g}")
             lines.append(f"      {release['details']}")
         lines.append("  public: " + "; ".join(self.public))
         lines.append("  NOT covered:")

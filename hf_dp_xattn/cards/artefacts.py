@@ -8,7 +8,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ..artefacts.card import HERE, CardOptions, Parts, render, table
-from ..report import ELSEWHERE, Guarantee
+from ..report import Guarantee
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -87,7 +87,8 @@ def _public(config: DPXAttnConfig) -> list[str]:
     if config.neighboring == "replace_one":
         items.append("how many units a context has (or its padded number)")
     if config.unit == "group":
-        items.append("which rows form a group, and how many groups there are")
+        counted = config.neighboring == "replace_one"
+        items.append("which rows form a group" + (", and how many groups there are" if counted else ""))
     return [*items, "negative and public prompts, attention masks, guidance, steps and seeds"]
 
 
@@ -196,9 +197,8 @@ def calibration_card(calibration: Calibration | AnchorCalibration, options: Card
     )
 
 
-def _context_row(i: int, context: Any, charges: Any) -> tuple[Any, ...]:
+def _context_row(i: int, context: Any) -> tuple[Any, ...]:
     g = context.guarantee
-    spent = ELSEWHERE if charges.epsilon is None else f"{charges.epsilon:g}"
     return (
         i + 1,
         f"`{g.mechanism}`",
@@ -207,8 +207,6 @@ def _context_row(i: int, context: Any, charges: Any) -> tuple[Any, ...]:
         f"`{g.unit}`",
         f"`{g.neighboring}`",
         context.rows,
-        charges.number,
-        spent,
     )
 
 
@@ -222,15 +220,11 @@ def _use(host: str) -> tuple[str, str]:
 
 
 def release_card(release: Release | ReleaseFile, options: CardOptions) -> ModelCard:
-    """The card of a release: one context or several, each with its guarantee and charges."""
+    """The card of a release: one context or several, each with its guarantee; what was charged before is not for publication."""
     terms = release.terms
-    charges = release.charges
     sentences = [f"Context {i + 1}: {c.guarantee.sentence()}" for i, c in enumerate(release.contexts)]
-    head = (
-        *("context", "mechanism", "epsilon", "delta", "unit", "neighbouring relation", "rows"),
-        *("releases charged", "epsilon spent by them"),
-    )
-    rows = [_context_row(i, c, x) for i, (c, x) in enumerate(zip(release.contexts, charges, strict=True))]
+    head = ("context", "mechanism", "epsilon", "delta", "unit", "neighbouring relation", "padded rows")
+    rows = [_context_row(i, c) for i, c in enumerate(release.contexts)]
     fingerprint = release.contexts[0].fingerprint
     host, use = _use(terms.host)
     fits = f"{terms.host} with {len(fingerprint.layers)} layers, checked by their names, shapes and weights (LoRA included)"

@@ -13,7 +13,8 @@ NAME = "report"
 NOT_PRIVATE = 1
 _DESCRIPTION = """\
 Says what a saved release, protected model, config or calibration promises: (epsilon, delta), unit, neighbouring relation, what is public,
-how many releases were charged, and what is NOT covered. Reads and checks the files only; no model is loaded, nothing is spent.
+and what is NOT covered. What was charged before stays with the ledger of whoever made it. Reads and checks the files only; no model is
+loaded, nothing is spent.
 """
 _EXAMPLES = """\
 examples:

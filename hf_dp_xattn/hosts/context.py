@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, ContextError, DPXAttnError
+from .lengths import dimensions
 from .phrases import check_phrases, encode_tokens, split_phrases
 from .placeholder import read_tags
 from .text import TextSide, as_texts
@@ -20,7 +21,8 @@ Rows = tuple[torch.Tensor, torch.Tensor]  # private [n, C], exact public [p, C]
 class PrivateContext:
     """One context. `name` is what the ledger digests; `load` encodes and may be called only after the charge.
 
-    rows counts all rows of the placeholder, public ones included; private_rows those that are released. phrases: the groups of the private
+    rows counts all rows of the placeholder, public ones included; private_rows those that are released. padded: `rows` is a public number
+    whatever the content (else see `lengths.public_length`). phrases: the groups of the private
     rows where they are phrases; public. variant: how it is encoded: another variant is not served by the same release, but charged to the
     same name. parts: names of the documents that it consists of, or of the text that its phrases are of; they are charged as well.
     """
@@ -32,6 +34,7 @@ class PrivateContext:
     phrases: torch.Tensor | None = field(default=None, repr=False, compare=False)
     variant: bytes = field(default=b"", repr=False)
     parts: tuple[tuple[bytes, ...], ...] = field(default=(), repr=False)
+    padded: bool = False
 
     @property
     def names(self) -> tuple[tuple[bytes, ...], ...]:
@@ -58,9 +61,7 @@ class PrivateContext:
             isinstance(groups, torch.Tensor) and not groups.is_floating_point() and not groups.is_complex()
         )
         if not integers or groups.ndim != 1 or groups.shape[0] not in (self.rows, self.private_rows):
-            raise ContextError(
-                f"`groups` must be an integer tensor [{self.private_rows}] (or [{self.rows}], all rows)."
-            )
+            raise ContextError("`groups` must be an integer tensor [n], a number for each row.")
         return groups[groups.shape[0] - self.private_rows :]
 
     def variant_of(self, groups: torch.Tensor | None) -> bytes:
@@ -86,7 +87,8 @@ def from_ids(ids: torch.Tensor, mask: torch.Tensor | None, text: TextSide) -> Pr
         return text.private_rows(ids, mask)
 
     rows = ids.shape[0]
-    return PrivateContext(rows, rows - int(text.first_row_is_public), _name_of_ids(ids), load)
+    private = rows - int(text.first_row_is_public)
+    return PrivateContext(rows, private, _name_of_ids(ids), load, padded=True)
 
 
 def from_phrases(phrases: Sequence[object], text: TextSide, whole: str | None = None) -> PrivateContext:
@@ -106,7 +108,8 @@ def from_phrases(phrases: Sequence[object], text: TextSide, whole: str | None = 
     each = text.length - int(text.first_row_is_public)
     groups = torch.arange(len(tokens)).repeat_interleave(each)
     name = (b"phrases", *(plain_bytes(t) for t, _ in tokens))
-    return PrivateContext(text.length, len(groups), name, load, groups, parts=(_name_of_ids(ids),))
+    whole_text = (_name_of_ids(ids),)
+    return PrivateContext(text.length, len(groups), name, load, groups, parts=whole_text, padded=True)
 
 
 def from_embeddings(rows: torch.Tensor, channels: int) -> PrivateContext:
@@ -117,7 +120,7 @@ def from_embeddings(rows: torch.Tensor, channels: int) -> PrivateContext:
     """
     if rows.ndim != 2 or rows.shape[-1] != channels:
         raise ContextError(
-            f"Embeddings must be [n, {channels}] or [B, n, {channels}], got {list(rows.shape)} per context."
+            f"Embeddings must be [n, {channels}] or [B, n, {channels}], got {dimensions(rows)}, the last of size {rows.shape[-1]}."
         )
     if rows.shape[0] == 0:
         raise ContextError("The context has no rows (n = 0): there is nothing to release.")
@@ -159,10 +162,10 @@ def name_contexts(
     """
     if isinstance(context, torch.Tensor):
         if context.ndim == 0 or context.shape[0] == 0:
-            raise ContextError(f"The context is empty: shape {list(context.shape)}.")
+            raise ContextError("The context is empty.")
         if context.is_floating_point():
             if context.ndim not in (2, 3):
-                raise ContextError(f"Embeddings must be [n, C] or [B, n, C], got {list(context.shape)}.")
+                raise ContextError(f"Embeddings must be [n, C] or [B, n, C], got {dimensions(context)}.")
             batch = context if context.ndim == 3 else context.unsqueeze(0)
             if any(tag is not None for tag in read_tags(batch)):
                 raise ContextError(
@@ -170,7 +173,7 @@ def name_contexts(
                 )
             return [from_embeddings(rows, channels) for rows in batch]
         if context.ndim not in (1, 2):
-            raise ContextError(f"Token ids must be [n] or [B, n], got {list(context.shape)}.")
+            raise ContextError(f"Token ids must be [n] or [B, n], got {dimensions(context)}.")
         ids = context if context.ndim == 2 else context.unsqueeze(0)
         side = _require(text)
         return [from_ids(side.pad_ids(row), None, side) for row in ids]

@@ -19,6 +19,7 @@ from ..mechanisms.growing_sources import LayerRows, Private
 from .charging import charge, names_of
 from .context import PrivateContext
 from .fingerprint import Fingerprint
+from .lengths import public_length
 from .making import ContextRecipe, LayerRecipe, Recipe
 from .release import ReleasedContext
 from .reporting import Spent
@@ -79,7 +80,8 @@ def open_growing(
     rows, public = context.load()
     release = prepared.open(handle.entropy)
     private = _as_given(recipe, rows)
-    latest = _append(release, private, own, public.detach().clone(), context.rows, current)
+    length = public_length(context, handle.config, handle.hidden_length)
+    latest = _append(release, private, own, public.detach().clone(), length, current)
     return GrowingContext(release, recipe, latest, Spent(names, release.guarantee()))
 
 

@@ -23,6 +23,7 @@ from .charging import charge, may_charge, names_of
 from .context import PrivateContext, name_contexts, name_phrases
 from .fingerprint import Fingerprint, fingerprint, stamp
 from .growing import GrowingContext, append_to, only, open_growing
+from .lengths import HIDDEN, public_length
 from .making import Recipe, choose_maker
 from .pipelines import PipelinePatch
 from .placeholder import Tag, make_placeholder, new_tag, read_tags
@@ -350,6 +351,10 @@ class ProtectedPipeline:
         return int(self.unet.config.cross_attention_dim)
 
     @property
+    def hidden_length(self) -> int:
+        return self.text.length if self.text is not None and self.text.available else HIDDEN
+
+    @property
     def by_phrases(self) -> bool:
         """Prompts are split into phrases: the calibration's units are."""
         return self.config.unit == "group" and getattr(self.calibration, "grouping", None) == "phrases"
@@ -400,17 +405,13 @@ class ProtectedPipeline:
             structures=made.structures,
             guarantee=made.guarantee,
             public_rows=public.detach().clone(),
-            rows=context.rows,
+            rows=public_length(context, self.config, self.hidden_length),
             fingerprint=current,
             context=made.context,
         )
 
     def _current_fingerprint(self) -> Fingerprint:
         return fingerprint(self.layers, self.unet.dtype)
-
-    def digests_of(self, context: ReleasedContext) -> list[str]:
-        """The ledger's names of a context that this handle released."""
-        return next((s.digests for s in self._spent if s.guarantee is context.guarantee), [])
 
     def adopt(self, contexts: Sequence[ReleasedContext]) -> None:
         """Takes in releases that were made elsewhere: verified, and named in the report."""

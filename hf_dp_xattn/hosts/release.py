@@ -20,7 +20,7 @@ from ..mechanisms.structure import AttentionStructure
 from ..report import Guarantee
 from .fingerprint import FAR, Fingerprint
 from .placeholder import Tag, new_tag
-from .terms import Charges, Terms, charges_of, terms_of
+from .terms import Terms, terms_of
 
 if TYPE_CHECKING:
     from .growing import GrowingContext
@@ -34,8 +34,8 @@ class ReleasedContext:
     """One context's release, and the exact public rows [p, C] that stand beside it.
 
     Either a structure (batch 1) per layer, made for the weights that `fingerprint` shows; or `context`: rows of context space, which serve
-    all layers, whatever their weights become if the host projects them anew. rows: length of the placeholder. charges: of one that was
-    loaded. tag: names the release in placeholders.
+    all layers, whatever their weights become if the host projects them anew. rows: length of the placeholder, public. tag: names the
+    release in placeholders. What the ledger counted stays with the ledger: it tells what was released before.
     """
 
     structures: tuple[AttentionStructure, ...]
@@ -44,7 +44,6 @@ class ReleasedContext:
     rows: int
     fingerprint: Fingerprint
     context: ContextRows | None = None
-    charges: Charges | None = None
     tag: Tag = field(default_factory=new_tag)
 
     def __repr__(self) -> str:
@@ -94,7 +93,6 @@ class Release:
         self._growing = growing
         self._loaded = terms is not None
         self._terms = terms_of(handle) if terms is None else terms
-        self._charges = self._count(handle)
 
     def __len__(self) -> int:
         return len(self._contexts)
@@ -124,21 +122,6 @@ class Release:
         if handle is not None and not self._loaded:
             self._terms = terms_of(handle)
         return self._terms
-
-    @property
-    def charges(self) -> tuple[Charges, ...]:
-        """How many releases of each context the ledger counted, as far as is known."""
-        handle = self._handle()
-        if handle is not None:
-            self._charges = self._count(handle)
-        return self._charges
-
-    def _count(self, handle: ProtectedPipeline) -> tuple[Charges, ...]:
-        growing = [] if self._growing is None else self._growing.spent.digests
-        return tuple(
-            c.charges or charges_of(handle, growing or handle.digests_of(c), c.guarantee)
-            for c in self._contexts
-        )
 
     def inputs(self, prompt: str | Sequence[str] | None = None, **public: Any) -> dict[str, Any]:
         """Keyword arguments for the host: placeholders [len(self), rows, C] without private content.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..privacy.units import NeighboringRelation
 from ..report import ELSEWHERE, Guarantee, PrivacyReport
 from .phrases import RULE
 
@@ -24,6 +25,7 @@ NOT_COVERED = (
     "timing, memory, and the number of requests; the safety checker sees the finished picture only",
     "prompts that the surrounding program logs, keeps or shows in tracebacks; callbacks and hooks that the operator installs",
 )
+LOCAL = "this report is the operator's own: charges tell what was released before, so do not publish it"
 PHRASES_NOT_COVERED = (
     "which phrases (or groups) stand together: they are protected one by one; correlations between those of one prompt are not, and what a "
     "phrase's position or their number says is public",
@@ -41,25 +43,31 @@ class Spent:
 
 def _public(handle: ProtectedPipeline) -> tuple[str, ...]:
     text = handle.text
-    items = ["the model's weights and the shapes of its layers", "the number of rows of a context"]
+    items = ["the model's weights and the shapes of its layers"]
+    counted = handle.config.neighboring == NeighboringRelation.REPLACE_ONE.value
+    if counted and handle.config.unit != "context":
+        items.append("the number of rows of embeddings")
     if text is not None and text.available:
-        items[1] = f"the number of rows of a prompt (always {text.length}, padded)"
+        items.append(f"the number of rows of a prompt (always {text.length}, padded)")
         if text.first_row_is_public:
             items.append(
                 "the first row of a prompt's encoding (BOS: the causal encoder makes it from no word)"
             )
     if handle.config.unit == "group":
-        items.append("which rows form a group, and how many groups there are")
+        items.append("which rows form a group" + (", and how many groups there are" if counted else ""))
         if text is not None and text.available:
-            items.append(f"where a prompt was split into phrases ({RULE}), and how many there are")
+            many = ", and how many there are" if counted else ""
+            items.append(f"where a prompt was split into phrases ({RULE}){many}")
     if handle.calibration is not None:
         items.append("the calibration")
     items += ["the negative prompt and public prompts", "guidance, steps, seeds and sizes of the pictures"]
     return tuple(items)
 
 
-def release_entry(name: str, guarantee: Guarantee, charges: int, spent: float | str) -> dict[str, Any]:
-    """One release in a report."""
+def release_entry(
+    name: str, guarantee: Guarantee, charges: int | None = None, spent: float | str = ELSEWHERE
+) -> dict[str, Any]:
+    """One release in a report. charges: None where the ledger that counts is elsewhere."""
     return {
         "name": name,
         "guarantee": guarantee.to_dict(),
@@ -77,7 +85,7 @@ def release_entry(name: str, guarantee: Guarantee, charges: int, spent: float | 
 def _entry(handle: ProtectedPipeline, name: str, spent: Spent) -> dict[str, Any]:
     g = spent.guarantee
     if not spent.digests:
-        return release_entry(name, g, 0, ELSEWHERE)
+        return release_entry(name, g)
     if g.mechanism == "none":
         return release_entry(name, g, 0, "unbounded")
     return release_entry(name, g, *handle.ledger.most(spent.digests, g.delta))
@@ -97,6 +105,7 @@ def build_report(handle: ProtectedPipeline, spent: Sequence[Spent], warnings: Se
         if handle.ledger.persistent
         else "in memory only: it forgets what was spent when the process ends"
     )
+    budget = f"budget per context: epsilon {handle.budget.epsilon:g} at delta {handle.budget.delta:g}"
     return PrivacyReport(
         host=type(handle.unet).__name__,
         layers=len(handle.layers),
@@ -105,6 +114,6 @@ def build_report(handle: ProtectedPipeline, spent: Sequence[Spent], warnings: Se
         releases=tuple(_entry(handle, names[s.digests[0]] if s.digests else "loaded", s) for s in spent),
         public=_public(handle),
         not_covered=NOT_COVERED + (PHRASES_NOT_COVERED if handle.config.unit == "group" else ()),
-        ledger=f"{persistent}; budget per context: epsilon {handle.budget.epsilon:g} at delta {handle.budget.delta:g}",
+        ledger=f"{persistent}; {budget}; {LOCAL}",
         warnings=tuple(dict.fromkeys(notes)),
     )

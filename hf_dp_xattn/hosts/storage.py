@@ -35,20 +35,23 @@ from ..mechanisms.context_rows import ContextRows
 from ..mechanisms.dptree.tree_structure import DistanceFeatures, DPTreeStructure
 from ..mechanisms.kernel_sum.features import PositiveRandomFeatures, TaylorFeatures
 from ..mechanisms.structure import AttentionStructure, KernelSumStructure
-from ..report import ELSEWHERE, Guarantee, PrivacyReport
+from ..report import Guarantee, PrivacyReport
 from .fingerprint import SIZE, Fingerprint
 from .release import PUSH_MESSAGE, ReleasedContext
 from .reporting import release_entry
-from .terms import Charges, Terms, read_charges, read_terms
+from .terms import Terms, read_terms
 
 if TYPE_CHECKING:
     from .release import Release
 
 JSON_NAME = "dp_xattn_release.json"
 TENSORS_NAME = "dp_xattn_release.safetensors"
-SCHEMA = "hf_dp_xattn.release/2"
+SCHEMA = "hf_dp_xattn.release/3"
+COUNTING = (
+    "hf_dp_xattn.release/2"  # its contexts state `charges`, which tell what was released before: left out
+)
 _KEYS = {"schema", "config", "host", "contexts", "tensors_sha256", "sha256"}
-_CONTEXT_KEYS = {"rows", "kind", "guarantee", "guarantee_text", "charges", "structures", "fingerprint"}
+_CONTEXT_KEYS = {"rows", "kind", "guarantee", "guarantee_text", "structures", "fingerprint"}
 _FEATURES: dict[str, Any] = {
     "distance": DistanceFeatures,
     "positive_random": PositiveRandomFeatures,
@@ -148,10 +151,6 @@ class ReleaseFile:
     def guarantees(self) -> tuple[Guarantee, ...]:
         return tuple(c.guarantee for c in self.contexts)
 
-    @property
-    def charges(self) -> tuple[Charges, ...]:
-        return tuple(c.charges for c in self.contexts if c.charges is not None)
-
     def save_pretrained(self, directory: str, **card: Unpack[CardOptions]) -> Path:
         """See `Release.save_pretrained`."""
         return save_with_card(self, Path(directory), card)
@@ -171,13 +170,7 @@ class ReleaseFile:
             heads=sum(heads for _, heads, _, _ in layers),
             config=self.config.to_dict(),
             releases=tuple(
-                release_entry(
-                    f"context {i + 1}",
-                    c.guarantee,
-                    x.number,
-                    ELSEWHERE if x.epsilon is None else x.epsilon,
-                )
-                for i, (c, x) in enumerate(zip(self.contexts, self.charges, strict=True))
+                release_entry(f"context {i + 1}", c.guarantee) for i, c in enumerate(self.contexts)
             ),
             public=self.terms.public,
             not_covered=self.terms.not_covered,
@@ -221,7 +214,7 @@ def save_release(release: Release | ReleaseFile, folder: Path) -> None:
     check_writable(release)
     tensors: dict[str, torch.Tensor] = {}
     entries = []
-    for i, (context, charges) in enumerate(zip(release.contexts, release.charges, strict=True)):
+    for i, context in enumerate(release.contexts):
         tensors[f"{i}.public_rows"] = context.public_rows
         tensors[f"{i}.fingerprint"] = context.fingerprint.sketch
         for j, structure in enumerate(context.structures):
@@ -235,7 +228,6 @@ def save_release(release: Release | ReleaseFile, folder: Path) -> None:
                 "kind": "layers" if context.context is None else "context",
                 "guarantee": context.guarantee.to_dict(),
                 "guarantee_text": context.guarantee.sentence(),
-                "charges": asdict(charges),
                 "structures": [_structure_meta(s) for s in context.structures],
                 "fingerprint": {
                     "layers": [list(x) for x in context.fingerprint.layers],
@@ -258,7 +250,7 @@ def save_release(release: Release | ReleaseFile, folder: Path) -> None:
 def read_release_document(folder: Path) -> dict[str, Any]:
     """The JSON, whole and of this schema. Raises ReleaseError."""
     document = read_document(folder / JSON_NAME, ReleaseError)
-    if document.get("schema") != SCHEMA:
+    if document.get("schema") not in (SCHEMA, COUNTING):
         raise ReleaseError(
             f"This release has schema {document.get('schema')!r}, this package reads {SCHEMA!r}. Upgrade hf_dp_xattn, or save it anew."
         )
@@ -289,7 +281,10 @@ def load_release(folder: Path) -> tuple[list[ReleasedContext], DPXAttnConfig, Te
         _check_keys(document["host"], {f.name for f in fields(Terms)}, "the host")
         terms = read_terms(document["host"])
         tensors = load(blob)
-        contexts = [_read_context(i, entry, tensors) for i, entry in enumerate(document["contexts"])]
+        entries = document["contexts"]
+        if document["schema"] == COUNTING:
+            entries = [{k: v for k, v in entry.items() if k != "charges"} for entry in entries]
+        contexts = [_read_context(i, entry, tensors) for i, entry in enumerate(entries)]
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, ReleaseError):
             raise
@@ -336,7 +331,6 @@ def _read_context(i: int, entry: dict[str, Any], tensors: dict[str, torch.Tensor
         rows=entry["rows"],
         fingerprint=Fingerprint(layers, sketch, str(entry["fingerprint"]["dtype"])),
         context=context,
-        charges=read_charges(entry["charges"]),
     )
 
 

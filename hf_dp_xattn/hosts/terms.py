@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..report import Guarantee
     from .handle import ProtectedPipeline
 
 
@@ -20,15 +18,6 @@ class Terms:
     public: tuple[str, ...]
     not_covered: tuple[str, ...]
     warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Charges:
-    """number: releases of this context that the ledger counted, this one included. epsilon: of all of them, at the guarantee's delta;
-    None where the ledger is not at hand. Of a corpus, each is the largest among its documents."""
-
-    number: int
-    epsilon: float | None
 
 
 def base_model_of(host: Any) -> str | None:
@@ -53,13 +42,6 @@ def terms_of(handle: ProtectedPipeline) -> Terms:
     )
 
 
-def charges_of(handle: ProtectedPipeline, digests: Sequence[str], guarantee: Guarantee) -> Charges:
-    """What the handle's ledger counted, at most, of the context and of what it consists of; of one release where it knows none of them."""
-    if not digests or not guarantee.is_private:
-        return Charges(1, None)
-    return Charges(*handle.ledger.most(digests, guarantee.delta))
-
-
 def read_terms(values: dict[str, Any]) -> Terms:
     """Raises TypeError or ValueError for unknown, missing or malformed parts."""
 
@@ -73,13 +55,3 @@ def read_terms(values: dict[str, Any]) -> Terms:
     if not isinstance(values["host"], str) or not (base is None or isinstance(base, str)):
         raise ValueError("a name")
     return Terms(**{**values, **lists})
-
-
-def read_charges(values: dict[str, Any]) -> Charges:
-    """Raises TypeError or ValueError for unknown, missing or malformed parts."""
-    charges = Charges(**values)
-    if type(charges.number) is not int or charges.number < 1:
-        raise ValueError("a number of releases")
-    if charges.epsilon is not None and not (type(charges.epsilon) is float and charges.epsilon >= 0):
-        raise ValueError("an epsilon")
-    return charges

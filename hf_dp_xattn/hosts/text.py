@@ -13,6 +13,7 @@ import torch
 
 from ..errors import ConfigError, ContextError
 from .access import Access
+from .lengths import dimensions
 
 # Two public texts; a row that is the same for both does not depend on the prompt.
 _PROBES = ("", "a photograph of a red apple")
@@ -74,11 +75,11 @@ class TextSide:
             ContextError: wrong dtype, rank, length or range, or another first token than the one that is public.
         """
         if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise ContextError(
-                f"Token ids must be an integer tensor [n] or [B, n], got {ids.dtype} {list(ids.shape)}."
-            )
+            raise ContextError(f"Token ids must be an integer tensor [n] or [B, n], got {dimensions(ids)}.")
         if not 0 < ids.shape[0] <= self.length:
-            raise ContextError(f"Got {ids.shape[0]} token ids; this text encoder takes 1 to {self.length}.")
+            raise ContextError(
+                f"This text encoder takes 1 to {self.length} token ids, and was given another number."
+            )
         ids = ids.to("cpu", torch.int64)
         vocabulary = self.encoder.get_input_embeddings().num_embeddings
         if bool(((ids < 0) | (ids >= vocabulary)).any()):

@@ -118,9 +118,9 @@ def _check_inputs(key: torch.Tensor, value: torch.Tensor) -> None:
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             raise ContextError(f"{name} must be a floating-point tensor.")
         if tensor.ndim != 4 or 0 in (tensor.shape[0], tensor.shape[1], tensor.shape[3]):
-            raise ContextError(f"{name} must be [B, H, n, channels], got {list(tensor.shape)}.")
+            raise ContextError(f"{name} must be [B, H, n, channels], got {tensor.ndim} dimensions.")
     if key.shape[:3] != value.shape[:3]:
-        raise ContextError(f"key {list(key.shape)} and value {list(value.shape)} must share B, H and n.")
+        raise ContextError("key and value must share B, H and n.")
     if key.shape[2] == 0:
         raise ContextError("The context has no rows (n = 0): there is nothing to release.")
 
@@ -161,7 +161,7 @@ def release_attention(
     if groups is not None and groups.ndim == 1:
         groups = groups.unsqueeze(0).expand(batch, -1)
     if groups is not None and list(groups.shape) != [batch, n]:
-        raise ConfigError(f"groups must be [n = {n}] or [B = {batch}, n], got {list(groups.shape)}.")
+        raise ConfigError("groups must be [n] or [B, n], a number for each row.")
     spec = LayerSpec("attention", heads, d, value.shape[-1], scale)
     prepared = prepare_release(config, [spec], calibration)
     for message in prepared.warnings:

@@ -128,12 +128,11 @@ def test_a_report_counts_what_its_documents_spent(private: Any) -> None:
     config = private.replace(unit="group")
     with dpx.protect(tiny("bart"), config, budget=dpx.Budget(30.0, 1e-3)) as handle:
         handle.release(documents(A), groups="documents")
-        release = handle.release(documents(A, B), groups="documents")
+        handle.release(documents(A, B), groups="documents")
         alone, both = handle.report().releases
         assert (alone["charges"], both["charges"]) == (2, 2)
         spent = handle.ledger.spent(handle.ledger.digest(_name(A)), config.delta)
         assert both["spent_epsilon"] == spent > config.epsilon
-        assert release.charges[0].number == 2 and release.charges[0].epsilon == spent
 
 
 def test_a_batch_is_checked_as_a_whole(pipe: Any) -> None:

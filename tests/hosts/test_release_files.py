@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import hf_dp_xattn as dpx
 from hf_dp_xattn.errors import ReleaseError
 from hf_dp_xattn.hosts.storage import JSON_NAME, TENSORS_NAME
+from hf_dp_xattn.hosts.storage import load_file as load_saved
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from ..hosts_tiny import CHANNELS, picture, tiny_sd, tiny_unet
@@ -66,9 +67,25 @@ def test_json_states_the_guarantee_and_no_name(saved: tuple[Path, torch.Tensor])
     assert entry["guarantee"]["epsilon"] == 8.0 and entry["guarantee"]["is_private"]
     assert "differentially private" in entry["guarantee_text"]
     assert set(document) == {"schema", "config", "host", "contexts", "tensors_sha256", "sha256"}
-    known = {"rows", "kind", "guarantee", "guarantee_text", "charges", "structures", "fingerprint"}
-    assert set(entry) == known and entry["charges"] == {"number": 1, "epsilon": pytest.approx(8.0, rel=1e-6)}
+    known = {"rows", "kind", "guarantee", "guarantee_text", "structures", "fingerprint"}
+    assert set(entry) == known
     assert document["host"]["host"] == "UNet2DConditionModel" and document["host"]["base_model"] is None
+
+
+@BOTH
+def test_what_older_releases_told_is_dropped(saved: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    """Schema 2 stated how often each context was charged: whether a document had been released before."""
+    told = {"number": 3, "epsilon": 17.25}
+    edit_context(saved[0], lambda entry: entry.update(charges=told))
+    edit(saved[0], schema="hf_dp_xattn.release/2")
+    other = tiny_sd()
+    loaded = dpx.Release.from_pretrained(saved[0], host=other)
+    assert torch.equal(saved[1], picture(other, **loaded.inputs()))
+    load_saved(saved[0]).save_pretrained(str(tmp_path / "file"))
+    loaded.save_pretrained(tmp_path / "again")
+    for folder in ("file", "again"):
+        texts = (tmp_path / folder / JSON_NAME).read_text() + (tmp_path / folder / "README.md").read_text()
+        assert "charges" not in texts and "17.25" not in texts and "release/3" in texts
 
 
 def test_mechanism_none_is_never_written(pipe: Any, exact: Any, tmp_path: Path) -> None:
@@ -181,7 +198,7 @@ DAMAGE: dict[str, Any] = {
     "another epsilon": lambda f: (f / JSON_NAME).write_text(
         (f / JSON_NAME).read_text().replace('"epsilon": 8.0', '"epsilon": 0.1')
     ),
-    "a newer schema": lambda f: edit(f, schema="hf_dp_xattn.release/3"),
+    "a newer schema": lambda f: edit(f, schema="hf_dp_xattn.release/4"),
     "an older schema": lambda f: edit(f, schema="hf_dp_xattn.release/1"),
     "an unknown key": lambda f: edit(f, relation="loose"),
     "a missing key": lambda f: drop(f, "host"),
@@ -200,7 +217,7 @@ DAMAGE: dict[str, Any] = {
     "an unknown tensor": lambda f: edit_tensors(f, lambda t: t.update(extra=torch.zeros(1))),
     "a missing tensor": lambda f: edit_tensors(f, lambda t: t.pop("0.public_rows")),
     "no rows": lambda f: edit_context(f, lambda entry: entry.update(rows=0)),
-    "no charges": lambda f: edit_context(f, lambda entry: entry["charges"].update(number=0)),
+    "charges, which are not published": lambda f: edit_context(f, lambda entry: entry.update(charges={})),
     "words that promise more": claim(epsilon=16.0),
     "a negative epsilon": claim(epsilon=-1.0),
     "a promise without noise": claim(private_noise=False),

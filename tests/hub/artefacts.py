@@ -55,7 +55,7 @@ def content(kind: str, thing: Any) -> Any:
         return thing.settings, thing.clip_norm, [p.predicted_fvu for p in thing.plans]
     if kind == "anchors calibration":
         return thing.plans[0].quality, thing.scores, thing.host.layers
-    return thing.guarantees, thing.terms, thing.charges, thing.contexts[0].structures[0].sums.tolist()
+    return thing.guarantees, thing.terms, thing.contexts[0].structures[0].sums.tolist()
 
 
 def drawn(release: Any, pipe: Any) -> torch.Tensor:

@@ -242,7 +242,7 @@ def shown(host: Any, handle: Any, releases: list[Any]) -> dict[str, bytes]:
     things |= {"entries": handle.ledger.entries(), "budget": handle.budget, "json": handle.report().to_json()}
     for i, release in enumerate(releases):
         things |= {f"release {i}": release, f"contexts {i}": release.contexts, f"terms {i}": release.terms}
-        things |= {f"guarantees {i}": release.guarantees, f"charges {i}": release.charges}
+        things[f"guarantees {i}"] = release.guarantees
     return {name: (repr(thing) + str(thing)).encode() for name, thing in things.items()}
 
 

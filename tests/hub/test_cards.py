@@ -79,29 +79,28 @@ def test_a_release_states_its_guarantee_word_for_word(tmp_path: Path) -> None:
     for item in (*report.public, *report.not_covered, *report.warnings):
         assert " ".join(item.split()) in text
     assert release.guarantees[0].sentence() in text
-    charges = release.charges[0]
-    assert charges.number == 2 and charges.epsilon is not None and 2.0 < charges.epsilon <= 4.0
+    assert (
+        report.releases[-1]["charges"] == 2 and report.releases[-1]["spent_epsilon"] > 2.0
+    )  # told here only
     row = next(x for x in text.splitlines() if x.startswith("| 1 |"))
-    assert [c.strip() for c in row.split("|")][2:10] == [
+    assert [c.strip() for c in row.split("|")][2:-1] == [
         "`kernel_sum`",
         "2",
         "1e-05",
         "`row`",
         "`replace_one`",
         "16",
-        "2",
-        f"{charges.epsilon:g}",
     ]
 
 
-def test_terms_and_charges_travel_with_the_release(tmp_path: Path) -> None:
+def test_terms_travel_with_the_release(tmp_path: Path) -> None:
     """Loaded elsewhere, it still says what the host that made it said, and a second push gives the same card."""
     pipe = tiny_sd()
     release = protect(pipe, CONFIG).release("a")
     release.save_pretrained(tmp_path / "first")
     bare = tiny_sd()
     loaded = load("release", tmp_path / "first")
-    assert (loaded.terms, loaded.charges) == (release.terms, release.charges)
+    assert loaded.terms == release.terms
     again = dpx.Release.from_pretrained(tmp_path / "first", host=bare)
     again.save_pretrained(tmp_path / "second")
     assert (tmp_path / "first" / "README.md").read_text() == (tmp_path / "second" / "README.md").read_text()

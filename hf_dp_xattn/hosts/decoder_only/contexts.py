@@ -18,6 +18,7 @@ from .encoder import PrefixEncoder
 
 BUCKET = 64
 SEGMENTS = "segments"
+NOT_IDS = "Token ids of {what} must be a list or tensor of integers, [n]; nothing was spent."
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -45,15 +46,13 @@ def as_ids(ids: Any, what: str, size: int) -> torch.Tensor:
     try:
         tensor = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError):
-        raise ContextError(
-            f"Token ids of {what} must be a list or tensor of integers; nothing was spent."
-        ) from None
+        raise ContextError(NOT_IDS.format(what=what)) from None
     if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
         raise ContextError(f"Token ids of {what} must be integers, got {tensor.dtype}; nothing was spent.")
     if tensor.ndim == 2 and len(tensor) == 1:
         tensor = tensor[0]
     if tensor.ndim != 1:
-        raise ContextError(f"Token ids of {what} must be [n], got {list(tensor.shape)}; nothing was spent.")
+        raise ContextError(NOT_IDS.format(what=what))
     tensor = tensor.detach().to("cpu", torch.int64)
     if bool(((tensor < 0) | (tensor >= size)).any()):
         raise ContextError(f"Token ids of {what} must lie in [0, {size}); nothing was spent.")
@@ -131,9 +130,8 @@ def name_prefix(prefix: Prefix, encoder: PrefixEncoder, unit: str, *, apart: boo
     private = torch.cat(prefix.segments)
     splits = torch.tensor([prefix.slots, len(prefix.segments), *(len(s) for s in prefix.segments)])
     variant = plain_bytes(splits) + plain_bytes(prefix.head)
-    return PrivateContext(
-        prefix.slots, len(private), (b"prefix", plain_bytes(private)), load, groups, variant
-    )
+    name = (b"prefix", plain_bytes(private))
+    return PrivateContext(prefix.slots, len(private), name, load, groups, variant, padded=True)
 
 
 def check_groups(groups: Any, prefixes: Sequence[Prefix]) -> torch.Tensor | None:
@@ -143,7 +141,5 @@ def check_groups(groups: Any, prefixes: Sequence[Prefix]) -> torch.Tensor | None
     for prefix in prefixes:
         n, h = len(prefix.segments[0]), len(prefix.head)
         if not isinstance(groups, torch.Tensor) or groups.shape not in ((n,), (n + h,)):
-            raise ContextError(
-                f"`groups` must be an integer tensor [{n}], one number for each private token."
-            )
+            raise ContextError("`groups` must be an integer tensor [n], one number for each private token.")
     return groups[-len(prefixes[0].segments[0]) :]

@@ -9,6 +9,7 @@ import torch
 
 from ...errors import ConfigError, ContextError
 from ..context import PrivateContext, Rows, from_embeddings, plain_bytes
+from ..lengths import dimensions
 from ..placeholder import read_tags
 from .probing import STATES
 
@@ -77,7 +78,9 @@ def name_images(
             raise ContextError(f"This is a placeholder of a release, not a context; pass it as {STATES}.")
         batch = states.unsqueeze(0) if states.ndim == 2 else states
         if batch.ndim != 3 or 0 in batch.shape:
-            raise ContextError(f"`{STATES}` must be [B, n, C] or [n, C], got {list(states.shape)}.")
+            raise ContextError(
+                f"`{STATES}` must be [B, n, C] or [n, C], and not empty, got {dimensions(states)}."
+            )
         return [from_embeddings(rows, channels) for rows in batch]
     return [
         _image(
@@ -101,7 +104,7 @@ def _image(
     pixels = inputs[PIXELS]
     name = (PIXELS.encode(), repr(tuple(pixels.shape)).encode(), plain_bytes(pixels))
     variant = repr([inputs[n].flatten().tolist() for n in (RATIO_IDS, RATIO_MASK)]).encode()
-    return PrivateContext(count, count, name, load, variant=variant)
+    return PrivateContext(count, count, name, load, variant=variant, padded=True)
 
 
 def check_mask(mask: Any, rows: Sequence[int], patches: int) -> None:

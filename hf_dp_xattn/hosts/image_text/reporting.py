@@ -40,7 +40,8 @@ def image_report(
         "it",
     ]
     if handle.config.unit == "group":
-        public.append("which rows form a group, and how many groups there are")
+        counted = handle.config.neighboring == "replace_one"
+        public.append("which rows form a group" + (", and how many groups there are" if counted else ""))
     if handle.calibration is not None:
         public.append("the calibration")
     public += [

@@ -9,6 +9,7 @@ import torch
 
 from ...errors import ConfigError, ContextError
 from ..context import PrivateContext, Rows, from_embeddings, plain_bytes
+from ..lengths import dimensions
 from ..placeholder import read_tags
 from .outputs import last_hidden_state
 
@@ -63,9 +64,9 @@ def name_inputs(inputs: dict[str, Any], channels: int, encode: Encode) -> list[P
         main = main.unsqueeze(0)
         mask = mask.unsqueeze(0) if mask is not None and mask.ndim == 1 else mask
     if 0 in main.shape or main.ndim < 2:
-        raise ContextError(f"The context is empty, or `{name}` has a wrong shape: {list(main.shape)}.")
+        raise ContextError(f"The context is empty, or `{name}` has a wrong shape: {dimensions(main)}.")
     if mask is not None and (mask.ndim != 2 or mask.shape[0] != main.shape[0]):
-        raise ContextError(f"`attention_mask` must be [B = {main.shape[0]}, n], got {list(mask.shape)}.")
+        raise ContextError("`attention_mask` must be [B, n], of as many contexts as there are.")
     if main.is_floating_point() and not bool(torch.isfinite(main).all()):
         if name == STATES and main.ndim == 3 and any(tag is not None for tag in read_tags(main)):
             raise ContextError(
@@ -84,7 +85,7 @@ def _element(
     rows = main.shape[0]
     if name in ("input_ids", "inputs_embeds", STATES) and mask is not None:
         if len(mask) != rows:
-            raise ContextError(f"`attention_mask` has {len(mask)} entries, the context has {rows} rows.")
+            raise ContextError("`attention_mask` must have an entry for each row of the context.")
         if not bool(mask.any()):
             raise ContextError("The attention mask leaves no row: there is nothing to release.")
         last = int(mask.nonzero()[-1]) + 1

@@ -9,6 +9,7 @@ from torch import nn
 
 from ...errors import ContextError
 from ..access import Access
+from ..lengths import dimensions
 from .contexts import MASK, STATES
 
 
@@ -48,13 +49,11 @@ class EncoderSide:
 
     def _check_ids(self, ids: torch.Tensor) -> None:
         if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim not in (1, 2):
-            raise ContextError(
-                f"Token ids must be an integer tensor [n] or [B, n], got {ids.dtype} {list(ids.shape)}."
-            )
+            raise ContextError(f"Token ids must be an integer tensor [n] or [B, n], got {dimensions(ids)}.")
         limit = self._longest()
         if limit is not None and ids.shape[-1] > limit:
             raise ContextError(
-                f"The document has {ids.shape[-1]} tokens, this encoder takes {limit} at most."
+                f"A document has more tokens than this encoder takes ({limit}); nothing was spent."
             )
         size = self.module.get_input_embeddings().num_embeddings
         if bool(((ids < 0) | (ids >= size)).any()):

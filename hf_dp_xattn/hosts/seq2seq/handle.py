@@ -79,6 +79,10 @@ class ProtectedSeq2Seq(RoutedHandle):
     def channels(self) -> int:
         return context_channels(self.model)
 
+    @property
+    def hidden_length(self) -> int:
+        return PLACEHOLDER_ROWS
+
     # ---- gates -------------------------------------------------------------------------------------------------------------
 
     def check_thoroughly(self) -> None:

@@ -35,13 +35,13 @@ def seq2seq_report(
     handle: ProtectedSeq2Seq, spent: Sequence[Spent], warnings: tuple[str, ...]
 ) -> PrivacyReport:
     """As `reporting.build_report`, with what is public and what is not covered here."""
-    public = [
-        "the model's weights and the shapes of its layers",
-        "the number of rows of a context"
-        + (", padding included" if handle.config.unit == "context" else ", with padding and without"),
-    ]
-    if handle.config.unit == "group":
-        public.append("which rows form a group, how many groups there are, and how many rows each has")
+    unit, counted = handle.config.unit, handle.config.neighboring == "replace_one"
+    public = ["the model's weights and the shapes of its layers"]
+    if counted and unit != "context":
+        public.append("the number of rows of a context, with padding and without")
+    if unit == "group":
+        counts = ", how many groups there are, and how many rows each has"
+        public.append("which rows form a group" + (counts if counted else ""))
     if handle.calibration is not None:
         public.append("the calibration")
     public += [

@@ -159,14 +159,14 @@ class PreparedHistogram:
 
     def _check(self, cells: torch.Tensor, groups: torch.Tensor | None) -> None:
         if cells.ndim != 1 or cells.dtype != torch.int64:
-            raise ConfigError(f"cells must be int64 [n], got {cells.dtype} {list(cells.shape)}.")
+            raise ConfigError(f"cells must be int64 [n], got {cells.ndim} dimensions of {cells.dtype}.")
         n = cells.shape[0]
         check_groups(self.unit.value, n, groups)
         # Under add_or_remove_one the number of rows is private: an empty context must give a release, not an error.
         if n == 0 and self.neighboring is NeighboringRelation.REPLACE_ONE:
             raise ContextError("The context has no rows (n = 0): there is nothing to release.")
         if n > MAX_ROWS:
-            raise ContextError(f"The context has {n} rows; at most {MAX_ROWS} can be summed exactly.")
+            raise ContextError(f"The context has too many rows: at most {MAX_ROWS} can be summed exactly.")
         if n and (int(cells.min()) < 0 or int(cells.max()) >= self.cells):
             raise ContextError(f"cells must lie in [0, {self.cells}), the cells of this histogram.")
 

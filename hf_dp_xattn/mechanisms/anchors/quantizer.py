@@ -40,14 +40,14 @@ def check_context(rows: torch.Tensor, channels: int, *, may_be_empty: bool = Fal
     """
     if rows.ndim != 2 or rows.shape[1] != channels or not rows.is_floating_point():
         raise ConfigError(
-            f"The context must be a float tensor [n, {channels}] (what to_k and to_v see), got {rows.dtype} "
-            f"{list(rows.shape)}."
+            f"The context must be a float tensor [n, {channels}] (what to_k and to_v see), got {rows.ndim} "
+            f"dimensions of {rows.dtype}."
         )
     n = rows.shape[0]
     if n == 0 and not may_be_empty:
         raise ContextError("The context has no rows (n = 0): there is nothing to release.")
     if n > MAX_ROWS:
-        raise ContextError(f"The context has {n} rows; at most {MAX_ROWS} can be summed exactly.")
+        raise ContextError(f"The context has too many rows: at most {MAX_ROWS} can be summed exactly.")
     for part in row_chunks(n, channels):
         if not bool(torch.isfinite(rows[part]).all()):
             raise ContextError("The context's rows hold NaN or Inf; nothing was released.")

@@ -127,7 +127,7 @@ def check_rows(
     if n == 0:
         raise ContextError("The context has no rows (n = 0): there is nothing to release.")
     if n > MAX_ROWS:
-        raise ContextError(f"The context has {n} rows; at most {MAX_ROWS} can be summed exactly.")
+        raise ContextError(f"The context has too many rows: at most {MAX_ROWS} can be summed exactly.")
     if sum(e.size for e in encoders) > MAX_COORDINATES:
         raise ConfigError(
             "The release would have more than 2^28 coordinates; lower degree or projection_dim."
@@ -207,9 +207,7 @@ def check_groups(unit: str, n: int, groups: torch.Tensor | None) -> None:
     if unit == "group" and (
         groups is None or groups.ndim != 1 or groups.shape[0] != n or groups.is_floating_point()
     ):
-        raise ConfigError(
-            f"unit='group' needs `groups`: an integer tensor [n = {n}] that names each row's group."
-        )
+        raise ConfigError("unit='group' needs `groups`: an integer tensor [n] that names each row's group.")
 
 
 def unit_rows(unit: str, n: int, groups: torch.Tensor | None) -> list[torch.Tensor]:
