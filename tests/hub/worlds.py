@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.calibration.anchors.calibration import AnchorCalibration
+from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibration
 from hf_dp_xattn.mechanisms import growing, kernel_sum
 from hf_dp_xattn.mechanisms.anchors import release as anchors
 from hf_dp_xattn.mechanisms.dptree import attention as dptree
