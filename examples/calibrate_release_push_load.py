@@ -93,6 +93,7 @@ def main() -> None:
     from shapes.scenes import train_examples
 
     import hf_dp_xattn as dpx
+    from hf_dp_xattn.records import decode_text
 
     warnings.filterwarnings("ignore", category=UserWarning)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,7 @@ def main() -> None:
     print(dpx.plan(calibration, epsilons=EPSILONS, delta=DELTA, measure=False))
 
     say(f"3. Releasing one private prompt at epsilon = {args.epsilon:g} for one phrase ...")
-    prompt = PROMPT if args.prompt_file is None else args.prompt_file.read_text(encoding="utf-8").strip()
+    prompt = PROMPT if args.prompt_file is None else decode_text(args.prompt_file.read_bytes()).strip()
     ledger = dpx.Ledger(args.out / "ledger.json")  # stays here: a restart must not forget what was spent
     with dpx.protect(pipe, settings, calibration=calibration, ledger=ledger) as protected:
         try:

@@ -41,6 +41,7 @@ from shapes.scenes import IMAGE_SIZE
 from shapes.tables import draw_strip
 
 import hf_dp_xattn as dpx
+from hf_dp_xattn.records import decode_text, records_of
 
 LOOK = ("blue background", "a small yellow star at the bottom")
 PUBLIC = (
@@ -101,8 +102,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)
     args.out.mkdir(parents=True, exist_ok=True)
-    lines = LOOK if args.look is None else args.look.read_text(encoding="utf-8").splitlines()
-    look = [line.strip() for line in lines if line.strip()]
+    look = list(LOOK) if args.look is None else records_of(decode_text(args.look.read_bytes()))
     public = args.public or list(PUBLIC)
 
     pipe, reader, calibration = load_pipeline(), load_reader(), load_calibration("group")

@@ -28,6 +28,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import hf_dp_xattn as dpx
+from hf_dp_xattn.records import decode_text
 
 SHAPES = Path(__file__).resolve().parent / "shapes"
 PROMPT = "a large green star on the right, black background"
@@ -65,7 +66,7 @@ def main() -> None:
         unit=calibration.unit,
         neighboring=calibration.neighboring,
     )
-    prompt = PROMPT if args.prompt_file is None else args.prompt_file.read_text(encoding="utf-8").strip()
+    prompt = PROMPT if args.prompt_file is None else decode_text(args.prompt_file.read_bytes()).strip()
     try:
         with dpx.protect(pipe, config, calibration=calibration, ledger=dpx.Ledger(args.ledger)) as protected:
             release = protected.release(prompt)  # charged before the prompt is encoded

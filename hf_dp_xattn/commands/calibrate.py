@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..records import plain_text, read_records
 from .models import SETTINGS, load_plain, parse_dtype
 from .public_numbers import check_numbers
 from .texts import add_text_options, load_tokenizer, plain_ids, read_documents, read_prefix, read_question
@@ -130,8 +131,8 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out.name!r} exists and is not an empty folder; choose a new one.")
-    texts = read_lines(args.public, "--public")
-    questions = None if args.questions is None else read_lines(args.questions, "--questions")
+    texts = read_records(args.public, "--public")
+    questions = None if args.questions is None else read_records(args.questions, "--questions")
     settings = {name: getattr(args, name, None) for name in SETTINGS if name != "epsilon"}
     config = DPXAttnConfig(**{k: v for k, v in settings.items() if v is not None})
     model = load_plain(args.model, parse_dtype(args.dtype))
@@ -159,24 +160,6 @@ def _told(plan: Any) -> dict[str, Any]:
     return {"fvu": float(plan.predicted_fvu)}
 
 
-def read_lines(file: str, option: str) -> list[str]:
-    """The lines of a public text file, stripped, without empty ones.
-
-    Raises:
-        ConfigError: not readable, or nothing in it.
-    """
-    try:
-        lines = Path(file).read_bytes().decode("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{option} takes the name of a text file in UTF-8, one public text a line ({type(error).__name__})."
-        ) from None
-    texts = [line.strip() for line in lines if line.strip()]
-    if not texts:
-        raise ConfigError(f"The file of {option} holds no text.")
-    return texts
-
-
 def read_lists(lines: list[str]) -> list[list[str]]:
     """Public contexts of segments or documents, from JSON lines.
 
@@ -197,7 +180,7 @@ def read_lists(lines: list[str]) -> list[list[str]]:
             raise ConfigError(
                 f"For --unit group each line of --public is JSON, a list of the context's segments or documents; text {i} is not."
             )
-        found.append([" ".join(p.split()) for p in parts])
+        found.append([" ".join(plain_text(p).split()) for p in parts])
     return found
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from ..errors import ContextError
+from ..records import decode_text, plain_text
 
 WHY = """\
 The private context is read from a file, from standard input, or from a hidden prompt; it is never an argument. Arguments are private to
@@ -24,21 +25,27 @@ def add_private_text(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _standard_input() -> str:
+    """As from a file: the locale (C, in a container) would let other bytes through as lone surrogates. Without bytes, as it is."""
+    raw = getattr(sys.stdin, "buffer", None)
+    return sys.stdin.read() if raw is None else decode_text(raw.read())
+
+
 def read_private_text(file: str | None) -> str:
     """The text, without its last line break. Raises ContextError, which quotes neither the text nor the file's name: it may be the text."""
     try:
         if file is None and sys.stdin.isatty():
             text = getpass.getpass("Private context (hidden): ")
         elif file in (None, "-"):
-            text = sys.stdin.read()
+            text = _standard_input()
         else:
-            text = Path(str(file)).read_bytes().decode("utf-8")
+            text = decode_text(Path(str(file)).read_bytes())
     except (OSError, UnicodeDecodeError, EOFError) as error:
         raise ContextError(
             f"The private context cannot be read ({type(error).__name__}); nothing was spent. --prompt-file takes the NAME of a text file "
             "in UTF-8, not the text."
         ) from None
-    text = text.removesuffix("\n").removesuffix("\r")
+    text = plain_text(text).removesuffix("\n")
     if not text.strip():
         raise ContextError("The private context is empty; nothing was spent.")
     return text

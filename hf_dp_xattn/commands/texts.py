@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 LINES = """\
 With --unit group a text for a transformers model has one segment (decoder-only) or document (encoder-decoder) on each line; empty lines are
-left out. Each is encoded apart from the others, so that the promise for one of them holds end to end.
+left out. A line ends at a line feed (LF, or CR LF) and at nothing else. Each is encoded apart from the others, so that the promise for one
+of them holds end to end.
 """
 
 
@@ -90,11 +91,6 @@ def plain_ids(name: str, text: str) -> torch.Tensor:
     with without_length_warning(tokenizer):
         ids = tokenizer(text, add_special_tokens=False).input_ids
     return torch.tensor(ids, dtype=torch.int64)
-
-
-def lines_of(text: str) -> list[str]:
-    """The segments or documents of a text: its lines, stripped, without empty ones."""
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..records import read_records
 from .models import protected_model
 from .texts import load_tokenizer
 
@@ -47,18 +47,12 @@ def load_trial(args: argparse.Namespace) -> TrialHost:
 
 
 def read_texts(file: str, option: str) -> list[str]:
-    """The lines of a text file, stripped, without empty ones.
+    """The records of a text file.
 
     Raises:
         ConfigError: not readable, or fewer than two lines. The message quotes nothing.
     """
-    try:
-        lines = Path(file).read_bytes().decode("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{option} takes the name of a text file in UTF-8, one text a line ({type(error).__name__})."
-        ) from None
-    texts = [line.strip() for line in lines if line.strip()]
+    texts = read_records(file, option)
     if len(set(texts)) < 2 or len(set(texts)) < len(texts):
         raise ConfigError(f"The file of {option} must hold at least two texts, each once.")
     return texts

@@ -12,19 +12,21 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import ContextError
+from ..records import plain_text
 from .text import TextSide
 
 MAX_PHRASES = 64
-RULE = "at commas, semicolons, line breaks and the word 'and'"
-_SPLIT = re.compile(r"[,;\n\r]|\band\b", re.IGNORECASE)
+RULE = "at commas, semicolons, line breaks and the word 'and', but not within 1,000 or black-and-white"
+_SPLIT = re.compile(r"(?<!\d),|,(?!\d)|[;\n]|(?<![^\s,;])and(?![^\s,;])", re.IGNORECASE)
 
 
 def split_phrases(text: str) -> list[str]:
-    """The phrases of a prompt: split at commas, semicolons, line breaks and the word "and"; stripped; empty ones are left out.
+    """The phrases of a prompt: split at commas, semicolons, line feeds and the word "and"; stripped; empty ones are left out. A comma
+    between two digits splits nothing, nor does an "and" within a compound.
 
     The rule is public, and so is where it splits a prompt: the number of phrases is not protected.
     """
-    return [phrase for phrase in (part.strip() for part in _SPLIT.split(text)) if phrase]
+    return [phrase for phrase in (part.strip() for part in _SPLIT.split(plain_text(text))) if phrase]
 
 
 def check_phrases(phrases: Sequence[object]) -> list[str]:
@@ -37,7 +39,7 @@ def check_phrases(phrases: Sequence[object]) -> list[str]:
         raise ContextError(
             f"A context has 1 to {MAX_PHRASES} phrases, this one has {len(phrases)}; nothing was spent."
         )
-    texts = [p.strip() for p in phrases if isinstance(p, str)]
+    texts = [plain_text(p).strip() for p in phrases if isinstance(p, str)]
     if len(texts) != len(phrases) or not all(texts):
         raise ContextError("A phrase is empty or not a string; nothing was spent.")
     return texts

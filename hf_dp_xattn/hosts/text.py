@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, ContextError
+from ..records import plain_text
 from .access import Access
 from .lengths import dimensions
 
@@ -135,10 +136,10 @@ def without_length_warning(tokenizer: Any) -> Iterator[None]:
 
 
 def as_texts(prompt: Any, name: str) -> Sequence[str]:
-    """A string or list of strings as a list; the message names types only."""
+    """A string or list of strings as a list, without byte order marks; the message names types only."""
     texts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) for t in texts):
         raise ConfigError(
             f"`{name}` must be a string or a non-empty list of strings, got {type(prompt).__name__}."
         )
-    return texts
+    return [plain_text(text) for text in texts]

@@ -116,6 +116,31 @@ def test_the_same_text_by_another_way_is_charged_once(models_folder: Path, promp
     assert not files(out.with_name("again"))
 
 
+def test_a_byte_order_mark_gives_no_second_budget(models_folder: Path, prompt: str, out: Path) -> None:
+    assert main([*arguments(models_folder, out, "plain", *KERNEL), "--prompt-file", prompt]) == 0
+    marked = Path(prompt).with_name("marked.txt")
+    marked.write_bytes(f"\ufeff{SECRET}\r\n".encode())
+    again = arguments(models_folder, out.with_name("again"), "plain", *KERNEL)
+    assert main([*again, "--prompt-file", str(marked)]) == 1
+
+
+@pytest.mark.parametrize("data", [b"the caf\xe9 is zebra", SECRET.encode("utf-16")])
+def test_bytes_that_are_no_text(
+    data: bytes, models_folder: Path, out: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """As under LC_ALL=C, where standard input lets them through as lone surrogates."""
+    raw = io.TextIOWrapper(io.BytesIO(data), encoding="ascii", errors="surrogateescape")
+    monkeypatch.setattr("sys.stdin", raw)
+    assert main(arguments(models_folder, out, "plain", *KERNEL)) == 2
+    shown = capsys.readouterr().err
+    assert (
+        "UTF-8" in shown
+        and "nothing was spent" in shown
+        and "zebra" not in shown
+        and "Traceback" not in shown
+    )
+
+
 def test_a_prompt_among_the_arguments_is_not_repeated(models_folder: Path, out: Path, capsys: Any) -> None:
     start = arguments(models_folder, out, "plain", *KERNEL)
     for wrong in ([SECRET], ["--prompt", SECRET], [f"--prompt={SECRET}"]):

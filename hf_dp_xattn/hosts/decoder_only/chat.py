@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError, ContextError
+from ...records import plain_text
 
 SYSTEM_ROLES = ("system", "developer")
 BESIDE = ("tools", "documents")  # what templates write into their fixed words
@@ -84,7 +86,8 @@ def split_chat(
         found = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
         return torch.tensor(found, dtype=torch.int64)
 
-    segments = [s for s in map(ids, private.splitlines(keepends=True)) if len(s)]
+    lines = re.split(r"(?<=\n)", private)  # at line feeds alone: other separators may stand within one unit
+    segments = [s for s in map(ids, lines) if len(s)]
     return SplitChat(ids(head), ids(private), tuple(segments), ids(rest).unsqueeze(0))
 
 
@@ -106,7 +109,7 @@ def _private_message(messages: Any) -> tuple[Mapping[str, Any], str]:
             f"The system message has entries beside role and content ({', '.join(others)}), which a template may write into its public "
             "words. Put what is private into the content, and pass what is public as an option of the template."
         )
-    return first, content
+    return first, plain_text(content)
 
 
 def _refuse_others(later: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> None:

@@ -171,3 +171,15 @@ def test_pipelines_need_a_release_too(private: dpx.DPXAttnConfig) -> None:
             text("hello who", max_new_tokens=2)
         with handle.public():
             assert text("hello who", max_new_tokens=2)
+
+
+@pytest.mark.parametrize("separator", "\r\x0b\x0c\x1c\x85\u2028\u2029")
+def test_segments_are_cut_at_line_feeds_alone(separator: str) -> None:
+    system = {"role": "system", "content": f"be{separator}kind\nsay"}
+    assert len(dpx.split_chat(tokenizer(), [system, USER]).segments) == 2
+
+
+def test_a_byte_order_mark_is_no_part_of_a_system_prompt() -> None:
+    plain, marked = ({"role": "system", "content": f"{mark}be kind\n{mark}say"} for mark in ("", "\ufeff"))
+    one, other = (dpx.split_chat(tokenizer(), [system, USER]) for system in (plain, marked))
+    assert torch.equal(one.private, other.private)

@@ -1,0 +1,52 @@
+"""Texts as they enter: how bytes become text, what is no part of a text's name, and where a text is cut into records (units).
+
+*Cut.* At the line feed alone. `str.splitlines` also cuts at form feeds, NEL, U+2028 and others, which stand within one record of many a
+corpus: it would be two units, and a guarantee for one of them covers half of what was meant.
+*Name.* A byte order mark at the start of a text or of one of its lines is left out: with it, one text had two names and two budgets.
+Otherwise a text is read as it is. Composed and decomposed letters (NFC, NFD) stay what they are: most tokenizers give them other tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .errors import ConfigError
+
+_MARKS = re.compile("^\ufeff+", re.MULTILINE)  # after a line feed only, as ^ is
+
+
+def plain_text(text: str) -> str:
+    """The text without byte order marks at the start of its lines."""
+    return _MARKS.sub("", text)
+
+
+def decode_text(data: bytes) -> str:
+    """The text of a file or of standard input: UTF-8, whatever the locale; CR LF is one line end, CR alone is none.
+
+    Raises:
+        UnicodeDecodeError: no UTF-8. It holds the bytes: catch it, and raise from None.
+    """
+    return plain_text(data.decode("utf-8").replace("\r\n", "\n"))
+
+
+def records_of(text: str) -> list[str]:
+    """The records of a text: its lines, stripped, without empty ones."""
+    return [record for line in plain_text(text).split("\n") if (record := line.strip())]
+
+
+def read_records(file: str, option: str) -> list[str]:
+    """The records of a text file that an option names.
+
+    Raises:
+        ConfigError: not readable, or nothing in it. The message quotes nothing.
+    """
+    try:
+        texts = records_of(decode_text(Path(file).read_bytes()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{option} takes the name of a text file in UTF-8, one text a line ({type(error).__name__})."
+        ) from None
+    if not texts:
+        raise ConfigError(f"The file of {option} holds no text.")
+    return texts
