@@ -13,11 +13,12 @@ import torch
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibration
-from hf_dp_xattn.mechanisms import growing, kernel_sum
-from hf_dp_xattn.mechanisms.anchors import release as anchors
-from hf_dp_xattn.mechanisms.dptree import attention as dptree
-from hf_dp_xattn.mechanisms.histogram import PreparedHistogram
-from hf_dp_xattn.mechanisms.row_sum import PreparedRowSum
+from hf_dp_xattn.mechanisms import growing_sources
+from hf_dp_xattn.mechanisms.anchors import anchors
+from hf_dp_xattn.mechanisms.anchors.histogram import PreparedHistogram
+from hf_dp_xattn.mechanisms.anchors.row_sum import PreparedRowSum
+from hf_dp_xattn.mechanisms.dptree import tree_attention
+from hf_dp_xattn.mechanisms.kernel_sum import kernel_sum
 from hf_dp_xattn.privacy.bits import SeededEntropy
 from hf_dp_xattn.privacy.ledger import Budget
 
@@ -66,9 +67,9 @@ def equal_sums(monkeypatch: pytest.MonkeyPatch) -> None:
         (kernel_sum, "sum_rows"),
         (kernel_sum, "sum_units"),
         (kernel_sum, "sum_sketch"),
-        (growing.sources, "sum_rows"),
-        (growing.sources, "sum_units"),
-        (dptree, "exact_sums"),
+        (growing_sources, "sum_rows"),
+        (growing_sources, "sum_units"),
+        (tree_attention, "exact_sums"),
         (PreparedRowSum, "exact_sums"),
         (PreparedHistogram, "exact_sums"),
         (anchors.ResponseSource, "cells"),
