@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import torch
 
 from ..artefacts import HubOptions, find_files, read_document
-from ..config import DPXAttnConfig
+from ..config import FEATURES, DPXAttnConfig
 from ..errors import ConfigError
 from ..mechanisms.base import LayerSpec
 from ..mechanisms.kernel_sum.contributions import lattice_exponent
 from ..mechanisms.kernel_sum.geometry import HeadGeometry
 from ..mechanisms.kernel_sum.sketch import SketchBasis, SketchPlan
 from .anchors.anchors_calibration import AnchorCalibration
-from .anchors.files import KIND, load_anchors
-from .files import load_kernel_sum, save_kernel_sum
-from .stored import JSON_NAME, TENSORS_NAME, Shared
-
-if TYPE_CHECKING:
-    pass
+from .checks import Sizes, check_keys, integer, number, refuse
+from .stored import JSON_NAME, TENSORS_NAME, Stored, Tensors
 
 # A calibration is made for these fields of the config; epsilon may differ (the nearest plan is used).
 BOUND_FIELDS = ("features", "degree", "num_features", "feature_seed", "logit_bound", "unit")
+
+
+_FIELDS = ("clip_norm", "contexts", "units", "settings")
+_GEOMETRY = tuple(f.name for f in fields(HeadGeometry) if f.name != "scale")
+_BASIS = tuple(f.name for f in fields(SketchBasis))
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,13 @@ def sketch_plan(entry: PlanEntry, basis: SketchBasis, units: int) -> SketchPlan:
 
 
 @dataclass(frozen=True)
-class Calibration(Shared):
+class Calibration(Stored):
     """Public geometry, clipping bound, sketch basis and plans for one model's layers.
 
     Nothing in here may depend on a private context: it is not noised and is not counted.
     """
+
+    HEADER = frozenset({"layers", "scales", "has_basis", "plans", *_FIELDS})
 
     layers: tuple[str, ...]
     geometries: tuple[HeadGeometry, ...]
@@ -108,8 +111,75 @@ class Calibration(Shared):
             self._cache[entry.epsilon] = sketch_plan(entry, self.basis, self.units)
         return self._cache[entry.epsilon]
 
-    def _write(self, folder: Path) -> None:
-        save_kernel_sum(self, folder)
+    def header(self) -> dict[str, Any]:
+        return {
+            "layers": list(self.layers),
+            "scales": [g.scale for g in self.geometries],
+            **{name: getattr(self, name) for name in _FIELDS},
+            "has_basis": self.basis is not None,
+            "plans": [{n: getattr(p, n) for n in p.NUMBERS} for p in self.plans],
+        }
+
+    def tensors(self) -> Tensors:
+        tensors: Tensors = {}
+        for i, geometry in enumerate(self.geometries):
+            tensors |= {f"geometry.{i}.{k}": v for k, v in geometry.tensors().items()}
+        if self.basis is not None:
+            for name in _BASIS:
+                tensors |= {f"basis.{i}.{name}": t for i, t in enumerate(getattr(self.basis, name))}
+        for i, entry in enumerate(self.plans):
+            tensors |= {f"plan.{i}.{name}": getattr(entry, name) for name in entry.TENSORS}
+        return tensors
+
+    @classmethod
+    def from_parts(cls, header: Mapping[str, Any], tensors: Tensors) -> Calibration:
+        layers = tuple(str(name) for name in header["layers"])
+        geometries = tuple(
+            HeadGeometry(
+                scale=number(scale, "a layer's scale", low=0.0),
+                **{n: tensors[f"geometry.{i}.{n}"] for n in _GEOMETRY},
+            )
+            for i, scale in enumerate(header["scales"])
+        )
+        basis = None
+        if header["has_basis"]:
+            parts: dict[str, Any] = {
+                n: tuple(tensors[f"basis.{i}.{n}"] for i in range(len(layers))) for n in _BASIS
+            }
+            basis = SketchBasis(**parts)
+        plans = tuple(
+            PlanEntry.from_parts(numbers, {n: tensors[f"plan.{i}.{n}"] for n in PlanEntry.TENSORS})
+            for i, numbers in enumerate(header["plans"])
+        )
+        return cls(
+            layers=layers, geometries=geometries, basis=basis, plans=plans, **{n: header[n] for n in _FIELDS}
+        )
+
+    def verify(self) -> None:
+        check_keys(self.settings, set(BOUND_FIELDS), "the settings of the calibration")
+        DPXAttnConfig(**self.settings)  # each in its range
+        if self.settings["features"] not in FEATURES:
+            refuse("features")
+        number(self.clip_norm, "clip_norm", low=1e-300)
+        integer(self.contexts, "contexts")
+        integer(self.units, "units")
+        if not self.layers or len(self.layers) != len(self.geometries):
+            refuse("its layers")
+        for name, g in zip(self.layers, self.geometries, strict=True):
+            sizes = Sizes()
+            sizes.fit(f"{name}: key_center", g.key_center, "H", "d")
+            sizes.fit(f"{name}: query_center", g.query_center, "H", "d")
+            sizes.fit(f"{name}: key_map", g.key_map, "H", "p", "d")
+            sizes.fit(f"{name}: query_map", g.query_map, "H", "p", "d")
+            sizes.fit(f"{name}: weight_map", g.weight_map, "H", "d")
+            sizes.fit(f"{name}: value_center", g.value_center, "H", "dv")
+            for part in ("key_radius", "query_radius", "value_scale", "normalizer_weight", "key_range"):
+                sizes.fit(f"{name}: {part}", getattr(g, part), "H")
+        if self.basis is None and self.plans:
+            refuse("plans without a basis")
+        rank = _verify_basis(self.basis, self.geometries) if self.basis is not None else 0
+        for plan in self.plans:
+            _verify_plan(plan, rank)
 
     @classmethod
     def from_pretrained(
@@ -124,4 +194,30 @@ class Calibration(Shared):
 def load_calibration(folder: Path) -> Calibration | AnchorCalibration:
     """Reads and checks the files in a local folder, of whichever mechanism; raises ConfigError."""
     kind = read_document(folder / JSON_NAME, ConfigError).get("kind")
-    return load_anchors(folder) if kind == KIND else load_kernel_sum(folder)
+    return AnchorCalibration.load(folder) if kind == AnchorCalibration.KIND else Calibration.load(folder)
+
+
+def _verify_basis(basis: SketchBasis, geometries: Sequence[HeadGeometry]) -> int:
+    """The rank."""
+    sizes = Sizes()
+    for i, g in enumerate(geometries):
+        rows, columns = f"r{i}", g.value_dim + 1
+        sizes.fit(f"basis {i}: analysis", basis.analysis[i], g.heads, rows, columns, "R")
+        sizes.fit(f"basis {i}: synthesis", basis.synthesis[i], g.heads, rows, columns, "R")
+        sizes.fit(f"basis {i}: mean_sums", basis.mean_sums[i], g.heads, rows, columns)
+    return sizes.get("R")
+
+
+def _verify_plan(plan: PlanEntry, rank: int) -> None:
+    where = f"plan for epsilon {plan.epsilon!r}"
+    number(plan.epsilon, f"{where}: epsilon", low=1e-9)
+    number(plan.delta, f"{where}: delta", low=0.0, high=1.0)
+    number(plan.clip_norm, f"{where}: clip_norm", low=1e-300)
+    number(plan.predicted_fvu, f"{where}: predicted_fvu")
+    sizes = Sizes()  # a plan keeps the first K of R directions
+    for name in ("weight", "center", "mean_a"):
+        sizes.fit(f"{where}: {name}", getattr(plan, name), "K")
+    sizes.fit(f"{where}: cov_y", plan.cov_y, "K", "K")
+    sizes.fit(f"{where}: cov_zy", plan.cov_zy, rank, "K")
+    if sizes.get("K") > rank:
+        refuse(f"{where}: more directions than the basis has")

@@ -1,18 +1,15 @@
 """What both kinds of calibration share: two files, read strictly, a card, a folder or Hub repository.
 
-*Schemas.* Since 2 the JSON has a checksum of its own (`sha256`) beside that of the tensors (`tensors_sha256`). Schema 1 had only the
-latter, so that a changed digit of a clipping bound was believed. It is still read, with a warning: a release sets its noise for whatever
-bound it reads and enforces that bound, so such a slip costs usefulness and no privacy. Load and save once to bring it up to date.
+JSON for what a person reads, with a checksum of its own (`sha256`) and that of the tensors (`tensors_sha256`); safetensors for the rest.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import Any, ClassVar, Self, Unpack
 
 import torch
 from safetensors import SafetensorError
@@ -34,98 +31,76 @@ from ..errors import ConfigError
 from .checks import check_keys
 
 SCHEMA_VERSION = 2
-UNSEALED_VERSION = 1  # without a checksum of the JSON itself
 JSON_NAME = "dp_xattn_calibration.json"
 TENSORS_NAME = "dp_xattn_calibration.safetensors"
 Tensors = dict[str, torch.Tensor]
-T = TypeVar("T")
 
 
-def write_stored(folder: Path, header: dict[str, Any], tensors: Tensors) -> None:
-    """Writes the two files; the JSON names the other's checksum and its own."""
-    blob = save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()})
-    own = {
-        "schema_version": SCHEMA_VERSION,
-        **header,
-        "tensors_sha256": hashlib.sha256(blob).hexdigest(),
-    }
-    write_files(folder, {TENSORS_NAME: blob, JSON_NAME: dump_document(seal(own))})
-
-
-def read_header(folder: Path, keys: Collection[str], kind: str | None = None) -> dict[str, Any]:
-    """The JSON, of either schema as one of the present one.
+def read_header(folder: Path) -> dict[str, Any]:
+    """The JSON.
 
     Raises:
-        ConfigError: it is missing, does not match its checksum, is of another schema or kind, or has unknown or missing keys.
+        ConfigError: it is missing, of another schema, or does not match its checksum.
     """
     header = read_document(folder / JSON_NAME, ConfigError)
-    stated = header.get("schema_version")
-    version = stated if type(stated) is int else None  # True is no version
-    if version == UNSEALED_VERSION:
-        warnings.warn(
-            f"The calibration in {folder.name!r} is of schema {UNSEALED_VERSION}, whose JSON has no checksum of its own: a changed digit "
-            "would not be noticed. Load and save it once to bring it up to date.",
-            stacklevel=2,
+    version = header.get("schema_version")
+    if type(version) is not int or version != SCHEMA_VERSION:  # True is no version
+        raise ConfigError(
+            f"The calibration in {folder.name!r} has schema version {version!r}, this package reads {SCHEMA_VERSION}: calibrate again, or "
+            "upgrade hf_dp_xattn where the file is newer."
         )
-        header["tensors_sha256"] = header.pop("sha256", None)
-    elif version == SCHEMA_VERSION:
-        header = unseal(header, JSON_NAME, ConfigError)
-    else:
-        raise ConfigError(
-            f"The calibration in {folder.name!r} has schema version {stated!r}, this package reads {UNSEALED_VERSION} and "
-            f"{SCHEMA_VERSION}. Upgrade hf_dp_xattn, or calibrate again."
-        )
-    if kind is not None and header.get("kind") != kind:
-        raise ConfigError(
-            f"The calibration in {folder.name!r} is of kind {header.get('kind')!r}, expected {kind!r}."
-        )
-    check_keys(header, {"schema_version", "tensors_sha256", *keys}, JSON_NAME)
-    return header
+    return unseal(header, JSON_NAME, ConfigError)
 
 
-def read_stored(
-    folder: Path, header: dict[str, Any], build: Callable[[Tensors], T], tensors_of: Callable[[T], Tensors]
-) -> T:
-    """What `build` makes of the tensors. Raises ConfigError on any that is missing, unknown or damaged, and where `build` fails."""
-    payload = _read_tensors(folder / TENSORS_NAME, header["tensors_sha256"])
-    try:
-        tensors = load(payload)
-        calibration = build(tensors)
-        unknown = set(tensors) - set(tensors_of(calibration))
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(
-            f"The calibration in {folder.name!r} is incomplete or damaged ({type(error).__name__}). Download it again."
-        ) from None
-    if unknown:
-        raise ConfigError(
-            f"{TENSORS_NAME} holds unknown tensors: {', '.join(sorted(unknown))}. Upgrade hf_dp_xattn."
-        )
-    return calibration
+class Stored:
+    """A calibration of one kind, on disk and on the Hub. HEADER: its keys of the JSON; KIND: what "kind" is there, if it has one."""
 
+    HEADER: ClassVar[frozenset[str]]
+    KIND: ClassVar[str | None] = None
 
-def _read_tensors(path: Path, sha256: Any) -> bytes:
-    """The file's bytes. Raises ConfigError where it is missing, or not the one that the JSON names."""
-    try:
-        payload = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"{path.name} cannot be read ({type(error).__name__}); the calibration is incomplete."
-        ) from None
-    if hashlib.sha256(payload).hexdigest() != sha256:
-        raise ConfigError(
-            f"{path.name} does not match its checksum: damaged, truncated, or of another version. Download it again."
-        )
-    return payload
-
-
-class Shared:
-    """Saving and pushing a calibration with its card."""
-
-    def _write(self, folder: Path) -> None:
-        """Writes the two files."""
+    def header(self) -> dict[str, Any]:
+        """What the JSON says, besides the schema and the checksums."""
         raise NotImplementedError
+
+    def tensors(self) -> Tensors:
+        """All tensors by the names that they have in the file, in the precision that they are stored in."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_parts(cls, header: Mapping[str, Any], tensors: Tensors) -> Self:
+        """The calibration of a file's parts. Raises what a missing or odd part makes it raise."""
+        raise NotImplementedError
+
+    def verify(self) -> None:
+        """Raises ConfigError for parts that do not fit each other."""
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Reads and checks the files in a local folder; raises ConfigError on anything missing, unknown, damaged or of another schema."""
+        header = read_header(folder)
+        if cls.KIND is not None and header.get("kind") != cls.KIND:
+            raise ConfigError(
+                f"The calibration in {folder.name!r} is of kind {header.get('kind')!r}, expected {cls.KIND!r}."
+            )
+        check_keys(header, {"schema_version", "tensors_sha256", *cls.HEADER}, JSON_NAME)
+        payload = _read_tensors(folder / TENSORS_NAME, header["tensors_sha256"])
+        try:
+            tensors = load(payload)
+            calibration = cls.from_parts(header, tensors)
+            calibration.verify()
+            unknown = set(tensors) - set(calibration.tensors())
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(
+                f"The calibration in {folder.name!r} is incomplete or damaged ({type(error).__name__}). Download it again."
+            ) from None
+        if unknown:
+            raise ConfigError(
+                f"{TENSORS_NAME} holds unknown tensors: {', '.join(sorted(unknown))}. Upgrade hf_dp_xattn."
+            )
+        return calibration
 
     def save_pretrained(self, directory: str | os.PathLike[str], **card: Unpack[CardOptions]) -> Path:
         """Writes JSON + safetensors (no pickle) and a card; returns the folder.
@@ -137,7 +112,13 @@ class Shared:
         folder = Path(directory)
         calibration: Any = self
         text = calibration_card(calibration, card_options(card))
-        self._write(folder)
+        blob = save({k: v.detach().cpu().contiguous().clone() for k, v in self.tensors().items()})
+        header = {
+            "schema_version": SCHEMA_VERSION,
+            **self.header(),
+            "tensors_sha256": hashlib.sha256(blob).hexdigest(),
+        }
+        write_files(folder, {TENSORS_NAME: blob, JSON_NAME: dump_document(seal(header))})
         write_files(folder, card_file(folder, text))
         return folder
 
@@ -153,3 +134,18 @@ class Shared:
             options,
             "Upload a DP attention calibration",
         )
+
+
+def _read_tensors(path: Path, sha256: Any) -> bytes:
+    """The file's bytes. Raises ConfigError where it is missing, or not the one that the JSON names."""
+    try:
+        payload = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"{path.name} cannot be read ({type(error).__name__}); the calibration is incomplete."
+        ) from None
+    if hashlib.sha256(payload).hexdigest() != sha256:
+        raise ConfigError(
+            f"{path.name} does not match its checksum: damaged, truncated, or of another version. Download it again."
+        )
+    return payload

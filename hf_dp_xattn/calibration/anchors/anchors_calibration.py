@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import torch
 
@@ -13,23 +14,20 @@ from ...artefacts import HubOptions, find_files
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
 from ...mechanisms.anchors.anchors import PreparedAnchors, prepare_anchors
-from ...mechanisms.anchors.plan import AnchorPlan, Decoders
-from ..stored import JSON_NAME, TENSORS_NAME, Shared
-from .files import KIND, load_anchors, rounded, save_anchors
-from .verify import GROUPINGS, verify_anchors
+from ...mechanisms.anchors.cells import CellDecoder, Tilt
+from ...mechanisms.anchors.move import RowMove
+from ...mechanisms.anchors.plan import AnchorPlan, Decoders, Quality
+from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
+from ...privacy.units import NeighboringRelation
+from ..checks import Sizes, check_keys, integer, number, refuse
+from ..stored import JSON_NAME, TENSORS_NAME, Stored, Tensors
+from .anchor_checks import verify_plans
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = [
-    "GROUPINGS",
-    "JSON_NAME",
-    "KIND",
-    "TENSORS_NAME",
-    "AnchorCalibration",
-    "HostIdentity",
-    "ScorePoint",
-]
+GROUPINGS = {"row": ("rows",), "group": ("rows", "phrases", "segments"), "context": ("context",)}
+# what is stored in half precision
+HALF = ("matrix", "weight", "hidden", "coefficients", "directions", "anchors", "inner", "outer", "cells")
+_FIELDS = ("unit", "neighboring", "grouping", "channels", "contexts", "units", "settings")
+_PLAN_KEYS = {*AnchorPlan.FIELDS, "quality", "has_head", "has_tilt"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,13 +54,16 @@ class ScorePoint:
 
 
 @dataclass(frozen=True, eq=False)
-class AnchorCalibration(Shared):
+class AnchorCalibration(Stored):
     """Everything that `anchors` reads besides the private rows. Nothing in here may depend on a private context.
 
     unit, neighboring: what it was made for. grouping: "rows", "phrases" or "context", how units were encoded. contexts, units: how many
     public contexts, and the largest number of units in one. settings: how it was made, for the card. scores: task scores that the
     publisher measured on public contexts, for the planner.
     """
+
+    HEADER = frozenset({"kind", "host", "plans", "scores", "has_slots", "cells", *_FIELDS})
+    KIND = "anchors"
 
     unit: str
     neighboring: str
@@ -76,8 +77,6 @@ class AnchorCalibration(Shared):
     decoders: Decoders
     scores: tuple[ScorePoint, ...] = ()
 
-    mechanism = KIND
-
     def check(self, config: DPXAttnConfig, channels: int) -> None:
         """Raises ConfigError unless the calibration was made for this unit, relation and number of channels."""
         for name in ("unit", "neighboring"):
@@ -90,7 +89,7 @@ class AnchorCalibration(Shared):
             raise ConfigError(
                 f"The calibration is for contexts of {self.channels} channels, this model's have {channels}: it is for another model."
             )
-        if config.mechanism != KIND:
+        if config.mechanism != self.KIND:
             raise ConfigError(
                 f"This calibration is for mechanism='anchors', the config says {config.mechanism!r}. Calibrate for that."
             )
@@ -100,8 +99,100 @@ class AnchorCalibration(Shared):
         self.check(config, self.channels)
         return prepare_anchors(config, self.plans, self.decoders)
 
-    def _write(self, folder: Path) -> None:
-        save_anchors(self, folder)
+    def header(self) -> dict[str, Any]:
+        cells = self.decoders.cells
+        return {
+            "kind": self.KIND,
+            **{name: getattr(self, name) for name in _FIELDS},
+            "host": {"layers": [list(x) for x in self.host.layers], "dtype": self.host.dtype},
+            "plans": [
+                {
+                    **{name: getattr(p, name) for name in AnchorPlan.FIELDS},
+                    "quality": dataclasses.asdict(p.quality),
+                    "has_head": p.head is not None,
+                    "has_tilt": p.tilt is not None,
+                }
+                for p in self.plans
+            ],
+            "scores": [dataclasses.asdict(s) for s in self.scores],
+            "has_slots": self.decoders.slots is not None,
+            "cells": None if cells is None else {"rows": cells.rows},
+        }
+
+    def tensors(self) -> Tensors:
+        out: Tensors = {"host.sketch": self.host.sketch, "host.probe": self.host.probe}
+
+        def add(prefix: str, part: Any) -> None:
+            if part is not None:
+                for name in part.TENSORS:
+                    value = getattr(part, name)
+                    out[f"{prefix}.{name}"] = value.half() if name in HALF else value
+
+        add("slots", self.decoders.slots)
+        add("cells", self.decoders.cells)
+        add("move", self.decoders.move)
+        for i, plan in enumerate(self.plans):
+            add(f"plan.{i}", plan)
+            add(f"plan.{i}.head", plan.head)
+            add(f"plan.{i}.tilt", plan.tilt)
+        return out
+
+    @classmethod
+    def from_parts(cls, header: Mapping[str, Any], tensors: Tensors) -> AnchorCalibration:
+        cells = header["cells"]
+        tensors = {k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()}
+        check_keys(header["host"], {"layers", "dtype"}, "the host of the calibration")
+        if cells is not None:
+            check_keys(cells, {"rows"}, "the cells of the calibration")
+        layers = tuple((str(n), int(h), int(c), int(o)) for n, h, c, o in header["host"]["layers"])
+        return cls(
+            **{n: header[n] for n in _FIELDS},
+            host=HostIdentity(
+                layers, tensors["host.sketch"], str(header["host"]["dtype"]), tensors["host.probe"]
+            ),
+            plans=tuple(_read_plan(i, entry, tensors) for i, entry in enumerate(header["plans"])),
+            scores=tuple(ScorePoint(**s) for s in header["scores"]),
+            decoders=Decoders(
+                _part(SlotDecoder, "slots", tensors) if header["has_slots"] else None,
+                None if cells is None else _part(CellDecoder, "cells", tensors, rows=cells["rows"]),
+                _part(RowMove, "move", tensors)
+                if any(p["release"] == "mixed" for p in header["plans"])
+                else None,
+            ),
+        )
+
+    def rounded(self) -> AnchorCalibration:
+        """The calibration as a file would give it back: large tensors in half precision."""
+        return self.from_parts(self.header(), self.tensors())
+
+    def verify(self) -> None:
+        if self.unit not in GROUPINGS:
+            refuse(f"unit is {self.unit!r}")
+        if self.grouping not in GROUPINGS[self.unit]:
+            raise ConfigError(
+                f"The calibration says grouping={self.grouping!r} for unit={self.unit!r}, expected one of "
+                f"{GROUPINGS[self.unit]}."
+            )
+        if self.neighboring not in {r.value for r in NeighboringRelation}:
+            refuse(f"neighboring is {self.neighboring!r}")
+        for name in ("channels", "contexts", "units"):
+            integer(getattr(self, name), name)
+        if not isinstance(self.settings, dict):
+            refuse("settings is no object")
+        if not self.plans:
+            raise ConfigError("The calibration holds no plan; calibrate again.")
+        host = self.host
+        if not host.layers or any(min(heads, out) < 1 for _, heads, _, out in host.layers):
+            refuse("its layers")
+        if any(channels != self.channels for _, _, channels, _ in host.layers):
+            refuse("its layers read other contexts than it is for")
+        Sizes().fit("host.sketch", host.sketch, len(host.layers), 2, "s", "s")
+        Sizes().fit("host.probe", host.probe, "n", self.channels)
+        verify_plans(self.plans, self.decoders, self.channels)
+        for score in self.scores:
+            for name in ("epsilon", "score", "low", "high"):
+                number(getattr(score, name), f"a score's {name}")
+            integer(score.contexts, "a score's contexts")
 
     @classmethod
     def from_pretrained(
@@ -109,13 +200,21 @@ class AnchorCalibration(Shared):
     ) -> AnchorCalibration:
         """Reads a folder or a Hub repository (`HubOptions`); raises ConfigError on anything missing, unknown, damaged or of another
         schema."""
-        return load_anchors(find_files(name_or_path, (JSON_NAME, TENSORS_NAME), error=ConfigError, **options))
+        return cls.load(find_files(name_or_path, (JSON_NAME, TENSORS_NAME), error=ConfigError, **options))
 
-    def rounded(self) -> AnchorCalibration:
-        """The calibration as a file would give it back: large tensors in half precision."""
-        return rounded(self)
 
-    def verify(self) -> None:
-        """Raises ConfigError for parts that do not fit each other: shapes, NaN, numbers out of range, unknown releases, cells that
-        repeat."""
-        verify_anchors(self)
+def _part(kind: Any, prefix: str, tensors: Tensors, **extra: Any) -> Any:
+    return kind(**{n: tensors[f"{prefix}.{n}"] for n in kind.TENSORS}, **extra)
+
+
+def _read_plan(i: int, entry: Mapping[str, Any], tensors: Tensors) -> AnchorPlan:
+    check_keys(entry, _PLAN_KEYS, f"plan {i} of {JSON_NAME}")
+    prefix = f"plan.{i}"
+    own: dict[str, Any] = {n: tensors[f"{prefix}.{n}"] for n in AnchorPlan.TENSORS}
+    return AnchorPlan(
+        **{n: entry[n] for n in AnchorPlan.FIELDS},
+        **own,
+        head=_part(SlotHead, f"{prefix}.head", tensors) if entry["has_head"] else None,
+        tilt=_part(Tilt, f"{prefix}.tilt", tensors) if entry["has_tilt"] else None,
+        quality=Quality(**entry["quality"]),
+    )

@@ -1,62 +1,26 @@
-"""Whether the parts of an `AnchorCalibration` fit each other. Privacy does not rest on it; a clear error instead of a late one does."""
+"""Whether plans and decoders fit each other. Privacy does not rest on it; a clear error instead of a late one does."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 
 from ...errors import ConfigError
-from ...mechanisms.anchors.plan import RELEASES, AnchorPlan
-from ...privacy.units import NeighboringRelation
+from ...mechanisms.anchors.plan import RELEASES, AnchorPlan, Decoders
 from ..checks import Sizes, integer, number, refuse
 
-if TYPE_CHECKING:
-    from .anchors_calibration import AnchorCalibration
 
-GROUPINGS = {"row": ("rows",), "group": ("rows", "phrases", "segments"), "context": ("context",)}
-
-
-def verify_anchors(calibration: AnchorCalibration) -> None:
-    """Raises ConfigError for parts that do not fit each other: shapes, NaN, numbers out of range, unknown releases, cells that repeat."""
-    if calibration.unit not in GROUPINGS:
-        refuse(f"unit is {calibration.unit!r}")
-    if calibration.grouping not in GROUPINGS[calibration.unit]:
-        raise ConfigError(
-            f"The calibration says grouping={calibration.grouping!r} for unit={calibration.unit!r}, expected one of "
-            f"{GROUPINGS[calibration.unit]}."
-        )
-    if calibration.neighboring not in {r.value for r in NeighboringRelation}:
-        refuse(f"neighboring is {calibration.neighboring!r}")
-    for name in ("channels", "contexts", "units"):
-        integer(getattr(calibration, name), name)
-    if not isinstance(calibration.settings, dict):
-        refuse("settings is no object")
-    if not calibration.plans:
-        raise ConfigError("The calibration holds no plan; calibrate again.")
-    _verify_host(calibration)
-    shared = Sizes(C=calibration.channels)
-    _verify_decoders(calibration, shared)
-    for plan in calibration.plans:
-        _verify_plan(plan, calibration, shared)
-    for score in calibration.scores:
-        for name in ("epsilon", "score", "low", "high"):
-            number(getattr(score, name), f"a score's {name}")
-        integer(score.contexts, "a score's contexts")
+def verify_plans(plans: Sequence[AnchorPlan], decoders: Decoders, channels: int) -> None:
+    """Raises ConfigError for shapes, NaN, numbers out of range, unknown releases and cells that repeat."""
+    shared = Sizes(C=channels)
+    _verify_decoders(decoders, plans, shared)
+    for plan in plans:
+        _verify_plan(plan, decoders, shared, channels)
 
 
-def _verify_host(calibration: AnchorCalibration) -> None:
-    host = calibration.host
-    if not host.layers or any(min(heads, out) < 1 for _, heads, _, out in host.layers):
-        refuse("its layers")
-    if any(channels != calibration.channels for _, _, channels, _ in host.layers):
-        refuse("its layers read other contexts than it is for")
-    Sizes().fit("host.sketch", host.sketch, len(host.layers), 2, "s", "s")
-    Sizes().fit("host.probe", host.probe, "n", calibration.channels)
-
-
-def _verify_decoders(calibration: AnchorCalibration, shared: Sizes) -> None:
-    slots, cells, move = calibration.decoders.slots, calibration.decoders.cells, calibration.decoders.move
+def _verify_decoders(decoders: Decoders, plans: Sequence[AnchorPlan], shared: Sizes) -> None:
+    slots, cells, move = decoders.slots, decoders.cells, decoders.move
     if slots is not None:
         shared.fit("slots.hidden", slots.hidden, "H", "H")
         shared.fit("slots.slots", slots.slots, "R", "C")
@@ -74,7 +38,7 @@ def _verify_decoders(calibration: AnchorCalibration, shared: Sizes) -> None:
         # a count that no public context had has no mass
         shared.fit("cells.log_prior", cells.log_prior.exp(), "m", "J")
     if move is not None:
-        if cells is None or all(p.release != "mixed" for p in calibration.plans):
+        if cells is None or all(p.release != "mixed" for p in plans):
             refuse("a move of anchors that no plan uses")
         shared.fit("move.codes", move.codes, "m", "k")
         shared.fit("move.cross", move.cross, "C", "k")
@@ -84,7 +48,7 @@ def _verify_decoders(calibration: AnchorCalibration, shared: Sizes) -> None:
             refuse("move.scale or move.moment is not positive")
 
 
-def _verify_plan(plan: AnchorPlan, calibration: AnchorCalibration, shared: Sizes) -> None:
+def _verify_plan(plan: AnchorPlan, decoders: Decoders, shared: Sizes, channels: int) -> None:
     where = f"plan for epsilon {plan.epsilon!r}"
     number(plan.epsilon, f"{where}: epsilon", low=1e-9)
     number(plan.bound, f"{where}: bound", low=1e-9)
@@ -95,7 +59,7 @@ def _verify_plan(plan: AnchorPlan, calibration: AnchorCalibration, shared: Sizes
     integer(plan.quality.contexts, f"{where}: contexts")
     if plan.release not in RELEASES:
         refuse(f"{where}: release {plan.release!r} is unknown")
-    own = Sizes(C=calibration.channels)
+    own = Sizes(C=channels)
     own.fit(f"{where}: matrix", plan.matrix, "K", "C")
     own.fit(f"{where}: bias", plan.bias, "K")
     own.fit(f"{where}: center", plan.center, "C")
@@ -111,12 +75,12 @@ def _verify_plan(plan: AnchorPlan, calibration: AnchorCalibration, shared: Sizes
         raise ConfigError(
             f"The codebook for epsilon = {plan.epsilon:g} has repeated cells, of which one is always empty. Calibrate again."
         )
-    slots, cells, head = calibration.decoders.slots, calibration.decoders.cells, plan.head
+    slots, cells, head = decoders.slots, decoders.cells, plan.head
     if by_cells and (cells is None or len(cells.anchors) != own.get("m")):
         refuse(f"{where}: its cells have no decoder")
     if not by_cells and (slots is None or head is None):
         refuse(f"{where}: its code has no decoder")
-    move = calibration.decoders.move
+    move = decoders.move
     if plan.release == "mixed" and (move is None or move.codes.shape[1] != own.get("K")):
         refuse(f"{where}: its mean code has no move")
     if head is not None:
