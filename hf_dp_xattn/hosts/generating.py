@@ -25,7 +25,10 @@ REFUSED: dict[str, str] = {
 }
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (1, 1.0),
-    "cache_implementation": ("dynamic",),
+    "cache_implementation": (
+        "dynamic",
+        "hybrid",
+    ),  # transformers unsets the second, which Gemma 2 and 3 carry on the Hub
     "use_mtp": (False,),
 }
 

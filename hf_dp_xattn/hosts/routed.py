@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..errors import ProtectionLostError
+from ..errors import ConfigError, ProtectionLostError
 from ..mechanisms.rows_structure import as_rows
 from .context import PrivateContext
 from .fingerprint import Fingerprint
@@ -125,6 +125,17 @@ class RoutedHandle(ProtectedPipeline):
         if self.routing.attribute not in module.__dict__ or self.model.get_submodule(name) is not module:
             return f"{name} was replaced"
         return None
+
+    def refuse_checkpointing(self, module: Any) -> None:
+        """Raises ConfigError where a forward would be run again for its gradient, when nothing says any more what it may read."""
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        if any(getattr(part, "gradient_checkpointing", False) and part.training for part in module.modules()):
+            raise ConfigError(
+                "Gradient checkpointing is not supported on a protected model: the backward pass would run its layers again, outside of "
+                "the call that names the release. Call model.gradient_checkpointing_disable() and train with smaller batches, or train "
+                "the model before it is protected."
+            )
 
     def _update_access(self) -> None:
         """Whether public contexts may pass is asked at each call."""

@@ -46,7 +46,8 @@ class OwnTokens(DynamicLayer):
 class PrefixCache(Cache):
     """tags: the binding of each batch element; offset: positions of head and prefix, the same for all; layers: how many.
 
-    elastic: set by `generate`, which repeats each batch element (beams, samples) without telling the cache.
+    elastic: set by `generate`, which repeats each batch element (beams, samples) without telling the cache. expected: how many tokens
+    the first forward must be given, set by `generate` too.
     """
 
     def __init__(self, tags: Sequence[Tag], offset: int, layers: int) -> None:
@@ -55,6 +56,7 @@ class PrefixCache(Cache):
         self.index = torch.tensor([self.tags.index(tag) for tag in tags])
         self.offset = offset
         self.elastic = False
+        self.expected: int | None = None
 
     def __repr__(self) -> str:
         return f"PrefixCache(batch={len(self.index)}, releases={len(self.tags)}, offset={self.offset}, own={self.own})"

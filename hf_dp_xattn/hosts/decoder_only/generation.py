@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,10 @@ NO_INPUTS = (
     "This model is protected and was called without a release. Call model.generate(**release.inputs(input_ids=ids)), or declare everything "
     "public with `with protected.public():`."
 )
+PROMPT_LEARNING = (
+    "PEFT's prompt learning (prompt, prefix or p-tuning) is not supported around a protected model: its virtual tokens would be left out, "
+    "and the user's tokens too. Call generate of the protected model itself, or train what lives in the weights (LoRA is supported)."
+)
 REFUSED: dict[str, str] = {
     **generating.REFUSED,
     "inputs_embeds": "pass token ids",
@@ -34,6 +39,13 @@ REFUSED_IN_CALLS = (
     "position_ids",
     "token_type_ids",
 )  # of a direct call; `generate` counts positions as the model does
+# settings that would mean the prefix's tokens as well, and the values that ask for nothing
+BLIND: dict[str, tuple[Any, ...]] = {
+    "max_length": (),
+    "min_length": (0,),
+    "repetition_penalty": (1, 1.0),
+    "no_repeat_ngram_size": (0,),
+}
 
 
 def infer_mask(model: Any, ids: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor:
@@ -61,6 +73,7 @@ class GenerateShadow:
 
     def __init__(self, model: Any, handle: ProtectedDecoder) -> None:
         self._model, self._handle = model, handle
+        self._warned = False
         self._shadows: dict[str, Callable[..., Any]] = {}
 
     def install(self) -> None:
@@ -96,6 +109,12 @@ class GenerateShadow:
         if not isinstance(cache, PrefixCache):
             raise ProtectionLostError(NO_INPUTS)
         self._check(arguments, config)
+        prepare = self._model.__dict__.get(
+            "prepare_inputs_for_generation"
+        )  # PEFT's wrappers put their own there
+        wrapped = getattr(getattr(prepare, "__self__", None), "active_peft_config", None)
+        if getattr(wrapped, "is_prompt_learning", False):
+            raise ProtectionLostError(PROMPT_LEARNING)
         ids = arguments.get("input_ids", arguments.get("inputs"))
         mask = arguments.get("attention_mask")
         if ids is None or mask is None or mask.shape[-1] != cache.offset + cache.own + ids.shape[-1]:
@@ -105,10 +124,33 @@ class GenerateShadow:
             )
         self._handle.serve(cache)
         check_window(self._handle.limit, cache.offset + cache.own + self._planned(arguments, config, ids))
+        self._warn_once(arguments, config)
         cache = cache.fork()  # so that the same inputs can be used again
-        cache.elastic = True
+        cache.elastic, cache.expected = True, int(ids.shape[-1])
+        arguments["cache_implementation"] = (
+            None  # a dynamic one, as here: transformers refuses its name beside a cache
+        )
         with self._handle.calls.inside_generate():
             return original(**{**arguments, "past_key_values": cache})
+
+    def _warn_once(self, arguments: dict[str, Any], config: Any) -> None:
+        """Settings that mean all tokens so far see those of the prefix in no protected model; once for each model."""
+
+        def asked(name: str) -> Any:
+            value = arguments.get(name)
+            return getattr(config, name, None) if value is None else value
+
+        found = [n for n, nothing in BLIND.items() if asked(n) not in (None, *nothing)]
+        if "max_length" in found and asked("max_new_tokens") is not None:
+            found.remove("max_length")
+        if found and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{', '.join(found)}: the private prefix is not among the tokens that these see. max_length and min_length count the "
+                "user's own tokens and the reply (max_new_tokens and min_new_tokens say what is meant), and no word of the prefix counts "
+                "as a repetition.",
+                stacklevel=4,
+            )
 
     @staticmethod
     def _planned(arguments: dict[str, Any], config: Any, ids: Any) -> int:

@@ -28,6 +28,11 @@ from .layers import PrefixLayer, device_of, prefix_fingerprint
 from .probing import ON_META, find_layers
 from .reporting import prefix_report
 
+OTHER_TOKENS = (
+    "generate was given {expected} own tokens and would run the model on {given} of them: something between the two changes its inputs. "
+    "Call generate of the protected model itself."
+)
+
 
 class ProtectedDecoder(RoutedHandle):
     """A protected decoder-only model. Made by `dpx.protect`; a context manager that unprotects.
@@ -90,6 +95,7 @@ class ProtectedDecoder(RoutedHandle):
             )
         self._calls.current = None
         self.check()
+        self.refuse_checkpointing(module)
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         given = {**bound, **bound.pop("kwargs", {})}
         cache = given.get("past_key_values")
@@ -107,6 +113,9 @@ class ProtectedDecoder(RoutedHandle):
             if given.get(name) is not None:
                 raise ConfigError(f"{name} is not supported on a protected model: {REFUSED[name]}.")
         batch, queries = ids.shape
+        if cache.expected not in (None, queries):
+            raise ProtectionLostError(OTHER_TOKENS.format(given=queries, expected=cache.expected))
+        cache.expected = None
         cache.fit(batch)
         own = cache.own + queries
         total = cache.offset + own

@@ -8,6 +8,7 @@ over its keys and values: what a layer forgets far behind may move the logits by
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from ...errors import DPXAttnError, UnsupportedModelError
 from ...mechanisms.merge import exact_partial
 from ...mechanisms.rows_structure import RowsStructure
-from ..named_lengths import MOST, probed_length, unprobed_length
+from ..named_lengths import MOST, affordable, probed_length, unprobed_length
 from ..placeholder import new_tag
 from ..processor import LayerTable
 from ..reading import group_queries, ungroup
@@ -48,8 +49,10 @@ _TABLES = (
     "position_embeddings",
     "position_embedding",
 )
-
-
+_OTHER_INPUTS = {
+    *("pixel_values", "pixel_values_videos", "pixel_values_images", "images", "image_pixel_values"),
+    *("input_features", "input_values", "input_audio_embeds", "audio_values"),
+}
 _BY_LENGTH = ("dynamic", "longrope")
 
 
@@ -131,6 +134,12 @@ def find_layers(model: Any) -> dict[str, PrefixLayer]:
         raise refuse(model, "it is not a decoder-only model that generates")
     if model.main_input_name != "input_ids":
         raise refuse(model, f"it generates from {model.main_input_name}, not from token ids")
+    other = sorted(_OTHER_INPUTS & set(inspect.signature(model.forward).parameters))
+    if other:
+        raise refuse(
+            model,
+            f"it takes {other[0]} too, and positions of pictures or sounds cannot be counted behind a release (protect a model of text)",
+        )
     if device_of(model).type == "meta":
         raise refuse(model, f"its weights are not loaded ({ON_META})")
     if _rotations(model.config.get_text_config(decoder=True)) & set(_BY_LENGTH):
@@ -191,7 +200,8 @@ def _probe(model: Any) -> dict[str, PrefixLayer]:
 
 
 def _probe_far(model: Any, layers: dict[str, PrefixLayer]) -> None:
-    """The same at a length of several hundred, within the limits that are known: with nearly all of it in the prefix, and nearly nothing.
+    """The same at a length of several hundred, within the limits that are known: with nearly all of it in the prefix, and nearly nothing;
+    of a large model, with half of it.
 
     Of the last hidden states: logits of several hundred tokens are large.
     """
@@ -203,7 +213,8 @@ def _probe_far(model: Any, layers: dict[str, PrefixLayer]) -> None:
     state = Recording({layer.module: layer.config for layer in layers.values()}, judge=_judge(model))
     with routed(state.configs, NAME), recording(state):
         reference = model.base_model(input_ids=ids, use_cache=False)[0].float()
-    for prefix in (PREFIX, length - SUFFIX):
+    small = affordable(parameters_of(model)) == MOST
+    for prefix in (PREFIX, length - SUFFIX) if small else (length // 2,):
         rows = rows_of(run_recorded(model, layers, ids[:, :prefix]))
         with serving(model, layers, rows) as calls:
             parts = [length - prefix - 2, 1, 1]

@@ -83,6 +83,7 @@ class ProtectedImageText(ProtectedSeq2Seq):
             raise ProtectionLostError("A protected Mllama is not supported under torch.compile yet.")
         self._calls.current = None
         self.check()
+        self.refuse_checkpointing(module)
         given = named_arguments(inspect.signature(module.forward).bind_partial(*args, **kwargs))
         states, cached = given.get(STATES), self._cached(given.get("past_key_values"))
         call = self._read_call(states)

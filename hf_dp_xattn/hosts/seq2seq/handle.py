@@ -104,6 +104,7 @@ class ProtectedSeq2Seq(RoutedHandle):
             )
         self._calls.current = None
         self.check()
+        self.refuse_checkpointing(module)
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         call = self._read_call(last_hidden_state(bound.get(STATES, bound.get("kwargs", {}).get(STATES))))
         if call is None and not self.access.public:

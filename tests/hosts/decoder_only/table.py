@@ -64,7 +64,12 @@ moves further, the error names both dtypes beside the adapter.
 
 What is refused: assisted decoding and prompt lookup, static, offloaded and paged caches (`generate_batch`), compiled generation
 (`compile_config`), prefill in chunks, `use_cache=False`, guidance, positions (`position_ids`) or caches made elsewhere, a call without a
-release, and going beyond a sliding window or a table of learned positions.
+release, gradient checkpointing in training, PEFT's prompt learning (LoRA is supported), models that read pictures or sounds as well, and
+going beyond a sliding window or a table of learned positions.
+
+The prefix is not among `input_ids`. What a setting of `generate` says of all tokens so far it says of the user's own tokens and the reply:
+`max_length` and `min_length` do not count the prefix (`max_new_tokens` and `min_new_tokens` mean what they do elsewhere), and for
+`repetition_penalty`, `no_repeat_ngram_size` and logits processors of your own no word of the prefix is a repetition. A model warns once.
 """
 
 
