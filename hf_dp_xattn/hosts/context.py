@@ -12,6 +12,7 @@ from ..errors import ConfigError, ContextError, DPXAttnError
 from .lengths import dimensions
 from .phrases import check_phrases, encode_tokens, split_phrases
 from .placeholder import read_tags
+from .rehearsal import Trial
 from .text import TextSide, as_texts
 
 Rows = tuple[torch.Tensor, torch.Tensor]  # private [n, C], exact public [p, C]
@@ -25,6 +26,7 @@ class PrivateContext:
     whatever the content (else see `lengths.public_length`). phrases: the groups of the private
     rows where they are phrases; public. variant: how it is encoded: another variant is not served by the same release, but charged to the
     same name. parts: names of the documents that it consists of, or of the text that its phrases are of; they are charged as well.
+    trials: encodings of public stand-ins, to be tried before the charge.
     """
 
     rows: int
@@ -35,6 +37,7 @@ class PrivateContext:
     variant: bytes = field(default=b"", repr=False)
     parts: tuple[tuple[bytes, ...], ...] = field(default=(), repr=False)
     padded: bool = False
+    trials: tuple[Trial, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def names(self) -> tuple[tuple[bytes, ...], ...]:
@@ -88,7 +91,7 @@ def from_ids(ids: torch.Tensor, mask: torch.Tensor | None, text: TextSide) -> Pr
 
     rows = ids.shape[0]
     private = rows - int(text.first_row_is_public)
-    return PrivateContext(rows, private, _name_of_ids(ids), load, padded=True)
+    return PrivateContext(rows, private, _name_of_ids(ids), load, padded=True, trials=(text.trial(),))
 
 
 def from_phrases(phrases: Sequence[object], text: TextSide, whole: str | None = None) -> PrivateContext:
@@ -109,7 +112,9 @@ def from_phrases(phrases: Sequence[object], text: TextSide, whole: str | None = 
     groups = torch.arange(len(tokens)).repeat_interleave(each)
     name = (b"phrases", *(plain_bytes(t) for t, _ in tokens))
     whole_text = (_name_of_ids(ids),)
-    return PrivateContext(text.length, len(groups), name, load, groups, parts=whole_text, padded=True)
+    return PrivateContext(
+        text.length, len(groups), name, load, groups, parts=whole_text, padded=True, trials=(text.trial(),)
+    )
 
 
 def from_embeddings(rows: torch.Tensor, channels: int) -> PrivateContext:
@@ -126,7 +131,9 @@ def from_embeddings(rows: torch.Tensor, channels: int) -> PrivateContext:
         raise ContextError("The context has no rows (n = 0): there is nothing to release.")
     if not bool(torch.isfinite(rows).all()):
         raise ContextError("The embeddings hold NaN or Inf; nothing was spent.")
-    kept = rows.detach()
+    kept = (
+        rows.detach().clone()
+    )  # what was named is what is released, whatever becomes of the caller's tensor
 
     def load() -> Rows:
         return kept, kept[:0]

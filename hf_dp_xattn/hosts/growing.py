@@ -21,6 +21,7 @@ from .context import PrivateContext
 from .fingerprint import Fingerprint
 from .lengths import public_length
 from .making import ContextRecipe, LayerRecipe, Recipe
+from .rehearsal import rehearse
 from .release import ReleasedContext
 from .reporting import Spent
 
@@ -76,6 +77,7 @@ def open_growing(
         raise ConfigError("This kind of host has no growing contexts.")
     prepared = grow(recipe.prepared, horizon, units=getattr(handle.calibration, "units", None))
     names = names_of(handle, context)
+    rehearse([context], handle.channels)
     charge(handle, names, prepared.events, horizon=horizon)
     rows, public = context.load()
     release = prepared.open(handle.entropy)
@@ -113,6 +115,7 @@ def append_to(
         growing.spent.digests
     ):  # else an append that failed is made again: it is charged already
         prepared = growing.release.prepared
+        rehearse([context], handle.channels)
         charge(handle, names, prepared.events, horizon=prepared.horizon)
         growing.spent.digests.extend(names)
     rows, _ = context.load()

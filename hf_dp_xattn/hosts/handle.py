@@ -22,13 +22,16 @@ from .bindings import Bindings, bind, unique
 from .charging import charge, may_charge, names_of
 from .context import PrivateContext, name_contexts, name_phrases
 from .fingerprint import Fingerprint, fingerprint, stamp
+from .forward_inputs import check_forward, read_states, refuse_beside
 from .growing import GrowingContext, append_to, only, open_growing
 from .lengths import HIDDEN, public_length
 from .making import Recipe, choose_maker
 from .pipelines import PipelinePatch
 from .placeholder import Tag, make_placeholder, new_tag, read_tags
 from .processor import NO_COPY, DPAttnProcessor, Layout
-from .release import Release, ReleasedContext
+from .promised import Promises
+from .rehearsal import rehearse
+from .release import Release, ReleasedContext, require_fit
 from .reporting import Spent, build_report
 from .saving import SaveShadow
 from .tables import Tables
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 
 MAX_CACHED_RELEASES = 256
 HANDLE_ATTRIBUTE = "_dp_xattn_handle"
+Key = tuple[str, str]  # a context's first name in the ledger, and how it is encoded and grouped
+Todo = dict[Key, tuple[PrivateContext, torch.Tensor | None, list[str]]]
 
 
 class ProtectedPipeline:
@@ -79,7 +84,8 @@ class ProtectedPipeline:
         self._originals: dict[str, Any] = {}
         self._processors: dict[str, DPAttnProcessor] = {}
         self._bindings = Bindings()
-        self._cache: OrderedDict[tuple[str, str], ReleasedContext] = OrderedDict()
+        self.promises = Promises(self, self._bindings)
+        self._cache: OrderedDict[Key, ReleasedContext] = OrderedDict()
         self._spent: list[Spent] = []
         self._tags: tuple[Tag, ...] = ()
         self._device = torch.device("cpu")
@@ -148,6 +154,7 @@ class ProtectedPipeline:
         for processor in self._processors.values():
             processor.table = processor.layout = None
         self._tables.clear()
+        self.promises.clear()
 
     def __enter__(self) -> ProtectedPipeline:
         return self
@@ -235,16 +242,12 @@ class ProtectedPipeline:
     def _gate(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A trace cannot read markers; there, what is not proven fit becomes NaN in the processors.
         if not torch.compiler.is_compiling():
-            self._before_forward(args, kwargs)
+            self.before_forward(args, kwargs)
 
-    def _before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The UNet's gate. Raises before anything runs."""
         self.check()
-        states = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
-        if not isinstance(states, torch.Tensor):
-            raise ProtectionLostError(
-                "A protected UNet takes encoder_hidden_states as one tensor (no image prompts beside it)."
-            )
+        states = read_states(args, kwargs)
         if self._seen is not None and self._seen[0]() is states and self._seen[1:] == self._state_of(states):
             return  # the same tensor at every step: parsed already
         found = read_tags(states)
@@ -257,12 +260,10 @@ class ProtectedPipeline:
                     "declare the text public with `with protected.public():`."
                 )
             return
-        for name in ("encoder_attention_mask", "added_cond_kwargs"):
-            if kwargs.get(name) is not None:
-                raise ConfigError(f"A private context cannot be combined with {name}; pass None.")
-        scale = (kwargs.get("cross_attention_kwargs") or {}).get("scale", 1.0)
-        if scale != 1.0:
-            raise ConfigError(NO_SCALE)
+        refuse_beside(kwargs)
+        if self.promises.due(tags):
+            check_forward(self.unet, args, kwargs, states)
+            self.promises.keep(tags)
         self.activate(tags, states.device)
         rows = [i for i, tag in enumerate(found) if tag is not None]
         others = [i for i, tag in enumerate(found) if tag is None]
@@ -359,17 +360,22 @@ class ProtectedPipeline:
         """Prompts are split into phrases: the calibration's units are."""
         return self.config.unit == "group" and getattr(self.calibration, "grouping", None) == "phrases"
 
-    @torch.inference_mode(False)  # what is kept must serve other modes too
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def release_contexts(
-        self, contexts: Sequence[PrivateContext], *, groups: torch.Tensor | None = None, fresh: bool = False
-    ) -> list[ReleasedContext]:
-        """One `ReleasedContext` per context; equal contexts share one."""
+    def known(self, contexts: Sequence[PrivateContext]) -> list[ReleasedContext | None]:
+        """The releases that serve these contexts; None for one that is to be made, which the ledger allows for now. Nothing is spent."""
+        keys, todo, _, _ = self._due(contexts, None, False)
+        return [None if key in todo else self._cache[key] for key in keys]
+
+    def _due(
+        self, contexts: Sequence[PrivateContext], groups: torch.Tensor | None, fresh: bool
+    ) -> tuple[list[Key], Todo, Recipe, Fingerprint]:
+        """What is to be made. Raises ConfigError, ContextError or BudgetExceededError where it may not be."""
         self.check_thoroughly()
         current = self._current_fingerprint()
         recipe = self._maker.prepare(current)
         keys = []
-        todo: dict[tuple[str, str], tuple[PrivateContext, torch.Tensor | None, list[str]]] = {}
+        todo: Todo = {}
         for context in contexts:
             own = context.groups(groups, self.config.unit)
             names = names_of(self, context)
@@ -379,6 +385,16 @@ class ProtectedPipeline:
             if fresh or cached is None or cached.misfit(current, projected=self.projects_rows) is not None:
                 todo[key] = (context, own, names)
         may_charge(self, [name for _, _, names in todo.values() for name in names], recipe.events)
+        return keys, todo, recipe, current
+
+    @torch.inference_mode(False)  # what is kept must serve other modes too
+    @torch.no_grad()
+    def release_contexts(
+        self, contexts: Sequence[PrivateContext], *, groups: torch.Tensor | None = None, fresh: bool = False
+    ) -> list[ReleasedContext]:
+        """One `ReleasedContext` per context; equal contexts share one."""
+        keys, todo, recipe, current = self._due(contexts, groups, fresh)
+        rehearse((context for context, _, _ in todo.values()), self.channels)
         done = {key: self._cache[key] for key in keys if key not in todo}
         for key, (context, own, names) in todo.items():
             charge(self, names, recipe.events)
@@ -417,14 +433,14 @@ class ProtectedPipeline:
         """Takes in releases that were made elsewhere: verified, and named in the report."""
         current = self._current_fingerprint()
         for context in contexts:
-            _require_fit(context.foreign(current, projected=self.projects_rows))
+            require_fit(context.foreign(current, projected=self.projects_rows))
         self._spent += [Spent([], c.guarantee) for c in contexts]
 
     def verify(self, contexts: Sequence[ReleasedContext]) -> Fingerprint:
         """The fingerprint of the present weights. Raises ReleaseError unless the releases can serve them."""
         current = self._current_fingerprint()
         for context in contexts:
-            _require_fit(context.misfit(current, projected=self.projects_rows))
+            require_fit(context.misfit(current, projected=self.projects_rows))
         return current
 
     # ---- placeholders ------------------------------------------------------------------------------------------------------
@@ -488,17 +504,4 @@ class ProtectedPipeline:
         return build_report(self, self._spent, self._maker.warnings(self._current_fingerprint()))
 
 
-def _require_fit(reason: str | None) -> None:
-    if reason is not None:
-        raise ReleaseError(
-            f"The release does not fit this model: {reason}. Restore the weights that it was made with (load or unload the LoRA), or "
-            "make a new release, which is charged."
-        )
-
-
-NO_SCALE = (
-    "A LoRA scale per call (cross_attention_kwargs={'scale': ...}) would change the layers after the release. Set it before, with "
-    "pipe.set_adapters(name, weight) or pipe.fuse_lora(lora_scale=...)."
-)
-
-__all__ = ["HANDLE_ATTRIBUTE", "NO_SCALE", "ProtectedPipeline"]
+__all__ = ["HANDLE_ATTRIBUTE", "ProtectedPipeline"]

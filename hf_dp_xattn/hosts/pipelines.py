@@ -1,17 +1,20 @@
-"""The two methods of a Stable Diffusion pipeline that see the prompt, and the one that saves it, shadowed by instance attributes."""
+"""Methods of a Stable Diffusion pipeline that see the prompt or check the call, and the one that saves it, shadowed by attributes."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import ConfigError, ProtectionLostError
 from .architectures import unwrap
+from .bindings import unique
 from .context import PrivateContext, name_contexts
+from .forward_inputs import NO_SCALE
 from .placeholder import Tag, read_tags
 from .saving import SaveShadow
 from .text import TextSide, as_texts
@@ -26,7 +29,7 @@ NO_CLIP_SKIP = (
 
 
 class PipelinePatch:
-    """Shadows `encode_prompt` and `check_inputs` of one pipeline."""
+    """Shadows the methods of one pipeline that see the prompt, and what diffusers itself would check after the first step only."""
 
     def __init__(self, pipe: Any, handle: ProtectedPipeline, text: TextSide) -> None:
         self.pipe = pipe
@@ -34,9 +37,14 @@ class PipelinePatch:
         self._handle = handle
         self._shadows: dict[str, Callable[..., Any]] = {}
         self._saving = SaveShadow(pipe, handle)
+        self._outer: Any = None  # the hook on a compiled UNet
 
     def install(self) -> None:
-        for name, shadow in (("encode_prompt", self._encode_prompt), ("check_inputs", self._check_inputs)):
+        for name, shadow in (
+            ("encode_prompt", self._encode_prompt),
+            ("check_inputs", self._check_inputs),
+            ("prepare_extra_step_kwargs", self._check_extra),
+        ):
             original = getattr(self.pipe, name)
             signature = inspect.signature(original)
 
@@ -59,6 +67,8 @@ class PipelinePatch:
             if vars(self.pipe).get(name) is shadow:
                 del vars(self.pipe)[name]
         self._saving.remove()
+        if self._outer is not None:
+            self._outer.remove()
 
     def check(self) -> None:
         """Raises ProtectionLostError unless the pipeline still consists of what was protected."""
@@ -101,8 +111,6 @@ class PipelinePatch:
 
     def _encode_prompt(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """Releases what is private, then lets diffusers encode the negative prompt and repeat the placeholder."""
-        from .handle import NO_SCALE
-
         self.check()
         if self._handle.access.public:
             return original(*bound.args, **bound.kwargs)
@@ -119,9 +127,11 @@ class PipelinePatch:
             )
             if a["negative_prompt_embeds"] is not None:
                 negative_tags = read_tags(a["negative_prompt_embeds"])
+        self._check_scales()
         tags, rows = self._private_tags(a["prompt"], a["prompt_embeds"])
-        active = dict.fromkeys([*tags, *(t for t in negative_tags if t is not None)])
-        self._handle.activate(tuple(active), device)
+        if a["do_classifier_free_guidance"]:
+            self._check_negative(a["negative_prompt_embeds"], len(tags), rows)
+        self._make_ready(tags, negative_tags, device)
         a["prompt"] = None
         a["prompt_embeds"] = self._handle.placeholder(tags, rows, device)
         with self._handle.access.enter("encoding"):
@@ -143,8 +153,60 @@ class PipelinePatch:
                     "`prompt_embeds` mixes placeholders with embeddings; release the embeddings first."
                 )
             contexts = self._name(embeds)
-        released = self._handle.release_contexts(contexts)
-        return self._handle.bind_contexts(released), contexts[0].rows
+        return self._handle.promises.make(contexts), contexts[0].rows
+
+    def _make_ready(
+        self, tags: Sequence[Tag], negative_tags: Sequence[Tag | None], device: torch.device
+    ) -> None:
+        """Releases that exist are verified and at hand; one that is due is made by the UNet's gate. A gate that is traced makes none: there
+        the outer module's does, or, where the UNet was compiled in place, it is made now."""
+        outer, unet = self.pipe.unet, self._handle.unet
+        if outer is not unet and (self._outer is None or self._outer.id not in outer._forward_pre_hooks):
+            self._outer = outer.register_forward_pre_hook(self._gate, with_kwargs=True)
+        active = unique([*tags, *negative_tags])
+        if outer is unet and unet._compiled_call_impl is not None:
+            self._handle.promises.keep(active)
+        if not self._handle.promises.due(active):
+            self._handle.activate(active, device)
+
+    @torch.compiler.disable
+    def _gate(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Of a module around the UNet (`torch.compile`), which runs before anything is traced."""
+        if self._handle.active:
+            self._handle.before_forward(args, kwargs)
+
+    def _check_scales(self) -> None:
+        for name in ("guidance_scale", "guidance_rescale"):
+            _check_number(name, getattr(self.pipe, f"_{name}", 0.0))
+
+    @staticmethod
+    def _check_extra(original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        """What goes to the scheduler's step."""
+        generator = bound.arguments["generator"]
+        each = generator if isinstance(generator, (list, tuple)) else [generator]
+        if not all(g is None or isinstance(g, torch.Generator) for g in each):
+            raise ConfigError("`generator` must be a torch.Generator, or a list of them.")
+        _check_number("eta", bound.arguments["eta"])
+        return original(*bound.args, **bound.kwargs)
+
+    def _check_negative(self, embeds: Any, batch: int, rows: int) -> None:
+        """Whether the negative prompt, which diffusers joins to the placeholder, has its shape. Raises ConfigError."""
+        if embeds is not None:
+            want = [batch, rows, self._handle.channels]
+            if not isinstance(embeds, torch.Tensor) or list(embeds.shape) != want:
+                shape = list(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
+                raise ConfigError(
+                    f"`negative_prompt_embeds` must be {want}, as the prompt's, got {shape}. Nothing was spent."
+                )
+        elif not self.text.available:
+            raise ConfigError(
+                "This pipeline has no text encoder for the negative prompt: pass negative_prompt_embeds, or guidance_scale=1."
+            )
+        elif rows != self.text.length:
+            raise ConfigError(
+                f"The private context has {rows} rows, and a negative prompt as text has {self.text.length}: pass negative_prompt_embeds "
+                f'[{batch}, {rows}, {self._handle.channels}] (of "" too, the default), or guidance_scale=1. Nothing was spent.'
+            )
 
     def _name(self, context: Any) -> list[PrivateContext]:
         return name_contexts(context, self.text, self._handle.channels, phrases=self._handle.by_phrases)
@@ -164,3 +226,13 @@ class PipelinePatch:
                 f"Got {len(texts)} negative prompts for {batch} prompts; pass one, or one for each."
             )
         return texts * batch if len(texts) == 1 else texts
+
+
+def _check_number(name: str, value: Any) -> None:
+    """Raises ConfigError unless `value` is one finite number; diffusers finds out after the first step."""
+    try:
+        numeric = not isinstance(value, str) and math.isfinite(float(value))
+    except (TypeError, ValueError, RuntimeError):
+        numeric = False
+    if not numeric:
+        raise ConfigError(f"`{name}` must be one finite number, got {type(value).__name__}.")

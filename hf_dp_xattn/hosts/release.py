@@ -62,6 +62,15 @@ class ReleasedContext:
         return self.fingerprint.difference(current, FAR if projected and self.context is not None else None)
 
 
+def require_fit(reason: str | None) -> None:
+    """Raises ReleaseError where there is a reason (`ReleasedContext.misfit`)."""
+    if reason is not None:
+        raise ReleaseError(
+            f"The release does not fit this model: {reason}. Restore the weights that it was made with (load or unload the LoRA), or "
+            "make a new release, which is charged."
+        )
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Binding:
     """What a placeholder names: a release, and all exact public rows of this call."""

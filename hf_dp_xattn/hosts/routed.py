@@ -89,6 +89,7 @@ class RoutedHandle(ProtectedPipeline):
         self.model.__dict__.pop(HANDLE_ATTRIBUTE, None)
         self._leave()
         self._tables.clear()
+        self.promises.clear()
 
     # ---- gates -------------------------------------------------------------------------------------------------------------
 

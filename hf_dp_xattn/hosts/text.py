@@ -15,6 +15,7 @@ from ..errors import ConfigError, ContextError
 from ..records import plain_text
 from .access import Access
 from .lengths import dimensions
+from .rehearsal import Trial
 
 # Two public texts; a row that is the same for both does not depend on the prompt.
 _PROBES = ("", "a photograph of a red apple")
@@ -101,6 +102,10 @@ class TextSide:
         attention_mask = mask.unsqueeze(0).to(device) if use_mask and mask is not None else None
         with self._access.enter("encoding"):
             return self.encoder(ids.unsqueeze(0).to(device), attention_mask=attention_mask)[0][0]
+
+    def trial(self) -> Trial:
+        """The encoding of a public text: all texts are padded to one length."""
+        return Trial("text", lambda: self.encode(*self.tokenize(_PROBES[0])))
 
     def private_rows(self, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(private rows, exact public rows): the first row comes from a public text, never from the private encoding."""

@@ -148,21 +148,39 @@ def test_compile_without_recompiling(mechanism: str, pipe: Any, private: Any, co
 
 @BOTH
 def test_compiled_and_replaced_processors(pipe: Any, private: Any, counter: Any) -> None:
-    """encode_prompt still checks; and a compiled UNet that is called directly with a stale placeholder gives NaN."""
+    """encode_prompt still checks; a compiled UNet that no pipeline holds gives NaN for what its gate would refuse."""
     handle = protect(pipe, private)
     inputs = handle.release(PROMPT).inputs()
     pipe.unet = torch.compile(pipe.unet, backend=counter, fullgraph=True)
     picture(pipe, **inputs)
     stale = handle.placeholder([tuple([1] * 9)], 16, "cpu")
-    assert bool(pipe.unet(latents(), 5, stale).sample.isnan().all())
-    assert bool(
-        pipe.unet(latents(), 5, torch.randn(1, 16, CHANNELS)).sample.isnan().all()
-    )  # public, but not declared so
+    undeclared = torch.randn(1, 16, CHANNELS)
+    for states in (stale, undeclared):
+        with pytest.raises(dpx.DPXAttnError):  # the pipeline's own gate, before what is traced
+            pipe.unet(latents(), 5, states)
+        bare = torch.compile(handle.unet, backend=counter, fullgraph=True)
+        assert bool(bare(latents(), 5, states).sample.isnan().all())
     with handle.public():
         assert bool(pipe.unet(latents(), 5, torch.randn(1, 16, CHANNELS)).sample.isfinite().all())
     handle.unet.set_attn_processor({n: type(p)() for n, p in handle.unet.attn_processors.items()})
     with pytest.raises(dpx.ProtectionLostError):
         picture(pipe, **inputs)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_pipeline_makes_its_release(in_place: bool, pipe: Any, private: Any, counter: Any) -> None:
+    """The first call of all is compiled: its gate is not traced, and bad public arguments cost nothing."""
+    handle = protect(pipe, private)
+    if in_place:
+        pipe.unet.compile(backend=counter)
+    else:
+        pipe.unet = torch.compile(pipe.unet, backend=counter, fullgraph=True)
+        with pytest.raises(ValueError, match="generator"):
+            picture(pipe, PROMPT, generator=[torch.Generator()] * 3)
+        assert handle.ledger.entries() == ()
+    assert bool(picture(pipe, PROMPT).isfinite().all()) and len(handle.ledger.entries()) == 1
+    assert bool(picture(pipe, PROMPT).isfinite().all()) and len(handle.ledger.entries()) == 1
+    dpx.unprotect(pipe)
 
 
 @BOTH

@@ -11,6 +11,7 @@ from ...errors import ConfigError, ContextError
 from ..context import PrivateContext, Rows, from_embeddings, plain_bytes
 from ..lengths import dimensions
 from ..placeholder import read_tags
+from ..seq2seq.contexts import MakeTrial
 from .probing import STATES
 
 PIXELS, RATIO_IDS, RATIO_MASK = "pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"
@@ -62,7 +63,13 @@ def is_placeholder(states: Any) -> TypeGuard[torch.Tensor]:
 
 
 def name_images(
-    inputs: dict[str, torch.Tensor], channels: int, patches: int, encode: Encode, *, keep_padding: bool
+    inputs: dict[str, torch.Tensor],
+    channels: int,
+    patches: int,
+    encode: Encode,
+    trial: MakeTrial,
+    *,
+    keep_padding: bool,
 ) -> list[PrivateContext]:
     """One context per batch element, of checked inputs (`VisionSide.check`).
 
@@ -84,14 +91,18 @@ def name_images(
         return [from_embeddings(rows, channels) for rows in batch]
     return [
         _image(
-            {name: value[i : i + 1].detach() for name, value in inputs.items()}, patches, encode, keep_padding
+            {name: value[i : i + 1].detach().clone() for name, value in inputs.items()},
+            patches,
+            encode,
+            trial,
+            keep_padding,
         )
         for i in range(len(inputs[PIXELS]))
     ]
 
 
 def _image(
-    inputs: dict[str, torch.Tensor], patches: int, encode: Encode, keep_padding: bool
+    inputs: dict[str, torch.Tensor], patches: int, encode: Encode, trial: MakeTrial, keep_padding: bool
 ) -> PrivateContext:
     """The ledger knows an image by its pixels, whatever aspect ratio it was said to have."""
 
@@ -104,7 +115,7 @@ def _image(
     pixels = inputs[PIXELS]
     name = (PIXELS.encode(), repr(tuple(pixels.shape)).encode(), plain_bytes(pixels))
     variant = repr([inputs[n].flatten().tolist() for n in (RATIO_IDS, RATIO_MASK)]).encode()
-    return PrivateContext(count, count, name, load, variant=variant, padded=True)
+    return PrivateContext(count, count, name, load, variant=variant, padded=True, trials=(trial(inputs),))
 
 
 def check_mask(mask: Any, rows: Sequence[int], patches: int) -> None:

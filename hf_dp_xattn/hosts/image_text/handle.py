@@ -184,8 +184,10 @@ class ProtectedImageText(ProtectedSeq2Seq):
         inputs = gather(context)
         self._encoder.check(inputs)
         keep = self.config.mechanism == "none"
-        encode = self._encoder.encode
-        contexts = name_images(inputs, self.channels, self._encoder.patches, encode, keep_padding=keep)
+        side = self._encoder
+        contexts = name_images(
+            inputs, self.channels, side.patches, side.encode, side.trial, keep_padding=keep
+        )
         return contexts, groups
 
     def _open(self, contexts: Sequence[PrivateContext], groups: torch.Tensor | None, horizon: int) -> Release:
@@ -230,8 +232,7 @@ class ProtectedImageText(ProtectedSeq2Seq):
         if texts is not None and texts[0] != len(contexts):
             raise ConfigError(f"Got {texts[0]} texts for {len(contexts)} images.")
         check_mask(text.get(MASK), [c.rows for c in contexts], self._encoder.patches)
-        found: torch.Tensor = self.inputs(self.release(image))[STATES]
-        return found
+        return self._promised(contexts)
 
     # ---- report ------------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError, ContextError
+from ..rehearsal import Trial
 from ..seq2seq.encoder import EncoderSide
 from .contexts import ONE_IMAGE, PIXELS, RATIO_IDS, RATIO_MASK
 from .probing import vision_parts
@@ -70,14 +71,25 @@ class VisionSide(EncoderSide):
 
     def encode_batch(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """[B, tiles * patches, C]: the projected output of the vision model."""
-        vision, projector = vision_parts(self._model)
-        device = next(vision.parameters()).device
         try:
-            with self._access.enter("encoding"):
-                states = vision(**{name: value.to(device) for name, value in inputs.items()})[0]
-            rows: torch.Tensor = projector(states.to(next(projector.parameters()).device))
+            return self._run(inputs)
         except Exception as error:  # its message may quote the image
             raise ContextError(
                 f"The vision model failed on a context ({type(error).__name__}). Nothing was released; what was charged stays charged."
             ) from None
+
+    def _run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        vision, projector = vision_parts(self._model)
+        device = next(vision.parameters()).device
+        with self._access.enter("encoding"):
+            states = vision(**{name: value.to(device) for name, value in inputs.items()})[0]
+        rows: torch.Tensor = projector(states.to(next(projector.parameters()).device))
         return rows.reshape(len(rows), -1, rows.shape[-1])
+
+    def trial(self, inputs: dict[str, torch.Tensor]) -> Trial:
+        """The encoding of a black image with the same tiles, which are public."""
+        beside = tuple(tuple(inputs[n].flatten().tolist()) for n in (RATIO_IDS, RATIO_MASK))
+        zeros = {**inputs, PIXELS: torch.zeros_like(inputs[PIXELS])}
+        return Trial(
+            (tuple(inputs[PIXELS].shape), inputs[PIXELS].dtype, *beside), lambda: self._run(zeros)[0]
+        )

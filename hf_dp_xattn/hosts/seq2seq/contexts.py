@@ -11,6 +11,7 @@ from ...errors import ConfigError, ContextError
 from ..context import PrivateContext, Rows, from_embeddings, plain_bytes
 from ..lengths import dimensions
 from ..placeholder import read_tags
+from ..rehearsal import Trial
 from .outputs import last_hidden_state
 
 MAIN_INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values")
@@ -19,6 +20,7 @@ STATES = "encoder_outputs"
 ENCODER_INPUTS = (*MAIN_INPUTS, MASK, STATES)
 Encode = Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor | None]]
 """Encoder inputs of batch 1 -> rows [n, C] and the mask [n] of those that are rows, or None where all are."""
+MakeTrial = Callable[[dict[str, torch.Tensor]], Trial]
 
 
 def gather(context: Any) -> dict[str, torch.Tensor]:
@@ -52,7 +54,9 @@ def gather(context: Any) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def name_inputs(inputs: dict[str, Any], channels: int, encode: Encode) -> list[PrivateContext]:
+def name_inputs(
+    inputs: dict[str, Any], channels: int, encode: Encode, trial: MakeTrial
+) -> list[PrivateContext]:
     """One context per batch element.
 
     Raises:
@@ -74,11 +78,16 @@ def name_inputs(inputs: dict[str, Any], channels: int, encode: Encode) -> list[P
             )
         raise ContextError(f"`{name}` holds NaN or Inf; nothing was spent.")
     masks = [None] * len(main) if mask is None else [m.to(torch.bool) for m in mask]
-    return [_element(name, row, m, channels, encode) for row, m in zip(main, masks, strict=True)]
+    return [_element(name, row, m, channels, encode, trial) for row, m in zip(main, masks, strict=True)]
 
 
 def _element(
-    name: str, main: torch.Tensor, mask: torch.Tensor | None, channels: int, encode: Encode
+    name: str,
+    main: torch.Tensor,
+    mask: torch.Tensor | None,
+    channels: int,
+    encode: Encode,
+    trial: MakeTrial,
 ) -> PrivateContext:
     """Masked rows are no rows and no part of the name, so one document has one name however it was padded. Padding at the end is cut off;
     other padding may move positions, and makes another release of the same document."""
@@ -95,7 +104,7 @@ def _element(
         kept = main if mask is None else main[mask]
         found = from_embeddings(kept, channels)
         return PrivateContext(rows, len(kept), found.name, found.load)
-    inputs = {name: main.unsqueeze(0).detach()}
+    inputs = {name: main.unsqueeze(0).detach().clone()}  # what was named is what is released
     if mask is not None:
         inputs[MASK] = mask.unsqueeze(0).to(torch.int64)
     features = name not in ("input_ids", "inputs_embeds")
@@ -113,7 +122,8 @@ def _element(
         return states, states[:0]
 
     # how many rows an encoder makes of features is known when they were encoded: a function of public shapes and masks
-    return PrivateContext(0 if features else rows, 0 if features else count, identity, load, variant=variant)
+    known = (0, 0) if features else (rows, count)
+    return PrivateContext(*known, identity, load, variant=variant, trials=(trial(inputs),))
 
 
 def join_documents(documents: Sequence[PrivateContext], unit: str) -> PrivateContext:
@@ -135,9 +145,10 @@ def join_documents(documents: Sequence[PrivateContext], unit: str) -> PrivateCon
     groups = torch.arange(len(documents)).repeat_interleave(torch.tensor(counts))
     own = groups if unit == "group" else None
     total = sum(counts)
+    trials = tuple(t for d in documents for t in d.trials)
     if len(documents) == 1:
-        return PrivateContext(total, total, names[0], load, own, variant=documents[0].variant)
+        return PrivateContext(total, total, names[0], load, own, documents[0].variant, trials=trials)
     variants = [d.variant for d in documents]
     variant = b"".join(str(len(v)).encode() + b":" + v for v in variants) if any(variants) else b""
     name = (b"documents", *(part for n in names for part in (str(len(n)).encode(), *n)))
-    return PrivateContext(total, total, name, load, own, variant, tuple(dict.fromkeys(names)))
+    return PrivateContext(total, total, name, load, own, variant, tuple(dict.fromkeys(names)), trials)

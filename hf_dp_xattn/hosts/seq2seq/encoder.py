@@ -9,7 +9,9 @@ from torch import nn
 
 from ...errors import ContextError
 from ..access import Access
+from ..context import plain_bytes
 from ..lengths import dimensions
+from ..rehearsal import Trial
 from .contexts import MASK, STATES
 
 
@@ -80,13 +82,24 @@ class EncoderSide:
 
     def encode_batch(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The encoder's last hidden state [B, n, C]."""
-        device, dtype = self._model.device, self._model.dtype
-        given = {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
         try:
-            with self._access.enter("encoding"):
-                states: torch.Tensor = self.module(**given, return_dict=True)[0]
+            return self._run(inputs)
         except Exception as error:  # its message may quote the document
             raise ContextError(
                 f"The encoder failed on a context ({type(error).__name__}). Nothing was released; what was charged stays charged."
             ) from None
+
+    def _run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        device, dtype = self._model.device, self._model.dtype
+        given = {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+        with self._access.enter("encoding"):
+            states: torch.Tensor = self.module(**given, return_dict=True)[0]
         return states
+
+    def trial(self, inputs: dict[str, torch.Tensor]) -> Trial:
+        """The encoding of zeros of the same shapes, under the same mask, which is public."""
+        mask = inputs.get(MASK)
+        pattern = b"" if mask is None else plain_bytes(mask)
+        size = (*((n, tuple(v.shape), v.dtype) for n, v in inputs.items()), pattern)
+        zeros = {n: v if n == MASK else torch.zeros_like(v) for n, v in inputs.items()}
+        return Trial(size, lambda: self._run(zeros)[0])

@@ -106,13 +106,25 @@ class ProtectedSeq2Seq(RoutedHandle):
         self.check()
         self.refuse_checkpointing(module)
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        call = self._read_call(last_hidden_state(bound.get(STATES, bound.get("kwargs", {}).get(STATES))))
+        states = last_hidden_state(bound.get(STATES, bound.get("kwargs", {}).get(STATES)))
+        self._check_batch(bound, states)
+        call = self._read_call(states)
         if call is None and not self.access.public:
             raise ProtectionLostError(
                 "This model is protected and was called without the placeholder of a release. Call model.generate(...) or pass "
                 "release.inputs(), or declare the document public with `with protected.public():`."
             )
         self._calls.current = PUBLIC_CALL if call is None else call
+
+    def _check_batch(self, bound: dict[str, Any], states: torch.Tensor | None) -> None:
+        """Before a release that is due is charged: raises ConfigError where the decoder's batch is another one."""
+        ids = bound.get("decoder_input_ids", bound.get("decoder_inputs_embeds"))
+        if states is None or not isinstance(ids, torch.Tensor) or len(ids) == len(states):
+            return
+        if self.promises.due(unique(read_tags(states))):
+            raise ConfigError(
+                f"Got {len(ids)} decoder inputs for {len(states)} private contexts. Nothing was spent."
+            )
 
     def _read_call(self, states: torch.Tensor | None) -> Call | None:
         """What these states name; None where they are no placeholder.
@@ -134,6 +146,7 @@ class ProtectedSeq2Seq(RoutedHandle):
                 "Private and public contexts cannot stand in one batch; call the model once for each."
             )
         index = torch.tensor([tags.index(tag) for tag in found if tag is not None], device=states.device)
+        self.promises.keep(tags)
         contexts = tuple(b.context for b in self._bindings.find(tags))
         call = Call(self._build(tags, states.device), index, contexts=contexts)
         self._calls.seen = None if states.is_inference() else (weakref.ref(states), states._version, call)
@@ -189,7 +202,7 @@ class ProtectedSeq2Seq(RoutedHandle):
         """Contexts, and the groups that are not documents."""
         inputs = gather(context)
         self._encoder.check(inputs)
-        contexts = name_inputs(inputs, self.channels, self._encoder.encode)
+        contexts = name_inputs(inputs, self.channels, self._encoder.encode, self._encoder.trial)
         if not isinstance(groups, str):
             return contexts, groups
         if groups != "documents":
@@ -250,6 +263,11 @@ class ProtectedSeq2Seq(RoutedHandle):
             raise ConfigError(f"Got {len(rows)} public documents for {count} contexts.")
         return rows * (count if len(rows) == 1 else 1)
 
+    def _promised(self, contexts: Sequence[PrivateContext]) -> torch.Tensor:
+        """The placeholder of releases that exist, or that the model's gate makes when everything public has passed."""
+        tags = self.promises.make(contexts)
+        return make_placeholder(tags, PLACEHOLDER_ROWS, self.channels, self.model.dtype, self.model.device)
+
     def serve(self, given: dict[str, Any], copies: int = 1) -> dict[str, Any]:
         """What `generate` passes on in place of its encoder inputs: those of a release that is named, or made of a private context.
 
@@ -257,7 +275,7 @@ class ProtectedSeq2Seq(RoutedHandle):
         """
         placeholder = read_placeholder(given)
         if placeholder is None:
-            placeholder = self.inputs(self.release(given))[STATES].last_hidden_state
+            placeholder = self._promised(self._named(given, None)[0])
         self._calls.seen = None
         return as_inputs(placeholder.repeat_interleave(copies, dim=0), self._takes_mask)
 

@@ -1,0 +1,66 @@
+"""Releases that are due at the first forward which reads them.
+
+A host checks its public arguments (generators, timesteps, images, names) after it has asked for the encoded prompt or document. So it is
+given the placeholder of a release that is not made yet: validated, and allowed by the ledger for now. The gate of the UNet or model makes
+it, charged before it is encoded as ever, when the first forward comes, to which a call with bad public arguments does not get.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from .bindings import MAX_BINDINGS, Bindings, bind
+from .placeholder import Tag, new_tag
+
+if TYPE_CHECKING:
+    from .context import PrivateContext
+    from .handle import ProtectedPipeline
+
+
+class Promises:
+    """The private contexts whose placeholders are in circulation and whose release is due; in memory, the latest `MAX_BINDINGS`."""
+
+    def __init__(self, handle: ProtectedPipeline, bindings: Bindings) -> None:
+        self._handle, self._bindings = handle, bindings
+        self._due: OrderedDict[Tag, PrivateContext] = OrderedDict()
+
+    def make(self, contexts: Sequence[PrivateContext]) -> tuple[Tag, ...]:
+        """One tag for each context: of the release that serves it, or of one that is due. Nothing is spent.
+
+        Raises:
+            ContextError, ConfigError, BudgetExceededError: no release could be made of one of them.
+        """
+        known = self._handle.known(contexts)
+        fresh = {c: new_tag() for c, release in zip(contexts, known, strict=True) if release is None}
+        tags = []
+        for context, release in zip(contexts, known, strict=True):
+            if release is not None:
+                tags.append(self._bindings.add(bind(release, None, release.tag)))
+                continue
+            tags.append(fresh[context])
+            self._due[fresh[context]] = context
+        while len(self._due) > MAX_BINDINGS:
+            self._due.popitem(last=False)
+        return tuple(tags)
+
+    def due(self, tags: Iterable[Tag]) -> bool:
+        """Whether releases of some of these are still to be made."""
+        return any(tag in self._due for tag in tags)
+
+    def keep(self, tags: Iterable[Tag]) -> None:
+        """Makes the releases that are due among these, all or none.
+
+        Raises:
+            BudgetExceededError, ContextError: see `ProtectedPipeline.release`.
+        """
+        due = {tag: context for tag in tags if (context := self._due.get(tag)) is not None}
+        if not due:
+            return
+        for tag, release in zip(due, self._handle.release_contexts(list(due.values())), strict=True):
+            self._bindings.add(bind(release, None, tag))
+            self._due.pop(tag, None)
+
+    def clear(self) -> None:
+        self._due.clear()
