@@ -77,7 +77,7 @@ def open_growing(
         raise ConfigError("This kind of host has no growing contexts.")
     prepared = grow(recipe.prepared, horizon, units=getattr(handle.calibration, "units", None))
     names = names_of(handle, context)
-    rehearse([context], handle.channels)
+    rehearse([context], handle.channels, handle.config)
     charge(handle, names, prepared.events, horizon=horizon)
     rows, public = context.load()
     release = prepared.open(handle.entropy)
@@ -115,7 +115,7 @@ def append_to(
         growing.spent.digests
     ):  # else an append that failed is made again: it is charged already
         prepared = growing.release.prepared
-        rehearse([context], handle.channels)
+        rehearse([context], handle.channels, handle.config)
         charge(handle, names, prepared.events, horizon=prepared.horizon)
         growing.spent.digests.extend(names)
     rows, _ = context.load()

@@ -394,7 +394,7 @@ class ProtectedPipeline:
     ) -> list[ReleasedContext]:
         """One `ReleasedContext` per context; equal contexts share one."""
         keys, todo, recipe, current = self._due(contexts, groups, fresh)
-        rehearse((context for context, _, _ in todo.values()), self.channels)
+        rehearse((context for context, _, _ in todo.values()), self.channels, self.config)
         done = {key: self._cache[key] for key in keys if key not in todo}
         for key, (context, own, names) in todo.items():
             charge(self, names, recipe.events)

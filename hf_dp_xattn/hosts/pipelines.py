@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ConfigError, ProtectionLostError
+from ..privacy.units import public_counts
 from .architectures import unwrap
 from .bindings import unique
 from .context import PrivateContext, name_contexts
 from .forward_inputs import NO_SCALE
+from .lengths import public_length
 from .placeholder import Tag, read_tags
 from .saving import SaveShadow
 from .text import TextSide, as_texts
@@ -106,7 +108,13 @@ class PipelinePatch:
         elif embeds is not None and (not isinstance(embeds, torch.Tensor) or embeds.ndim != 3):
             raise ConfigError("`prompt_embeds` must be a tensor [B, n, C].")
         elif embeds is not None:
-            arguments["prompt_embeds"] = torch.empty(embeds.shape, device="meta")
+            batch, rows, channels = embeds.shape
+            config = self._handle.config
+            if public_counts(config.unit, config.neighboring, rows, 0)["rows"] is None and None in read_tags(
+                embeds
+            ):
+                rows = self._handle.hidden_length  # as the placeholder's will be
+            arguments["prompt_embeds"] = torch.empty(batch, rows, channels, device="meta")
         return original(*bound.args, **bound.kwargs)
 
     def _encode_prompt(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
@@ -153,7 +161,8 @@ class PipelinePatch:
                     "`prompt_embeds` mixes placeholders with embeddings; release the embeddings first."
                 )
             contexts = self._name(embeds)
-        return self._handle.promises.make(contexts), contexts[0].rows
+        rows = public_length(contexts[0], self._handle.config, self._handle.hidden_length)
+        return self._handle.promises.make(contexts), rows
 
     def _make_ready(
         self, tags: Sequence[Tag], negative_tags: Sequence[Tag | None], device: torch.device
@@ -204,8 +213,9 @@ class PipelinePatch:
             )
         elif rows != self.text.length:
             raise ConfigError(
-                f"The private context has {rows} rows, and a negative prompt as text has {self.text.length}: pass negative_prompt_embeds "
-                f'[{batch}, {rows}, {self._handle.channels}] (of "" too, the default), or guidance_scale=1. Nothing was spent.'
+                f"The private context's placeholder has {rows} rows, and a negative prompt as text has {self.text.length}: pass "
+                f"negative_prompt_embeds {[batch, rows, self._handle.channels]} (also for the empty one, the default), or guidance_scale=1. "
+                "Nothing was spent."
             )
 
     def _name(self, context: Any) -> list[PrivateContext]:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import ContextError, DPXAttnError
+from ..privacy.units import public_counts
 
 if TYPE_CHECKING:
+    from ..config import DPXAttnConfig
     from .context import PrivateContext
 
 
@@ -22,7 +24,7 @@ class Trial:
     run: Callable[[], torch.Tensor]
 
 
-def rehearse(contexts: Iterable[PrivateContext], channels: int) -> None:
+def rehearse(contexts: Iterable[PrivateContext], channels: int, config: DPXAttnConfig) -> None:
     """Each trial of these contexts, one for each size.
 
     Raises:
@@ -38,13 +40,18 @@ def rehearse(contexts: Iterable[PrivateContext], channels: int) -> None:
                 rows = trial.run()
             except DPXAttnError:
                 raise
-            except Exception as error:  # of a public stand-in, so its words may be told
+            except Exception as error:
+                # its words are of a public stand-in, and of the context's size
+                told = type(error).__name__ + (f": {error}" if _has_public_size(context, config) else "")
                 raise ContextError(
-                    f"The encoder fails on any context of this size, whatever it holds ({type(error).__name__}: {error}). Nothing was "
-                    "spent."
-                ) from error
+                    f"The encoder fails on any context of this size, whatever it holds ({told}). Nothing was spent."
+                ) from None
             if rows.ndim != 2 or rows.shape[-1] != channels:
                 raise ContextError(
-                    f"The encoder gives rows {list(rows.shape)}, and the layers take [n, {channels}]: it belongs to another model. Nothing "
-                    "was spent."
+                    f"The encoder gives rows of {rows.shape[-1]} channels, the layers take {channels}: it belongs to another model. "
+                    "Nothing was spent."
                 )
+
+
+def _has_public_size(context: PrivateContext, config: DPXAttnConfig) -> bool:
+    return context.padded or public_counts(config.unit, config.neighboring, 1, 1)["rows"] is not None

@@ -151,4 +151,4 @@ def join_documents(documents: Sequence[PrivateContext], unit: str) -> PrivateCon
     variants = [d.variant for d in documents]
     variant = b"".join(str(len(v)).encode() + b":" + v for v in variants) if any(variants) else b""
     name = (b"documents", *(part for n in names for part in (str(len(n)).encode(), *n)))
-    return PrivateContext(total, total, name, load, own, variant, tuple(dict.fromkeys(names)), trials)
+    return PrivateContext(total, total, name, load, own, variant, tuple(dict.fromkeys(names)), trials=trials)

@@ -257,7 +257,7 @@ def test_an_encoder_that_fails_does_not_quote_the_document(depends: bool, privat
     model.get_encoder().register_forward_pre_hook(fail, with_kwargs=True)
     with pytest.raises(dpx.ContextError) as caught:
         handle.release(torch.tensor([57, 58]))
-    assert "57" not in str(caught.value) and "57" not in str(caught.value.__cause__)
+    assert "57" not in str(caught.value) and caught.value.__cause__ is None
     assert not handle.report().releases and len(handle.ledger.entries()) == int(depends)
 
 
@@ -266,9 +266,8 @@ def test_units_and_relations(unit: str, private: dpx.DPXAttnConfig) -> None:
     model = tiny("t5")
     handle = dpx.protect(model, private.replace(unit=unit, neighboring="add_or_remove_one"))
     release = handle.release(**documents("t5"))
-    assert (
-        release.guarantees[1].rows is None and release.contexts[1].rows == 7
-    )  # the padded length, not the document's
+    assert release.guarantees[1].rows is None
+    assert len({c.rows for c in release.contexts}) == 1  # not the documents' lengths
     assert bool(generate(model, release.inputs())[1].isfinite().any())
 
 
