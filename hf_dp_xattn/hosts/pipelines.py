@@ -214,8 +214,8 @@ class PipelinePatch:
         elif rows != self.text.length:
             raise ConfigError(
                 f"The private context's placeholder has {rows} rows, and a negative prompt as text has {self.text.length}: pass "
-                f"negative_prompt_embeds {[batch, rows, self._handle.channels]} (also for the empty one, the default), or guidance_scale=1. "
-                "Nothing was spent."
+                f"negative_prompt_embeds {[batch, rows, self._handle.channels]} (also for the empty one, which is the default), or "
+                "guidance_scale=1. Nothing was spent."
             )
 
     def _name(self, context: Any) -> list[PrivateContext]:
