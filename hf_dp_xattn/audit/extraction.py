@@ -15,7 +15,8 @@ import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
-from ..hosts.making import ContextRecipe, LayerRecipe
+from ..hosts.making import Recipe
+from ..mechanisms.growing_sources import LayerRows
 from ..privacy.bits import Entropy, SystemEntropy
 from ..privacy.guessing import guess_bound
 from .laws import Context, Law, law_of
@@ -39,11 +40,9 @@ def contexts_of(subject: Subject, canaries: Sequence[Canary]) -> list[Context]:
     return [_as_given(recipe, rows, groups) for rows, groups in kept]
 
 
-def _as_given(recipe: object, rows: torch.Tensor, groups: torch.Tensor | None) -> Context:
-    if isinstance(recipe, ContextRecipe):
-        return Context(rows.to(torch.float32), groups)
-    assert isinstance(recipe, LayerRecipe)
-    return Context(recipe.project(rows), groups)
+def _as_given(recipe: Recipe, rows: torch.Tensor, groups: torch.Tensor | None) -> Context:
+    private = recipe.given(rows, groups)
+    return Context((private.keys, private.values) if isinstance(private, LayerRows) else private, groups)
 
 
 @torch.no_grad()

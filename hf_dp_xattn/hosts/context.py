@@ -27,6 +27,8 @@ class PrivateContext:
     rows where they are phrases; public. variant: how it is encoded: another variant is not served by the same release, but charged to the
     same name. parts: names of the documents that it consists of, or of the text that its phrases are of; they are charged as well.
     trials: encodings of public stand-ins, to be tried before the charge.
+    kept: bool, which of all positions are private rows, where not all are; public. ambiguous: a number of positions that is not theirs
+    but that of what was given before it was padded.
     """
 
     rows: int
@@ -38,6 +40,8 @@ class PrivateContext:
     parts: tuple[tuple[bytes, ...], ...] = field(default=(), repr=False)
     padded: bool = False
     trials: tuple[Trial, ...] = field(default=(), repr=False, compare=False)
+    kept: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    ambiguous: int | None = field(default=None, repr=False)
 
     @property
     def names(self) -> tuple[tuple[bytes, ...], ...]:
@@ -48,7 +52,7 @@ class PrivateContext:
         raise DPXAttnError("A private context cannot be pickled or copied.")
 
     def groups(self, groups: torch.Tensor | None, unit: str) -> torch.Tensor | None:
-        """Groups of the private rows, from groups of all rows or of the private ones.
+        """Groups of the private rows, from labels of exactly these, or of all positions (padding and public ones included).
 
         Raises:
             ContextError: they do not fit; ConfigError: the unit needs them and they are missing, or the reverse.
@@ -60,12 +64,30 @@ class PrivateContext:
             )
         if groups is None:
             return self.phrases
+        if not self.private_rows:
+            raise ContextError(
+                "How many rows this context has is known when it is encoded only, so that its rows cannot be named in groups: encode it "
+                "yourself and release the rows. Nothing was spent."
+            )
+        whole = self.private_rows if self.kept is None else len(self.kept)
         integers = (
-            isinstance(groups, torch.Tensor) and not groups.is_floating_point() and not groups.is_complex()
+            isinstance(groups, torch.Tensor)
+            and not groups.is_floating_point()
+            and not groups.is_complex()
+            and groups.dtype != torch.bool
         )
-        if not integers or groups.ndim != 1 or groups.shape[0] not in (self.rows, self.private_rows):
-            raise ContextError("`groups` must be an integer tensor [n], a number for each row.")
-        return groups[groups.shape[0] - self.private_rows :]
+        if not integers or groups.ndim != 1 or len(groups) not in (self.private_rows, whole):
+            raise ContextError(
+                "`groups` must be an integer tensor [n], a number for each private row, or for each of all positions; nothing was spent."
+            )
+        if len(groups) == whole:
+            return groups if self.kept is None else groups[self.kept.to(groups.device)]
+        if len(groups) == self.ambiguous:
+            raise ContextError(
+                "These `groups` may be of the tokens as given, or of the private rows behind the public first one: pass a number for each "
+                "position, padding included; nothing was spent."
+            )
+        return groups
 
     def variant_of(self, groups: torch.Tensor | None) -> bytes:
         """What tells a release from another one of the same context: how it was encoded and grouped."""
@@ -83,15 +105,25 @@ def _name_of_ids(ids: torch.Tensor) -> tuple[bytes, ...]:
     return b"token ids", plain_bytes(ids)
 
 
-def from_ids(ids: torch.Tensor, mask: torch.Tensor | None, text: TextSide) -> PrivateContext:
-    """A context given by padded token ids [length]."""
+def from_ids(
+    ids: torch.Tensor, mask: torch.Tensor | None, text: TextSide, given: int | None = None
+) -> PrivateContext:
+    """A context given by padded token ids [length]. given: how many there were before."""
 
     def load() -> Rows:
         return text.private_rows(ids, mask)
 
-    rows = ids.shape[0]
-    private = rows - int(text.first_row_is_public)
-    return PrivateContext(rows, private, _name_of_ids(ids), load, padded=True, trials=(text.trial(),))
+    rows, first = ids.shape[0], int(text.first_row_is_public)
+    return PrivateContext(
+        rows,
+        rows - first,
+        _name_of_ids(ids),
+        load,
+        padded=True,
+        trials=(text.trial(),),
+        kept=torch.arange(rows) >= first,
+        ambiguous=given,
+    )
 
 
 def from_phrases(phrases: Sequence[object], text: TextSide, whole: str | None = None) -> PrivateContext:
@@ -183,7 +215,7 @@ def name_contexts(
             raise ContextError(f"Token ids must be [n] or [B, n], got {dimensions(context)}.")
         ids = context if context.ndim == 2 else context.unsqueeze(0)
         side = _require(text)
-        return [from_ids(side.pad_ids(row), None, side) for row in ids]
+        return [from_ids(side.pad_ids(row), None, side, len(row)) for row in ids]
     texts = as_texts(context, "context")
     side = _require(text)
     if phrases:

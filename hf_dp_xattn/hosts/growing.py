@@ -15,7 +15,7 @@ import torch
 from ..errors import ConfigError, ContextError, DPXAttnError
 from ..mechanisms.context_rows import ContextRelease
 from ..mechanisms.growing_release import GrowingRelease, grow
-from ..mechanisms.growing_sources import LayerRows, Private
+from ..mechanisms.growing_sources import Private
 from .charging import charge, names_of
 from .context import PrivateContext
 from .fingerprint import Fingerprint
@@ -81,7 +81,7 @@ def open_growing(
     charge(handle, names, prepared.events, horizon=horizon)
     rows, public = context.load()
     release = prepared.open(handle.entropy)
-    private = _as_given(recipe, rows)
+    private = recipe.given(rows, own)
     length = public_length(context, handle.config, handle.hidden_length)
     latest = _append(release, private, own, public.detach().clone(), length, current)
     return GrowingContext(release, recipe, latest, Spent(names, release.guarantee()))
@@ -119,7 +119,7 @@ def append_to(
         charge(handle, names, prepared.events, horizon=prepared.horizon)
         growing.spent.digests.extend(names)
     rows, _ = context.load()
-    private = _as_given(growing.recipe, rows)
+    private = growing.recipe.given(rows, own)
     growing.names |= set(names)  # before it enters: whatever happens then, it does not enter twice
     try:
         before = growing.latest
@@ -128,11 +128,6 @@ def append_to(
         growing.names -= set(names)  # it is not in
         raise
     return growing.latest
-
-
-def _as_given(recipe: Recipe, rows: torch.Tensor) -> Private:
-    """Rows as the mechanism takes them."""
-    return LayerRows(*recipe.project(rows)) if isinstance(recipe, LayerRecipe) else rows.to(torch.float32)
 
 
 def _append(

@@ -13,15 +13,16 @@ from ..errors import ConfigError
 from ..mechanisms.anchors.anchors import NO_CALIBRATION
 from ..mechanisms.base import PreparedRelease
 from ..mechanisms.context_rows import ContextRows, PreparedContextRelease
+from ..mechanisms.growing_sources import LayerRows, Private
+from ..mechanisms.kernel_sum.contributions import unit_rows
 from ..mechanisms.release_attention import prepare_release
 from ..mechanisms.structure import AttentionStructure
 from ..privacy.accountant import Event
 from ..privacy.bits import Entropy
-from ..privacy.units import NeighboringRelation
 from ..report import Guarantee
 from .fingerprint import Fingerprint
 from .identity import OTHER_PROJECTIONS, check_layers, check_text, fingerprint_of
-from .rows import layer_specs, project_apart, project_rows
+from .rows import in_range, layer_specs, project_apart
 from .text import TextSide
 
 if TYPE_CHECKING:
@@ -46,6 +47,11 @@ class Recipe(Protocol):
 
     @property
     def events(self) -> tuple[Event, ...]: ...
+
+    def given(self, rows: torch.Tensor, groups: torch.Tensor | None) -> Private:
+        """Finite private rows [n, C] (or what an encoder made of such) as the mechanism takes them; groups [n]: public. The only way in;
+        never raises for what the rows hold."""
+        ...
 
     def run(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy | None) -> Made:
         """rows [n, C]: private; groups [n]: public."""
@@ -78,20 +84,23 @@ class LayerRecipe:
     def events(self) -> tuple[Event, ...]:
         return self.prepared.events
 
-    def project(self, rows: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def given(self, rows: torch.Tensor, groups: torch.Tensor | None) -> LayerRows:
         """Keys and values [H, n, d] of every layer, of rows [n, C].
 
-        A matrix product may round a row in another way where there are more or fewer rows beside it. Where neighbours differ in their
-        number of rows, nothing would bound that change of all other rows' contributions: there, each row is projected by itself.
+        A matrix product may round a row in another way where there are more, fewer or other rows beside it, and nothing would bound that
+        change of all other units' contributions: each unit is projected by itself.
         """
-        rows = rows.to(self.dtype)
-        apart = self.prepared.config.neighboring != NeighboringRelation.REPLACE_ONE.value
-        pairs = [(project_apart if apart else project_rows)(attn, rows) for attn in self.layers]
-        return [k for k, _ in pairs], [v for _, v in pairs]
+        rows = in_range(rows, self.dtype)
+        if self.prepared.config.mechanism == "none":  # nothing is summed
+            units = [torch.arange(len(rows))]
+        else:
+            units = unit_rows(self.prepared.config.unit, len(rows), groups)
+        pairs = [project_apart(attn, rows, units) for attn in self.layers]
+        return LayerRows([in_range(k, k.dtype) for k, _ in pairs], [in_range(v, v.dtype) for _, v in pairs])
 
     def run(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy | None) -> Made:
-        keys, values = self.project(rows)
-        result = self.prepared.run(keys, values, groups=groups, entropy=entropy)
+        private = self.given(rows, groups)
+        result = self.prepared.run(private.keys, private.values, groups=groups, entropy=entropy)
         return Made(result.guarantee, structures=result.structures)
 
 
@@ -138,8 +147,11 @@ class ContextRecipe:
     def events(self) -> tuple[Event, ...]:
         return self.prepared.events
 
+    def given(self, rows: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
+        return in_range(rows, torch.float32)
+
     def run(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy | None) -> Made:
-        result = self.prepared.run_rows(rows.to(torch.float32), groups=groups, entropy=entropy)
+        result = self.prepared.run_rows(self.given(rows, groups), groups=groups, entropy=entropy)
         return Made(result.guarantee, context=result.context)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class SelfProjecting(Protocol):
-    """A layer that knows its own way from rows [1, n, C] to keys and values [1, H, n, d] (transformers' layers do)."""
+    """A layer that knows its own way from rows [1, n, C] to keys and values [1, H, n, d] (transformers' layers do).
+
+    `computes = False`: they are entries of the rows as they are.
+    """
 
     def project(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -42,6 +46,15 @@ def project(attn: Attention, states: torch.Tensor) -> tuple[torch.Tensor, torch.
     return key, value
 
 
+def in_range(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers as the mechanism takes them: in its dtype, an overflow at the end of the range, and 0 for NaN (an overflow less another).
+
+    What a cast, an encoder or a projection makes of finite private rows may overflow. A refusal would tell such a context from its
+    neighbour for certain; this is one more function of each number alone, and what is far outside is clipped anyway.
+    """
+    return torch.nan_to_num(numbers.to(dtype), nan=0.0)
+
+
 def project_rows(attn: Attention, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [H, n, d] of rows [n, C], where the layer's weights are; in these weights' precision, since they outlive a region of
     autocast that they may be made in."""
@@ -51,11 +64,19 @@ def project_rows(attn: Attention, rows: torch.Tensor) -> tuple[torch.Tensor, tor
     return key[0], value[0]
 
 
-def project_apart(attn: Attention, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `project_rows`, one row at a time, each in memory of its own: the shape and the alignment of a product, by which its kernel may
-    choose an order of summation, do not tell how many rows there are."""
-    keys, values = zip(*(project_rows(attn, row.clone()) for row in rows.split(1)), strict=True)
-    return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+def project_apart(
+    attn: Attention, rows: torch.Tensor, units: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `project_rows`, one unit at a time, each in memory of its own: a product has this unit's rows and public weights as its only data,
+    and its shape and alignment, by which a kernel may choose an order of summation, do not tell how many other rows there are.
+
+    units: indices of each unit's rows, together all rows.
+    """
+    if not getattr(attn, "computes", True):
+        return project_rows(attn, rows)
+    keys, values = zip(*(project_rows(attn, rows[unit.to(rows.device)]) for unit in units), strict=True)
+    back = torch.cat(list(units)).argsort().to(keys[0].device)
+    return torch.cat(keys, dim=1)[:, back], torch.cat(values, dim=1)[:, back]
 
 
 @runtime_checkable

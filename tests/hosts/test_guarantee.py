@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.hosts.rows import project_rows
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from ..hosts_tiny import CHANNELS, LENGTH, picture, tiny_sd, tiny_unet
 from .anchor_calibrations import BOTH, protect
+from .seq2seq.tiny import tiny
 
 PROMPT = "a red circle"
 
@@ -147,13 +147,13 @@ def test_a_projection_that_mixes_rows_is_caught(private: Any, monkeypatch: pytes
     """Planted: keys centred by the mean over all private rows, a bound that reads the data."""
     from hf_dp_xattn.hosts import making
 
-    original = making.project_rows
+    original = making.project_apart
 
-    def mixing(attn: Any, rows: torch.Tensor) -> Any:
-        key, value = original(attn, rows)
+    def mixing(attn: Any, rows: torch.Tensor, units: Any) -> Any:
+        key, value = original(attn, rows, units)
         return key - key.mean(dim=1, keepdim=True), value - value.amax(dim=1, keepdim=True)
 
-    monkeypatch.setattr(making, "project_rows", mixing)
+    monkeypatch.setattr(making, "project_apart", mixing)
     with pytest.raises(AssertionError):
         check_sensitivity(tiny_unet(), private, monkeypatch)
 
@@ -193,7 +193,7 @@ def test_rounding_that_depends_on_the_number_of_rows_is_caught(
     """Planted: all rows in one product, whose order of summation depends on how many they are, as a BLAS may choose."""
     from hf_dp_xattn.hosts import making
 
-    def together(attn: Any, rows: torch.Tensor) -> Any:
+    def together(attn: Any, rows: torch.Tensor, units: Any) -> Any:
         cut = 16 * len(rows)
         found = [
             rows[:, :cut] @ m.weight[:, :cut].mT + rows[:, cut:] @ m.weight[:, cut:].mT
@@ -206,21 +206,43 @@ def test_rounding_that_depends_on_the_number_of_rows_is_caught(
         check_removal(private, monkeypatch)
 
 
-def test_no_row_of_a_product_depends_on_the_others(exact: Any) -> None:
-    """What `replace_one` rests on where keys and values are computed in floating point: the shapes are those of the neighbour."""
-    unet = tiny_unet(cross_attention_dim=250)
+def _recipe(host: str, config: Any) -> tuple[Any, int]:
+    """A recipe whose projections add to each row the mean of all rows of one call: what it makes of a unit shows who was beside it."""
+    model = tiny_unet() if host == "unet" else tiny("bart")
+    handle = dpx.protect(model, config)
+    for name, module in model.named_modules():
+        if name.endswith(("attn2.to_k", "attn2.to_v", "encoder_attn.k_proj", "encoder_attn.v_proj")):
+            module.register_forward_hook(lambda m, a, out: out + out.mean(dim=1, keepdim=True))
+    return handle._maker.prepare(handle._current_fingerprint()), handle.channels
+
+
+@pytest.mark.parametrize("neighboring", ["replace_one", "add_or_remove_one"])
+@pytest.mark.parametrize("unit", ["row", "group"])
+@pytest.mark.parametrize("mechanism", ["kernel_sum", "dptree"])
+@pytest.mark.parametrize("host", ["unet", "bart"])
+def test_no_unit_is_projected_beside_another(
+    host: str, mechanism: str, unit: str, neighboring: str, private: Any
+) -> None:
+    """So that its contribution cannot depend on the others, whatever a product makes of the rows that it is given."""
+    config = private.replace(mechanism=mechanism, unit=unit, neighboring=neighboring)
+    recipe, channels = _recipe(host, config)
     gen = torch.Generator().manual_seed(0)
-    rows = 1e4 * torch.randn(77, 250, generator=gen)
-    with dpx.protect(unet, exact) as handle:
-        before = [project_rows(attn, rows) for attn in handle.layers.values()]
-        for i in (0, 40, 76):
-            other = rows.clone()
-            other[i] = 1e8 * torch.randn(250, generator=gen)
-            same = torch.arange(77) != i
-            for attn, pair in zip(handle.layers.values(), before, strict=True):
-                for want, found in zip(pair, project_rows(attn, other), strict=True):
-                    assert torch.equal(found[:, same], want[:, same])
-                    assert not torch.equal(found[:, i], want[:, i])
+    rows = torch.randn(9, channels, generator=gen)
+    labels = torch.tensor([2, 0, 0, 1, 2, 2, 1, 0, 3])
+    groups = labels if unit == "group" else None
+    units = [labels == g for g in range(4)] if unit == "group" else [torch.arange(9) == i for i in range(9)]
+    before = recipe.given(rows, groups)
+    for mine in units:
+        other = rows.clone()
+        other[mine] = 1e8 * torch.randn(int(mine.sum()), channels, generator=gen)
+        less = recipe.given(rows[~mine], None if groups is None else groups[~mine])
+        after = recipe.given(other, groups)
+        for side in ("keys", "values"):
+            triples = zip(*(getattr(found, side) for found in (before, after, less)), strict=True)
+            for want, replaced, removed in triples:
+                assert torch.equal(replaced[:, ~mine], want[:, ~mine])
+                assert torch.equal(removed, want[:, ~mine])
+                assert not torch.equal(replaced[:, mine], want[:, mine])
 
 
 def check_numbers(handle: Any, config: Any) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -41,6 +41,7 @@ class PrefixLayer:
     softcap: float | None
     start: int
     cross_attention_dim: int
+    computes: ClassVar[bool] = False  # it cuts rows, without arithmetic
 
     @property
     def to_k(self) -> nn.Module:

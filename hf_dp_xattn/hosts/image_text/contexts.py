@@ -115,7 +115,10 @@ def _image(
     pixels = inputs[PIXELS]
     name = (PIXELS.encode(), repr(tuple(pixels.shape)).encode(), plain_bytes(pixels))
     variant = repr([inputs[n].flatten().tolist() for n in (RATIO_IDS, RATIO_MASK)]).encode()
-    return PrivateContext(count, count, name, load, variant=variant, padded=True, trials=(trial(inputs),))
+    kept = inputs[RATIO_MASK].flatten().bool().repeat_interleave(patches)
+    return PrivateContext(
+        count, count, name, load, variant=variant, padded=True, trials=(trial(inputs),), kept=kept
+    )
 
 
 def check_mask(mask: Any, rows: Sequence[int], patches: int) -> None:

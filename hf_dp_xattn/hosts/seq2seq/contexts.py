@@ -71,6 +71,8 @@ def name_inputs(
         raise ContextError(f"The context is empty, or `{name}` has a wrong shape: {dimensions(main)}.")
     if mask is not None and (mask.ndim != 2 or mask.shape[0] != main.shape[0]):
         raise ContextError("`attention_mask` must be [B, n], of as many contexts as there are.")
+    if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ContextError("`attention_mask` must hold 1 for rows and 0 for padding; nothing was spent.")
     if main.is_floating_point() and not bool(torch.isfinite(main).all()):
         if name == STATES and main.ndim == 3 and any(tag is not None for tag in read_tags(main)):
             raise ContextError(
@@ -91,7 +93,7 @@ def _element(
 ) -> PrivateContext:
     """Masked rows are no rows and no part of the name, so one document has one name however it was padded. Padding at the end is cut off;
     other padding may move positions, and makes another release of the same document."""
-    rows = main.shape[0]
+    rows, positions = main.shape[0], mask
     if name in ("input_ids", "inputs_embeds", STATES) and mask is not None:
         if len(mask) != rows:
             raise ContextError("`attention_mask` must have an entry for each row of the context.")
@@ -103,7 +105,7 @@ def _element(
     if name == STATES:
         kept = main if mask is None else main[mask]
         found = from_embeddings(kept, channels)
-        return PrivateContext(rows, len(kept), found.name, found.load)
+        return PrivateContext(rows, len(kept), found.name, found.load, kept=positions)
     inputs = {name: main.unsqueeze(0).detach().clone()}  # what was named is what is released
     if mask is not None:
         inputs[MASK] = mask.unsqueeze(0).to(torch.int64)
@@ -121,9 +123,11 @@ def _element(
         states = states if kept is None else states[kept]
         return states, states[:0]
 
-    # how many rows an encoder makes of features is known when they were encoded: a function of public shapes and masks
-    known = (0, 0) if features else (rows, count)
-    return PrivateContext(*known, identity, load, variant=variant, trials=(trial(inputs),))
+    trials = (trial(inputs),)
+
+    if features:  # how many rows an encoder makes of them is known when they were encoded: a function of public shapes and masks
+        return PrivateContext(0, 0, identity, load, variant=variant, trials=trials)
+    return PrivateContext(rows, count, identity, load, variant=variant, trials=trials, kept=positions)
 
 
 def join_documents(documents: Sequence[PrivateContext], unit: str) -> PrivateContext:
