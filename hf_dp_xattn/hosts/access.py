@@ -18,7 +18,8 @@ NO_COPY = (
 )
 CLOSED = (
     "The text encoder belongs to a protected pipeline and may not run on its own: its output would enter the UNet as public "
-    "rows. Protect every pipeline that shares it (dpx.protect(other_pipe, config)), or, if this text is public, "
+    "rows. Protect every pipeline that shares it (dpx.protect(other_pipe, config)). To encode a PRIVATE text yourself (prompt weighting), "
+    "use `with protected.encoding():` and pass the result as prompt_embeds, which is released and charged. Only if this text is public, "
     "use `with protected.public():`."
 )
 

@@ -71,6 +71,19 @@ def refuse_host(host: Any) -> UnsupportedModelError:
             f"{name} is a wrapper around a model: protect the model inside it, dpx.protect(model.get_base_model(), ...), which keeps its "
             "adapters. Nothing was patched."
         )
+    if name in PIPELINES:
+        unet = getattr(host, "unet", None)
+        has = (
+            "has no UNet (unet=None)" if unet is None else f"has a {type(unwrap(unet)).__name__} for its UNet"
+        )
+        return UnsupportedModelError(
+            f"This {name} {has}, so there is nothing to protect: load it with its UNet2DConditionModel, or protect the pipeline that draws "
+            "the pictures. Nothing was patched."
+        )
+    if isinstance(host, dict):
+        return UnsupportedModelError(
+            f"These are components, not a host: pass the pipeline itself, or its UNet. {SUPPORTED} Nothing was patched."
+        )
     if isinstance(host, PreTrainedModel):
         return UnsupportedModelError(
             f"{name} cannot be protected: it is not in the table of hosts. {LANGUAGE_MODELS} Nothing was patched."

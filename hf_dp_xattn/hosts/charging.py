@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..errors import BudgetExceededError
+from ..privacy.ledger import REUSE
+
 if TYPE_CHECKING:
     from ..privacy.accountant import Event
     from .context import PrivateContext
@@ -16,10 +19,25 @@ def names_of(handle: ProtectedPipeline, context: PrivateContext) -> list[str]:
     return [handle.ledger.digest(name) for name in context.names]
 
 
-def may_charge(handle: ProtectedPipeline, names: Sequence[str], events: tuple[Event, ...]) -> None:
-    """Raises BudgetExceededError or ConfigError where the ledger would refuse releases of all of these; nothing is charged."""
-    if events and names:  # what is served again needs no ledger
+def may_charge(
+    handle: ProtectedPipeline, names: Sequence[str], events: tuple[Event, ...], misfit: str | None = None
+) -> None:
+    """Raises BudgetExceededError or ConfigError where the ledger would refuse releases of all of these; nothing is charged.
+
+    misfit: why a release that exists cannot serve one of them.
+    """
+    if not events or not names:  # what is served again needs no ledger
+        return
+    try:
         handle.ledger.check_all(names, events, handle.budget)
+    except BudgetExceededError as error:
+        if misfit is None:
+            raise
+        raise BudgetExceededError(
+            str(error).removesuffix(REUSE)
+            + f"The release that exists cannot serve this host as it is now: {misfit}. Restore the weights that it was made with (load or "
+            "unload the LoRA), or protect with a larger budget and this ledger (protected.ledger)."
+        ) from None
 
 
 def charge(handle: ProtectedPipeline, names: Sequence[str], events: tuple[Event, ...], **note: Any) -> None:

@@ -19,11 +19,14 @@ from ..report import PrivacyReport
 from .access import Access, TextGate
 from .architectures import find_layers, rowwise_reason, side_channel_reason, unwrap
 from .bindings import Bindings, bind, unique
+from .by_hand import EncodesByHand
 from .charging import charge, may_charge, names_of
 from .context import PrivateContext, name_contexts, name_phrases
+from .copies import CopyGuard
 from .fingerprint import Fingerprint, fingerprint, stamp
 from .forward_inputs import check_forward, read_states, refuse_beside
 from .growing import GrowingContext, append_to, only, open_growing
+from .harmless import HarmlessCalls
 from .lengths import HIDDEN, public_length
 from .making import Recipe, choose_maker
 from .pipelines import PipelinePatch
@@ -47,7 +50,7 @@ Key = tuple[str, str]  # a context's first name in the ledger, and how it is enc
 Todo = dict[Key, tuple[PrivateContext, torch.Tensor | None, list[str]]]
 
 
-class ProtectedPipeline:
+class ProtectedPipeline(EncodesByHand):
     """A protected UNet and the pipelines that share it. Made by `dpx.protect`; a context manager that unprotects.
 
     While it is active, a text prompt or embeddings given to a protected pipeline are private: each context is released once (charged to the
@@ -96,6 +99,7 @@ class ProtectedPipeline:
             unet, self.layers, config, calibration, self._fingerprint, serving_only=serving_only
         )
         self._hook: Any = None
+        self._guards: tuple[Any, ...] = ()
         self.saving = SaveShadow(unet, self)
         self.active = False
 
@@ -117,6 +121,9 @@ class ProtectedPipeline:
             {**current, **{f"{n}.processor": p for n, p in self._processors.items()}}
         )
         self._hook = self.unet.register_forward_pre_hook(self._gate, with_kwargs=True)
+        harmless = HarmlessCalls(self.unet, {self.layers[n]: p for n, p in self._processors.items()})
+        harmless.install()
+        self._guards = (harmless, CopyGuard(self.layers))
         self.saving.install()
         self._set_tables((), self._device, self._fingerprint)
 
@@ -132,7 +139,9 @@ class ProtectedPipeline:
     def join(self, pipe: Any, text: TextSide) -> None:
         """Adds a pipeline that shares the UNet."""
         if text.available and all(g.encoder is not unwrap(text.encoder) for g in self._gates):
-            self._gates.append(TextGate(unwrap(text.encoder), self.access))
+            encoder = unwrap(text.encoder)
+            # the parts too: some libraries call them one by one
+            self._gates += [TextGate(part, self.access) for part in (encoder, *encoder.children())]
         patch = PipelinePatch(pipe, self, text)
         self._patches.append(patch)
         patch.install()
@@ -147,7 +156,7 @@ class ProtectedPipeline:
                 attn.set_processor(self._originals[name])
         if self._hook is not None:
             self._hook.remove()
-        parts: tuple[Any, ...] = (*self._gates, *self._patches, self.saving)
+        parts: tuple[Any, ...] = (*self._gates, *self._patches, *self._guards, self.saving)
         for installed in parts:
             installed.remove()
         self.unet.__dict__.pop(HANDLE_ATTRIBUTE, None)
@@ -376,15 +385,18 @@ class ProtectedPipeline:
         recipe = self._maker.prepare(current)
         keys = []
         todo: Todo = {}
+        misfit: str | None = None
         for context in contexts:
             own = context.groups(groups, self.config.unit)
             names = names_of(self, context)
             key = (names[0], self.ledger.digest([context.variant_of(own)]))
             keys.append(key)
             cached = self._cache.get(key)
-            if fresh or cached is None or cached.misfit(current, projected=self.projects_rows) is not None:
+            reason = None if cached is None else cached.misfit(current, projected=self.projects_rows)
+            misfit = misfit or reason
+            if fresh or cached is None or reason is not None:
                 todo[key] = (context, own, names)
-        may_charge(self, [name for _, _, names in todo.values() for name in names], recipe.events)
+        may_charge(self, [name for _, _, names in todo.values() for name in names], recipe.events, misfit)
         return keys, todo, recipe, current
 
     @torch.inference_mode(False)  # what is kept must serve other modes too

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 NO_CLIP_SKIP = (
     "clip_skip is not supported on a protected pipeline (diffusers itself fails on it with current transformers). Encode the prompt as you "
-    "need it and pass it as prompt_embeds, which are private too."
+    "need it inside `with protected.encoding():`, and pass it as prompt_embeds, which are private too."
 )
 
 

@@ -18,6 +18,7 @@ from .lengths import dimensions
 from .rehearsal import Trial
 
 # Two public texts; a row that is the same for both does not depend on the prompt.
+NO_LENGTH = 10**6  # transformers' stand-in for a missing model_max_length is far above
 _PROBES = ("", "a photograph of a red apple")
 
 
@@ -35,6 +36,7 @@ class TextSide:
         self._access = access
         self.first_row_is_public = False
         if self.available:
+            self._check_tokenizer()
             ids, masks = zip(*(self.tokenize(p) for p in _PROBES), strict=True)
             same_token = bool(ids[0][0] == ids[1][0])
             rows = [self.encode(i, m)[0] for i, m in zip(ids, masks, strict=True)]
@@ -48,6 +50,21 @@ class TextSide:
     @property
     def length(self) -> int:
         return int(self.tokenizer.model_max_length)
+
+    def _check_tokenizer(self) -> None:
+        """Raises ConfigError unless every text can be padded to one length that the text encoder takes."""
+        limit = getattr(self.encoder.config, "max_position_embeddings", None)
+        takes = f"the text encoder takes {limit} tokens" if limit else "choose how many tokens a prompt has"
+        if self.length > (limit or NO_LENGTH):
+            has = "no maximal length" if self.length > NO_LENGTH else f"model_max_length = {self.length}"
+            raise ConfigError(
+                f"The tokenizer has {has}, and {takes}: set pipe.tokenizer.model_max_length, then protect. Nothing was patched."
+            )
+        if self.tokenizer.pad_token is None:
+            raise ConfigError(
+                "The tokenizer has no pad token, so prompts cannot be padded to one public length: set pipe.tokenizer.pad_token (to its "
+                "eos_token, say), then protect. Nothing was patched."
+            )
 
     def require(self) -> None:
         if not self.available:
@@ -122,8 +139,10 @@ class TextSide:
         """Rows [p, C] of a public text, encoded by itself: its words and its end, not the padding."""
         ids, mask = self.tokenize(text)
         start = 1 if self.first_row_is_public else 0
-        ends = (ids[1:] == self.tokenizer.eos_token_id).nonzero()
-        stop = int(ends[0]) + 2 if ends.numel() else int(mask.sum())
+        end = self.tokenizer.eos_token_id
+        end = self.tokenizer.sep_token_id if end is None else end  # BERT's
+        ends = [] if end is None else (ids[1:] == end).nonzero().flatten().tolist()
+        stop = ends[0] + 2 if ends else int(mask.sum())
         return self.encode(ids, mask)[start:stop]
 
 

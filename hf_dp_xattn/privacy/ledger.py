@@ -43,6 +43,8 @@ _FIELDS = (
     *("note", "unit", "neighboring"),
 )
 
+REUSE = "Use the release that exists (it serves any number of queries), spend less, or raise it."
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -360,7 +362,7 @@ class Ledger:
                 f"This release would exceed the context's budget: epsilon {spent:.6g} is spent in "
                 f"{len(earlier)} release(s), the new one alone costs {requested:.6g}, together {after:.6g}, "
                 f"of a budget of {budget.epsilon:.6g} at delta = {budget.delta:.3g}. Nothing was charged. "
-                "Use the release that exists (it serves any number of queries), spend less, or raise it."
+                f"{REUSE}"
             )
         time = datetime.now(UTC).isoformat(timespec="seconds")
         name, delta, count = secrets.token_hex(8), float(budget.delta), len(earlier) + 1

@@ -382,6 +382,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a VAE": (lambda: tiny_sd().vae, "AutoencoderKL"),
     "a text encoder": (lambda: tiny_sd().text_encoder, "CLIPTextModel"),
+    "no UNet": (lambda: tiny_sd(unet=None), r"has no UNet \(unet=None\)"),
+    "components": (lambda: tiny_sd().components, "pass the pipeline itself"),
     "nothing": (lambda: None, "NoneType"),
 }
 
@@ -392,12 +394,12 @@ def test_unsupported_hosts_are_refused_untouched(name: str, private: Any) -> Non
     host = build()
     unet = getattr(host, "unet", host)
     before = dict(unet.attn_processors) if hasattr(unet, "attn_processors") else {}
-    attributes = set(vars(host)) if host is not None else set()
+    attributes = set(vars(host)) if hasattr(host, "__dict__") else set()
     with pytest.raises(dpx.UnsupportedModelError, match=reason):
         protect(host, private)
     if before:
         assert all(unet.attn_processors[n] is p for n, p in before.items())
-    assert host is None or set(vars(host)) == attributes
+    assert not hasattr(host, "__dict__") or set(vars(host)) == attributes
 
 
 def test_a_subclass_that_inherits_the_prompt_path_is_fine(private: Any) -> None:
