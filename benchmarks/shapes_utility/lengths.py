@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibration
 from hf_dp_xattn.calibration.anchors.anchors_fit import AnchorSettings, fit_anchors
 from hf_dp_xattn.calibration.anchors.slots_fit import PublicContexts, SlotSettings
+from hf_dp_xattn.calibration.public_data import PublicData
 from hf_dp_xattn.hosts.identity import host_identity
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
@@ -83,20 +84,15 @@ def fit(setting: Setting, k: int) -> AnchorCalibration:
     settings = AnchorSettings(
         releases=effort.releases,
         anchors=effort.cells,
+        epsilons=tuple(map(float, sizes.length_epsilons)),
         tilt_steps=200 if n < _LONG else 60,
         validation=effort.validation,
         slots=slots,
         progress=False,
     )
-    return fit_anchors(
-        config(8.0),
-        PublicContexts(units, torch.ones(units.shape[:2], dtype=torch.bool), whole),
-        setting.public_objective,
-        host_identity(setting.layers, setting.pipeline.unet.dtype, setting.text),
-        grouping="rows",
-        epsilons=sizes.length_epsilons,
-        settings=settings,
-    )
+    host = host_identity(setting.layers, setting.pipeline.unet.dtype, setting.text)
+    contexts = PublicContexts(units, torch.ones(units.shape[:2], dtype=torch.bool), whole)
+    return fit_anchors(config(8.0), PublicData(setting.public_objective, "rows", host, contexts), settings)
 
 
 def blockwise(method: Any, private: torch.Tensor, epsilon: float, seed: int) -> torch.Tensor:

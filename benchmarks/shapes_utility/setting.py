@@ -18,8 +18,8 @@ from shapes.scenes import IMAGE_SIZE, Example, heldout_examples, train_examples
 from hf_dp_xattn.calibration.anchors.objective import LayerProbe, Objective
 from hf_dp_xattn.hosts.access import Access
 from hf_dp_xattn.hosts.architectures import find_layers
-from hf_dp_xattn.hosts.calibrate import output_gain
-from hf_dp_xattn.hosts.public_prompts import encode_batches, layer_probes
+from hf_dp_xattn.hosts.layer_probes import layer_probes
+from hf_dp_xattn.hosts.public_prompts import encode_batches, output_gain
 from hf_dp_xattn.hosts.rows import split_heads
 from hf_dp_xattn.hosts.text import TextSide
 

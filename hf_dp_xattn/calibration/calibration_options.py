@@ -1,4 +1,4 @@
-"""What `calibrate` was asked for, as one value that the hosts' own ways of fitting are handed."""
+"""What `calibrate` was asked for, as one value."""
 
 from __future__ import annotations
 
@@ -8,38 +8,55 @@ from typing import Any
 
 from .anchors.anchors_fit import AnchorSettings
 
+EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """The arguments of `hosts.calibrate.calibrate`, which says what each is.
+    """The arguments of `dpx.calibrate`, which says what each is.
 
     queries_per_step counts for each sampled token or denoising step; None of query_prompts, query_steps and steps: the host's own default.
     """
 
-    epsilons: Sequence[float]
-    anchors: int
-    releases: tuple[str, ...]
-    steps: int | None
-    grouping: str | None
-    memory_mb: int
-    rank: int
-    query_prompts: int | None
-    query_steps: int | None
-    queries_per_step: int
-    seed: int
-    progress: bool
-    public_head: Any
-    questions: Sequence[Any] | None
-    prefix_bucket: int | None
-    replies: int
+    epsilons: Sequence[float] = EPSILONS
+    anchors: int = 4096
+    releases: tuple[str, ...] = AnchorSettings.releases
+    steps: int | None = None
+    grouping: str | None = None
+    memory_mb: int = 2048
+    rank: int = 128
+    query_prompts: int | None = None
+    query_steps: int | None = None
+    queries_per_step: int = 32
+    seed: int = 0
+    progress: bool = True
+    public_head: Any = 0
+    questions: Sequence[Any] | None = None
+    prefix_bucket: int | None = None
+    replies: int = 0
 
     def anchor_settings(self, **more: Any) -> AnchorSettings:
         """Those of a fit of `anchors`, with its default schedule; more: further fields."""
         return AnchorSettings(
-            releases=self.releases, anchors=self.anchors, seed=self.seed, progress=self.progress, **more
+            epsilons=tuple(map(float, self.epsilons)),
+            releases=self.releases,
+            anchors=self.anchors,
+            seed=self.seed,
+            progress=self.progress,
+            **more,
         )
 
-    def queries_of_texts(self) -> tuple[int, int, int]:
-        """For models that generate text: (contexts that are asked, tokens that are sampled, queries of each layer)."""
-        sampled = self.query_steps or 16
-        return self.query_prompts or 8, sampled, self.queries_per_step * sampled
+    @property
+    def texts(self) -> int:
+        """Of models that generate text: public contexts about which texts are sampled."""
+        return self.query_prompts or 8
+
+    @property
+    def tokens(self) -> int:
+        """Of models that generate text: tokens that are sampled of each."""
+        return self.query_steps or 16
+
+    @property
+    def queries(self) -> int:
+        """Of models that generate text: public queries of each layer that are kept."""
+        return self.queries_per_step * self.tokens

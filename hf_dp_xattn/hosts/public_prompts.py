@@ -1,21 +1,29 @@
-"""Calibration of `anchors` for a Stable Diffusion pipeline: public contexts encoded in bounded memory, probes of all layers."""
+"""Public prompts of a Stable Diffusion pipeline, encoded in bounded memory, and public denoising runs from which queries are taken."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
 from ..calibration.anchors.anchors_calibration import GROUPINGS
-from ..calibration.anchors.objective import LayerProbe
-from ..calibration.anchors.slots_fit import PublicContexts, SlotSettings
+from ..calibration.anchors.objective import Objective
+from ..calibration.anchors.slot_schedule import is_large
+from ..calibration.anchors.slots_fit import PublicContexts
+from ..calibration.calibration_options import CalibrationOptions
+from ..calibration.public_data import PublicData, choose_contexts, equal_contexts
+from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..mechanisms.anchors.anchors import pool
+from .access import Access
+from .architectures import check_pipeline_class, find_layers
+from .identity import host_identity
+from .layer_probes import layer_probes, row_flops
 from .phrases import split_phrases
-from .rows import project
+from .rows import layer_specs, split_heads
 from .text import TextSide
 
 if TYPE_CHECKING:
@@ -23,17 +31,44 @@ if TYPE_CHECKING:
 
 Public = Sequence[str] | Sequence[Sequence[str]] | torch.Tensor
 ENCODER_BATCH = 64
-_LARGE = 5e6
-_EFFORT = 1.2e13
 
 
-def choose_contexts(public: Public, bytes_each: int, memory_mb: int, seed: int) -> list[Any]:
-    """The public contexts to fit to: all of them, or a random subset that fits the memory; drawn before anything is encoded."""
-    room = max(64, int(memory_mb * 2**20 / max(1, bytes_each)))
-    if len(public) <= room:
-        return list(public)
-    order = torch.randperm(len(public), generator=torch.Generator().manual_seed(seed))[:room].tolist()
-    return [public[i] for i in sorted(order)]
+@contextmanager
+def public_prompts(
+    pipe: Any, public: Public, config: DPXAttnConfig, options: CalibrationOptions
+) -> Iterator[PublicData]:
+    """What public prompts or embeddings give. See `hosts.calibrate.calibrate`."""
+    check_pipeline_class(pipe)
+    layers = find_layers(pipe.unet)
+    dtype = pipe.unet.dtype
+    text = TextSide(pipe, Access())
+    flops = row_flops(layers)
+    large = is_large(flops)
+    prompts = (2 if large else 8) if options.query_prompts is None else options.query_prompts
+    grouping = options.grouping or {"row": "rows", "group": "phrases", "context": "context"}[config.unit]
+    parts: dict[str, Any]
+    if config.mechanism == "anchors":
+        contexts, public_rows = gather_contexts(text, public, config.unit, grouping, options)
+        shown = contexts.whole[:prompts]
+        parts = {
+            "contexts": contexts,
+            "host": host_identity(layers, dtype, text),
+            "row_flops": flops,
+            "validation": 128 if large else 400,
+        }
+    else:
+        private, whole = _encode(text, public, options.progress)
+        shown, public_rows = torch.stack(whole[:prompts]), whole[0][:0]
+        parts = {"rows": lambda: private, "count": len(private), "specs": layer_specs(layers, dtype)}
+    queries = public_queries(pipe, layers, text, shown.to(dtype), options)
+    gains = [output_gain(attn) for attn in layers.values()]
+    yield PublicData(Objective(layer_probes(layers, queries, gains), public_rows), grouping, **parts)
+
+
+def _check_embeddings(public: torch.Tensor) -> None:
+    finite = public.ndim == 3 and public.is_floating_point() and bool(torch.isfinite(public).all())
+    if not finite or not len(public):
+        raise ConfigError("Public embeddings must be a finite floating-point tensor [N, n, C].")
 
 
 @torch.no_grad()
@@ -50,9 +85,16 @@ def encode_batches(
 
 
 def gather_contexts(
-    text: TextSide, public: Public, unit: str, grouping: str, *, memory_mb: int, seed: int, progress: bool
+    text: TextSide, public: Public, unit: str, grouping: str, options: CalibrationOptions
 ) -> tuple[PublicContexts, torch.Tensor]:
     """The contexts to fit to, and the exact public rows [p, C] that stand beside each of them.
+
+    Args:
+        text: the pipeline's text side.
+        public: prompts, lists of phrases, or embeddings [N, n, C].
+        unit: what one neighbouring step replaces.
+        grouping: how units are encoded.
+        options: memory, seed and progress.
 
     Raises:
         ConfigError: a wrong type or shape.
@@ -66,18 +108,17 @@ def gather_contexts(
             f"grouping={grouping!r} does not go with unit={unit!r}; expected one of {GROUPINGS[unit]}."
         )
     if isinstance(public, torch.Tensor):
-        if public.ndim != 3 or not public.is_floating_point() or not bool(torch.isfinite(public).all()):
-            raise ConfigError("Public embeddings must be a finite floating-point tensor [N, n, C].")
-        chosen = choose_contexts(public, 2 * public[0].numel(), memory_mb, seed)
+        _check_embeddings(public)
+        chosen = choose_contexts(public, 2 * public[0].numel(), options.memory_mb, options.seed)
         whole = torch.stack(chosen).to("cpu", torch.float16)
-        return _with_units(whole, whole, unit), whole.new_zeros(0, whole.shape[-1]).float()
+        return equal_contexts(whole, unit), whole.new_zeros(0, whole.shape[-1]).float()
     if isinstance(public, str) or not len(public):
         raise ConfigError(
             "public_contexts must be a list of prompts (or of lists of phrases), or embeddings [N, n, C]."
         )
     text.require()
     channels = text.encode(*text.tokenize("")).shape[-1]
-    chosen = choose_contexts(public, 2 * text.length * channels, memory_mb, seed)
+    chosen = choose_contexts(public, 2 * text.length * channels, options.memory_mb, options.seed)
     phrases = (
         [split_phrases(c) if isinstance(c, str) else list(c) for c in chosen] if grouping == "phrases" else []
     )
@@ -86,22 +127,12 @@ def gather_contexts(
             "Lists of phrases need unit='group' (grouping='phrases'); else public_contexts is a list of prompts."
         )
     prompts = [c if isinstance(c, str) else ", ".join(c) for c in chosen]
-    whole = torch.cat([rows.half() for rows in encode_batches(text, prompts, "encoding", progress)])
+    whole = torch.cat([rows.half() for rows in encode_batches(text, prompts, "encoding", options.progress)])
     start = 1 if text.first_row_is_public else 0
     public_rows = text.encode(*text.tokenize(""))[:start].to("cpu", torch.float32)
     if grouping == "phrases":
-        return _phrase_units(text, phrases, whole, progress), public_rows
-    return _with_units(whole[:, start:], whole, unit), public_rows
-
-
-def _with_units(rows: torch.Tensor, whole: torch.Tensor, unit: str) -> PublicContexts:
-    """rows [N, n, C] private ones; a context's unit is its mean row."""
-    units = (
-        rows
-        if unit == "row"
-        else torch.stack([pool(r.float(), "context", None) for r in rows]).to(rows.dtype)
-    )
-    return PublicContexts(units, torch.ones(units.shape[:2], dtype=torch.bool), whole)
+        return _phrase_units(text, phrases, whole, options.progress), public_rows
+    return equal_contexts(whole[:, start:], unit, whole), public_rows
 
 
 def _phrase_units(
@@ -125,43 +156,94 @@ def _phrase_units(
     return PublicContexts(units, mask, whole)
 
 
-def _row_flops(layers: dict[str, Attention]) -> float:
-    """Multiplications and additions of one row's keys and values in all layers."""
-    return sum(4.0 * a.cross_attention_dim * a.inner_dim for a in layers.values())
+def _encode(text: TextSide, public: Public, progress: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """(rows that a release would treat as private, whole encodings) of the public contexts."""
+    if isinstance(public, torch.Tensor):
+        _check_embeddings(public)
+        return list(public), list(public)
+    if isinstance(public, str) or not len(public) or not all(isinstance(t, str) for t in public):
+        raise ConfigError("public_contexts must be a list of prompts or a tensor of embeddings [N, n, C].")
+    whole = [
+        text.encode(*text.tokenize(t))
+        for t in tqdm(public, desc="encoding", disable=not progress, leave=False)
+    ]
+    return [rows[1:] if text.first_row_is_public else rows for rows in whole], whole
 
 
-def is_large(layers: dict[str, Attention]) -> bool:
-    """Whether a training step over all layers, or a public denoising run, takes seconds rather than milliseconds."""
-    return _row_flops(layers) > _LARGE
+def output_gain(attn: Attention) -> torch.Tensor:
+    """[H] mean squared gain from a head's output channel to the layer's output."""
+    projection: Any = getattr(attn.to_out[0], "base_layer", attn.to_out[0])
+    weight = projection.weight.detach().to("cpu", torch.float64)
+    per_head = weight.reshape(weight.shape[0], attn.heads, -1)
+    return per_head.square().sum((0, 2)) / per_head.shape[2]
 
 
-def slot_schedule(layers: dict[str, Attention], rows: int, steps: int | None, seed: int) -> SlotSettings:
-    """Batches that this host can afford: large hosts get smaller batches over two layers at a time, and by default fewer steps.
+@contextmanager
+def _capture(layers: Iterable[Attention], per_step: int, seed: int) -> Iterator[list[list[torch.Tensor]]]:
+    """Collects `per_step` queries a call from each layer's `to_q`."""
+    gen = torch.Generator().manual_seed(seed)
+    hooks, store = [], []
+    for attn in layers:
+        seen: list[torch.Tensor] = []
 
-    The default spends about 1.2e13 multiplications and additions, a few minutes on two cores.
+        def hook(
+            module: Any, args: Any, output: torch.Tensor, attn: Any = attn, seen: list[torch.Tensor] = seen
+        ) -> None:
+            query = split_heads(output, attn.heads)
+            if attn.norm_q is not None:
+                query = attn.norm_q(query)
+            index = torch.randperm(query.shape[2], generator=gen)[:per_step].to(query.device)
+            seen.append(query[:, :, index].transpose(0, 1).flatten(1, 2).to("cpu", torch.float32))
+
+        hooks.append(attn.to_q.register_forward_hook(hook))
+        store.append(seen)
+    try:
+        yield store
+    finally:
+        for h in hooks:
+            h.remove()
+
+
+@torch.no_grad()
+def public_queries(
+    pipe: Any,
+    layers: dict[str, Attention],
+    text: TextSide,
+    embeddings: torch.Tensor,
+    options: CalibrationOptions,
+) -> list[torch.Tensor]:
+    """Queries [H, m, d] of each layer along public denoising runs (guided, from noise), with a scheduler of our own.
+
+    Args:
+        pipe: the pipeline.
+        layers: its UNet's cross-attention layers.
+        text: its text side.
+        embeddings: public ones [B, n, C], one run for each.
+        options: query_steps (by default 6, on a large host 4), queries_per_step, seed and progress.
     """
-    usual = SlotSettings(seed=seed)
-    chosen = dataclasses.replace(usual, batch=16, layers=2, slots=48) if is_large(layers) else usual
-    # the exact rows pass forward once, the decoded ones forward and back
-    passed = chosen.batch * (rows + 3 * chosen.slots)
-    flops = passed * _row_flops(layers) * min(chosen.layers, len(layers)) / len(layers)
-    affordable = max(200, min(usual.steps, int(_EFFORT / flops)))
-    return dataclasses.replace(chosen, steps=affordable if steps is None else steps)
-
-
-def layer_probes(
-    layers: dict[str, Attention], queries: Sequence[torch.Tensor], gains: Sequence[torch.Tensor]
-) -> list[LayerProbe]:
-    """The layers' own projections, their public queries and gains."""
-    probes = []
-    for attn, query, gain in zip(layers.values(), queries, gains, strict=True):
-        weight: Any = next(attn.to_k.parameters())
-
-        def apply(
-            rows: torch.Tensor, attn: Attention = attn, weight: Any = weight
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            key, value = project(attn, rows.to(weight.device, weight.dtype))
-            return key.to("cpu", torch.float32), value.to("cpu", torch.float32)
-
-        probes.append(LayerProbe(apply, (attn.inner_dim // attn.heads) ** -0.5, query.float(), gain.float()))
-    return probes
+    steps = (4 if is_large(row_flops(layers)) else 6) if options.query_steps is None else options.query_steps
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    device, unet = pipe._execution_device, pipe.unet
+    scheduler.set_timesteps(steps, device=device)
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    gen = torch.Generator().manual_seed(options.seed)
+    shape = (len(embeddings), pipe.vae.config.latent_channels, height, width)
+    sample = torch.randn(shape, generator=gen).to(device, unet.dtype) * scheduler.init_noise_sigma
+    if text.available and embeddings.shape[1] == text.length:
+        empty = text.encode(*text.tokenize("")).unsqueeze(0).expand_as(embeddings)
+    else:
+        empty = torch.zeros_like(embeddings)
+    both = torch.cat([empty, embeddings]).to(device, unet.dtype)
+    with _capture(layers.values(), options.queries_per_step, options.seed) as store:
+        for t in tqdm(scheduler.timesteps, desc="public queries", disable=not options.progress, leave=False):
+            model_input = scheduler.scale_model_input(torch.cat([sample, sample]), t)
+            if unet.config.in_channels != model_input.shape[1]:  # inpainting: an empty mask and image
+                extra = unet.config.in_channels - model_input.shape[1]
+                model_input = torch.cat(
+                    [model_input, model_input.new_zeros(model_input.shape[0], extra, height, width)], 1
+                )
+            uncond, cond = unet(model_input, t, encoder_hidden_states=both).sample.chunk(2)
+            sample = scheduler.step(uncond + 3.0 * (cond - uncond), t, sample).prev_sample
+    # the unconditional half of each call comes from the empty prompt: its queries are as public as the others
+    return [torch.cat(seen, dim=1) for seen in store]

@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class SelfProjecting(Protocol):
-    """A layer that knows its own way from rows [1, n, C] to keys and values [1, H, n, d] (transformers' layers do).
+    """A layer that knows its own way from rows [B, n, C] to keys and values [B, H, n, d] (transformers' layers do), and its scale.
 
     `computes = False`: they are entries of the rows as they are.
     """
+
+    @property
+    def scale(self) -> float: ...
 
     def project(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -55,12 +58,17 @@ def in_range(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.nan_to_num(numbers.to(dtype), nan=0.0)
 
 
-def project_rows(attn: Attention, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [H, n, d] of rows [n, C], where the layer's weights are; in these weights' precision, since they outlive a region of
-    autocast that they may be made in."""
-    states = rows.unsqueeze(0).to(_home(attn.to_k, rows.device))
+def project_batch(attn: Attention, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [B, H, n, d] of rows [B, n, C], where the layer's weights are; in these weights' precision, since they outlive a
+    region of autocast that they may be made in."""
+    states = rows.to(_home(attn.to_k, rows.device))
     with torch.autocast(states.device.type, enabled=False):
-        key, value = attn.project(states) if isinstance(attn, SelfProjecting) else project(attn, states)
+        return attn.project(states) if isinstance(attn, SelfProjecting) else project(attn, states)
+
+
+def project_rows(attn: Attention, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`project_batch` of one context: keys and values [H, n, d] of rows [n, C]."""
+    key, value = project_batch(attn, rows.unsqueeze(0))
     return key[0], value[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 import hf_dp_xattn as dpx
 from hf_dp_xattn.calibration.anchors.anchors_fit import simulate
 from hf_dp_xattn.calibration.anchors.objective import Objective, fvu
+from hf_dp_xattn.calibration.calibration_options import CalibrationOptions
 from hf_dp_xattn.hosts.access import Access
 from hf_dp_xattn.hosts.architectures import find_layers
-from hf_dp_xattn.hosts.calibrate import output_gain, public_queries
-from hf_dp_xattn.hosts.public_prompts import gather_contexts, layer_probes
+from hf_dp_xattn.hosts.layer_probes import layer_probes
+from hf_dp_xattn.hosts.public_prompts import gather_contexts, output_gain, public_queries
 from hf_dp_xattn.hosts.text import TextSide
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
@@ -40,10 +42,10 @@ def test_predicted_fvu_is_what_fresh_public_contexts_give(pipeline: Any, unit: s
     calibration = load_calibration(unit)
     layers, text = find_layers(pipeline.unet), TextSide(pipeline, Access())
     public = prompts(train_examples(150, 777), unit, 777)
-    contexts, rows = gather_contexts(
-        text, public, unit, calibration.grouping, memory_mb=512, seed=0, progress=False
-    )
-    queries = public_queries(pipeline, layers, text, contexts.whole[:8].float(), 6, 32, 5, False)
+    options = CalibrationOptions(memory_mb=512, query_steps=6, progress=False)
+    contexts, rows = gather_contexts(text, public, unit, calibration.grouping, options)
+    options = dataclasses.replace(options, seed=5)
+    queries = public_queries(pipeline, layers, text, contexts.whole[:8].float(), options)
     objective = Objective(layer_probes(layers, queries, [output_gain(a) for a in layers.values()]), rows)
     plan = dpx.plan(calibration, epsilons=(4.0, 8.0), measure=False)
     for point in plan.points:

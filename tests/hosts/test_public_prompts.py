@@ -9,8 +9,11 @@ import torch
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibration
+from hf_dp_xattn.calibration.anchors.slot_schedule import slot_schedule
+from hf_dp_xattn.calibration.anchors.slots_fit import SlotSettings
+from hf_dp_xattn.calibration.public_data import choose_contexts, equal_contexts
 from hf_dp_xattn.hosts.architectures import find_layers
-from hf_dp_xattn.hosts.public_prompts import choose_contexts, slot_schedule
+from hf_dp_xattn.hosts.layer_probes import row_flops
 
 from ..hosts_tiny import picture, tiny_unet
 
@@ -142,10 +145,14 @@ def test_only_what_fits_the_memory_is_chosen_before_encoding() -> None:
 
 
 def test_large_hosts_get_smaller_batches() -> None:
-    small = slot_schedule(find_layers(tiny_unet()), 77, None, 0)
+    def schedule(layers: dict[str, Any], steps: int | None = None) -> SlotSettings:
+        public = equal_contexts(torch.zeros(1, 77, 4), "row")
+        return slot_schedule(public, len(layers), row_flops(layers), steps, 0)
+
+    small = schedule(find_layers(tiny_unet()))
     assert small.steps == 3000 and small.batch == 48
     with torch.device("meta"):
         wide = find_layers(tiny_unet(block_out_channels=(320, 640), cross_attention_dim=768))
-    large = slot_schedule(wide, 77, None, 0)
+    large = schedule(wide)
     assert large.batch < small.batch or large.steps < small.steps
-    assert slot_schedule(wide, 77, 12, 0).steps == 12
+    assert schedule(wide, 12).steps == 12

@@ -18,12 +18,14 @@ from ...mechanisms.anchors.row_sum import RowSum
 from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
 from ...privacy.response import RandomizedResponse
 from ...privacy.units import NeighboringRelation
-from .anchors_calibration import AnchorCalibration, HostIdentity
+from ..public_data import PublicData
+from .anchors_calibration import AnchorCalibration
 from .cells_fit import Codebook, fit_codebook, fit_tilt, histogram_plan
 from .judge import Judged, judge, simulate
 from .kmeans import assign, kmeans
 from .mixed_fit import Compared, means_or_members, with_mixed
 from .objective import Objective
+from .slot_schedule import MANY
 from .slots_fit import (
     PublicContexts,
     SlotSettings,
@@ -45,10 +47,14 @@ _CODEBOOK_UNITS = 32_768
 
 @dataclass(frozen=True)
 class AnchorSettings:
-    """How a calibration is fitted. releases: candidates ("mixed" brings "histogram" along); anchors: cells of the histogram's codebook.
-    rows: cells that stay unmerged when a histogram is decoded; by default 48, or a quarter of a long context's rows. validation: public
-    contexts that are held out."""
+    """How a calibration is fitted.
 
+    epsilons: one plan for each. releases: candidates ("mixed" brings "histogram" along). anchors: cells of the histogram's codebook (of
+    documents `CELLS` at most). rows: cells that stay unmerged when a histogram is decoded; by default 48, or a quarter of a long context's
+    rows. validation: public contexts that are held out.
+    """
+
+    epsilons: tuple[float, ...] = (8.0,)
     releases: tuple[str, ...] = ("sum", "response", "histogram", "mixed")
     anchors: int = 4096
     rows: int | None = None
@@ -59,8 +65,13 @@ class AnchorSettings:
     progress: bool = True
 
 
-def candidates(config: DPXAttnConfig, settings: AnchorSettings) -> tuple[str, ...]:
+def candidates(config: DPXAttnConfig, settings: AnchorSettings, documents: int = 0) -> tuple[str, ...]:
     """The releases that can give this unit and relation ("mixed" asks for long contexts of one length besides: `fit_anchors`).
+
+    Args:
+        config: unit and relation.
+        settings: the releases that are asked for.
+        documents: how many a context has, where units are documents that a histogram may count.
 
     Raises:
         ConfigError: none of those asked for can.
@@ -74,6 +85,10 @@ def candidates(config: DPXAttnConfig, settings: AnchorSettings) -> tuple[str, ..
             possible.add("mixed")
         # one answer for each of many rows: always far behind a sum or a histogram
         possible.discard("response")
+    if documents:
+        possible.add("histogram")
+        if documents >= MANY and "sum" in settings.releases:
+            possible.discard("response")
     chosen = tuple(r for r in settings.releases if r in possible)
     if not chosen:
         raise ConfigError(
@@ -83,23 +98,21 @@ def candidates(config: DPXAttnConfig, settings: AnchorSettings) -> tuple[str, ..
     return chosen
 
 
-def fit_anchors(
-    config: DPXAttnConfig,
-    contexts: PublicContexts,
-    objective: Objective,
-    host: HostIdentity,
-    *,
-    grouping: str,
-    epsilons: Sequence[float],
-    settings: AnchorSettings,
-) -> AnchorCalibration:
+def fit_anchors(config: DPXAttnConfig, data: PublicData, settings: AnchorSettings) -> AnchorCalibration:
     """Fits every candidate for every epsilon and keeps the best one on held-out public contexts: by FVU, or by the divergence of replies
     where the host's replies count.
+
+    Args:
+        config: what a release promises; its epsilon is not looked at.
+        data: contexts, host, and documents where there are some.
+        settings: what is tried, and for how long.
 
     Raises:
         ConfigError: too few contexts or distinct rows, or no possible release.
     """
-    kinds = candidates(config, settings)
+    contexts, objective, documents = data.contexts, data.objective, data.documents
+    assert contexts is not None and data.host is not None
+    kinds = candidates(config, settings, 0 if documents is None else contexts.units.shape[1])
     if len(contexts) < MINIMUM_CONTEXTS:
         raise ConfigError(
             f"A calibration of anchors needs at least {MINIMUM_CONTEXTS} public contexts, got {len(contexts)}; thousands do better."
@@ -107,23 +120,19 @@ def fit_anchors(
     order = torch.randperm(len(contexts), generator=torch.Generator().manual_seed(settings.seed))
     held = min(settings.validation, len(contexts) // 6)
     training, validation = contexts.part(order[held:]), contexts.part(order[:held])
-    epsilons = sorted(float(e) for e in epsilons)
+    epsilons = sorted(settings.epsilons)
     kinds = _for_length(kinds, contexts)
     found: list[AnchorPlan] = []
     slots: SlotDecoder | None = None
     book: Codebook | None = None
     if {"histogram", "mixed"} & set(kinds):  # first: it is the one that may fail for want of rows
-        served = max(48, min(2048, training.units.shape[1] // 4)) if settings.rows is None else settings.rows
-        book = fit_codebook(
-            training.units,
-            objective,
-            settings.anchors,
-            served=served,
-            seed=settings.seed,
-            progress=settings.progress,
+        book = (
+            _rows_book(training, objective, settings)
+            if documents is None
+            else documents.codebook(contexts, training, objective, settings.anchors, settings.seed)
         )
         found += [histogram_plan(config, book, e, settings.seed) for e in epsilons]
-        if training.units.shape[1] >= _LONG:
+        if documents is None and training.units.shape[1] >= _LONG:
             book = means_or_members(config, book, found[-1], validation, objective)
     if "sum" in kinds or "response" in kinds:
         fitted, slots = _slot_plans(config, training, objective, kinds, epsilons, settings)
@@ -137,7 +146,7 @@ def fit_anchors(
     def best_at(epsilon: float) -> AnchorPlan:
         return min((j for j in judged if j.plan.epsilon == epsilon), key=lambda j: j.score).plan
 
-    if book is not None:
+    if book is not None and documents is None:
         for plain in [j.plan for j in judged if j.plan.release == "histogram"]:
             # a tilt takes a minute and gains some ten per cent: it is fitted where that could decide
             if plain.quality.fvu < 1.5 * best_at(plain.epsilon).quality.fvu:
@@ -155,12 +164,12 @@ def fit_anchors(
     calibration = AnchorCalibration(
         unit=config.unit,
         neighboring=config.neighboring,
-        grouping=grouping,
+        grouping=data.grouping,
         channels=contexts.whole.shape[-1],
         contexts=len(contexts),
         units=contexts.mask.shape[1],
-        settings=_settings(config, settings, kinds, judged, compared),
-        host=host,
+        settings=_settings(config, settings, kinds, book, judged, compared),
+        host=data.host,
         plans=tuple(best),
         decoders=Decoders(
             slots if used & {"sum", "response"} else None,
@@ -170,6 +179,18 @@ def fit_anchors(
     ).rounded()
     calibration.verify()
     return calibration
+
+
+def _rows_book(training: PublicContexts, objective: Objective, settings: AnchorSettings) -> Codebook:
+    served = max(48, min(2048, training.units.shape[1] // 4)) if settings.rows is None else settings.rows
+    return fit_codebook(
+        training.units,
+        objective,
+        settings.anchors,
+        served=served,
+        seed=settings.seed,
+        progress=settings.progress,
+    )
 
 
 def _for_length(kinds: tuple[str, ...], contexts: PublicContexts) -> tuple[str, ...]:
@@ -193,13 +214,14 @@ def _settings(
     config: DPXAttnConfig,
     settings: AnchorSettings,
     kinds: Sequence[str],
+    book: Codebook | None,
     judged: Sequence[Judged],
     compared: Sequence[Compared],
 ) -> dict[str, Any]:
     return {
         "delta": config.delta,
         "releases": list(kinds),
-        "anchors": settings.anchors if {"histogram", "mixed"} & set(kinds) else 0,
+        "anchors": 0 if book is None else len(book.codes),
         "steps": settings.slots.steps,
         "slots": settings.slots.slots,
         "code": settings.slots.code,

@@ -77,8 +77,7 @@ def row_metric(
     center = sample.mean(0)
     sketch = torch.zeros(len(sample), _SKETCH)
     for layer in objective.layers:
-        key, value = layer.project(sample.unsqueeze(0))
-        key, value = key[0].float(), value[0].float()  # [H, n, d]
+        key, value = (x[0] for x in layer.keys_values(sample.unsqueeze(0)))  # [H, n, d]
         q = layer.queries.float()
         q = q - q.mean(1, keepdim=True)
         second = q.mT @ q / q.shape[1]

@@ -15,15 +15,13 @@ the predictions, so wording that no query reads splits no cell, and documents th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from ...config import DPXAttnConfig
 from ...mechanisms.anchors.cells import CellDecoder
-from ...mechanisms.anchors.plan import AnchorPlan, Decoders
 from ...mechanisms.anchors.quantizer import RowQuantizer
-from .cells_fit import GRID, Codebook, histogram_plan, log_prior
-from .judge import judge
+from .cells_fit import GRID, Codebook, log_prior
 from .kmeans import assign, kmeans
 from .objective import LayerProbe, Objective
 from .slots_fit import PublicContexts
@@ -38,6 +36,41 @@ _LARGEST_LOGIT = (
     0.0  # of one row beyond a whole context's normaliser: no document counts for more than a context
 )
 _RIDGE = 1e-2
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Public documents: rows [D, L, C], mask [D, L], means [D, C]. normalizers: each layer's mean log normaliser [H, m] over public
+    contexts."""
+
+    rows: torch.Tensor
+    mask: torch.Tensor
+    means: torch.Tensor
+    normalizers: tuple[torch.Tensor, ...]
+
+    def codebook(
+        self, contexts: PublicContexts, training: PublicContexts, objective: Objective, cells: int, seed: int
+    ) -> Codebook:
+        """Cells of these documents.
+
+        Args:
+            contexts: all public contexts, whose mean outputs are those of a typical one.
+            training: those whose counts make the priors.
+            objective: the layers.
+            cells: as many, but no more than `CELLS`.
+            seed: of the fit.
+
+        Raises:
+            ConfigError: too few distinct documents for so many cells.
+        """
+        typical = [o.float().mean(0) for o in contexts.outputs or ()]
+        generator = torch.Generator().manual_seed(seed)
+        sketch, mass = influences(
+            objective.layers, typical, self.normalizers, self.rows, self.mask, generator
+        )
+        return fit_documents(
+            training, self.means, sketch, mass, self.rows, cells=min(cells, CELLS), seed=seed
+        )
 
 
 @torch.no_grad()
@@ -62,7 +95,7 @@ def influences(
         mix = torch.randn(o.numel(), _SKETCH, generator=generator) / (_SKETCH**0.5 * scale)
         for start in range(0, len(rows), _CHUNK):
             part = slice(start, start + _CHUNK)
-            key, value = probe.project(rows[part].float())
+            key, value = probe.keys_values(rows[part].float())
             logits = q @ key.mT * probe.scale - level.unsqueeze(-1)  # [D, H, m, L]
             weights = logits.clamp_max(_LARGEST_LOGIT).exp() * mask[part, None, None]
             moved = weights @ value - weights.sum(-1, keepdim=True) * o
@@ -134,19 +167,3 @@ def _members(
         spread = own[torch.linspace(0, len(own) - 1, DOCUMENTS_OF_A_CELL).round().long()]
         found.append(attended[spread].flatten(0, 1))
     return torch.stack(found)
-
-
-def document_plans(
-    config: DPXAttnConfig,
-    book: Codebook,
-    validation: PublicContexts,
-    objective: Objective,
-    epsilons: Sequence[float],
-    seed: int,
-) -> list[AnchorPlan]:
-    """One plan for each epsilon, judged by real releases (seeded noise) of public contexts that nothing was fitted to."""
-    decoders = Decoders(None, book.decoder)
-    return [
-        judge(histogram_plan(config, book, epsilon, seed), config, decoders, validation, objective).plan
-        for epsilon in epsilons
-    ]

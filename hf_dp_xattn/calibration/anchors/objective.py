@@ -22,18 +22,27 @@ Project = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class LayerProbe:
-    """One layer: rows [B, n, C] -> keys and values [B, H, n, d]; logit scale; public queries [H, m, d]; gain of each head [H]."""
+    """One layer.
+
+    project: rows [B, n, C] -> keys and values [B, H, n, d], where and in the dtype that the layer computes in. scale: of the logits.
+    queries: public ones [H, m, d] float32. gain: of each head [H], how much its output moves the layer's.
+    """
 
     project: Project
     scale: float
     queries: torch.Tensor
     gain: torch.Tensor
 
+    def keys_values(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`project`, float32 on the CPU."""
+        key, value = self.project(rows)
+        return key.to("cpu", torch.float32), value.to("cpu", torch.float32)
+
     def attend(
         self, rows: torch.Tensor, queries: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """rows [B, n, C], queries [H, m, d], bias [B, n] -> outputs [B, H, m, dv]."""
-        key, value = self.project(rows)
+        key, value = self.keys_values(rows)
         query = queries.to(key).unsqueeze(0).expand(rows.shape[0], -1, -1, -1)
         mask = None if bias is None else bias.to(key)[:, None, None, :]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
@@ -134,7 +143,7 @@ class Objective:
                 exact = outputs[i][:, :, pick].double()
             parts = zip(padded.split(32), (bias if bias is not None else weights).split(32), strict=True)
             out = torch.cat([layer.attend(p, q, b) for p, b in parts]).double()
-            gain = layer.gain.double()
+            gain = layer.gain.float().double()
             errors.append((out - exact).square().sum((2, 3)) * gain)
             variances.append((exact - exact.mean(0)).square().sum((2, 3)) * gain)
         return torch.stack(errors, 1), torch.stack(variances, 1)

@@ -1,12 +1,12 @@
-"""Public statistics of a decoder-only model's attention to prefixes, from public prefixes and public questions."""
+"""Public prefixes of a decoder-only model, encoded once, and public questions behind them."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,19 +14,16 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from ...calibration.anchors.anchors_calibration import AnchorCalibration, HostIdentity
-from ...calibration.anchors.anchors_fit import candidates, fit_anchors
+from ...calibration.anchors.anchors_calibration import HostIdentity
 from ...calibration.anchors.objective import LayerProbe, Objective
 from ...calibration.anchors.reply_divergence import Replies
-from ...calibration.anchors.slots_fit import PublicContexts, SlotSettings
-from ...calibration.calibration import Calibration
+from ...calibration.anchors.slots_fit import PublicContexts
 from ...calibration.calibration_options import CalibrationOptions
-from ...calibration.kernel_fit import PublicQueries, Rows, fit_calibration
+from ...calibration.public_data import PublicData, choose_contexts, pooled
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
-from ...mechanisms.anchors.anchors import pool
+from ..encode_once import EncodeOnce
 from ..placeholder import new_tag
-from ..public_prompts import choose_contexts
 from ..routing import evaluating
 from ..rows import layer_specs
 from .attention import Call
@@ -39,7 +36,6 @@ from .replies import Asking, ask, end_ids, replying
 GROUPING = {"row": "rows", "group": "segments", "context": "context"}
 ENCODER_BATCH = 64
 GATHER_BATCH = 32  # prefixes whose rows are in memory at a time
-_EFFORT = 5e10  # numbers of context space that training passes: a few minutes on two cores
 _SAMPLE = 256  # rows that are kept of longer contexts
 _OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
 
@@ -53,7 +49,7 @@ class SoftmaxProbe(LayerProbe):
     def attend(
         self, rows: torch.Tensor, queries: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        key, value = self.project(rows)
+        key, value = self.keys_values(rows)
         logits = (queries.to(key) * self.scale).unsqueeze(0) @ key.mT
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -63,98 +59,146 @@ class SoftmaxProbe(LayerProbe):
         return logits.masked_fill(padding[:, None, None, :], -torch.inf).softmax(-1) @ value
 
 
-@torch.no_grad()
-def calibrate_decoder(
-    model: Any, public_contexts: Any, config: DPXAttnConfig, options: CalibrationOptions
-) -> Calibration | AnchorCalibration:
-    """See `hosts.calibrate.calibrate`. Queries are those of public questions, and of `query_steps` tokens sampled after each, behind
-    `query_prompts` public prefixes."""
+@contextmanager
+def public_prefixes(
+    model: Any, public: Any, config: DPXAttnConfig, options: CalibrationOptions
+) -> Iterator[PublicData]:
+    """What public prefixes give; while it lasts, the model can be asked for replies. See `hosts.calibrate.calibrate`.
+
+    Queries are those of public questions, and of tokens sampled after each, behind some of the prefixes.
+    """
     if any(p.device.type == "meta" for p in model.parameters()):
         raise ConfigError(
             "Some weights of this model are offloaded (on the meta device), and a calibration reads and differentiates them: calibrate the "
             "model as it is loaded, then offload it."
         )
-    settings = options.anchor_settings()
-    anchored = config.mechanism == "anchors"
-    if anchored:
-        candidates(config, settings)  # refuses what cannot be before minutes are spent on it
-    elif options.replies:
-        raise ConfigError("replies train the decoder of `anchors`; kernel_sum has none.")
-    with evaluating(model):
-        layers = find_layers(model)
-        prefixes = _prefixes(model, layers, public_contexts, config, options)
-        asking = _asking(model, prefixes, options) if anchored and options.replies else None
-        count = options.queries_of_texts()[0]
-        head = _head_rows(model, layers, prefixes[0].head)
-        # of anchors only what training reads is kept: prefixes are encoded again where it is gathered
-        private = _encode(model, layers, prefixes[:count] if anchored else prefixes, options.progress)
-        texts = _questions(model, options.questions)
-        queries, own = _queries(model, layers, prefixes, private, head, texts, options)
-        sketch = prefix_fingerprint(model, layers)
-        gains = [output_gain(layer) for layer in layers.values()]
-        if anchored:
-            public_rows = torch.cat([head, own])
-            probes = [
-                SoftmaxProbe(layer.project, layer.scale, q, g.float(), layer.softcap)
-                for layer, q, g in zip(layers.values(), queries, gains, strict=True)
-            ]
-            identity = HostIdentity(
-                sketch.layers, sketch.sketch, sketch.dtype, torch.zeros(0, head.shape[-1])
-            )
-    if anchored:
-        with ExitStack() as stack:
-            logits, asked = None, None
-            if asking is not None:
-                offset = len(head) + prefixes[0].slots
-                logits = stack.enter_context(replying(model, layers, head.float(), offset))
-                asked = partial(
-                    ask, logits, asking=asking, generator=torch.Generator().manual_seed(options.seed)
-                )
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        with torch.no_grad():
+            layers = find_layers(model)
+            reader = PrefixReader(model, layers, options)
+            prefixes = _prefixes(model, layers, public, config, options)
+            head = reader.head(prefixes[0])
+            if config.mechanism == "anchors":
+                data = _contexts_data(reader, prefixes, head, config, options, stack)
             else:
-                stack.enter_context(evaluating(model))
-            contexts = _gather(
-                model, layers, prefixes, public_rows, probes, asked, config.unit, options.progress
-            )
-            slots = _schedule(contexts, options.steps, options.seed)
-            with torch.enable_grad():
-                return fit_anchors(
-                    config,
-                    contexts,
-                    Objective(probes, public_rows.float(), logits),
-                    identity,
-                    grouping=GROUPING[config.unit],
-                    epsilons=options.epsilons,
-                    settings=dataclasses.replace(settings, slots=slots),
-                )
-    whole = [torch.cat(parts) for parts in private]
+                data = _rows_data(reader, prefixes, head, config, options)
+        yield data
+
+
+class PrefixReader:
+    """Encodes public prefixes; equal segments once, as long as a quarter of `memory_mb` holds them."""
+
+    def __init__(self, model: Any, layers: dict[str, PrefixLayer], options: CalibrationOptions) -> None:
+        self.model, self.layers = model, layers
+        self._progress = options.progress
+        self._known = EncodeOnce(options.memory_mb // 4)
+
+    def head(self, prefix: Prefix) -> torch.Tensor:
+        """The public head's rows [h, C], float16 on the CPU."""
+        if not len(prefix.head):
+            return torch.zeros(0, next(iter(self.layers.values())).cross_attention_dim, dtype=torch.float16)
+        rows = rows_of(run_recorded(self.model, self.layers, prefix.head.unsqueeze(0)))
+        return rows[0].to("cpu", torch.float16)
+
+    def read(self, prefixes: Sequence[Prefix], *, progress: bool = False) -> list[list[torch.Tensor]]:
+        """Each prefix's segments' rows [n, C], float16 on the CPU."""
+        head = prefixes[0].head
+        texts = [segment for prefix in prefixes for segment in prefix.segments]
+
+        def encode(new: list[int]) -> list[torch.Tensor]:
+            """Those of one length in batches (their rounding may depend on each other: they are public)."""
+            by_length: dict[int, list[int]] = {}
+            for i in new:
+                by_length.setdefault(len(texts[i]), []).append(i)
+            batches = [
+                alike[i : i + ENCODER_BATCH]
+                for alike in by_length.values()
+                for i in range(0, len(alike), ENCODER_BATCH)
+            ]
+            rows: dict[int, torch.Tensor] = {}
+            for batch in tqdm(batches, desc="encoding", disable=not progress, leave=False):
+                ids = torch.stack([torch.cat([head, texts[i]]) for i in batch])
+                states = rows_of(run_recorded(self.model, self.layers, ids))[:, len(head) :]
+                rows.update(zip(batch, states.to("cpu", torch.float16), strict=True))
+            return [rows[i] for i in new]
+
+        found = iter(self._known.rows([tuple(t.tolist()) for t in texts], encode))
+        return [[next(found) for _ in prefix.segments] for prefix in prefixes]
+
+
+def _contexts_data(
+    reader: PrefixReader,
+    prefixes: Sequence[Prefix],
+    head: torch.Tensor,
+    config: DPXAttnConfig,
+    options: CalibrationOptions,
+    stack: ExitStack,
+) -> PublicData:
+    """For `anchors`; what keeps the model ready for replies goes on the stack."""
+    model, layers = reader.model, reader.layers
+    asking = _asking(model, prefixes, options) if options.replies else None
+    chunks = [prefixes[i : i + GATHER_BATCH] for i in range(0, len(prefixes), GATHER_BATCH)]
+    # of these the queries are sampled, which the gathering of all of them needs
+    first = [reader.read(chunk) for chunk in chunks[: -(-options.texts // GATHER_BATCH)]]
+    queries, own = _queries(model, layers, prefixes, list(chain(*first)), head, options)
+    probes = _probes(layers, queries)
+    public_rows = torch.cat([head, own])
+    sketch = prefix_fingerprint(model, layers)
+    host = HostIdentity(sketch.layers, sketch.sketch, sketch.dtype, torch.zeros(0, head.shape[-1]))
+    logits, asked = None, None
+    if asking is not None:
+        logits = stack.enter_context(replying(model, layers, head.float(), len(head) + prefixes[0].slots))
+        generator = torch.Generator().manual_seed(options.seed)
+        asked = partial(ask, logits, asking=asking, generator=generator)
+    bar = tqdm(
+        chain(first, map(reader.read, chunks[len(first) :])),
+        total=len(chunks),
+        desc="public prefixes",
+        disable=not options.progress,
+        leave=False,
+    )
+    longest = max(sum(map(len, p.segments)) for p in prefixes)
+    contexts = _gather(bar, len(public_rows) + longest, public_rows, probes, asked, config.unit)
+    return PublicData(
+        Objective(probes, public_rows.float(), logits), GROUPING[config.unit], host=host, contexts=contexts
+    )
+
+
+def _rows_data(
+    reader: PrefixReader,
+    prefixes: Sequence[Prefix],
+    head: torch.Tensor,
+    config: DPXAttnConfig,
+    options: CalibrationOptions,
+) -> PublicData:
+    """For `kernel_sum`. Raises ConfigError where prefixes differ in shape."""
+    model, layers = reader.model, reader.layers
+    private = reader.read(prefixes, progress=options.progress)
     shapes = {tuple(len(part) for part in parts) for parts in private}
     if len(shapes) > 1:
         raise ConfigError(
             "A calibration of kernel_sum takes public prefixes of one shape: cut them to one length (for unit='group', to one number of "
             "segments of the same lengths)."
         )
-    groups = None
-    if config.unit == "group":
-        lengths = torch.tensor(shapes.pop())
-        groups = torch.arange(len(lengths)).repeat_interleave(lengths)
-
-    def contexts_of_layers() -> Iterator[Rows]:
-        for rows in whole:
-            pairs = [layer.project(rows.float().unsqueeze(0)) for layer in layers.values()]
-            yield [k[0] for k, _ in pairs], [v[0] for _, v in pairs]
-
+    queries, _ = _queries(model, layers, prefixes, private, head, options)
+    lengths = torch.tensor(shapes.pop())
     untyped: dict[str, Any] = dict(layers)
-    return fit_calibration(
-        config,
-        layer_specs(untyped, model.dtype),
-        contexts_of_layers,
-        PublicQueries(queries, gains),
-        count=len(whole),
-        epsilons=options.epsilons,
-        rank=options.rank,
-        groups=groups,
-        progress=options.progress,
+    return PublicData(
+        Objective(_probes(layers, queries), head[:0]),
+        GROUPING[config.unit],
+        specs=layer_specs(untyped, model.dtype),
+        rows=lambda: (torch.cat(parts).float() for parts in private),
+        count=len(private),
+        groups=torch.arange(len(lengths)).repeat_interleave(lengths) if config.unit == "group" else None,
     )
+
+
+def _probes(layers: dict[str, PrefixLayer], queries: Sequence[torch.Tensor]) -> list[SoftmaxProbe]:
+    return [
+        SoftmaxProbe(layer.project, layer.scale, q, output_gain(layer), layer.softcap)
+        for layer, q in zip(layers.values(), queries, strict=True)
+    ]
 
 
 def _prefixes(
@@ -190,46 +234,6 @@ def _in_segments(context: Any) -> bool:
     return isinstance(first, (list, tuple)) or getattr(first, "ndim", 0) == 1
 
 
-def _head_rows(model: Any, layers: dict[str, PrefixLayer], head: torch.Tensor) -> torch.Tensor:
-    """The public head's rows [h, C], float16 on the CPU."""
-    if not len(head):
-        return torch.zeros(0, next(iter(layers.values())).cross_attention_dim, dtype=torch.float16)
-    return rows_of(run_recorded(model, layers, head.unsqueeze(0)))[0].to("cpu", torch.float16)
-
-
-def _encode(
-    model: Any, layers: dict[str, PrefixLayer], prefixes: Sequence[Prefix], progress: bool
-) -> list[list[torch.Tensor]]:
-    """Each prefix's segments' rows [n, C], float16 on the CPU.
-
-    Equal segments are run once, those of one length in batches (their rounding may depend on each other: they are public).
-    """
-    head = prefixes[0].head
-    distinct = {tuple(s.tolist()): s for p in prefixes for s in p.segments}
-    by_length: dict[int, list[tuple[int, ...]]] = {}
-    for key in distinct:
-        by_length.setdefault(len(key), []).append(key)
-    batches = [
-        keys[i : i + ENCODER_BATCH] for keys in by_length.values() for i in range(0, len(keys), ENCODER_BATCH)
-    ]
-    known: dict[tuple[int, ...], torch.Tensor] = {}
-    for keys in tqdm(batches, desc="encoding", disable=not progress, leave=False):
-        ids = torch.stack([torch.cat([head, distinct[key]]) for key in keys])
-        rows = rows_of(run_recorded(model, layers, ids))[:, len(head) :].to("cpu", torch.float16)
-        known.update(zip(keys, rows, strict=True))
-    return [[known[tuple(s.tolist())] for s in p.segments] for p in prefixes]
-
-
-def _units(parts: Sequence[torch.Tensor], unit: str) -> torch.Tensor:
-    """[U, C]: what a release treats as one row each."""
-    rows = torch.cat(list(parts))
-    if unit == "row":
-        return rows
-    if unit == "context":
-        return pool(rows.float(), unit, None).half()
-    return torch.cat([pool(part.float(), "context", None) for part in parts]).half()
-
-
 def _questions(model: Any, questions: Sequence[Any] | None) -> list[torch.Tensor]:
     """Public token ids of users' turns; where there are none, the BOS token."""
     size = model.get_input_embeddings().num_embeddings
@@ -248,22 +252,21 @@ def _queries(
     prefixes: Sequence[Prefix],
     private: Sequence[Sequence[torch.Tensor]],
     head: torch.Tensor,
-    questions: Sequence[torch.Tensor],
     options: CalibrationOptions,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Public queries [H, m, d] of each layer, and one text's own rows [p, C], which stand beside the prefix where users' tokens will."""
-    count, steps, wanted = options.queries_of_texts()
+    questions = _questions(model, options.questions)
     generator = torch.Generator().manual_seed(options.seed)
     found: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     own = head[:0]
-    for i, (prefix, parts) in enumerate(zip(prefixes[:count], private, strict=False)):
+    for i, (prefix, parts) in enumerate(zip(prefixes[: options.texts], private, strict=False)):
         rows = torch.cat([head, *parts]).to(model.device, model.dtype)
         offset = len(head) + prefix.slots
         ids = questions[i % len(questions)].to(model.device).unsqueeze(0)
         with serving(model, layers, rows.unsqueeze(0)) as calls:
             first = calls.current
             assert first is not None
-            for _ in range(steps + 1):
+            for _ in range(options.tokens + 1):
                 call = Call(first.tables, first.index, offset, ids.shape[1], queries={})
                 calls.current = call
                 cache = PrefixCache([new_tag()], offset, len(layers))
@@ -280,34 +283,40 @@ def _queries(
     queries = []
     for parts in found.values():
         flat = torch.cat(parts, dim=1)
-        keep = torch.randperm(flat.shape[1], generator=generator)[:wanted]
+        keep = torch.randperm(flat.shape[1], generator=generator)[: options.queries]
         queries.append(flat[:, keep])
     return queries, own
 
 
 def _gather(
-    model: Any,
-    layers: dict[str, PrefixLayer],
-    prefixes: Sequence[Prefix],
+    chunks: Iterable[list[list[torch.Tensor]]],
+    length: int,
     public_rows: torch.Tensor,
     probes: Sequence[SoftmaxProbe],
     asked: Callable[[torch.Tensor], Replies] | None,
     unit: str,
-    progress: bool,
 ) -> PublicContexts:
-    """Units and rows of all prefixes, encoded some at a time, and what the model replies behind each (`asked`). Of long prefixes (the
-    longest decides) the exact attention to public queries is kept and a sample of their rows; short ones stay as they are: their attention
-    is cheaper to compute again than to keep.
+    """Units and rows of all prefixes, some at a time, and what the model replies behind each.
+
+    Of long prefixes (the longest decides) the exact attention to public queries is kept and a sample of their rows; short ones stay as they
+    are: their attention is cheaper to compute again than to keep.
+
+    Args:
+        chunks: each prefix's segments' rows [n, C].
+        length: rows of the longest prefix, public ones included.
+        public_rows: [p, C], those before every prefix's own.
+        probes: the layers, with all of their public queries.
+        asked: gives the replies behind a prefix's rows, if any are wanted.
+        unit: what one neighbouring step replaces.
     """
-    length = len(public_rows) + max(sum(map(len, p.segments)) for p in prefixes)
     units: list[torch.Tensor] = []
     whole: list[torch.Tensor] = []
     outputs: list[list[torch.Tensor]] = [[] for _ in probes]
     replies: list[Replies] = []
-    starts = range(0, len(prefixes), GATHER_BATCH)
-    for start in tqdm(starts, desc="public prefixes", disable=not progress, leave=False):
-        private = _encode(model, layers, prefixes[start : start + GATHER_BATCH], progress=False)
-        units += [_units(parts, unit) for parts in private]
+    for private in chunks:
+        for parts in private:
+            owner = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts]))
+            units.append(pooled(torch.cat(parts), unit, owner if unit == "group" else None))
         if asked is not None:
             replies += [asked(torch.cat(parts).float()) for parts in private]
         rows = [torch.cat([public_rows, *parts]) for parts in private]
@@ -338,8 +347,7 @@ def _asking(model: Any, prefixes: Sequence[Prefix], options: CalibrationOptions)
         raise ConfigError(f"replies must not be negative, got {options.replies}.")
     if len({p.slots for p in prefixes}) > 1:
         raise ConfigError("replies ask for public prefixes of one padded length: pass prefix_bucket.")
-    steps = options.queries_of_texts()[1]
-    return Asking(_questions(model, options.questions), options.replies, steps, end_ids(model))
+    return Asking(_questions(model, options.questions), options.replies, options.tokens, end_ids(model))
 
 
 def exact_outputs(rows: Sequence[torch.Tensor], probe: SoftmaxProbe, batch: int = 4) -> list[torch.Tensor]:
@@ -349,15 +357,6 @@ def exact_outputs(rows: Sequence[torch.Tensor], probe: SoftmaxProbe, batch: int 
         padded = nn.utils.rnn.pad_sequence(list(rows[start : start + batch]), batch_first=True)
         found += probe.attend(padded.float(), probe.queries).half()
     return found
-
-
-def _schedule(contexts: PublicContexts, steps: int | None, seed: int) -> SlotSettings:
-    """Batches that long prefixes can afford."""
-    usual = SlotSettings(seed=seed)
-    each = contexts.whole[0].numel() + contexts.units[0].numel()
-    batch = max(8, min(usual.batch, int(4e7 / each)))
-    affordable = max(200, min(usual.steps, int(_EFFORT / (batch * each))))
-    return dataclasses.replace(usual, batch=batch, steps=affordable if steps is None else steps)
 
 
 @torch.no_grad()

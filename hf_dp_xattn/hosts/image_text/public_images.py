@@ -1,21 +1,20 @@
-"""Public statistics of a Mllama's cross-attention, from public images of one number of tiles."""
+"""Public images of one number of tiles, for a Mllama."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from ...calibration.anchors.anchors_calibration import AnchorCalibration
-from ...calibration.anchors.anchors_fit import candidates
-from ...calibration.calibration import Calibration
 from ...calibration.calibration_options import CalibrationOptions
+from ...calibration.public_data import PublicData, choose_contexts
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
 from ..access import Access
-from ..public_prompts import choose_contexts
-from ..seq2seq.public_documents import fit_rows, sample_queries, starts_of
+from ..seq2seq.public_documents import rows_data, sample_queries, starts_of
 from .contexts import RATIO_MASK, STATES, gather
 from .probing import context_channels, find_layers, run_text
 from .vision import VisionSide
@@ -27,26 +26,23 @@ NEEDS = (
 )
 
 
-@torch.no_grad()
-def calibrate_image_text(
-    model: Any, public_contexts: Any, config: DPXAttnConfig, options: CalibrationOptions
-) -> Calibration | AnchorCalibration:
-    """See `hosts.calibrate.calibrate`. Queries are those of public texts about `query_prompts` public images: one of `questions` (token
-    ids), and `query_steps` sampled tokens after it."""
+@contextmanager
+def public_images(
+    model: Any, public: Any, config: DPXAttnConfig, options: CalibrationOptions
+) -> Iterator[PublicData]:
+    """What public images give. See `hosts.calibrate.calibrate`; queries are those of texts that are sampled about some of them."""
     if config.unit == "group":
         raise ConfigError("A calibration of a Mllama is for unit='row' or 'context'.")
-    if config.mechanism == "anchors":
-        candidates(config, options.anchor_settings())  # refuses what cannot be before minutes are spent on it
-    layers = find_layers(model)
-    starts = starts_of(model, options.questions)
-    whole = _encode(model, public_contexts, options.memory_mb, options.seed, options.progress)
-    count, sampled, wanted = options.queries_of_texts()
-    shown = list(whole[:count])
-    queries = sample_queries(model, layers, shown, starts, sampled, wanted, options.seed, run_text)
-    return fit_rows(model, layers, whole, queries, config, options)
+    with torch.no_grad():
+        layers = find_layers(model)
+        starts = starts_of(model, options.questions)
+        whole = _encode(model, public, options)
+        queries = sample_queries(model, layers, list(whole[: options.texts]), starts, options, run_text)
+        data = rows_data(model, layers, whole, queries, config)
+    yield data
 
 
-def _encode(model: Any, public: Any, memory_mb: int, seed: int, progress: bool) -> torch.Tensor:
+def _encode(model: Any, public: Any, options: CalibrationOptions) -> torch.Tensor:
     """[N, n, C] float16: rows of public images without padding tiles, encoded in batches (their rounding may depend on each other: they
     are public)."""
     vision = VisionSide(model, Access())
@@ -56,16 +52,16 @@ def _encode(model: Any, public: Any, memory_mb: int, seed: int, progress: bool) 
         rows = inputs[STATES]
         if rows.ndim != 3 or not bool(torch.isfinite(rows).all()):
             raise ConfigError(NEEDS)
-        chosen = choose_contexts(rows, 2 * rows[0].numel(), memory_mb, seed)
+        chosen = choose_contexts(rows, 2 * rows[0].numel(), options.memory_mb, options.seed)
         return torch.stack(chosen).to("cpu", torch.float16)
     shown = inputs[RATIO_MASK].flatten(1).to("cpu", torch.bool)
     tiles = set(shown.sum(1).tolist())
     if len(tiles) != 1:
         raise ConfigError(NEEDS)
     each = 2 * tiles.pop() * vision.patches * context_channels(model)
-    order = torch.stack(choose_contexts(torch.arange(len(shown)), each, memory_mb, seed))
+    order = torch.stack(choose_contexts(torch.arange(len(shown)), each, options.memory_mb, options.seed))
     parts = []
-    for index in tqdm(order.split(ENCODER_BATCH), desc="encoding", disable=not progress, leave=False):
+    for index in tqdm(order.split(ENCODER_BATCH), desc="encoding", disable=not options.progress, leave=False):
         states = vision.encode_batch({name: value[index.to(value.device)] for name, value in inputs.items()})
         kept = shown[index].repeat_interleave(vision.patches, dim=1).to(states.device)
         parts.append(states[kept].view(len(index), -1, states.shape[-1]).to("cpu", torch.float16))

@@ -1,42 +1,34 @@
-"""Public statistics of an encoder-decoder model's cross-attention, from public documents of one length, or contexts of documents."""
+"""Public documents of an encoder-decoder model: in one batch of one length, or contexts of documents that are encoded apart."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from ...calibration.anchors.anchors_calibration import AnchorCalibration
-from ...calibration.anchors.anchors_fit import candidates, fit_anchors
-from ...calibration.anchors.objective import LayerProbe, Objective
-from ...calibration.anchors.slots_fit import PublicContexts
-from ...calibration.calibration import Calibration
+from ...calibration.anchors.gather_documents import gather_documents
+from ...calibration.anchors.objective import Objective
 from ...calibration.calibration_options import CalibrationOptions
-from ...calibration.kernel_fit import PublicQueries, Rows, fit_calibration
+from ...calibration.public_data import PublicData, choose_contexts, equal_contexts
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
-from ...mechanisms.anchors.anchors import pool
 from ..access import Access
 from ..identity import host_identity
-from ..public_prompts import choose_contexts, slot_schedule
+from ..layer_probes import layer_probes, row_flops
 from ..routing import routed
 from ..rows import layer_specs
 from .attention import NAME, Serving, serving
-from .calibrate_documents import (
-    QUERY_ROWS,
-    DocumentReader,
-    choose,
-    fit_documents_of,
-    gather_documents,
-    slots_for,
-)
 from .contexts import MASK, STATES, gather
+from .document_reader import DocumentReader, choose
 from .encoder import EncoderSide
 from .layers import CrossLayer
 from .probing import Forward, context_channels, find_layers, run_decoder
 
+QUERY_ROWS = 4096  # rows of a context while public queries are collected
 ENCODER_BATCH = 16
 STARTS = 16  # questions at once
 NEEDS = (
@@ -45,71 +37,51 @@ NEEDS = (
 )
 
 
-@torch.no_grad()
-def calibrate_seq2seq(
-    model: Any, public_contexts: Any, config: DPXAttnConfig, options: CalibrationOptions
-) -> Calibration | AnchorCalibration:
-    """See `hosts.calibrate.calibrate`. Queries are those of `query_prompts` public documents, over `query_steps` sampled tokens, each
-    text started by one of `questions` (decoder ids)."""
-    settings = options.anchor_settings()
-    if config.mechanism == "anchors" and (config.unit != "group" or "histogram" not in options.releases):
-        candidates(config, settings)  # refuses what cannot be before minutes are spent on it
-    layers = find_layers(model)
-    starts = starts_of(model, options.questions)
-    if config.unit == "group":
-        return _calibrate_documents(model, public_contexts, config, layers, starts, options)
-    whole = _encode(model, public_contexts, options)
-    count, sampled, wanted = options.queries_of_texts()
-    queries = sample_queries(model, layers, list(whole[:count]), starts, sampled, wanted, options.seed)
-    return fit_rows(model, layers, whole, queries, config, options)
+@contextmanager
+def public_documents(
+    model: Any, public: Any, config: DPXAttnConfig, options: CalibrationOptions
+) -> Iterator[PublicData]:
+    """What public documents give. See `hosts.calibrate.calibrate`; queries are those of texts that are sampled about some of them."""
+    with torch.no_grad():
+        layers = find_layers(model)
+        starts = starts_of(model, options.questions)
+        if config.unit == "group":
+            data = _documents_data(model, public, config, layers, starts, options)
+        else:
+            whole = _encode(model, public, options)
+            queries = sample_queries(model, layers, list(whole[: options.texts]), starts, options)
+            data = rows_data(model, layers, whole, queries, config)
+    yield data
 
 
-def fit_rows(
+def rows_data(
     model: Any,
     layers: dict[str, CrossLayer],
     whole: torch.Tensor,
     queries: Sequence[torch.Tensor],
     config: DPXAttnConfig,
-    options: CalibrationOptions,
-) -> Calibration | AnchorCalibration:
-    """A calibration from the rows [N, n, C] of public contexts and each layer's public queries [H, m, d]; unit "row" or "context"."""
-    untyped: dict[str, Any] = dict(layers)
-    gains = [layer.output_gain() for layer in layers.values()]
+) -> PublicData:
+    """Of rows [N, n, C] of public contexts and each layer's public queries [H, m, d]; unit "row" or "context"."""
+    objective = _objective(layers, queries, whole.shape[-1])
+    grouping = {"row": "rows", "context": "context"}[config.unit]
+    shared = _shared(model, layers)
     if config.mechanism == "anchors":
-        schedule = slot_schedule(untyped, whole.shape[1], options.steps, options.seed)
-        units = whole
-        if config.unit == "context":
-            units = torch.stack([pool(rows.float(), "context", None) for rows in whole]).to(whole.dtype)
-        contexts = PublicContexts(units, torch.ones(units.shape[:2], dtype=torch.bool), whole)
-        probes = [_probe(*parts) for parts in zip(layers.values(), queries, gains, strict=True)]
-        with torch.enable_grad():
-            return fit_anchors(
-                config,
-                contexts,
-                Objective(probes, torch.zeros(0, whole.shape[-1])),
-                host_identity(untyped, model.dtype, None),
-                grouping={"row": "rows", "context": "context"}[config.unit],
-                epsilons=options.epsilons,
-                settings=options.anchor_settings(slots=schedule),
-            )
+        return PublicData(objective, grouping, contexts=equal_contexts(whole, config.unit), **shared)
+    return PublicData(objective, grouping, rows=lambda: whole, count=len(whole), **shared)
 
-    def contexts_of_layers() -> Iterator[Rows]:
-        for rows in whole:
-            pairs = [
-                layer.project(rows.unsqueeze(0).to(model.device, model.dtype)) for layer in layers.values()
-            ]
-            yield [k[0] for k, _ in pairs], [v[0] for _, v in pairs]
 
-    return fit_calibration(
-        config,
-        layer_specs(untyped, model.dtype),
-        contexts_of_layers,
-        PublicQueries(list(queries), gains),
-        count=len(whole),
-        epsilons=options.epsilons,
-        rank=options.rank,
-        progress=options.progress,
-    )
+def _objective(layers: dict[str, Any], queries: Sequence[torch.Tensor], channels: int) -> Objective:
+    gains = [layer.output_gain() for layer in layers.values()]
+    return Objective(layer_probes(layers, queries, gains), torch.zeros(0, channels))
+
+
+def _shared(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
+    """What is known of the host alone."""
+    return {
+        "host": host_identity(layers, model.dtype, None),
+        "specs": layer_specs(layers, model.dtype),
+        "row_flops": row_flops(layers),
+    }
 
 
 def _encode(model: Any, public: Any, options: CalibrationOptions) -> torch.Tensor:
@@ -136,62 +108,44 @@ def _encode(model: Any, public: Any, options: CalibrationOptions) -> torch.Tenso
     return torch.cat(parts)
 
 
-def _calibrate_documents(
+def _documents_data(
     model: Any,
     public: Any,
     config: DPXAttnConfig,
-    layers: dict[str, CrossLayer],
+    layers: dict[str, Any],
     starts: Sequence[torch.Tensor],
     options: CalibrationOptions,
-) -> Calibration | AnchorCalibration:
+) -> PublicData:
     """Contexts of documents that are encoded apart from each other, each document a unit."""
-    untyped: dict[str, Any] = dict(layers)
-    count, sampled, wanted = options.queries_of_texts()
-    width = wanted * sum(layer.inner_dim for layer in untyped.values())
+    width = options.queries * sum(layer.inner_dim for layer in layers.values())
     chosen = choose(model, public, width, options.memory_mb, options.seed)
     reader = DocumentReader(model, options.memory_mb // 4)
     generator = torch.Generator().manual_seed(options.seed)
-    seen = []
-    for context in chosen[:count]:
-        rows = torch.cat(reader.read(context))
-        seen.append(rows[torch.randperm(len(rows), generator=generator)[:QUERY_ROWS]])
-    found = sample_queries(model, layers, seen, starts, sampled, wanted, options.seed)
-    gains = [layer.output_gain() for layer in layers.values()]
+    first = [reader.read(context) for context in chosen[: options.texts]]
+    shown = []
+    for documents in first:
+        rows = torch.cat(documents)
+        shown.append(rows[torch.randperm(len(rows), generator=generator)[:QUERY_ROWS]])
+    queries = sample_queries(model, layers, shown, starts, options)
+    objective = _objective(layers, queries, context_channels(model))
+
+    def read() -> Iterator[list[torch.Tensor]]:
+        return chain(first, map(reader.read, chosen[len(first) :]))
+
+    shared = _shared(model, layers)
     if config.mechanism == "anchors":
-        probes = [_probe(*parts) for parts in zip(layers.values(), found, gains, strict=True)]
-        gathered = gather_documents(reader, chosen, probes, seed=options.seed, progress=options.progress)
-        contexts = gathered.contexts
-        schedule = slot_schedule(untyped, contexts.whole.shape[1], options.steps, options.seed)
-        with torch.enable_grad():
-            return fit_documents_of(
-                config,
-                gathered,
-                Objective(probes, torch.zeros(0, contexts.whole.shape[-1])),
-                host_identity(untyped, model.dtype, None),
-                epsilons=options.epsilons,
-                settings=options.anchor_settings(slots=slots_for(schedule, contexts.units.shape[1])),
-            )
-    groups = []
-    for context in chosen:
-        _, mask, _ = reader.check(context)
-        groups.append(torch.arange(len(mask)).repeat_interleave(mask.sum(1)))
-
-    def contexts_of_layers() -> Iterator[Rows]:
-        for context in chosen:
-            rows = torch.cat(reader.read(context)).unsqueeze(0).to(model.device, model.dtype)
-            pairs = [layer.project(rows) for layer in layers.values()]
-            yield [k[0] for k, _ in pairs], [v[0] for _, v in pairs]
-
-    return fit_calibration(
-        config,
-        layer_specs(untyped, model.dtype),
-        contexts_of_layers,
-        PublicQueries(found, gains),
+        contexts, some = gather_documents(
+            read(), len(chosen), objective.layers, seed=options.seed, progress=options.progress
+        )
+        return PublicData(objective, "rows", contexts=contexts, documents=some, **shared)
+    lengths = (reader.check(context)[1].sum(1) for context in chosen)
+    return PublicData(
+        objective,
+        "rows",
+        rows=lambda: map(torch.cat, read()),
         count=len(chosen),
-        epsilons=options.epsilons,
-        rank=options.rank,
-        groups=groups,
-        progress=options.progress,
+        groups=[torch.arange(len(n)).repeat_interleave(n) for n in lengths],
+        **shared,
     )
 
 
@@ -221,14 +175,21 @@ def sample_queries(
     layers: dict[str, CrossLayer],
     contexts: Sequence[torch.Tensor],
     starts: Sequence[torch.Tensor],
-    steps: int,
-    count: int,
-    seed: int,
+    options: CalibrationOptions,
     forward: Forward = run_decoder,
 ) -> list[torch.Tensor]:
-    """`count` public queries [H, m, d] of each layer, along tokens that are sampled with a generator of our own after each of `starts`
-    (or `STARTS` of them) over each of the contexts [n, C]."""
-    generator = torch.Generator().manual_seed(seed)
+    """Public queries [H, m, d] of each layer, along texts that are sampled with a generator of our own.
+
+    Args:
+        model: the host.
+        layers: its cross-attention layers.
+        contexts: public ones [n, C], about each of which texts are sampled.
+        starts: token ids that texts start with; `STARTS` of them at most, of one length, for each context.
+        options: how many tokens and queries, and the seed.
+        forward: runs the host's decoder.
+    """
+    steps = options.tokens
+    generator = torch.Generator().manual_seed(options.seed)
     state = Serving(queries={layer.module: [] for layer in layers.values()})
     lengths = sorted({len(s) for s in starts})
     with routed((layer.module for layer in layers.values()), NAME), serving(state):
@@ -253,16 +214,6 @@ def sample_queries(
             for q, at in zip(state.queries[layer.module], first, strict=True)
         ]
         flat = torch.cat([q.transpose(0, 1).flatten(1, 2) for q in parts], dim=1)
-        keep = torch.randperm(flat.shape[1], generator=generator)[:count]
+        keep = torch.randperm(flat.shape[1], generator=generator)[: options.queries]
         found.append(flat[:, keep.to(flat.device)].to("cpu", torch.float32))
     return found
-
-
-def _probe(layer: CrossLayer, queries: torch.Tensor, gain: torch.Tensor) -> LayerProbe:
-    like = next(layer.module.parameters())
-
-    def apply(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        key, value = layer.project(rows.to(like.device, like.dtype))
-        return key.to("cpu", torch.float32), value.to("cpu", torch.float32)
-
-    return LayerProbe(apply, layer.scale, queries, gain.float())

@@ -7,6 +7,7 @@ import torch
 from hf_dp_xattn.calibration.anchors.anchors_calibration import HostIdentity
 from hf_dp_xattn.calibration.anchors.objective import LayerProbe, Objective
 from hf_dp_xattn.calibration.anchors.slots_fit import PublicContexts
+from hf_dp_xattn.calibration.public_data import PublicData
 
 CHANNELS, ROWS, HEADS, DIM, TOPICS = 16, 12, 2, 8, 3
 
@@ -48,3 +49,9 @@ IDENTITY = HostIdentity(
     "float32",
     torch.zeros(0, CHANNELS),
 )
+
+
+def public_data(
+    public: PublicContexts, reads: Objective | None = None, *, grouping: str = "rows"
+) -> PublicData:
+    return PublicData(objective() if reads is None else reads, grouping, IDENTITY, public)

@@ -18,7 +18,7 @@ from hf_dp_xattn.calibration.stored import JSON_NAME, TENSORS_NAME
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from ...sealed import write_sealed
-from .synthetic_contexts import CHANNELS, IDENTITY, contexts, objective
+from .synthetic_contexts import CHANNELS, contexts, objective, public_data
 
 SLOTS = SlotSettings(code=8, slots=4, hidden=32, directions=8, steps=250, batch=32, queries=16)
 SETTINGS = AnchorSettings(anchors=32, rows=16, tilt_steps=40, slots=SLOTS, progress=False)
@@ -31,13 +31,7 @@ def config(**changes: object) -> DPXAttnConfig:
 @pytest.fixture(scope="module")
 def by_row() -> AnchorCalibration:
     return fit_anchors(
-        config(),
-        contexts(600),
-        objective(),
-        IDENTITY,
-        grouping="rows",
-        epsilons=(0.1, 2.0, 16.0),
-        settings=SETTINGS,
+        config(), public_data(contexts(600)), dataclasses.replace(SETTINGS, epsilons=(0.1, 2.0, 16.0))
     )
 
 
@@ -45,12 +39,8 @@ def by_row() -> AnchorCalibration:
 def by_context() -> AnchorCalibration:
     return fit_anchors(
         config(unit="context"),
-        contexts(600, pooled=True),
-        objective(),
-        IDENTITY,
-        grouping="context",
-        epsilons=(0.1, 8.0),
-        settings=SETTINGS,
+        public_data(contexts(600, pooled=True), grouping="context"),
+        dataclasses.replace(SETTINGS, epsilons=(0.1, 8.0)),
     )
 
 
@@ -92,7 +82,7 @@ def test_add_or_remove_one_hides_the_number_of_rows() -> None:
     settings = dataclasses.replace(SETTINGS, slots=dataclasses.replace(SLOTS, steps=60))
     own = config(neighboring="add_or_remove_one")
     calibration = fit_anchors(
-        own, contexts(200), objective(), IDENTITY, grouping="rows", epsilons=(1.0, 8.0), settings=settings
+        own, public_data(contexts(200)), dataclasses.replace(settings, epsilons=(1.0, 8.0))
     )
     assert {c["release"] for c in calibration.settings["candidates"]} == {"sum", "histogram"}
     for plan in calibration.plans:
@@ -107,7 +97,7 @@ def test_add_or_remove_one_hides_the_number_of_rows() -> None:
 def test_single_candidates(releases: tuple[str, ...]) -> None:
     settings = dataclasses.replace(SETTINGS, releases=releases, slots=dataclasses.replace(SLOTS, steps=20))
     calibration = fit_anchors(
-        config(), contexts(200), objective(), IDENTITY, grouping="rows", epsilons=(8.0,), settings=settings
+        config(), public_data(contexts(200)), dataclasses.replace(settings, epsilons=(8.0,))
     )
     assert [p.release for p in calibration.plans] == list(releases)
     assert (calibration.decoders.slots is None) == (releases[0] == "histogram")
@@ -168,21 +158,13 @@ def test_wrong_unit_relation_or_channels(by_row: AnchorCalibration) -> None:
 
 def test_too_few_contexts() -> None:
     with pytest.raises(ConfigError, match="at least 64"):
-        fit_anchors(
-            config(), contexts(20), objective(), IDENTITY, grouping="rows", epsilons=(8.0,), settings=SETTINGS
-        )
+        fit_anchors(config(), public_data(contexts(20)), dataclasses.replace(SETTINGS, epsilons=(8.0,)))
 
 
 def test_too_few_rows_for_the_anchors() -> None:
     with pytest.raises(ConfigError, match="fewer anchors"):
         fit_anchors(
-            config(),
-            contexts(100),
-            objective(),
-            IDENTITY,
-            grouping="rows",
-            epsilons=(8.0,),
-            settings=dataclasses.replace(SETTINGS, anchors=1024),
+            config(), public_data(contexts(100)), dataclasses.replace(SETTINGS, anchors=1024, epsilons=(8.0,))
         )
 
 
@@ -196,7 +178,7 @@ def test_long_contexts_may_be_read_through_reweighted_public_rows() -> None:
     data = PublicContexts(rows, torch.ones(rows.shape[:2], dtype=torch.bool), rows)
     settings = dataclasses.replace(SETTINGS, releases=("histogram",), anchors=16, rows=None)
     calibration = fit_anchors(
-        config(), data, objective(public=0), IDENTITY, grouping="rows", epsilons=(2.0, 8.0), settings=settings
+        config(), public_data(data, objective(public=0)), dataclasses.replace(settings, epsilons=(2.0, 8.0))
     )
     cells = calibration.decoders.cells
     assert cells is not None

@@ -23,7 +23,7 @@ from hf_dp_xattn.privacy.bits import SeededEntropy
 from ...mechanisms.anchors.naive_anchors import CHANNELS as HAND_CHANNELS
 from ...sealed import write_sealed
 from ..anchor_calibrations import calibration
-from .synthetic_contexts import CHANNELS, IDENTITY, contexts, objective
+from .synthetic_contexts import CHANNELS, contexts, objective, public_data
 
 ROWS = 280
 SETTINGS = AnchorSettings(
@@ -54,12 +54,8 @@ def fitted() -> dict[str, AnchorCalibration]:
     return {
         name: fit_anchors(
             config(),
-            long_contexts(120, 0),
-            objective(public=0),
-            IDENTITY,
-            grouping="rows",
-            epsilons=(0.02, 8.0),
-            settings=dataclasses.replace(SETTINGS, releases=releases),
+            public_data(long_contexts(120, 0), objective(public=0)),
+            dataclasses.replace(SETTINGS, releases=releases, epsilons=(0.02, 8.0)),
         )
         for name, releases in (("mixed", ("histogram", "mixed")), ("histogram", ("histogram",)))
     }
@@ -115,12 +111,8 @@ def test_short_contexts_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="'mixed' is for public contexts of at least 256 rows"):
         fit_anchors(
             config(),
-            contexts(100),
-            objective(),
-            IDENTITY,
-            grouping="rows",
-            epsilons=(8.0,),
-            settings=dataclasses.replace(SETTINGS, releases=("mixed",)),
+            public_data(contexts(100)),
+            dataclasses.replace(SETTINGS, releases=("mixed",), epsilons=(8.0,)),
         )
 
 

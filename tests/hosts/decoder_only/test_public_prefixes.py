@@ -12,6 +12,8 @@ import torch
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibration
+from hf_dp_xattn.hosts.decoder_only import public_prefixes
+from hf_dp_xattn.hosts.decoder_only.layers import run_recorded
 from hf_dp_xattn.hosts.decoder_only.probing import find_layers
 from hf_dp_xattn.hosts.decoder_only.public_prefixes import SoftmaxProbe, output_gain
 
@@ -109,3 +111,21 @@ def test_gains_are_those_of_the_output_projection(name: str) -> None:
     basis = module(torch.eye(width)) - module(torch.zeros(1, width))
     want = basis.double().square().sum(1).view(layer.heads, -1).mean(1)
     assert torch.allclose(output_gain(layer), want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mechanism", ["anchors", "kernel_sum"])
+def test_every_public_segment_is_encoded_once(mechanism: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[tuple[int, ...]] = []
+
+    def recorded(model: Any, layers: Any, ids: torch.Tensor, **arguments: Any) -> Any:
+        encoded.extend(tuple(row.tolist()) for row in ids)
+        return run_recorded(model, layers, ids, **arguments)
+
+    monkeypatch.setattr(public_prefixes, "run_recorded", recorded)
+    config = dpx.DPXAttnConfig(mechanism=mechanism, unit="group", degree=1, projection_dim=4)
+    contexts = public("group", 66, ragged=False)
+    contexts[40] = contexts[0]  # in another chunk of prefixes
+    options = {**OPTIONS, "steps": 2, "rank": 0, "releases": ("sum",)}
+    dpx.calibrate(tiny("llama"), contexts, config, **options)
+    segments_seen = {tuple(HEAD + list(map(int, s))) for c in contexts for s in c}
+    assert sorted(encoded) == sorted([tuple(HEAD), *segments_seen])

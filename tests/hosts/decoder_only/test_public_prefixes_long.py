@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import hf_dp_xattn as dpx
+from hf_dp_xattn.calibration import fit
 from hf_dp_xattn.calibration.anchors.slots_fit import PublicContexts, SlotSettings, SlotTrainer
+from hf_dp_xattn.calibration.public_data import PublicData
 from hf_dp_xattn.hosts.decoder_only import public_prefixes
 from hf_dp_xattn.hosts.decoder_only.public_prefixes import SoftmaxProbe, exact_outputs
 
@@ -33,10 +35,11 @@ def gathered(monkeypatch: pytest.MonkeyPatch, lengths: list[int], sample: int) -
     """What a calibration is fitted to, for prefixes of as many one-token segments."""
     seen: list[PublicContexts] = []
 
-    def stop(config: object, contexts: PublicContexts, *args: object, **kwargs: object) -> None:
-        seen.append(contexts)
+    def stop(config: object, data: PublicData, settings: object) -> None:
+        assert data.contexts is not None
+        seen.append(data.contexts)
 
-    monkeypatch.setattr(public_prefixes, "fit_anchors", stop)
+    monkeypatch.setattr(fit, "fit_anchors", stop)
     monkeypatch.setattr(public_prefixes, "_SAMPLE", sample)
     monkeypatch.setattr(public_prefixes, "GATHER_BATCH", 2)
     dpx.calibrate(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import hf_dp_xattn as dpx
+from hf_dp_xattn.calibration.calibration_options import CalibrationOptions
 from hf_dp_xattn.hosts.image_text.public_images import _encode
 
 from .tiny import PATCHES, generate, images, texts, tiny
@@ -48,7 +49,8 @@ def test_from_public_images_to_a_text(mechanism: str, unit: str, private: dpx.DP
 def test_rows_of_padding_tiles_are_left_out() -> None:
     model = tiny()
     with torch.no_grad():
-        both, one = (_encode(model, public(6, t), 64, 0, False) for t in (2, 1))
+        options = CalibrationOptions(memory_mb=64, progress=False)
+        both, one = (_encode(model, public(6, t), options) for t in (2, 1))
         vision = model.model.vision_model(**public(6, 1)).last_hidden_state
         want = model.model.multi_modal_projector(vision)[:, 0, 0]
     assert (both.shape, one.shape) == ((6, 2 * PATCHES, 32), (6, PATCHES, 32))

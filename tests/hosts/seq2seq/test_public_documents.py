@@ -8,13 +8,11 @@ import pytest
 import torch
 
 import hf_dp_xattn as dpx
+from hf_dp_xattn.calibration.anchors.anchors_fit import AnchorSettings, candidates
+from hf_dp_xattn.calibration.anchors.gather_documents import gather_documents
 from hf_dp_xattn.calibration.anchors.objective import LayerProbe
-from hf_dp_xattn.hosts.seq2seq.calibrate_documents import (
-    DocumentReader,
-    choose,
-    gather_documents,
-    releases_for,
-)
+from hf_dp_xattn.hosts.seq2seq.document_reader import DocumentReader, choose
+from hf_dp_xattn.hosts.seq2seq.encoder import EncoderSide
 from hf_dp_xattn.hosts.seq2seq.probing import find_layers
 
 from .tiny import VOCABULARY, documents, generate, tiny
@@ -110,7 +108,7 @@ def test_each_document_is_read_by_itself_and_attention_is_over_all_of_its_rows(n
         queries = torch.randn(layer.heads, 5, layer.inner_dim // layer.heads, generator=gen)
         probes.append(LayerProbe(layer.project, layer.scale, queries, torch.ones(layer.heads)))
     with torch.no_grad():
-        public = gather_documents(reader, contexts, probes, seed=0, progress=False).contexts
+        public, _ = gather_documents(map(reader.read, contexts), 3, probes, seed=0, progress=False)
         assert public.units.shape[:2] == (3, 8) and public.mask.sum(1).tolist() == [6, 7, 8]
         assert public.outputs is not None
         for i, context in enumerate(contexts):
@@ -142,9 +140,14 @@ def test_only_so_many_contexts_as_the_memory_holds_and_no_answer_for_each_of_man
     public = public_documents(200)
     chosen = choose(tiny("t5"), public, width=2**19, memory_mb=100, seed=0)
     assert len(chosen) == 99 and all(any(c is p for p in public) for c in chosen)
-    assert releases_for(("sum", "response"), 64) == ("sum",)
-    assert releases_for(("sum", "response"), 63) == ("sum", "response")
-    assert releases_for(("response",), 64) == ("response",)
+    config = dpx.DPXAttnConfig(mechanism="anchors", unit="group")
+
+    def releases(asked: tuple[str, ...], documents: int) -> tuple[str, ...]:
+        return candidates(config, AnchorSettings(releases=asked), documents)
+
+    assert releases(("sum", "response"), 64) == ("sum",)
+    assert releases(("sum", "response"), 63) == ("sum", "response")
+    assert releases(("response",), 64) == ("response",)
 
 
 @pytest.mark.parametrize(
@@ -176,3 +179,26 @@ def test_contexts_of_kernel_sum_have_as_many_documents_as_each_other(private: dp
     public = [documents_of(i, count=6 + i % 2) for i in range(10)]
     with pytest.raises(dpx.ConfigError, match="as many groups"):
         calibrate(tiny("t5"), private.replace(unit="group"), public)
+
+
+@pytest.mark.parametrize("kind", ["input_ids", "inputs_embeds"])
+def test_every_public_document_is_encoded_once(
+    kind: str, private: dpx.DPXAttnConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12 documents a context, one of them twice; rows that no token ids name cannot be known to be the same."""
+    model = tiny("t5")
+    seen = []
+    encode_batch = EncoderSide.encode_batch
+
+    def recorded(self: EncoderSide, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        seen.append(len(inputs[kind]))
+        return encode_batch(self, inputs)
+
+    monkeypatch.setattr(EncoderSide, "encode_batch", recorded)
+    public = public_documents(66)
+    if kind == "inputs_embeds":
+        table = model.get_input_embeddings()
+        public = [{kind: table(c.pop("input_ids")).detach(), **c} for c in public]
+    config = private.replace(mechanism="anchors", unit="group")
+    calibrate(model, config, public, releases=("sum",), steps=2)
+    assert sum(seen) == 66 * (11 if kind == "input_ids" else 12)

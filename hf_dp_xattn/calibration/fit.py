@@ -1,0 +1,75 @@
+"""`fit`: from what any host makes of public contexts to a calibration, whatever the mechanism."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..config import DPXAttnConfig
+from ..errors import ConfigError
+from .anchors.anchors_calibration import AnchorCalibration
+from .anchors.anchors_fit import candidates, fit_anchors
+from .anchors.slot_schedule import slot_schedule, slots_for
+from .calibration import Calibration
+from .calibration_options import CalibrationOptions
+from .kernel_fit import PublicQueries, Rows, fit_calibration
+from .public_data import PublicData
+
+
+def check(config: DPXAttnConfig, options: CalibrationOptions, *, documents: bool = False) -> None:
+    """Refuses what cannot be before minutes are spent on it.
+
+    Args:
+        config: what a release will promise.
+        options: what `calibrate` was asked for.
+        documents: the host's units are documents.
+
+    Raises:
+        ConfigError: no release that is asked for can give this; replies without a decoder to train.
+    """
+    if config.mechanism == "anchors":
+        candidates(config, options.anchor_settings(), 1 if documents else 0)
+    elif options.replies:
+        raise ConfigError("replies train the decoder of `anchors`; kernel_sum has none.")
+
+
+def fit(
+    config: DPXAttnConfig, data: PublicData, options: CalibrationOptions
+) -> Calibration | AnchorCalibration:
+    """The calibration of config.mechanism.
+
+    Args:
+        config: mechanism, unit, relation and delta to fit for.
+        data: public contexts, as the host gives them for this mechanism.
+        options: what `calibrate` was asked for.
+
+    Raises:
+        ConfigError: too few contexts, or too few distinct rows or documents.
+    """
+    layers = data.objective.layers
+    if config.mechanism == "anchors":
+        assert data.contexts is not None
+        slots = slot_schedule(data.contexts, len(layers), data.row_flops, options.steps, options.seed)
+        if data.documents is not None:
+            slots = slots_for(slots, data.contexts.units.shape[1])
+        with torch.enable_grad():
+            return fit_anchors(config, data, options.anchor_settings(validation=data.validation, slots=slots))
+
+    def keys_and_values() -> Iterator[Rows]:
+        for rows in data.rows():
+            pairs = [layer.project(rows.unsqueeze(0)) for layer in layers]
+            yield [k[0] for k, _ in pairs], [v[0] for _, v in pairs]
+
+    with torch.no_grad():
+        return fit_calibration(
+            config,
+            data.specs,
+            keys_and_values,
+            PublicQueries([p.queries for p in layers], [p.gain for p in layers]),
+            count=data.count,
+            epsilons=options.epsilons,
+            rank=options.rank,
+            groups=data.groups,
+            progress=options.progress,
+        )
