@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from fractions import Fraction
 
+from ..errors import ConfigError
 from .accountant import (
     PAD,
     Losses,
@@ -21,6 +22,9 @@ from .events import TruncatedLaplaceEvent, require_integer
 from .noise import MIN_SCALE
 from .truncated_laplace import truncation_bound
 
+MIN_DELTA = (
+    2.0**-128
+)  # tails are bounded by numbers of 160 bits: below that, no bound would ever be proven small enough
 _SHARE = 64  # of delta, one part in so many goes to truncation where the rest serves composition
 
 
@@ -39,6 +43,10 @@ def truncated_laplace_event(
     summed distributions allow. Checked forward. Raises `ConfigError` for invalid arguments.
     """
     delta = check_delta(delta, zero=False)
+    if delta < MIN_DELTA:
+        raise ConfigError(
+            f"Truncated Laplace noise needs delta >= {MIN_DELTA:.3g}, got delta = {delta:.3g}: raise it."
+        )
     l1 = require_integer(sensitivity, "sensitivity")
 
     def event(scale: Fraction, off: float) -> TruncatedLaplaceEvent:

@@ -24,9 +24,10 @@ import torch
 
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
-from ...privacy.accountant import Event, GaussianEvent, gaussian_sigma_squared
+from ...privacy.accountant import Event, GaussianEvent
 from ...privacy.bits import Entropy, SystemEntropy
 from ...privacy.noise import discrete_gaussian, sampling_distance
+from ...privacy.split import gaussian_sigma_squared_beside
 from ...privacy.units import NeighboringRelation, public_counts, sensitivity_factor
 from ...report import Guarantee
 from ..base import NO_CALIBRATION, LayerRelease, LayerSpec, PublicCalibration
@@ -190,7 +191,7 @@ def prepare_kernel_sum(
     """Fixes geometry, features, clipping bound, lattice and noise from public data and the config.
 
     Raises:
-        ConfigError: the calibration does not fit, or the release would be too large.
+        ConfigError: the calibration does not fit, the release would be too large, or the sampler has no noise for this epsilon.
     """
     if calibration is not None:
         calibration.check(config, specs)
@@ -210,7 +211,7 @@ def prepare_kernel_sum(
     exponent = lattice_exponent(encoding_norm)
     bound = math.floor(clip_norm * 2.0 ** (exponent if plan is None else plan.exponent))
     sensitivity = sensitivity_factor(NeighboringRelation(config.neighboring)) * bound
-    sigma_squared = gaussian_sigma_squared(config.epsilon, config.delta, sensitivity)
+    sigma_squared = gaussian_sigma_squared_beside(config.epsilon, config.delta, sensitivity, ())
     event = GaussianEvent(sensitivity=sensitivity, sigma_squared=sigma_squared)
     return PreparedKernelSum(
         config=config,
