@@ -68,7 +68,8 @@ class DPXAttnConfig:
         default="row", metadata={"help": "what one neighbouring step changes: row|group|context"}
     )
     neighboring: str = field(
-        default="replace_one", metadata={"help": "replace_one (n is public) or add_or_remove_one"}
+        default="replace_one",
+        metadata={"help": "replace_one (n is public) or add_or_remove_one (row and group)"},
     )
     features: str = field(
         default="taylor", metadata={"help": "kernel features: taylor (degree) or positive_random (FAVOR+)"}
@@ -115,6 +116,11 @@ class DPXAttnConfig:
                 raise ConfigError(
                     f"Unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}."
                 )
+        if self.unit == "context" and self.neighboring == "add_or_remove_one":
+            raise ConfigError(
+                "unit='context' with neighboring='add_or_remove_one' promises nothing: a context's only neighbour would be no context, of "
+                "which there is no release. Use neighboring='replace_one', which protects the whole context."
+            )
         for name in ("epsilon", "delta", "logit_bound", "value_bound", "normalizer_floor"):
             value = getattr(self, name)
             if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):

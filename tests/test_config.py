@@ -73,3 +73,15 @@ def test_damaged_files(tmp_path: Path, damage: str) -> None:
         path.unlink()
     with pytest.raises(ConfigError):
         DPXAttnConfig.from_pretrained(tmp_path)
+
+
+def test_a_whole_context_has_no_neighbour_that_is_added_or_removed() -> None:
+    """The only one would be no context, of which nothing is released: a promise about nobody."""
+    values = DPXAttnConfig(unit="context").to_dict()
+    for make in (
+        lambda: DPXAttnConfig(unit="context", neighboring="add_or_remove_one"),
+        lambda: DPXAttnConfig(unit="context").replace(neighboring="add_or_remove_one"),
+        lambda: DPXAttnConfig.from_dict({**values, "neighboring": "add_or_remove_one"}),
+    ):
+        with pytest.raises(ConfigError, match="replace_one"):
+            make()

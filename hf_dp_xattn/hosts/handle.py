@@ -14,6 +14,7 @@ import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, DPXAttnError, ProtectionLostError, ReleaseError
+from ..mechanisms.groups import as_groups
 from ..privacy.ledger import Budget, Ledger
 from ..report import PrivacyReport
 from .access import Access, TextGate
@@ -315,7 +316,7 @@ class ProtectedPipeline(EncodesByHand):
             ContextError, ConfigError: not valid; nothing was spent.
             BudgetExceededError: the ledger refuses; nothing was spent or computed, for no context of the batch.
         """
-        contexts, own = self._named(context, groups)
+        contexts, own = self._named(context, as_groups(groups))
         if horizon is not None:
             return self._open(contexts, own, horizon)
         return Release(self.release_contexts(contexts, groups=own, fresh=fresh), self.config, self)
@@ -348,7 +349,7 @@ class ProtectedPipeline(EncodesByHand):
         groups: torch.Tensor | Literal["phrases"] | None,
     ) -> ReleasedContext:
         """See `Release.append`."""
-        contexts, own = self._named(context, groups)
+        contexts, own = self._named(context, as_groups(groups))
         return append_to(self, growing, only(contexts), own)
 
     @property

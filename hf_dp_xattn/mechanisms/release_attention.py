@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from ..privacy.bits import Entropy
 from ..report import Guarantee
 from .base import LayerRelease, LayerSpec, PreparedRelease, PublicCalibration
 from .dptree.dptree import prepare_dptree
+from .groups import NO_GROUPS, as_groups
 from .kernel_sum.kernel_sum import prepare_kernel_sum
 from .structure import AttentionStructure, ExactStructure, stack
 
@@ -129,7 +131,7 @@ def release_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     config: DPXAttnConfig,
-    groups: torch.Tensor | None = None,
+    groups: Any = None,
     scale: float | None = None,
     calibration: PublicCalibration | None = None,
     *,
@@ -144,7 +146,7 @@ def release_attention(
 
     Args:
         key: [B, H, n, d] private keys. value: [B, H, n, dv] private values.
-        groups: [n] or [B, n] integer group of each row, for `unit="group"`; public.
+        groups: [n] or [B, n] (a list, array or tensor) integer group of each row, for `unit="group"`; public.
         scale: logit scale, default 1/sqrt(d) (the paper scales by 1/d: pass it).
         calibration: public statistics from `dpx.calibrate`.
         entropy: noise source; the operating system's by default. A seeded one makes the result NOT private.
@@ -158,6 +160,9 @@ def release_attention(
         scale = 1.0 / math.sqrt(d)
     if not (math.isfinite(scale) and scale > 0):
         raise ConfigError(f"scale must be positive and finite, got {scale!r}.")
+    groups = as_groups(groups)
+    if groups is not None and not isinstance(groups, torch.Tensor):
+        raise ConfigError(NO_GROUPS)
     if groups is not None and groups.ndim == 1:
         groups = groups.unsqueeze(0).expand(batch, -1)
     if groups is not None and list(groups.shape) != [batch, n]:

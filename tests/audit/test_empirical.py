@@ -16,7 +16,7 @@ import torch
 from hf_dp_xattn import DPXAttnConfig
 from hf_dp_xattn.audit.empirical import again_with, audit_releases, targets
 from hf_dp_xattn.audit.laws import DPTreeLaw, TruncatedLaplaceNoise
-from hf_dp_xattn.audit.report import NOT_APPLICABLE, PASS, Check
+from hf_dp_xattn.audit.report import PASS, Check
 from hf_dp_xattn.audit.settings import SMALLER
 from hf_dp_xattn.mechanisms.anchors import anchors as anchors_release
 from hf_dp_xattn.mechanisms.anchors import histogram, row_sum
@@ -86,11 +86,6 @@ def test_at_the_right_noise_nothing_is_found(kind: str, unit: str, neighboring: 
     checks = run(prepared, config)
     assert set(verdicts(checks).values()) == {PASS}
     assert len(checks) == 3 + 3  # price, sensitivity, replay, and three epsilons
-
-
-def test_a_whole_context_that_is_added_has_no_neighbour() -> None:
-    prepared, config = prepare("kernel_sum", unit="context", neighboring="add_or_remove_one")
-    assert verdicts(run(prepared, config))["empirical epsilon"] == NOT_APPLICABLE
 
 
 @pytest.mark.parametrize("kind", [*ANCHORS, "kernel_sum"])

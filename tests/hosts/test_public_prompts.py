@@ -112,7 +112,7 @@ def test_it_is_reproducible(pipe: Any) -> None:
         (PUBLIC, {"unit": "context"}, {"grouping": "rows"}, "expected one of"),
         (
             PUBLIC,
-            {"unit": "context", "neighboring": "add_or_remove_one"},
+            {"unit": "group", "neighboring": "add_or_remove_one"},
             {"releases": ("response",)},
             "possible: sum",
         ),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError, ProtectionLostError, ReleaseError
+from ...mechanisms.groups import as_groups
 from ...report import PrivacyReport
 from ..bindings import bind
 from ..context import PrivateContext
@@ -201,6 +202,7 @@ class ProtectedDecoder(RoutedHandle):
         """
         if horizon is not None:
             raise ConfigError("A prefix that grows is not supported on a decoder-only model.")
+        groups = as_groups(groups)
         size = self.model.get_input_embeddings().num_embeddings
         prefixes = read_prefixes(context, groups, public_head, prefix_bucket, size)
         own = check_groups(groups, prefixes)

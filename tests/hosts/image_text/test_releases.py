@@ -60,8 +60,13 @@ def test_a_second_release_is_refused_beyond_the_budget(private: dpx.DPXAttnConfi
     assert not encoded and charges(handle) == [1]
 
 
-@pytest.mark.parametrize("relation", ["replace_one", "add_or_remove_one"])
-@pytest.mark.parametrize("unit", ["row", "group", "context"])
+@pytest.mark.parametrize(
+    ("unit", "relation"),
+    [
+        *((unit, "replace_one") for unit in ("row", "group", "context")),
+        *((unit, "add_or_remove_one") for unit in ("row", "group")),
+    ],
+)
 def test_units_and_relations(unit: str, relation: str, private: dpx.DPXAttnConfig) -> None:
     model = tiny()
     handle = dpx.protect(model, private.replace(unit=unit, neighboring=relation))

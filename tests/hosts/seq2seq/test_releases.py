@@ -261,10 +261,10 @@ def test_an_encoder_that_fails_does_not_quote_the_document(depends: bool, privat
     assert not handle.report().releases and len(handle.ledger.entries()) == int(depends)
 
 
-@pytest.mark.parametrize("unit", ["row", "context"])
-def test_units_and_relations(unit: str, private: dpx.DPXAttnConfig) -> None:
+@pytest.mark.parametrize(("unit", "relation"), [("row", "add_or_remove_one"), ("context", "replace_one")])
+def test_units_and_relations(unit: str, relation: str, private: dpx.DPXAttnConfig) -> None:
     model = tiny("t5")
-    handle = dpx.protect(model, private.replace(unit=unit, neighboring="add_or_remove_one"))
+    handle = dpx.protect(model, private.replace(unit=unit, neighboring=relation))
     release = handle.release(**documents("t5"))
     assert release.guarantees[1].rows is None
     assert len({c.rows for c in release.contexts}) == 1  # not the documents' lengths
