@@ -160,6 +160,15 @@ def find_layers(unet: Any) -> dict[str, Attention]:
     return layers
 
 
+def changed_reason(unet: Any, layers: dict[str, Any]) -> str | None:
+    """Why a UNet is no longer what `find_layers` found, or None."""
+    names = {n for n, m in unet.named_modules() if hasattr(m, "get_processor") and n.endswith(".attn2")}
+    reasons = [*map(rowwise_reason, layers.values()), side_channel_reason(unet)]
+    if names != set(layers):
+        reasons.append("it has gained or lost attention layers")
+    return next((reason for reason in reasons if reason is not None), None)
+
+
 def side_channel_reason(unet: Any) -> str | None:
     """The way around `attn2` that text or an image prompt has in this UNet, or None."""
     config = unet.config

@@ -18,7 +18,7 @@ from ..mechanisms.groups import as_groups
 from ..privacy.ledger import Budget, Ledger
 from ..report import PrivacyReport
 from .access import Access, TextGate
-from .architectures import find_layers, rowwise_reason, side_channel_reason, unwrap
+from .architectures import changed_reason, find_layers, unwrap
 from .bindings import Bindings, bind, unique
 from .by_hand import EncodesByHand
 from .charging import charge, may_charge, names_of
@@ -217,17 +217,11 @@ class ProtectedPipeline(EncodesByHand):
     def check_thoroughly(self) -> None:
         """`check`, and that the model has gained no layer or way around cross-attention since. Before each release and call."""
         self.check()
-        names = {
-            n for n, m in self.unet.named_modules() if hasattr(m, "get_processor") and n.endswith(".attn2")
-        }
-        reasons = [*map(rowwise_reason, self.layers.values()), side_channel_reason(self.unet)]
-        if names != set(self.layers):
-            reasons.append("it has gained or lost attention layers")
-        for reason in reasons:
-            if reason is not None:
-                raise ProtectionLostError(
-                    f"The UNet was changed after it was protected: {reason}. Call dpx.unprotect(pipe), undo the change, protect again."
-                )
+        reason = changed_reason(self.unet, self.layers)
+        if reason is not None:
+            raise ProtectionLostError(
+                f"The UNet was changed after it was protected: {reason}. Call dpx.unprotect(pipe), undo the change, protect again."
+            )
 
     @contextmanager
     def public(self) -> Iterator[None]:
@@ -275,11 +269,7 @@ class ProtectedPipeline(EncodesByHand):
             check_forward(self.unet, args, kwargs, states)
             self.promises.keep(tags)
         self.activate(tags, states.device)
-        rows = [i for i, tag in enumerate(found) if tag is not None]
-        others = [i for i, tag in enumerate(found) if tag is None]
-        order = [tags.index(tag) for tag in found if tag is not None]
-        tensors = (torch.tensor(x, dtype=torch.int64, device=states.device) for x in (rows, order, others))
-        self._set_layout(Layout(weakref.ref(states), *tensors))
+        self._set_layout(Layout.of(states, found, tags))
         if not states.is_inference():
             self._seen = (weakref.ref(states), *self._state_of(states))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from ..mechanisms.merge import exact_partial, merge
 from ..mechanisms.rows_structure import RowsStructure, stack_rows
 from ..mechanisms.structure import AttentionStructure
 from .access import NO_COPY
-from .placeholder import is_marked, match_tags
+from .placeholder import Tag, is_marked, match_tags
 from .rows import project, split_heads
 
 if TYPE_CHECKING:
@@ -50,6 +51,15 @@ class Layout:
     rows: torch.Tensor
     index: torch.Tensor
     public: torch.Tensor
+
+    @classmethod
+    def of(cls, states: torch.Tensor, found: Sequence[Tag | None], active: Sequence[Tag]) -> Layout:
+        """found: the tag of each batch element (`read_tags`), all of them among the active ones."""
+        rows = [i for i, tag in enumerate(found) if tag is not None]
+        others = [i for i, tag in enumerate(found) if tag is None]
+        order = [active.index(tag) for tag in found if tag is not None]
+        tensors = (torch.tensor(x, dtype=torch.int64, device=states.device) for x in (rows, order, others))
+        return cls(weakref.ref(states), *tensors)
 
 
 class DPAttnProcessor:
