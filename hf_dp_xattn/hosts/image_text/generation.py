@@ -6,7 +6,10 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ..bindings import unique
 from ..generating import named_arguments
+from ..placeholder import read_tags
+from ..seq2seq.dry_run import dry_run
 from ..seq2seq.generation import GenerateShadow
 from .contexts import IMAGE_INPUTS
 from .probing import STATES
@@ -30,4 +33,8 @@ class ImageGenerateShadow(GenerateShadow):
         self._check(arguments, config)
         for name in IMAGE_INPUTS:
             arguments.pop(name, None)
-        return original(**arguments, **{STATES: self._handle.stand_in(image, arguments)})
+        states = self._handle.stand_in(image, arguments)
+        if self._handle.promises.due(unique(read_tags(states))):
+            zeros = self._handle.zeros_for(states, arguments)
+            dry_run(self._handle, original, arguments, {STATES: zeros}, steps=1)
+        return original(**arguments, **{STATES: states})

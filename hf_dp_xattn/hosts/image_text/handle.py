@@ -83,6 +83,7 @@ class ProtectedImageText(ProtectedSeq2Seq):
             raise ProtectionLostError("A protected Mllama is not supported under torch.compile yet.")
         self._calls.current = None
         self.check()
+        self._calls.count()
         self.refuse_checkpointing(module)
         given = named_arguments(inspect.signature(module.forward).bind_partial(*args, **kwargs))
         states, cached = given.get(STATES), self._cached(given.get("past_key_values"))
@@ -233,6 +234,12 @@ class ProtectedImageText(ProtectedSeq2Seq):
             raise ConfigError(f"Got {texts[0]} texts for {len(contexts)} images.")
         check_mask(text.get(MASK), [c.rows for c in contexts], self._encoder.patches)
         return self._promised(contexts)
+
+    def zeros_for(self, states: torch.Tensor, text: dict[str, Any]) -> torch.Tensor:
+        """Rows of an image of zeros, as many as the text's mask tells of, in the place of a placeholder."""
+        mask = text.get(MASK)
+        rows = states.shape[1] if mask is None else mask.shape[-1] * self._encoder.patches
+        return states.new_zeros(len(states), rows, states.shape[2])
 
     # ---- report ------------------------------------------------------------------------------------------------------------
 

@@ -45,11 +45,34 @@ class Call:
     contexts: tuple[ReleasedContext, ...] = ()
 
 
+class DryRunOver(Exception):
+    """Ends a dry run (`dry_run.py`) at a forward that is one too many."""
+
+
 class Calls(threading.local):
-    """The forward that this thread is in; no other thread can see or replace it. seen: the placeholder (and its version) parsed last."""
+    """The forward that this thread is in; no other thread can see or replace it. seen: the placeholder (and its version) parsed last.
+    left: forwards that a dry run may still make."""
 
     current: Call | None = None
     seen: tuple[weakref.ref[torch.Tensor], int, Call] | None = None
+    left: int | None = None
+
+    @contextmanager
+    def at_most(self, count: int) -> Iterator[None]:
+        """A dry run of so many forwards."""
+        before, self.left = self.left, count
+        try:
+            yield
+        finally:
+            self.left = before
+
+    def count(self) -> None:
+        """A forward begins. Raises DryRunOver where it is one too many."""
+        if self.left is None:
+            return
+        if self.left == 0:
+            raise DryRunOver
+        self.left -= 1
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ..access import Access
 from ..context import plain_bytes
 from ..lengths import dimensions
 from ..rehearsal import Trial
-from .contexts import MASK, STATES
+from .contexts import MAIN_INPUTS, MASK, STATES
 
 
 class EncoderSide:
@@ -37,6 +38,7 @@ class EncoderSide:
         Raises:
             ContextError: the encoder would fail on them, with a message that may show them; or the mask cannot be followed.
         """
+        self._check_kind(inputs)
         if "input_ids" in inputs:
             self._check_ids(inputs["input_ids"])
         features = not {"input_ids", "inputs_embeds", STATES} & set(inputs)
@@ -47,6 +49,15 @@ class EncoderSide:
         elif self._shorten is None:
             raise ContextError(
                 "The mask of this encoder's input cannot be carried over to its output: release the inputs one by one, without padding."
+            )
+
+    def _check_kind(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Raises ContextError for token ids where a model hears, and the like."""
+        known = set(inspect.signature(self.module.forward).parameters) & set(MAIN_INPUTS)
+        given = next((name for name in inputs if name in MAIN_INPUTS), None)
+        if given is not None and known and given not in known:
+            raise ContextError(
+                f"This model's encoder reads {' or '.join(sorted(known))}, not {given}; nothing was spent."
             )
 
     def _check_ids(self, ids: torch.Tensor) -> None:

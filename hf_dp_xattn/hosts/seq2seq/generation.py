@@ -11,9 +11,11 @@ import torch
 
 from ...errors import ConfigError, ContextError
 from .. import generating
+from ..bindings import unique
 from ..generating import named_arguments, refuse_arguments
 from ..placeholder import read_tags
 from .contexts import ENCODER_INPUTS, MAIN_INPUTS, MASK, STATES
+from .dry_run import dry_run
 from .outputs import PlaceholderOutputs, last_hidden_state
 
 if TYPE_CHECKING:
@@ -75,7 +77,12 @@ class GenerateShadow:
         if hasattr(self._model, "_expand_variables_for_generation"):  # Whisper's way: the batch is repeated
             asked = arguments.get("num_return_sequences") or getattr(config, "num_return_sequences", None)
             copies, arguments["num_return_sequences"] = asked or 1, 1
-        return original(**arguments, **self._handle.serve(given, copies))
+        inputs = self._handle.serve(given, copies)
+        states = inputs[STATES].last_hidden_state
+        if self._handle.promises.due(unique(read_tags(states))):
+            zeros = as_inputs(torch.zeros_like(states), MASK in inputs)
+            dry_run(self._handle, original, arguments, zeros)
+        return original(**arguments, **inputs)
 
     @staticmethod
     def _check(arguments: dict[str, Any], config: Any) -> None:

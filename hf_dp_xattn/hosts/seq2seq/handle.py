@@ -104,6 +104,7 @@ class ProtectedSeq2Seq(RoutedHandle):
             )
         self._calls.current = None
         self.check()
+        self._calls.count()
         self.refuse_checkpointing(module)
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         states = last_hidden_state(bound.get(STATES, bound.get("kwargs", {}).get(STATES)))
@@ -250,6 +251,11 @@ class ProtectedSeq2Seq(RoutedHandle):
             tags, PLACEHOLDER_ROWS, self.channels, self.model.dtype, self.model.device
         )
         return {**public, **as_inputs(placeholder, self._takes_mask)}
+
+    @property
+    def calls(self) -> Calls:
+        """The forward that each thread is in."""
+        return self._calls
 
     @property
     def _takes_mask(self) -> bool:

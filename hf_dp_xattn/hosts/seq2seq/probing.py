@@ -6,6 +6,7 @@ its cache) after the encoder's output was replaced by a placeholder that is NaN:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,9 +16,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import DPXAttnError, UnsupportedModelError
+from ..named_lengths import probed_length
 from ..placeholder import CODE_CHANNELS, make_placeholder, new_tag
 from ..routing import evaluating, routed
 from .attention import NAME, Serving, serving
+from .contexts import MAIN_INPUTS
 from .layers import CrossLayer, Invocation, rowwise_reason
 from .outputs import PlaceholderOutputs
 
@@ -75,11 +78,79 @@ def find_layers(model: Any) -> dict[str, CrossLayer]:
         raise refuse(model, "its weights are not loaded")
     try:
         with evaluating(model):
-            return probe(model, context_channels(model), run_decoder)
+            layers = probe(model, context_channels(model), run_decoder)
+            _check_encoder(model)
+            _probe_far(model, layers)
+            return layers
     except DPXAttnError as error:
         raise error if known is None else refuse(model, known) from None
     except Exception as error:
         raise refuse(model, known or f"the probe of its decoder failed ({type(error).__name__})") from error
+
+
+def _check_encoder(model: Any) -> None:
+    """A release must be possible: of text, of token ids alone; of anything else, of what it mainly reads."""
+    encoder, main = model.get_encoder(), model.main_input_name
+    parameters = inspect.signature(encoder.forward).parameters.values()
+    required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    more = [name for name in required if name not in MAIN_INPUTS]
+    if more:
+        raise refuse(
+            model, f"its encoder needs {', '.join(more)} beside {main}, which a release does not take"
+        )
+    if main != "input_ids":
+        return
+    try:
+        with _unchanging(model, encoder):
+            states = encoder(input_ids=_token_ids(model).to(model.device), return_dict=True)[0]
+    except DPXAttnError:
+        raise
+    except Exception as error:
+        raise refuse(
+            model,
+            f"its encoder does not run on token ids alone ({type(error).__name__}: a model of layouts?)",
+        ) from error
+    if states.shape[:2] != (1, 3):
+        raise refuse(model, "its encoder gives another number of rows than it is given tokens")
+
+
+@contextmanager
+def _unchanging(model: Any, encoder: nn.Module) -> Iterator[None]:
+    """Refuses an encoder that a text changes for those after it (BigBird, by a short one): a document's rows would depend on others. It is
+    put back."""
+
+    def state() -> list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]:
+        modes = (str, bool)  # numbers are what a mixture of experts counts anew for each text
+        return [
+            (m, {k: v for k, v in vars(m).items() if isinstance(v, modes)}, dict(m._modules))
+            for m in encoder.modules()
+        ]
+
+    before = state()
+    try:
+        yield
+    finally:
+        changed = before != state()
+        for module, attributes, parts in before:
+            vars(module).update(attributes)
+            module._modules.update(parts)
+    if changed:
+        raise refuse(
+            model,
+            "its encoder is changed by the texts that it reads, so that they would not be encoded apart",
+        )
+
+
+def _probe_far(model: Any, layers: dict[str, CrossLayer]) -> None:
+    """The same logits from several hundred rows, beyond every length that the configuration names and a probe can afford."""
+    config = model.config.get_text_config(decoder=True)
+    rows = probed_length(config, sum(p.numel() for p in model.parameters()))
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(1, rows, context_channels(model), generator=generator).to(model.device, model.dtype)
+    ids = _token_ids(model).to(model.device)
+    reference = _logits(run_decoder, model, states, ids)
+    with routed((layer.module for layer in layers.values()), NAME), serving(Serving()):
+        _compare(model, _logits(run_decoder, model, states, ids), reference)
 
 
 Forward = Callable[..., Any]
