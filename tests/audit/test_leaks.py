@@ -91,7 +91,7 @@ def gates_that_never_look(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> 
 
 
 def an_open_gate(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
-    monkeypatch.setattr(handle_module.ProtectedPipeline, "_before_forward", lambda self, a, k: None)
+    monkeypatch.setattr(handle_module.ProtectedPipeline, "before_forward", lambda self, a, k: None)
 
 
 def a_free_second_release(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
