@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         LedgerError,
         ProtectionLostError,
         ReleaseError,
+        TruncatedPromptWarning,
         UnsupportedModelError,
     )
     from .hosts.calibrate import calibrate
@@ -45,6 +46,7 @@ _HOMES = {
         "LedgerError",
         "ProtectionLostError",
         "ReleaseError",
+        "TruncatedPromptWarning",
         "UnsupportedModelError",
     ),
     "report": ("Guarantee", "PrivacyReport"),
@@ -81,6 +83,7 @@ __all__ = [
     "Release",
     "ReleaseError",
     "SplitChat",
+    "TruncatedPromptWarning",
     "UnsupportedModelError",
     "__version__",
     "calibrate",

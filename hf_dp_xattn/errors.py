@@ -7,6 +7,10 @@ class DPXAttnError(Exception):
     """Base of every exception that this package raises on purpose."""
 
 
+class TruncatedPromptWarning(UserWarning):
+    """A private prompt is longer than its text encoder reads. For the operator: that it was issued tells how long a prompt is."""
+
+
 class ConfigError(DPXAttnError, ValueError):
     """A parameter, key, shape or file is not valid. Raised before any budget is spent."""
 

@@ -134,7 +134,7 @@ def from_phrases(phrases: Sequence[object], text: TextSide, whole: str | None = 
         ContextError: see `check_phrases`.
     """
     texts = check_phrases(phrases)
-    tokens = [text.tokenize(phrase) for phrase in texts]
+    tokens = [text.tokenize_private(phrase) for phrase in texts]
     ids, _ = text.tokenize(", ".join(texts) if whole is None else whole)
 
     def load() -> Rows:
@@ -220,7 +220,7 @@ def name_contexts(
     side = _require(text)
     if phrases:
         return [from_phrases(split_phrases(t), side, t) for t in texts]
-    return [from_ids(*side.tokenize(t), side) for t in texts]
+    return [from_ids(*side.tokenize_private(t), side) for t in texts]
 
 
 def _require(text: TextSide | None) -> TextSide:

@@ -5,13 +5,14 @@ Private prompts are tokenised and encoded here, not by `pipe.encode_prompt`: tha
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from ..errors import ConfigError, ContextError
+from ..errors import ConfigError, ContextError, TruncatedPromptWarning
 from ..records import plain_text
 from .access import Access
 from .lengths import dimensions
@@ -20,6 +21,11 @@ from .rehearsal import Trial
 # Two public texts; a row that is the same for both does not depend on the prompt.
 NO_LENGTH = 10**6  # transformers' stand-in for a missing model_max_length is far above
 _PROBES = ("", "a photograph of a red apple")
+TRUNCATED = (
+    "A private prompt (or phrase) is longer than the text encoder reads: its end was left out, is not in the release and changes nothing. "
+    "Shorten it, or split it into phrases. Where others read your logs, silence this warning (dpx.TruncatedPromptWarning): it tells that "
+    "the prompt is long."
+)
 
 
 class TextSide:
@@ -86,6 +92,17 @@ class TextSide:
                 f"The tokenizer failed on a prompt ({type(error).__name__}); nothing was spent."
             ) from None
         return tokens.input_ids[0], tokens.attention_mask[0]
+
+    def tokenize_private(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """`tokenize`, with a warning where it cuts something off. The warning holds no content, but is a fact about the prompt."""
+        found = self.tokenize(text)
+        with without_length_warning(self.tokenizer):
+            if hasattr(self.pipe, "maybe_convert_prompt"):
+                text = self.pipe.maybe_convert_prompt(text, self.tokenizer)
+            whole = self.tokenizer([text]).input_ids[0]
+        if len(whole) > self.length:
+            warnings.warn(TRUNCATED, TruncatedPromptWarning, stacklevel=2)
+        return found
 
     def pad_ids(self, ids: torch.Tensor) -> torch.Tensor:
         """Checks token ids [n] and pads them to the public length.

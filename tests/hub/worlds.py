@@ -165,7 +165,9 @@ def _of_pipe(kind: str) -> Host:
     def calibrate(pipe: Any, unit: str, relation: str) -> AnchorCalibration:
         return anchor_calibrations.calibration_for(pipe, kind, unit=unit, neighboring=relation)
 
-    return Host(tiny_sd, calibrate, pairs, lambda pipe, release: picture(pipe, **release.inputs()))
+    return Host(
+        tiny_sd, calibrate, pairs, lambda pipe, release: picture(pipe, **release.inputs(), guidance_scale=1.0)
+    )
 
 
 def _of_documents() -> Host:
