@@ -60,7 +60,7 @@ def measure(size: int = 64, repeats: int = 3) -> dict[str, object]:
     negative, private = torch.randn(2, 1, ROWS, CHANNELS, generator=gen)
     error = check(unet, negative, private)
     start = time.perf_counter()
-    protected = dpx.protect(unet, dpx.DPXAttnConfig())
+    protected = dpx.protect(unet, dpx.DPXAttnConfig(), ledger=dpx.Ledger())
     protect_s = time.perf_counter() - start
     release_times = []
     for i in range(3):  # three different contexts: no cache
@@ -83,8 +83,8 @@ def measure(size: int = 64, repeats: int = 3) -> dict[str, object]:
         start = time.perf_counter()
         step(unet, plain_states, size)
         plain_s.append(time.perf_counter() - start)
-        # protecting again forgets the bindings: release once more (not timed)
-        protected = dpx.protect(unet, dpx.DPXAttnConfig())
+        # protecting again forgets the bindings: release once more (not timed; random rows, so each time has a ledger of its own)
+        protected = dpx.protect(unet, dpx.DPXAttnConfig(), ledger=dpx.Ledger())
         states = torch.cat([negative, protected.release(private[0]).inputs()["encoder_hidden_states"]])
     layers = len(protected.layers)
     protected.unprotect()

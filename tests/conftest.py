@@ -1,11 +1,25 @@
-"""Shared settings: few threads (the tests share the machine), and no network."""
+"""Shared settings: few threads (the tests share the machine), no network, and for each test a process's ledger of its own."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
 
+from hf_dp_xattn.privacy import default_ledger
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_process_ledger(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As if the test were a process of its own; the command line's ledger, which outlives processes, is in the folder that is returned."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.delenv(default_ledger.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(default_ledger, "_kept", default_ledger._Kept())
+    return cache

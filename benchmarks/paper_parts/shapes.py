@@ -48,7 +48,8 @@ def shapes(sizes: Sizes) -> dict[str, Any]:
 
         def _protect(self, epsilon: float, seed: int) -> Any:
             settings = config(epsilon, mechanism=self.mechanism, **TREE_SETTINGS)
-            return dpx.protect(self.setting.pipeline, settings, calibration=self.calibration)
+            ledger = dpx.Ledger()  # public captions, released again and again
+            return dpx.protect(self.setting.pipeline, settings, calibration=self.calibration, ledger=ledger)
 
     geometry = calibrate_dptree(setting.pipeline, captions=public)
     methods = {

@@ -59,7 +59,8 @@ def measure(
     tallies = {name: Tally() for name in ATTACKS}
     whole, parts = [], []
     torch.manual_seed(TEST_SEED)  # of sampled replies; releases draw their noise from the system
-    with dpx.protect(model, config(epsilon, unit), calibration=calibration) as protected:
+    # the prompts are drawn at random and public, and released at each epsilon: no account of the process's is due
+    with dpx.protect(model, config(epsilon, unit), calibration=calibration, ledger=dpx.Ledger()) as protected:
         keep_rows(protected, known)
         for i, prompt in enumerate(prompts):
             responder = PromptResponder.of(protected, tokenizer, prompt)

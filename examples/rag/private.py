@@ -72,9 +72,14 @@ class Released:
 def released(
     model: Any, corpus: Corpus, settings: dpx.DPXAttnConfig, calibration: Any = None
 ) -> Iterator[Released]:
-    """One release of the corpus, each document a group (or its rows units); the model is restored afterwards."""
+    """One release of the corpus, each document a group (or its rows units); the model is restored afterwards.
+
+    The corpora are drawn at random and public, and are released again and again to measure: so each time counts for itself (a ledger of its
+    own), not with the process.
+    """
     documents = torch.from_numpy(corpus.documents)
-    with dpx.protect(model, settings, calibration=calibration if settings.is_private else None) as protected:
+    public = calibration if settings.is_private else None
+    with dpx.protect(model, settings, calibration=public, ledger=dpx.Ledger()) as protected:
         release = protected.release(
             input_ids=documents, attention_mask=(documents != 0).long(), groups="documents"
         )

@@ -32,6 +32,7 @@ def subject_of(host: Any, config: DPXAttnConfig, calibration: Any = None, tokeni
     """
     from diffusers import DiffusionPipeline, UNet2DConditionModel
 
+    from ..hosts.accounts import STAYS
     from ..hosts.architectures import refuse_host
     from ..hosts.decoder_only.probing import is_decoder_only
     from ..hosts.image_text.probing import is_image_text
@@ -41,7 +42,7 @@ def subject_of(host: Any, config: DPXAttnConfig, calibration: Any = None, tokeni
     if handle_of(host) is not None:
         raise ConfigError(
             "This host is protected: call dpx.unprotect(host) first. It is protected here with a ledger of its own, and left "
-            "unprotected."
+            f"unprotected ({STAYS})."
         )
     if isinstance(host, DiffusionPipeline):
         kind: type[Subject] = PipelineSubject

@@ -22,7 +22,7 @@ from .models import (
 from .private_text import WHY, read_private_text
 from .public_head import check_chat
 from .public_numbers import NOTHING, check_decoder_room, check_numbers, check_pictures
-from .release import REFUSED, add_releasing, keep, new_folder, release_or_refuse, say
+from .release import REFUSED, add_releasing, keep, new_folder, open_ledger, release_or_refuse, say
 from .texts import LINES, load_tokenizer, plain_ids, read_question, tokenize
 from .watching import Stage, watching
 
@@ -30,7 +30,7 @@ NAME = "generate"
 NEW_TOKENS = 60
 _DESCRIPTION = f"""\
 Draws a picture (diffusers) or writes a text (transformers) from a release. With --release it reads a saved one: nothing is charged, and
-no private text is asked for. Otherwise it releases a private text first, once, and charges it to --ledger; keep that release with
+no private text is asked for. Otherwise it releases a private text first, once, and charges it to the ledger; keep that release with
 --keep, since the ledger refuses a second one of the same text where it exceeds the budget.
 
 {WHY}
@@ -64,7 +64,7 @@ def add(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # --prompt must not be taken for --prompt-file
     )
-    add_releasing(parser, ledger_required=False)
+    add_releasing(parser)
     parser.add_argument("--release", metavar="FOLDER", help="folder or Hub id of a saved release")
     parser.add_argument("--keep", metavar="FOLDER", help="new folder for a release that is made here")
     parser.add_argument(
@@ -109,9 +109,7 @@ def run(args: argparse.Namespace) -> int:
     if args.release is not None:
         handle, release = _given(args)
     else:
-        from .watched_ledger import WatchedLedger
-
-        ledger = WatchedLedger(args.ledger)
+        ledger = open_ledger(args)
         handle = protected_model(args, ledger)
     public = None if _check_host(handle, args) else _read_public(handle, args)
     if public is not None:
@@ -159,8 +157,6 @@ def _check(args: argparse.Namespace) -> str | None:
             names = ", --".join(n.replace("_", "-") for n in given)
             raise ConfigError(f"--release reads what was released before; leave out --{names}.")
         return None
-    if args.ledger is None:
-        raise ConfigError("A private text is charged to a ledger: --ledger FILE. Or give a saved --release.")
     if args.keep is not None:
         new_folder(Path(args.keep))
     return read_private_text(args.prompt_file)

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BudgetExceededError, ConfigError
 from .models import add_protection, protected_model, release_text
@@ -15,12 +15,15 @@ from .private_text import WHY, add_private_text, read_private_text
 from .texts import LINES, add_text_options
 from .watching import Stage, watching
 
+if TYPE_CHECKING:
+    from .watched_ledger import WatchedLedger
+
 NAME = "release"
 REFUSED = 1
 _DESCRIPTION = f"""\
 Releases a private context once, with noise, and writes the release: any number of pictures or texts can then be made from it, on any
 machine, and nothing else of the context leaves. The ledger is charged before the context is encoded; the same context twice is refused
-where that exceeds its budget.
+where that exceeds its budget. Without --ledger that is one file for all that you release from the command line.
 
 {WHY}
 {LINES}"""
@@ -55,7 +58,7 @@ def add(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # --prompt must not be taken for --prompt-file
     )
-    add_releasing(parser, ledger_required=True)
+    add_releasing(parser)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the release")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the report")
     parser.set_defaults(run=run)
@@ -63,12 +66,10 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the release and prints its report; 1 where the ledger refuses, or after a charge something fails."""
-    from .watched_ledger import WatchedLedger
-
     out = new_folder(Path(args.out))
     text = read_private_text(args.prompt_file)
     say(args, "loading the model")
-    ledger = WatchedLedger(args.ledger)
+    ledger = open_ledger(args)
     handle = protected_model(args, ledger)
     say(args, "releasing")
     with watching(ledger, Stage("Releasing")) as stage:
@@ -79,9 +80,10 @@ def run(args: argparse.Namespace) -> int:
         stage.doing = "Printing the report"
         report = handle.report()
         if args.json:
-            print(json.dumps({"folder": str(out), "report": report.to_dict()}, sort_keys=True))
+            told = {"folder": str(out), "ledger": str(ledger.path), "report": report.to_dict()}
+            print(json.dumps(told, sort_keys=True))
         else:
-            print(f"{report}\nwrote {out}")
+            print(f"{report}\ncharged to {ledger.path}\nwrote {out}")
     return 0
 
 
@@ -92,17 +94,27 @@ def keep(release: Any, out: Path, stage: Stage) -> None:
     stage.kept = str(out)
 
 
-def add_releasing(parser: argparse.ArgumentParser, *, ledger_required: bool) -> None:
+def add_releasing(parser: argparse.ArgumentParser) -> None:
     """The options of a command that releases a private text."""
     add_protection(parser)
     add_private_text(parser)
     add_text_options(parser)
     parser.add_argument(
         "--ledger",
-        required=ledger_required,
         metavar="FILE",
-        help="file that counts what each context has spent; made if needed",
+        help="file that counts what each context has spent; made if needed (default: the one that HF_DP_XATTN_LEDGER names, else "
+        "hf_dp_xattn/ledger.json in your cache folder; its path is printed)",
     )
+
+
+def open_ledger(args: argparse.Namespace) -> WatchedLedger:
+    """The ledger that is charged: told on stderr, so that it is known which file must be kept."""
+    from ..privacy.default_ledger import user_ledger_path
+    from .watched_ledger import WatchedLedger
+
+    ledger = WatchedLedger(user_ledger_path() if args.ledger is None else args.ledger)
+    print(f"ledger: {ledger.path} (what contexts have spent; keep it and its .key)", file=sys.stderr)
+    return ledger
 
 
 def release_or_refuse(handle: Any, args: argparse.Namespace, text: str) -> Any | None:

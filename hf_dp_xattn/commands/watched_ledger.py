@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import BudgetExceededError, ConfigError, LedgerError
 from ..privacy.accountant import Event
-from ..privacy.ledger import Budget, Charge, Ledger
+from ..privacy.ledger import Budget, Charge, Ledger, Name
 
 
 class WatchedLedger(Ledger):
@@ -17,7 +17,7 @@ class WatchedLedger(Ledger):
 
     def charge_all(
         self,
-        digests: Sequence[str],
+        digests: Sequence[str | Name],
         events: Sequence[Event],
         budget: Budget,
         *,

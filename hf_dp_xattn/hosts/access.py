@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from ..errors import DPXAttnError, ProtectionLostError
+from .accounts import STAYS
 
 NO_COPY = (
-    "A protected host cannot be pickled or deep-copied: the copy would lose its gates. Call dpx.unprotect first and protect the copy, "
-    "or save with save_pretrained (which holds no release)."
+    "A protected host cannot be pickled or deep-copied: the copy would lose its gates. Save it with save_pretrained (which holds no "
+    f"release), or call dpx.unprotect, make the copy, and protect both; {STAYS}."
 )
 CLOSED = (
     "The text encoder belongs to a protected pipeline and may not run on its own: its output would enter the UNet as public "

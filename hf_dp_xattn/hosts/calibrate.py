@@ -14,6 +14,7 @@ from ..calibration.fit import check, fit
 from ..calibration.public_data import PublicData
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
+from .accounts import STAYS
 from .decoder_only.probing import is_decoder_only
 from .decoder_only.public_prefixes import public_prefixes
 from .image_text.probing import is_image_text
@@ -128,7 +129,8 @@ def calibrate(
     )
     if handle_of(pipe) is not None:
         raise ConfigError(
-            "Calibrate before `protect` (or after `unprotect`): a protected pipeline has no exact queries."
+            "Calibrate before `protect`, or after dpx.unprotect: a protected pipeline has no exact queries. When you protect it again, "
+            f"{STAYS}."
         )
     kind = next(k for k in KINDS if k.matches(pipe))
     for name, message in {**_OF_PREFIXES, **_OF_TEXTS}.items():

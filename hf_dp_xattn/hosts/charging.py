@@ -6,21 +6,33 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BudgetExceededError
-from ..privacy.ledger import REUSE
+from ..privacy.ledger import REUSE, Name
+from .released_cache import Key
 
 if TYPE_CHECKING:
+    import torch
+
     from ..privacy.accountant import Event
     from .context import PrivateContext
     from .handle import ProtectedPipeline
 
 
-def names_of(handle: ProtectedPipeline, context: PrivateContext) -> list[str]:
-    """All that is charged, as the handle's ledger names it."""
-    return [handle.ledger.digest(name) for name in context.names]
+def names_of(handle: ProtectedPipeline, context: PrivateContext, groups: torch.Tensor | None) -> list[Name]:
+    """All that is charged, as the handle's ledger names it; its own name first. groups: of the private rows."""
+    ledger = handle.ledger
+    return [
+        Name(ledger.digest(name), None if units is None else ledger.grouping(units))
+        for name, units in context.charged(groups)
+    ]
+
+
+def keys_of(handle: ProtectedPipeline, name: Name, variant: bytes, states: Sequence[bytes]) -> list[Key]:
+    """Under which a release of a context may be found: as it was encoded by an encoder in one of these states."""
+    return [(name.digest, handle.ledger.digest([variant, state])) for state in states]
 
 
 def may_charge(
-    handle: ProtectedPipeline, names: Sequence[str], events: tuple[Event, ...], misfit: str | None = None
+    handle: ProtectedPipeline, names: Sequence[Name], events: tuple[Event, ...], misfit: str | None = None
 ) -> None:
     """Raises BudgetExceededError or ConfigError where the ledger would refuse releases of all of these; nothing is charged.
 
@@ -40,7 +52,7 @@ def may_charge(
         ) from None
 
 
-def charge(handle: ProtectedPipeline, names: Sequence[str], events: tuple[Event, ...], **note: Any) -> None:
+def charge(handle: ProtectedPipeline, names: Sequence[Name], events: tuple[Event, ...], **note: Any) -> None:
     """Charges a release to all names, or to none. Raises BudgetExceededError or ConfigError where the ledger refuses."""
     if events:
         handle.ledger.charge_all(names, events, handle.budget, note=note)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import ConfigError, ContextError, DPXAttnError
+from ..records import plain_text
+from .grouping import Grouping, canonical, partition
 from .lengths import dimensions
 from .phrases import check_phrases, encode_tokens, split_phrases
 from .placeholder import read_tags
@@ -18,6 +21,13 @@ from .text import TextSide, as_texts
 Rows = tuple[torch.Tensor, torch.Tensor]  # private [n, C], exact public [p, C]
 
 
+class Part(NamedTuple):
+    """A name that is charged. units: what is a unit of it, where groups are units; None: the context's own groups."""
+
+    name: tuple[bytes, ...]
+    units: Grouping | None = None
+
+
 @dataclass(frozen=True)
 class PrivateContext:
     """One context. `name` is what the ledger digests; `load` encodes and may be called only after the charge.
@@ -25,10 +35,10 @@ class PrivateContext:
     rows counts all rows of the placeholder, public ones included; private_rows those that are released. padded: `rows` is a public number
     whatever the content (else see `lengths.public_length`). phrases: the groups of the private
     rows where they are phrases; public. variant: how it is encoded: another variant is not served by the same release, but charged to the
-    same name. parts: names of the documents that it consists of, or of the text that its phrases are of; they are charged as well.
-    trials: encodings of public stand-ins, to be tried before the charge.
-    kept: bool, which of all positions are private rows, where not all are; public. ambiguous: a number of positions that is not theirs
-    but that of what was given before it was padded.
+    same name. parts: names of the documents that it consists of, or of the text that it was given as or that its phrases are of; they are
+    charged as well. trials: encodings of public stand-ins, to be tried before the charge. encoder: the modules that encode it; () where it
+    was given encoded. kept: bool, which of all positions are private rows, where not all are; public. ambiguous: a number of positions that
+    is not theirs but that of what was given before it was padded.
     """
 
     rows: int
@@ -37,16 +47,19 @@ class PrivateContext:
     load: Callable[[], Rows] = field(repr=False, compare=False)
     phrases: torch.Tensor | None = field(default=None, repr=False, compare=False)
     variant: bytes = field(default=b"", repr=False)
-    parts: tuple[tuple[bytes, ...], ...] = field(default=(), repr=False)
+    parts: tuple[Part, ...] = field(default=(), repr=False)
     padded: bool = False
     trials: tuple[Trial, ...] = field(default=(), repr=False, compare=False)
     kept: torch.Tensor | None = field(default=None, repr=False, compare=False)
     ambiguous: int | None = field(default=None, repr=False)
+    encoder: tuple[Any, ...] = field(default=(), repr=False, compare=False)
 
-    @property
-    def names(self) -> tuple[tuple[bytes, ...], ...]:
-        """All that is charged."""
-        return (self.name, *self.parts)
+    def charged(self, groups: torch.Tensor | None) -> tuple[Part, ...]:
+        """All that is charged, and which rows of it are a unit; groups: as `groups` gave them."""
+        if groups is None:
+            return tuple(Part(p.name) for p in (Part(self.name), *self.parts))
+        own = partition(groups, apart=self.phrases is not None)
+        return Part(self.name, own), *(Part(p.name, own if p.units is None else p.units) for p in self.parts)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise DPXAttnError("A private context cannot be pickled or copied.")
@@ -91,7 +104,7 @@ class PrivateContext:
 
     def variant_of(self, groups: torch.Tensor | None) -> bytes:
         """What tells a release from another one of the same context: how it was encoded and grouped."""
-        return self.variant + (b"" if groups is None else plain_bytes(groups))
+        return self.variant + (b"" if groups is None else plain_bytes(canonical(groups)))
 
 
 def plain_bytes(tensor: torch.Tensor) -> bytes:
@@ -105,10 +118,21 @@ def _name_of_ids(ids: torch.Tensor) -> tuple[bytes, ...]:
     return b"token ids", plain_bytes(ids)
 
 
+def _name_of_text(text: str) -> tuple[bytes, ...]:
+    """The same under every tokenizer: two pipelines need not pad alike."""
+    return b"text", unicodedata.normalize("NFC", plain_text(text)).strip().encode("utf-8", "surrogatepass")
+
+
 def from_ids(
-    ids: torch.Tensor, mask: torch.Tensor | None, text: TextSide, given: int | None = None
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    text: TextSide,
+    whole: str | None = None,
+    *,
+    given: int | None = None,
 ) -> PrivateContext:
-    """A context given by padded token ids [length]. given: how many there were before."""
+    """A context given by padded token ids [length]; whole: the text that they are of, which is charged as well. given: how many ids there
+    were before."""
 
     def load() -> Rows:
         return text.private_rows(ids, mask)
@@ -119,10 +143,13 @@ def from_ids(
         rows - first,
         _name_of_ids(ids),
         load,
+        variant=text.mask_seen(mask),
+        parts=() if whole is None else (Part(_name_of_text(whole)),),
         padded=True,
         trials=(text.trial(),),
         kept=torch.arange(rows) >= first,
         ambiguous=given,
+        encoder=text.modules,
     )
 
 
@@ -135,7 +162,8 @@ def from_phrases(phrases: Sequence[object], text: TextSide, whole: str | None = 
     """
     texts = check_phrases(phrases)
     tokens = [text.tokenize_private(phrase) for phrase in texts]
-    ids, _ = text.tokenize(", ".join(texts) if whole is None else whole)
+    given = ", ".join(texts) if whole is None else whole
+    ids, _ = text.tokenize(given)
 
     def load() -> Rows:
         return torch.cat(encode_tokens(text, tokens)), text.public_first_row()
@@ -143,9 +171,19 @@ def from_phrases(phrases: Sequence[object], text: TextSide, whole: str | None = 
     each = text.length - int(text.first_row_is_public)
     groups = torch.arange(len(tokens)).repeat_interleave(each)
     name = (b"phrases", *(plain_bytes(t) for t, _ in tokens))
-    whole_text = (_name_of_ids(ids),)
+    spoken = (b"phrases of a text", *(part for phrase in texts for part in _name_of_text(phrase)))
+    parts = (Part(_name_of_ids(ids), name), Part(_name_of_text(given), spoken))
+    trials = (text.trial(),)
     return PrivateContext(
-        text.length, len(groups), name, load, groups, parts=whole_text, padded=True, trials=(text.trial(),)
+        text.length,
+        len(groups),
+        name,
+        load,
+        groups,
+        parts=parts,
+        padded=True,
+        trials=trials,
+        encoder=text.modules,
     )
 
 
@@ -215,12 +253,12 @@ def name_contexts(
             raise ContextError(f"Token ids must be [n] or [B, n], got {dimensions(context)}.")
         ids = context if context.ndim == 2 else context.unsqueeze(0)
         side = _require(text)
-        return [from_ids(side.pad_ids(row), None, side, len(row)) for row in ids]
+        return [from_ids(side.pad_ids(row), None, side, given=len(row)) for row in ids]
     texts = as_texts(context, "context")
     side = _require(text)
     if phrases:
         return [from_phrases(split_phrases(t), side, t) for t in texts]
-    return [from_ids(*side.tokenize_private(t), side) for t in texts]
+    return [from_ids(*side.tokenize_private(t), side, t) for t in texts]
 
 
 def _require(text: TextSide | None) -> TextSide:

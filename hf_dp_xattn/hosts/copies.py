@@ -12,11 +12,12 @@ from torch import nn
 
 from ..errors import DPXAttnError, ProtectionLostError
 from .access import NO_COPY
+from .accounts import PROTECT_AGAIN
 
 PARTIAL = (
     "A part of a protected UNet ({name}) is being copied: the copy (AnimateDiff's motion UNet, a ControlNet made from the UNet, ...) would "
     "read prompts without protection. Nothing was copied. Make it before dpx.protect, or from another UNet with the same weights; or call "
-    "dpx.unprotect(pipe) first, and pass the same ledger when you protect again: it knows what was spent."
+    f"dpx.unprotect(pipe) first, and {PROTECT_AGAIN}."
 )
 
 

@@ -32,13 +32,20 @@ ONE = "A growing release is of ONE context, got {count}: release them one by one
 
 
 class GrowingContext:
-    """The private side of a growing release of one handle; in memory only. latest: what queries read; its placeholder keeps its length."""
+    """The private side of a growing release of one handle; in memory only. latest: what queries read; its placeholder keeps its length.
+    encoder: the state (`Encoders`) of what encoded its first content."""
 
     def __init__(
-        self, release: GrowingRelease, recipe: Recipe, latest: ReleasedContext, spent: Spent
+        self,
+        release: GrowingRelease,
+        recipe: Recipe,
+        latest: ReleasedContext,
+        spent: Spent,
+        encoder: bytes,
     ) -> None:
         self.release, self.recipe, self.latest, self.spent = release, recipe, latest, spent
         self.names = set(spent.digests)  # of all that is in
+        self.encoder = encoder
 
     def __repr__(self) -> str:
         return f"GrowingContext({self.release!r})"
@@ -75,16 +82,18 @@ def open_growing(
     own = context.groups(groups, handle.config.unit)
     if not isinstance(recipe, (LayerRecipe, ContextRecipe)):
         raise ConfigError("This kind of host has no growing contexts.")
+    encoder = handle.encoders.states(context.encoder)[0]
     prepared = grow(recipe.prepared, horizon, units=getattr(handle.calibration, "units", None))
-    names = names_of(handle, context)
+    charged = names_of(handle, context, own)
+    names = [n.digest for n in charged]
     rehearse([context], handle.channels, handle.config)
-    charge(handle, names, prepared.events, horizon=horizon)
+    charge(handle, charged, prepared.events, horizon=horizon)
     rows, public = context.load()
     release = prepared.open(handle.entropy)
     private = recipe.given(rows, own)
     length = public_length(context, handle.config, handle.hidden_length)
     latest = _append(release, private, own, public.detach().clone(), length, current)
-    return GrowingContext(release, recipe, latest, Spent(names, release.guarantee()))
+    return GrowingContext(release, recipe, latest, Spent(names, release.guarantee()), encoder)
 
 
 @torch.inference_mode(False)
@@ -102,10 +111,12 @@ def append_to(
     growing.release.check()
     handle.check_thoroughly()
     current = handle.verify([growing.latest])
+    handle.encoders.check(growing.encoder, context.encoder)
     own = context.groups(groups, handle.config.unit)
     if own is not None and groups is None:
         own = own + growing.release.next_group  # phrases: each append's are units of their own
-    names = names_of(handle, context)
+    charged = names_of(handle, context, own)
+    names = [n.digest for n in charged]
     if growing.names & set(names):
         raise ContextError(
             "This content is in the growing context already: a unit enters once. Nothing was released."
@@ -116,7 +127,7 @@ def append_to(
     ):  # else an append that failed is made again: it is charged already
         prepared = growing.release.prepared
         rehearse([context], handle.channels, handle.config)
-        charge(handle, names, prepared.events, horizon=prepared.horizon)
+        charge(handle, charged, prepared.events, horizon=prepared.horizon)
         growing.spent.digests.extend(names)
     rows, _ = context.load()
     private = growing.recipe.given(rows, own)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,15 +14,17 @@ import torch
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, DPXAttnError, ProtectionLostError, ReleaseError
 from ..mechanisms.groups import as_groups
-from ..privacy.ledger import Budget, Ledger
+from ..privacy.ledger import Budget, Ledger, Name
 from ..report import PrivacyReport
 from .access import Access, TextGate
+from .accounts import PROTECT_AGAIN, ledger_for
 from .architectures import changed_reason, find_layers, unwrap
 from .bindings import Bindings, bind, unique
 from .by_hand import EncodesByHand
-from .charging import charge, may_charge, names_of
+from .charging import charge, keys_of, may_charge, names_of
 from .context import PrivateContext, name_contexts, name_phrases
 from .copies import CopyGuard
+from .encoders import OTHER_STATE, Encoders
 from .fingerprint import Fingerprint, fingerprint, stamp
 from .forward_inputs import check_forward, read_states, refuse_beside
 from .growing import GrowingContext, append_to, only, open_growing
@@ -36,6 +37,7 @@ from .processor import NO_COPY, DPAttnProcessor, Layout
 from .promised import Promises
 from .rehearsal import rehearse
 from .release import Release, ReleasedContext, require_fit
+from .released_cache import Key, ReleasedCache
 from .reporting import Spent, build_report
 from .saving import SaveShadow
 from .tables import Tables
@@ -45,10 +47,8 @@ if TYPE_CHECKING:
     from ..privacy.bits import Entropy
     from .making import AnyCalibration
 
-MAX_CACHED_RELEASES = 256
 HANDLE_ATTRIBUTE = "_dp_xattn_handle"
-Key = tuple[str, str]  # a context's first name in the ledger, and how it is encoded and grouped
-Todo = dict[Key, tuple[PrivateContext, torch.Tensor | None, list[str]]]
+Todo = dict[Key, tuple[PrivateContext, torch.Tensor | None, list[Name]]]
 
 
 class ProtectedPipeline(EncodesByHand):
@@ -77,7 +77,7 @@ class ProtectedPipeline(EncodesByHand):
         self.unet = unet
         self.config = config
         self.calibration = calibration
-        self.ledger = Ledger() if ledger is None else ledger
+        self.ledger = ledger_for(ledger, entropy, serving_only=serving_only)
         own = Budget(config.epsilon, config.delta) if budget is None else budget
         self.budget = own.scoped(config.unit, config.neighboring)
         self.layers = self._find_layers()
@@ -89,7 +89,8 @@ class ProtectedPipeline(EncodesByHand):
         self._processors: dict[str, DPAttnProcessor] = {}
         self._bindings = Bindings()
         self.promises = Promises(self, self._bindings)
-        self._cache: OrderedDict[Key, ReleasedContext] = OrderedDict()
+        self._released = ReleasedCache()
+        self.encoders = Encoders()
         self._spent: list[Spent] = []
         self._tags: tuple[Tag, ...] = ()
         self._device = torch.device("cpu")
@@ -165,6 +166,7 @@ class ProtectedPipeline(EncodesByHand):
             processor.table = processor.layout = None
         self._tables.clear()
         self.promises.clear()
+        self._released.clear()
 
     def __enter__(self) -> ProtectedPipeline:
         return self
@@ -211,7 +213,7 @@ class ProtectedPipeline(EncodesByHand):
         if lost is not None:
             raise ProtectionLostError(
                 f"The protection is no longer in place: {lost}. Nothing was run. Undo that change (unload the adapter, disable slicing "
-                "or xformers), call dpx.unprotect(pipe), and protect again."
+                f"or xformers), call dpx.unprotect(pipe), and {PROTECT_AGAIN}."
             )
 
     def check_thoroughly(self) -> None:
@@ -220,7 +222,7 @@ class ProtectedPipeline(EncodesByHand):
         reason = changed_reason(self.unet, self.layers)
         if reason is not None:
             raise ProtectionLostError(
-                f"The UNet was changed after it was protected: {reason}. Call dpx.unprotect(pipe), undo the change, protect again."
+                f"The UNet was changed after it was protected: {reason}. Call dpx.unprotect(pipe), undo the change, {PROTECT_AGAIN}."
             )
 
     @contextmanager
@@ -364,31 +366,37 @@ class ProtectedPipeline(EncodesByHand):
     @torch.no_grad()
     def known(self, contexts: Sequence[PrivateContext]) -> list[ReleasedContext | None]:
         """The releases that serve these contexts; None for one that is to be made, which the ledger allows for now. Nothing is spent."""
-        keys, todo, _, _ = self._due(contexts, None, False)
-        return [None if key in todo else self._cache[key] for key in keys]
+        keys, done, _, _, _ = self._due(contexts, None, False)
+        return [done.get(key) for key in keys]
 
     def _due(
         self, contexts: Sequence[PrivateContext], groups: torch.Tensor | None, fresh: bool
-    ) -> tuple[list[Key], Todo, Recipe, Fingerprint]:
-        """What is to be made. Raises ConfigError, ContextError or BudgetExceededError where it may not be."""
+    ) -> tuple[list[Key], dict[Key, ReleasedContext], Todo, Recipe, Fingerprint]:
+        """What serves them, and what is to be made. Raises ConfigError, ContextError or BudgetExceededError where it may not be."""
         self.check_thoroughly()
         current = self._current_fingerprint()
         recipe = self._maker.prepare(current)
-        keys = []
+        keys: list[Key] = []
+        done: dict[Key, ReleasedContext] = {}
         todo: Todo = {}
         misfit: str | None = None
         for context in contexts:
             own = context.groups(groups, self.config.unit)
-            names = names_of(self, context)
-            key = (names[0], self.ledger.digest([context.variant_of(own)]))
-            keys.append(key)
-            cached = self._cache.get(key)
-            reason = None if cached is None else cached.misfit(current, projected=self.projects_rows)
+            names = names_of(self, context, own)
+            variant, states = context.variant_of(own), self.encoders.states(context.encoder)
+            known = keys_of(self, names[0], variant, states)
+            keys.append(known[0])
+            found = None if fresh else self._released.find(known)
+            reason = None if found is None else found.misfit(current, projected=self.projects_rows)
+            if found is not None and reason is None:
+                done[known[0]] = found
+                continue
+            if found is None and self._released.holds(keys_of(self, names[0], variant, self.encoders.met)):
+                reason = OTHER_STATE
             misfit = misfit or reason
-            if fresh or cached is None or reason is not None:
-                todo[key] = (context, own, names)
-        may_charge(self, [name for _, _, names in todo.values() for name in names], recipe.events, misfit)
-        return keys, todo, recipe, current
+            todo[known[0]] = (context, own, names)
+        may_charge(self, [n for *_, names in todo.values() for n in names], recipe.events, misfit)
+        return keys, done, todo, recipe, current
 
     @torch.inference_mode(False)  # what is kept must serve other modes too
     @torch.no_grad()
@@ -396,18 +404,14 @@ class ProtectedPipeline(EncodesByHand):
         self, contexts: Sequence[PrivateContext], *, groups: torch.Tensor | None = None, fresh: bool = False
     ) -> list[ReleasedContext]:
         """One `ReleasedContext` per context; equal contexts share one."""
-        keys, todo, recipe, current = self._due(contexts, groups, fresh)
+        keys, done, todo, recipe, current = self._due(contexts, groups, fresh)
         rehearse((context for context, _, _ in todo.values()), self.channels, self.config)
-        done = {key: self._cache[key] for key in keys if key not in todo}
         for key, (context, own, names) in todo.items():
             charge(self, names, recipe.events)
             released = self._run(recipe, context, own, current)
-            self._spent.append(Spent(names, released.guarantee))
-            self._cache[key] = done[key] = released
-        for key in keys:
-            self._cache.move_to_end(key)
-        while len(self._cache) > MAX_CACHED_RELEASES:
-            self._cache.popitem(last=False)
+            self._spent.append(Spent([n.digest for n in names], released.guarantee))
+            self._released.put(key, released)
+            done[key] = released
         return [done[key] for key in keys]
 
     def _run(

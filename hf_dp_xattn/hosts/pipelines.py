@@ -12,6 +12,7 @@ import torch
 
 from ..errors import ConfigError, ProtectionLostError
 from ..privacy.units import public_counts
+from .accounts import PROTECT_AGAIN
 from .architectures import unwrap
 from .bindings import unique
 from .context import PrivateContext, name_contexts
@@ -89,7 +90,7 @@ class PipelinePatch:
         if lost is not None:
             raise ProtectionLostError(
                 f"{type(self.pipe).__name__} was protected and then {lost} was replaced. Nothing was run. Call dpx.unprotect(pipe) and "
-                "protect again."
+                f"{PROTECT_AGAIN}."
             )
 
     def _check_inputs(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:

@@ -15,6 +15,7 @@ from ..mechanisms.merge import exact_partial, merge
 from ..mechanisms.rows_structure import RowsStructure, stack_rows
 from ..mechanisms.structure import AttentionStructure
 from .access import NO_COPY
+from .accounts import PROTECT_AGAIN
 from .placeholder import Tag, is_marked, match_tags
 from .rows import project, split_heads
 
@@ -112,7 +113,7 @@ class DPAttnProcessor:
         if self.table is None:
             raise ProtectionLostError(
                 "DPAttnProcessor has no release to read. Install it with dpx.protect(pipe, config), not by hand; after a reset of the "
-                "processors call dpx.unprotect(pipe) and protect again."
+                f"processors call dpx.unprotect(pipe) and {PROTECT_AGAIN}."
             )
         if not isinstance(encoder_hidden_states, torch.Tensor):
             raise ProtectionLostError(

@@ -9,6 +9,7 @@ from ..calibration.calibration import Calibration
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..privacy.ledger import Budget, Ledger
+from .accounts import PROTECT_AGAIN
 from .architectures import check_pipeline_class, refuse_host, unwrap
 from .handle import HANDLE_ATTRIBUTE, ProtectedPipeline
 
@@ -74,7 +75,8 @@ def protect(
         host: a supported pipeline, a `UNet2DConditionModel`, or a language model of transformers (docs/hosts.md), or its pipeline.
         config: what is released, and at which price.
         calibration: public statistics from `dpx.calibrate`; `anchors` cannot do without.
-        ledger: what was spent, and on which context; in memory by default. Give it a path where a restart must not forget.
+        ledger: what was spent, and on which context. By default the process's own, which all handles share and which `unprotect` leaves as
+            it is: the file that the environment variable HF_DP_XATTN_LEDGER names, or in memory, where a restart forgets.
         budget: total per context; by default one release at (config.epsilon, config.delta).
         entropy: source of the noise, the operating system's by default. A seeded one (tests) makes every release NOT private.
 
@@ -83,14 +85,17 @@ def protect(
         ConfigError: the host is protected with other settings; the calibration is missing, or made for another mechanism, unit, model or
             text encoder.
         ProtectionLostError: the host is protected and something was replaced since.
+        LedgerError: the process's ledger cannot be opened.
         In each case nothing was patched.
     """
     return _protect(host, config, calibration, ledger, budget, entropy)
 
 
-def protect_to_serve(host: Any, config: DPXAttnConfig) -> ProtectedPipeline:
-    """`protect` for a release that was loaded: without a calibration, which only new releases need."""
-    return _protect(host, config, serving_only=True)
+def protect_to_serve(
+    host: Any, config: DPXAttnConfig, *, ledger: Ledger | None = None, budget: Budget | None = None
+) -> ProtectedPipeline:
+    """`protect` for a release that was loaded: without a calibration or a ledger, which only new releases need (`accounts.NoLedger`)."""
+    return _protect(host, config, ledger=ledger, budget=budget, serving_only=True)
 
 
 def _protect(
@@ -163,8 +168,8 @@ def _check_same(handle: ProtectedPipeline, config: DPXAttnConfig, *others: Any) 
     )
     if config != handle.config or not same:
         raise ConfigError(
-            "This host is protected with other settings already. Call dpx.unprotect(host) first, then protect it anew; what was spent "
-            "stays in the ledger, so pass the same one."
+            "This host is protected with other settings already. Call dpx.unprotect(host) first, then "
+            f"{PROTECT_AGAIN}."
         )
 
 

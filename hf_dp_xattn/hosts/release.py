@@ -18,11 +18,13 @@ from ..errors import ConfigError, DPXAttnError, ReleaseError
 from ..mechanisms.context_rows import ContextRows
 from ..mechanisms.structure import AttentionStructure
 from ..report import Guarantee
+from .accounts import STAYS
 from .fingerprint import FAR, Fingerprint
 from .placeholder import Tag, new_tag
 from .terms import Terms, terms_of
 
 if TYPE_CHECKING:
+    from ..privacy.ledger import Ledger
     from .growing import GrowingContext
     from .handle import ProtectedPipeline
 
@@ -156,8 +158,8 @@ class Release:
         handle = self._handle()
         if handle is None or not handle.active:
             raise ReleaseError(
-                "The host of this release is no longer protected. Protect it again, and load the release from disk or make a new one "
-                "(a new one is charged)."
+                f"The host of this release is no longer protected. Protect it again ({STAYS}), and load the release from disk or make a "
+                "new one, which is charged, and refused beyond the budget."
             )
         return handle
 
@@ -211,14 +213,24 @@ class Release:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | os.PathLike[str], *, host: Any, **options: Unpack[HubOptions]
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        host: Any,
+        ledger: Ledger | None = None,
+        **options: Unpack[HubOptions],
     ) -> Release:
         """Loads a release (a folder or a Hub repository, `HubOptions`) for `host`, which is protected with the release's config if it
         is not yet.
 
-        No calibration is needed to serve a release; without one, a host that is protected here makes no `anchors` release of its own.
+        No calibration or ledger is needed to serve a release. A host that is protected here makes no release of its own without a ledger,
+        and no `anchors` release at all (protect it first, with the calibration).
+
+        Args:
+            ledger: what has been spent so far, if the host is to make releases too. The variable HF_DP_XATTN_LEDGER gives one as well.
 
         Raises:
+            ConfigError: the host is protected already, with another ledger.
             ReleaseError: damaged, truncated, of another schema, or made for another model. The host is as it was.
         """
         from .protect import handle_of, protect_to_serve
@@ -228,7 +240,12 @@ class Release:
             find_files(name_or_path, (JSON_NAME, TENSORS_NAME), error=ReleaseError, **options)
         )
         existing = handle_of(host)
-        handle = protect_to_serve(host, config) if existing is None else existing
+        if existing is not None and ledger not in (None, existing.ledger):
+            raise ConfigError(
+                "This host is protected with another ledger, or with none, already. Load the release without `ledger`; or call "
+                f"dpx.unprotect(host) and load it with this one ({STAYS})."
+            )
+        handle = protect_to_serve(host, config, ledger=ledger) if existing is None else existing
         try:
             if type(handle.unet).__name__ != terms.host:
                 raise ReleaseError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..privacy.units import NeighboringRelation
 from ..report import ELSEWHERE, Guarantee, PrivacyReport
+from .accounts import told
 from .phrases import RULE
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def release_entry(
 
 def _entry(handle: ProtectedPipeline, name: str, spent: Spent) -> dict[str, Any]:
     g = spent.guarantee
-    if not spent.digests:
+    if not spent.digests or not handle.ledger.at_hand:  # loaded, or forked
         return release_entry(name, g)
     if g.mechanism == "none":
         return release_entry(name, g, 0, "unbounded")
@@ -100,11 +101,6 @@ def build_report(handle: ProtectedPipeline, spent: Sequence[Spent], warnings: Se
     notes = list(warnings)
     if any(not s.guarantee.is_private for s in spent) or not handle.config.is_private:
         notes.insert(0, "NOT PRIVATE: at least one release promises nothing, see below.")
-    persistent = (
-        "persistent"
-        if handle.ledger.persistent
-        else "in memory only: it forgets what was spent when the process ends"
-    )
     budget = f"budget per context: epsilon {handle.budget.epsilon:g} at delta {handle.budget.delta:g}"
     return PrivacyReport(
         host=type(handle.unet).__name__,
@@ -114,6 +110,6 @@ def build_report(handle: ProtectedPipeline, spent: Sequence[Spent], warnings: Se
         releases=tuple(_entry(handle, names[s.digests[0]] if s.digests else "loaded", s) for s in spent),
         public=_public(handle),
         not_covered=NOT_COVERED + (PHRASES_NOT_COVERED if handle.config.unit == "group" else ()),
-        ledger=f"{persistent}; {budget}; {LOCAL}",
+        ledger=f"{told(handle.ledger)}; {budget}; {LOCAL}",
         warnings=tuple(dict.fromkeys(notes)),
     )

@@ -27,8 +27,8 @@ def from_pretrained(name_or_path: str | Path, *, ledger: Ledger | None = None, *
 
     Args:
         name_or_path: folder or Hub id.
-        ledger: what has been spent so far. Without one the restored host starts with an empty ledger in memory, and contexts that were
-            released before can be released once more.
+        ledger: what has been spent so far. Without one it is the process's (HF_DP_XATTN_LEDGER, or in memory), which does not know what
+            was spent in another ledger or process: contexts that were released there can be released once more.
         options: revision, token, subfolder, local_files_only, cache_dir, force_download; what else the host's own `from_pretrained` takes
             (dtype, ...) is passed on.
 
@@ -55,7 +55,7 @@ def from_pretrained(name_or_path: str | Path, *, ledger: Ledger | None = None, *
         host = _load(protection.document, str(name_or_path), subfolder, {**where, **options})
     config, calibration = protection.config, protection.calibration
     if calibration is None and config.mechanism == "anchors":
-        protect_to_serve(host, config)
+        protect_to_serve(host, config, ledger=ledger, budget=protection.budget)
     else:
         protect(host, config, calibration=calibration, ledger=ledger, budget=protection.budget)
     return host

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import ConfigError, ProtectionLostError
 from ..mechanisms.rows_structure import as_rows
+from .accounts import PROTECT_AGAIN
 from .context import PrivateContext
 from .fingerprint import Fingerprint
 from .handle import HANDLE_ATTRIBUTE, ProtectedPipeline
@@ -90,6 +91,7 @@ class RoutedHandle(ProtectedPipeline):
         self._leave()
         self._tables.clear()
         self.promises.clear()
+        self._released.clear()
 
     # ---- gates -------------------------------------------------------------------------------------------------------------
 
@@ -115,8 +117,8 @@ class RoutedHandle(ProtectedPipeline):
             lost = next((reason for name in self._modules if (reason := self._lost_layer(name))), None)
         if lost is not None:
             raise ProtectionLostError(
-                f"The protection is no longer in place: {lost}. Nothing was run. Undo that change, call dpx.unprotect(model), and protect "
-                "again."
+                f"The protection is no longer in place: {lost}. Nothing was run. Undo that change, call dpx.unprotect(model), and "
+                f"{PROTECT_AGAIN}."
             )
 
     def _lost_layer(self, name: str) -> str | None:

@@ -15,6 +15,7 @@ import torch
 from ..errors import ConfigError, ContextError, TruncatedPromptWarning
 from ..records import plain_text
 from .access import Access
+from .architectures import unwrap
 from .lengths import dimensions
 from .rehearsal import Trial
 
@@ -71,6 +72,16 @@ class TextSide:
                 "The tokenizer has no pad token, so prompts cannot be padded to one public length: set pipe.tokenizer.pad_token (to its "
                 "eos_token, say), then protect. Nothing was patched."
             )
+
+    @property
+    def modules(self) -> tuple[torch.nn.Module, ...]:
+        """What makes rows of tokens."""
+        return (unwrap(self.encoder),)
+
+    def mask_seen(self, mask: torch.Tensor | None) -> bytes:
+        """A mask [length] as far as it takes part in the encoding."""
+        used = mask is not None and getattr(self.encoder.config, "use_attention_mask", None)
+        return bytes(mask.to(torch.uint8).tolist()) if mask is not None and used else b""
 
     def require(self) -> None:
         if not self.available:

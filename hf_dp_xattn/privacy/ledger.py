@@ -3,7 +3,10 @@
 A charge is on disk before `Ledger.charge` returns, so a crash afterwards loses a release, never the record
 of it. A release that failed after its charge stays charged: its noise may have been seen.
 
-*What the ledger does not do.* It accounts per digest: the same text under two digests (other encoder, other
+*Scope.* What one neighbouring step changes must be the same in all that is composed: unit, relation and (for groups) which rows are a unit.
+Charges of one digest that differ in it are refused.
+
+*What the ledger does not do.* It accounts per digest: the same text under two digests (other tokenizer, other
 normalisation) is two contexts. Someone who may write the files can restore an old copy of them; while a
 ledger object lives it notices (its own charges are gone), a new process cannot. Notes and times are public.
 """
@@ -25,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from filelock import FileLock, Timeout
 
@@ -33,14 +36,15 @@ from ..errors import BudgetExceededError, ConfigError, LedgerError
 from .accountant import Event, epsilon_of, event_from_dict, needs_delta
 from .units import NeighboringRelation, Unit
 
-_SCHEMA = "hf_dp_xattn.ledger/1"
+_SCHEMA = "hf_dp_xattn.ledger/2"
+_SCHEMA_1 = "hf_dp_xattn.ledger/1"  # its charges do not say how rows were grouped
 _KEY_SCHEMA = "hf_dp_xattn.ledger-key/1"
 _TOLERANCE = 1e-9  # covers the outward rounding of `epsilon_of`, nothing else
 _DIGEST = re.compile(r"[0-9a-f]{16}-[0-9a-f]{64}")
 _KEY_LINE = re.compile(rf"{re.escape(_KEY_SCHEMA)} (new|in-use) ([0-9a-f]{{64}})\n")
 _FIELDS = (
     *("id", "digest", "events", "epsilon_before", "epsilon_after", "delta", "number_of_releases", "time"),
-    *("note", "unit", "neighboring"),
+    *("note", "unit", "neighboring", "grouping"),
 )
 
 REUSE = "Use the release that exists (it serves any number of queries), spend less, or raise it."
@@ -91,9 +95,17 @@ class Budget:
         )
 
 
+class Name(NamedTuple):
+    """What is charged: a context by its digest; and, of unit="group", how its rows are grouped (`Ledger.grouping`)."""
+
+    digest: str
+    grouping: str | None = None
+
+
 @dataclass(frozen=True)
 class Charge:
-    """One charge. `number_of_releases` counts the charges of this context up to and with this one."""
+    """One charge. `number_of_releases` counts the charges of this context up to and with this one. grouping: of unit="group", which rows
+    are a unit (`Ledger.grouping`); None where that is not known, as of what an earlier version charged."""
 
     id: str
     digest: str
@@ -106,6 +118,7 @@ class Charge:
     note: Mapping[str, Any] = field(default_factory=dict)
     unit: str | None = None
     neighboring: str | None = None
+    grouping: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -116,6 +129,8 @@ class Charge:
 def _charge_from_dict(data: Any) -> Charge:
     if not isinstance(data, dict) or set(data) != set(_FIELDS):
         raise LedgerError("A charge in the ledger has unknown or missing fields.")
+    if data["grouping"] is not None and not _DIGEST.fullmatch(data["grouping"]):
+        raise LedgerError("A charge in the ledger has no valid grouping.")
     events = tuple(event_from_dict(e) for e in data["events"])
     if not events or not _DIGEST.fullmatch(data["digest"]):
         raise LedgerError("A charge in the ledger has no events or no valid digest.")
@@ -140,7 +155,7 @@ def _open_seal(raw: bytes, key: bytes, where: str) -> tuple[Charge, ...]:
         body = json.loads(raw)
     except ValueError:
         raise LedgerError(f"The ledger is not JSON (truncated or damaged). {help_}") from None
-    if not isinstance(body, dict) or body.get("schema") != _SCHEMA:
+    if not isinstance(body, dict) or body.get("schema") not in (_SCHEMA, _SCHEMA_1):
         raise LedgerError(f"The ledger is not of the schema {_SCHEMA!r}. {help_}")
     if set(body) != {"schema", "key_id", "charges", "checksum"}:
         raise LedgerError(f"The ledger has unknown or missing fields. {help_}")
@@ -151,7 +166,8 @@ def _open_seal(raw: bytes, key: bytes, where: str) -> tuple[Charge, ...]:
     if not isinstance(checksum, str) or not hmac.compare_digest(checksum.encode(), expected.encode()):
         raise LedgerError(f"The checksum of the ledger does not match: it was edited or damaged. {help_}")
     try:
-        return tuple(_charge_from_dict(c) for c in body["charges"])
+        known = {} if body["schema"] == _SCHEMA else {"grouping": None}
+        return tuple(_charge_from_dict({**known, **c}) for c in body["charges"])
     except (ConfigError, LedgerError, TypeError, KeyError) as error:
         raise LedgerError(f"A charge cannot be read ({error}). {help_}") from None
 
@@ -192,6 +208,10 @@ def _check_note(note: Mapping[str, Any]) -> dict[str, Any]:
         if len(name) > 64 or (isinstance(value, str) and len(value) > 200):
             raise ConfigError("A note is short (64 / 200 characters) and public: no private text.")
     return dict(note)
+
+
+def _names(digests: Sequence[str | Name]) -> list[Name]:
+    return [d if isinstance(d, Name) else Name(d) for d in digests]
 
 
 _ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
@@ -245,6 +265,11 @@ class Ledger:
         return self._path is not None
 
     @property
+    def at_hand(self) -> bool:
+        """Whether this process may read and charge it: one in memory stays with the process that made it, and not with its forks."""
+        return self._path is not None or os.getpid() == self._pid
+
+    @property
     def path(self) -> Path | None:
         """The file, resolved; None in memory."""
         return self._path
@@ -259,8 +284,11 @@ class Ledger:
     def _locked(self) -> Iterator[None]:
         with self._thread_lock:
             if self._path is None:
-                if os.getpid() != self._pid:
-                    raise LedgerError("An in-memory ledger does not reach other processes; use a path.")
+                if not self.at_hand:
+                    raise LedgerError(
+                        "An in-memory ledger does not reach other processes, and this one was forked: it serves the releases that there "
+                        "are, and makes no new ones. Use a path: ledger=dpx.Ledger(path), or the variable HF_DP_XATTN_LEDGER=path."
+                    )
                 yield
                 return
             lock = FileLock(str(self._path) + ".lock", timeout=self._timeout, mode=0o600)
@@ -320,9 +348,16 @@ class Ledger:
         name the ledger, so that a digest from another ledger is refused. Raises `ConfigError` for parts
         that are not bytes.
         """
+        return self._keyed(b"context", parts)
+
+    def grouping(self, parts: Iterable[bytes]) -> str:
+        """Name of a grouping: a keyed digest as of a context. Equal groupings must be given by equal parts. Raises as `digest` does."""
+        return self._keyed(b"grouping", parts)
+
+    def _keyed(self, purpose: bytes, parts: Iterable[bytes]) -> str:
         if isinstance(parts, (str, bytes, bytearray, memoryview)):
             raise ConfigError("digest takes a list of byte strings, not one string.")
-        mac = hmac.new(self._key, b"context\0", hashlib.sha256)
+        mac = hmac.new(self._key, purpose + b"\0", hashlib.sha256)
         for part in parts:
             if not isinstance(part, (bytes, bytearray, memoryview)):
                 raise ConfigError(f"The parts of a digest must be bytes, not {type(part).__name__}.")
@@ -341,7 +376,7 @@ class Ledger:
     @staticmethod
     def _assess(
         earlier: Sequence[Charge],
-        digest: str,
+        name: Name,
         events: tuple[Event, ...],
         budget: Budget,
         note: dict[str, Any],
@@ -352,7 +387,15 @@ class Ledger:
         if any((c.unit, c.neighboring) != scope for c in earlier):
             raise ConfigError(
                 "This context was charged under another unit or neighbouring relation, and the two do not "
-                "compose. Release it under the earlier one."
+                "compose. Use the release that exists, or release it under the earlier one. (A public text that is only tried out can have "
+                "a ledger of its own: ledger=dpx.Ledger().) Nothing was charged."
+            )
+        grouped = scope[0] == Unit.GROUP.value or name.grouping is not None
+        if grouped and any(c.grouping is None or c.grouping != name.grouping for c in earlier):
+            raise ConfigError(
+                "This context was charged under another grouping of its rows (or in another way of encoding groups apart, or by a version "
+                "that did not record it): a unit of the one is not a unit of the other, and the two do not compose. Use the release that "
+                "exists, or release it under the earlier grouping. Nothing was charged."
             )
         old = tuple(e for c in earlier for e in c.events)
         spent, after = epsilon(old), epsilon((*old, *events))
@@ -365,13 +408,13 @@ class Ledger:
                 f"{REUSE}"
             )
         time = datetime.now(UTC).isoformat(timespec="seconds")
-        name, delta, count = secrets.token_hex(8), float(budget.delta), len(earlier) + 1
-        return Charge(name, digest, spent, after, delta, count, time, events, note, *scope)
+        id_, delta, count = secrets.token_hex(8), float(budget.delta), len(earlier) + 1
+        return Charge(id_, name.digest, spent, after, delta, count, time, events, note, *scope, name.grouping)
 
     def _assess_all(
         self,
         before: Sequence[Charge],
-        digests: Sequence[str],
+        names: Sequence[Name],
         events: Sequence[Event],
         budget: Budget,
         note: dict[str, Any],
@@ -379,7 +422,10 @@ class Ledger:
         new = tuple(events)
         if not new:
             raise ConfigError("A charge needs at least one event.")
-        of: dict[str, list[Charge]] = {self._check_digest(digest): [] for digest in digests}
+        of: dict[str, list[Charge]] = {self._check_digest(name.digest): [] for name in names}
+        for name in names:
+            if name.grouping is not None:
+                self._check_digest(name.grouping)
         for charge in before:
             if charge.digest in of:
                 of[charge.digest].append(charge)
@@ -391,13 +437,18 @@ class Ledger:
             return known[spent]
 
         made = []
-        for digest in digests:
-            made.append(self._assess(of[digest], digest, new, budget, note, epsilon))
-            of[digest].append(made[-1])
+        for name in names:
+            made.append(self._assess(of[name.digest], name, new, budget, note, epsilon))
+            of[name.digest].append(made[-1])
         return tuple(made)
 
     def charge(
-        self, digest: str, events: Sequence[Event], budget: Budget, *, note: Mapping[str, Any] | None = None
+        self,
+        digest: str | Name,
+        events: Sequence[Event],
+        budget: Budget,
+        *,
+        note: Mapping[str, Any] | None = None,
     ) -> Charge:
         """Record `events` against the context, or refuse. Call it BEFORE the private rows are computed with.
 
@@ -413,7 +464,7 @@ class Ledger:
 
     def charge_all(
         self,
-        digests: Sequence[str],
+        digests: Sequence[str | Name],
         events: Sequence[Event],
         budget: Budget,
         *,
@@ -423,7 +474,7 @@ class Ledger:
         clean = _check_note(note or {})
         with self._locked():
             charges = self._read()
-            made = self._assess_all(charges, digests, events, budget, clean)
+            made = self._assess_all(charges, _names(digests), events, budget, clean)
             if self._path is None:
                 self._memory = (*charges, *made)
             elif made:
@@ -431,16 +482,16 @@ class Ledger:
                 self._seen = (*self._seen, *(c.id for c in made))
             return made
 
-    def check(self, digest: str, events: Sequence[Event], budget: Budget) -> Charge:
+    def check(self, digest: str | Name, events: Sequence[Event], budget: Budget) -> Charge:
         """What `charge` would return (or raise) now, without recording it; it may not fit later."""
         return self.check_all([digest], events, budget)[0]
 
     def check_all(
-        self, digests: Sequence[str], events: Sequence[Event], budget: Budget
+        self, digests: Sequence[str | Name], events: Sequence[Event], budget: Budget
     ) -> tuple[Charge, ...]:
         """What `charge_all` would return (or raise) now."""
         with self._locked():
-            return self._assess_all(self._read(), digests, events, budget, {})
+            return self._assess_all(self._read(), _names(digests), events, budget, {})
 
     def most(self, digests: Iterable[str], delta: float) -> tuple[int, float]:
         """Of several names, the largest number of charges and the largest epsilon spent at `delta`; (0, 0) where none was charged."""

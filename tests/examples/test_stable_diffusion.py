@@ -24,11 +24,11 @@ def test_two_pictures_are_charged_once_and_a_second_run_is_refused(tmp_path: Pat
     assert first.returncode == 0, first.stderr[-2000:]
     assert "Plan for" in first.stdout and "(16, 1e-05)-differentially private" in first.stdout
     assert (tmp_path / "0.png").read_bytes() != (tmp_path / "1.png").read_bytes()
-    [charge] = dpx.Ledger(tmp_path / "ledger.json").entries()
-    assert charge.unit == "context"
+    charges = dpx.Ledger(tmp_path / "ledger.json").entries()  # the prompt's token ids, and its text
+    assert [c.unit for c in charges] == ["context"] * 2 and len({c.digest for c in charges}) == 2
     second = run(tmp_path)  # another process: it reads what was spent, and its release is not the first one's
     assert second.returncode == 1 and "would exceed the context's budget" in second.stderr
-    assert len(dpx.Ledger(tmp_path / "ledger.json").entries()) == 1
+    assert dpx.Ledger(tmp_path / "ledger.json").entries() == charges
     kept = (tmp_path / "ledger.json").read_text()
     for text in (first.stdout, first.stderr, second.stdout, second.stderr, kept):
         assert "zebra" not in text and "jukebox" not in text

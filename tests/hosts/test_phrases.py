@@ -61,7 +61,7 @@ def test_a_context_of_phrases(groups: Any) -> None:
     )  # the same phrases: one release
     assert len(handle.report().releases) == 1
     other = handle.release(PHRASES[::-1], groups="phrases")
-    assert other.contexts != release.contexts and len(handle.ledger.entries()) == 4  # phrases and text
+    assert other.contexts != release.contexts and len(handle.ledger.entries()) == 6  # phrases, ids and text
 
 
 def test_each_phrase_is_encoded_by_itself(pipe: Any) -> None:

@@ -30,7 +30,7 @@ def make(kind: str) -> Any:
         return _fitted()
     if kind == "anchors calibration":
         return calibration()
-    return protect(tiny_sd(), CONFIG).release("a red circle")
+    return protect(tiny_sd(), CONFIG, ledger=dpx.Ledger()).release("a red circle")  # made as if elsewhere
 
 
 def load(kind: str, name: Any, **options: Any) -> Any:

@@ -359,7 +359,7 @@ DAMAGES = {
     "truncated": lambda raw: raw[: len(raw) // 2],
     "not utf-8": lambda raw: b"\xff" + raw,
     "list": lambda raw: b"[]",
-    "other schema": _edit(schema="hf_dp_xattn.ledger/2"),
+    "other schema": _edit(schema="hf_dp_xattn.ledger/3"),
     "unknown field": _edit(more=1),
     "charges dropped": _edit(charges=[]),
     "checksum": _edit(checksum="0" * 64),

@@ -207,7 +207,8 @@ class ProtectedDecoder(RoutedHandle):
         prefixes = read_prefixes(context, groups, public_head, prefix_bucket, size)
         own = check_groups(groups, prefixes)
         apart = isinstance(groups, str)
-        contexts = [name_prefix(p, self._encoder, self.config.unit, apart=apart) for p in prefixes]
+        named = [name_prefix(p, self._encoder, self.config.unit, apart=apart) for p in prefixes]
+        contexts = [dataclasses.replace(c, encoder=(self.model.base_model,)) for c in named]
         return Release(self.release_contexts(contexts, groups=own, fresh=fresh), self.config, self)
 
     def _run(

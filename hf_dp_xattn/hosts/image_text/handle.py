@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -31,7 +32,7 @@ from .contexts import (
     visible_rows,
 )
 from .generation import ImageGenerateShadow
-from .probing import PLACEHOLDER_ROWS, STATES, context_channels, find_layers
+from .probing import PLACEHOLDER_ROWS, STATES, context_channels, find_layers, vision_parts
 from .reporting import image_report
 from .vision import VisionSide
 
@@ -186,10 +187,9 @@ class ProtectedImageText(ProtectedSeq2Seq):
         self._encoder.check(inputs)
         keep = self.config.mechanism == "none"
         side = self._encoder
-        contexts = name_images(
-            inputs, self.channels, side.patches, side.encode, side.trial, keep_padding=keep
-        )
-        return contexts, groups
+        named = name_images(inputs, self.channels, side.patches, side.encode, side.trial, keep_padding=keep)
+        parts = () if STATES in inputs else vision_parts(self.model)
+        return [dataclasses.replace(context, encoder=parts) for context in named], groups
 
     def _open(self, contexts: Sequence[PrivateContext], groups: torch.Tensor | None, horizon: int) -> Release:
         raise ConfigError("An image does not grow: release it without `horizon`.")

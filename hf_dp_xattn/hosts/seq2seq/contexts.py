@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError, ContextError
-from ..context import PrivateContext, Rows, from_embeddings, plain_bytes
+from ..context import Part, PrivateContext, Rows, from_embeddings, plain_bytes
+from ..grouping import whole
 from ..lengths import dimensions
 from ..placeholder import read_tags
 from ..rehearsal import Trial
@@ -148,11 +149,13 @@ def join_documents(documents: Sequence[PrivateContext], unit: str) -> PrivateCon
 
     groups = torch.arange(len(documents)).repeat_interleave(torch.tensor(counts))
     own = groups if unit == "group" else None
-    total = sum(counts)
+    total, encoder = sum(counts), documents[0].encoder
     trials = tuple(t for d in documents for t in d.trials)
     if len(documents) == 1:
-        return PrivateContext(total, total, names[0], load, own, documents[0].variant, trials=trials)
+        variant = documents[0].variant
+        return PrivateContext(total, total, names[0], load, own, variant, trials=trials, encoder=encoder)
     variants = [d.variant for d in documents]
     variant = b"".join(str(len(v)).encode() + b":" + v for v in variants) if any(variants) else b""
     name = (b"documents", *(part for n in names for part in (str(len(n)).encode(), *n)))
-    return PrivateContext(total, total, name, load, own, variant, tuple(dict.fromkeys(names)), trials=trials)
+    parts = tuple(dict.fromkeys(Part(d.name, whole(d.private_rows)) for d in documents))
+    return PrivateContext(total, total, name, load, own, variant, parts, trials=trials, encoder=encoder)

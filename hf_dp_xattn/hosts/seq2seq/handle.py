@@ -13,6 +13,7 @@ import torch
 from ...errors import ConfigError, ProtectionLostError, ReleaseError
 from ...report import PrivacyReport
 from ..access import TextGate
+from ..accounts import PROTECT_AGAIN
 from ..bindings import bind, unique
 from ..context import PrivateContext
 from ..fingerprint import Fingerprint
@@ -92,8 +93,8 @@ class ProtectedSeq2Seq(RoutedHandle):
             reason = rowwise_reason(layer.module)
             if reason is not None:
                 raise ProtectionLostError(
-                    f"The model was changed after it was protected ({name}): {reason}. Call dpx.unprotect(model), undo the change, protect "
-                    "again."
+                    f"The model was changed after it was protected ({name}): {reason}. Call dpx.unprotect(model), undo the change, "
+                    f"{PROTECT_AGAIN}."
                 )
 
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -203,7 +204,9 @@ class ProtectedSeq2Seq(RoutedHandle):
         """Contexts, and the groups that are not documents."""
         inputs = gather(context)
         self._encoder.check(inputs)
-        contexts = name_inputs(inputs, self.channels, self._encoder.encode, self._encoder.trial)
+        encoder = () if STATES in inputs else (self._encoder.module,)
+        named = name_inputs(inputs, self.channels, self._encoder.encode, self._encoder.trial)
+        contexts = [dataclasses.replace(context, encoder=encoder) for context in named]
         if not isinstance(groups, str):
             return contexts, groups
         if groups != "documents":

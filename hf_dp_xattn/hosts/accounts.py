@@ -1,0 +1,70 @@
+"""Which ledger a handle charges, and in which words that is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ..errors import ConfigError
+from ..privacy.default_ledger import VARIABLE, default_ledger, is_default, named_path
+from ..privacy.ledger import Budget, Ledger, Name
+
+if TYPE_CHECKING:
+    from ..privacy.accountant import Event
+    from ..privacy.bits import Entropy
+
+STAYS = "what was spent stays in its ledger: the process's own is used again, one that you passed must be passed again"
+"""Said wherever `unprotect` is advised."""
+PROTECT_AGAIN = f"protect again ({STAYS})"
+SERVING = (
+    "This host was protected by loading a release, and has no ledger: what its contexts have spent is counted where the release was made. "
+    "To make new ones too, give it that ledger: Release.from_pretrained(..., host=host, ledger=dpx.Ledger(path)), the variable "
+    f"{VARIABLE}=path, or dpx.protect(host, config, ledger=...) before the release is loaded; in each case call dpx.unprotect(host) "
+    f"first, and load the release again ({STAYS}). Nothing was spent."
+)
+
+
+class NoLedger(Ledger):
+    """Of a handle that serves releases which were loaded, and makes none: it names contexts, and refuses to charge them."""
+
+    def charge_all(
+        self,
+        digests: Sequence[str | Name],
+        events: Sequence[Event],
+        budget: Budget,
+        *,
+        note: Mapping[str, Any] | None = None,
+    ) -> NoReturn:
+        """Raises ConfigError."""
+        raise ConfigError(SERVING)
+
+    def check_all(self, digests: Sequence[str | Name], events: Sequence[Event], budget: Budget) -> NoReturn:
+        """Raises ConfigError."""
+        raise ConfigError(SERVING)
+
+
+def ledger_for(given: Ledger | None, entropy: Entropy | None, *, serving_only: bool) -> Ledger:
+    """The ledger of a handle that was given `given`.
+
+    Without one it is the process's. Seeded noise promises nothing, whatever was charged, so that it has no place in an account of promises:
+    such a handle (of a test) counts for itself. A handle that only serves takes the account that the environment names, or none.
+
+    Raises:
+        LedgerError: see `default_ledger`.
+    """
+    if given is not None:
+        return given
+    if serving_only and named_path() is None:
+        return NoLedger()
+    return Ledger() if entropy is not None else default_ledger()
+
+
+def told(ledger: Ledger) -> str:
+    """Where it counts, and how long, for a report."""
+    if isinstance(ledger, NoLedger):
+        return "none: this host serves releases that were loaded, and makes no new ones"
+    if ledger.persistent:
+        return "persistent"
+    if is_default(ledger):
+        return "in memory only, one for the whole process: it forgets what was spent when the process ends"
+    return "in memory only: it forgets what was spent when this ledger is dropped, or when the process ends"
