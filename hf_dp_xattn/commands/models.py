@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from ..records import records_of
-from .texts import read_documents, read_prefix
+from .texts import lines_of, read_documents, read_prefix
 
 if TYPE_CHECKING:
     from ..config import DPXAttnConfig
@@ -184,9 +183,7 @@ def is_given(value: Any) -> bool:
 
 def read_private_prefix(handle: Any, args: argparse.Namespace, text: str) -> PrefixText:
     """A decoder-only model's private prefix; with unit="group" its lines are segments. Raises as `read_prefix` does."""
-    return read_prefix(
-        args.model, records_of(text) if handle.config.unit == "group" else text, chat=args.chat
-    )
+    return read_prefix(args.model, lines_of(text) if handle.config.unit == "group" else text, chat=args.chat)
 
 
 def release_text(handle: Any, args: argparse.Namespace, text: str) -> Any:
@@ -205,6 +202,6 @@ def release_text(handle: Any, args: argparse.Namespace, text: str) -> Any:
             prefix_bucket=args.prefix_bucket,
         )
     if isinstance(handle, ProtectedSeq2Seq):
-        documents = read_documents(args.model, records_of(text) if apart else [text])
+        documents = read_documents(args.model, lines_of(text) if apart else [text])
         return handle.release(documents, groups="documents" if apart else None)
     return handle.release(text, groups="phrases" if apart else None)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, ContextError
+from ..records import records_of
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,9 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
         help="decoder-only models: positions that the private text (with --unit group: each segment) takes, public (default: the next "
         "multiple of 64)",
     )
+
+
+lines_of = records_of  # the segments or documents of a text
 
 
 @functools.lru_cache(maxsize=1)
