@@ -85,6 +85,27 @@ def _public_start(name: str) -> int:
     )
 
 
+@functools.lru_cache(maxsize=1)
+def _public_end(name: str) -> int:
+    """How many tokens the tokenizer puts behind every text."""
+    tokenizer = load_tokenizer(name)
+    bare = len(tokenizer("a", add_special_tokens=False).input_ids)
+    return max(0, len(tokenizer("a").input_ids) - bare - _public_start(name))
+
+
+def _open_ended(name: str, text: str) -> tuple[torch.Tensor, int]:
+    """As `tokenize`, without what is put behind every text: an end token there would end the conversation."""
+    ids, start = tokenize(name, text)
+    return ids[:, : ids.shape[1] - _public_end(name)], start
+
+
+def _refuse_end(name: str, text: str) -> None:
+    """Raises ConfigError where a PUBLIC text spells the end token: the model would take the words behind it for another text."""
+    end = load_tokenizer(name).eos_token
+    if end and end in text:
+        raise ConfigError(f"The public text holds {end!r}, which ends a text for this model: leave it out.")
+
+
 def plain_ids(name: str, text: str) -> torch.Tensor:
     """ids [n] without special tokens."""
     import torch
@@ -116,9 +137,9 @@ def read_prefix(name: str, text: str | Sequence[str], *, chat: bool) -> PrefixTe
         split = _split(name, "\n".join(text) if apart else str(text), "-")
         return PrefixText(split.head, list(split.segments) if apart else split.private)
     if apart:
-        ids, start = tokenize(name, text[0])
+        ids, start = _open_ended(name, text[0])
         return PrefixText(ids[0, :start], [plain_ids(name, segment) for segment in text])
-    ids, start = tokenize(name, str(text))
+    ids, start = _open_ended(name, str(text))
     return PrefixText(ids[0, :start], ids[0, start:])
 
 
@@ -133,10 +154,15 @@ def chat_head(name: str) -> torch.Tensor:
 
 
 def read_question(name: str, text: str, *, chat: bool) -> torch.Tensor:
-    """A PUBLIC user's turn as it stands after the prefix, ids [1, m]; with chat, in the template's words."""
+    """A PUBLIC user's turn as it stands after the prefix, ids [1, m]; with chat, in the template's words.
+
+    Raises:
+        ConfigError: it spells the end token; or as `read_prefix` does.
+    """
+    _refuse_end(name, text)
     if chat:
         return _split(name, "-", text).input_ids
-    ids, start = tokenize(name, text)
+    ids, start = _open_ended(name, text)
     return ids[:, start:]  # BOS stands before the prefix
 
 

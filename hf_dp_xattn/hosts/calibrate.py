@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -53,12 +54,25 @@ KINDS = (
 )
 
 
+def _epsilons(given: Any) -> tuple[float, ...]:
+    """One number or several. Raises ConfigError where they are not positive numbers."""
+    values = (given,) if isinstance(given, (int, float)) else given
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise ConfigError(f"epsilons must be positive numbers, got {type(given).__name__}.")
+    found = tuple(values)
+    if not found or not all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and v > 0 for v in found
+    ):
+        raise ConfigError("epsilons must be positive numbers, one at least.")
+    return tuple(map(float, found))
+
+
 def calibrate(
     pipe: Any,
     public_contexts: Public,
     config: DPXAttnConfig | None = None,
     *,
-    epsilons: Sequence[float] = EPSILONS,
+    epsilons: float | Sequence[float] = EPSILONS,
     anchors: int = 4096,
     releases: Sequence[str] = ("sum", "response", "histogram", "mixed"),
     steps: int | None = None,
@@ -110,7 +124,7 @@ def calibrate(
     """
     config = DPXAttnConfig(mechanism="anchors") if config is None else config
     options = CalibrationOptions(
-        epsilons=epsilons,
+        epsilons=_epsilons(epsilons),
         anchors=anchors,
         releases=tuple(releases),
         steps=steps,
@@ -123,7 +137,7 @@ def calibrate(
         seed=seed,
         progress=progress,
         public_head=public_head,
-        questions=questions,
+        questions=list(questions) if isinstance(questions, Iterator) else questions,
         prefix_bucket=prefix_bucket,
         replies=replies,
     )
@@ -132,6 +146,8 @@ def calibrate(
             "Calibrate before `protect`, or after dpx.unprotect: a protected pipeline has no exact queries. When you protect it again, "
             f"{STAYS}."
         )
+    if isinstance(public_contexts, Iterator):
+        public_contexts = list(public_contexts)
     kind = next(k for k in KINDS if k.matches(pipe))
     for name, message in {**_OF_PREFIXES, **_OF_TEXTS}.items():
         asked = getattr(options, name)

@@ -164,7 +164,16 @@ class TextSide:
         return self.encode(*self.tokenize(_PROBES[0]))[: int(self.first_row_is_public)]
 
     def public_rows(self, text: str) -> torch.Tensor:
-        """Rows [p, C] of a public text, encoded by itself: its words and its end, not the padding."""
+        """Rows [p, C] of a public text, encoded by itself: its words and its end, not the padding.
+
+        Raises:
+            ConfigError: it spells the end token, so that the words behind it would be left out.
+        """
+        spelt = getattr(self.tokenizer, "eos_token", None) or getattr(self.tokenizer, "sep_token", None)
+        if spelt and spelt in text:
+            raise ConfigError(
+                f"A public text holds {spelt!r}, which ends a text for this tokenizer: the words behind it would be left out. Leave it out."
+            )
         ids, mask = self.tokenize(text)
         start = 1 if self.first_row_is_public else 0
         end = self.tokenizer.eos_token_id

@@ -119,3 +119,31 @@ def test_a_rows_keys_and_values_do_not_depend_on_other_rows(
             after = project_rows(attn, changed)
             kept = torch.arange(shape[0]) != 5
             assert all(torch.equal(a[:, kept], b[:, kept]) for a, b in zip(before, after, strict=True))
+
+
+def test_one_epsilon_and_a_generator_of_contexts(pipe: Any, tmp_path: Path) -> None:
+    found = [
+        calibrate(pipe, epsilons=(8.0,)),
+        *(calibrate(pipe, (text for text in PUBLIC), epsilons=e) for e in (8.0, 8)),
+    ]
+    for number, calibration in enumerate(found):
+        calibration.save_pretrained(tmp_path / str(number))
+    first, *others = (
+        {file.name: file.read_bytes() for file in (tmp_path / str(number)).iterdir()}
+        for number in range(len(found))
+    )
+    assert first and all(other == first for other in others)
+
+
+@pytest.mark.parametrize("epsilons", ["8", True, None, [], [0.0], [-1.0], ["a"], [float("nan")]], ids=str)
+def test_epsilons_that_are_none(pipe: Any, epsilons: Any) -> None:
+    with pytest.raises(dpx.ConfigError, match="epsilons must be positive"):
+        calibrate(pipe, epsilons=epsilons)
+
+
+def test_a_public_text_that_spells_the_end_token(pipe: Any) -> None:
+    """The words behind it would be left out without a word."""
+    end = pipe.tokenizer.eos_token
+    release = dpx.protect(pipe, CONFIG).release("a red dog")
+    with pytest.raises(dpx.ConfigError, match="end"):
+        release.inputs(prompt=f"a {end} blue")

@@ -52,8 +52,8 @@ def split_chat(
         options: for `tokenizer.apply_chat_template`. Whatever the template makes of them is PUBLIC.
 
     Raises:
-        ConfigError: no system prompt, or a template that leaves it out or repeats it; further system messages, tools or documents that are
-            not declared public; an entry of the system message beside role and content.
+        ConfigError: no system prompt; no template, or one that fails, leaves it out, repeats it or puts it behind earlier turns; further
+            system messages, tools or documents that are not declared public; an entry of the system message beside role and content.
         ContextError: a template whose fixed words depend on the system prompt. The message quotes nothing.
     """
     first, content = _private_message(messages)
@@ -61,18 +61,32 @@ def split_chat(
         _refuse_others(messages[1:], options)
     mark = f"dpx{secrets.token_hex(16)}"  # in no text, so that it is found in one place
 
-    def fill(text: str) -> str:
-        conversation = [{**first, "content": text}, *messages[1:]]
-        return str(
-            tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=add_generation_prompt, **options
-            )
-        )
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError("This tokenizer has no chat template: set one, or release token ids.")
+    own = [name for name in ("tokenize", "return_dict", "return_tensors") if name in options]
+    if own:
+        raise ConfigError(f"{own[0]} is set here, and is no option of a template: leave it out.")
 
-    parts = fill(mark).split(mark)
-    if len(parts) != 2:
-        raise ConfigError("This chat template does not show the system prompt in exactly one place.")
-    head, rest = parts
+    def fill(text: str, later: Sequence[Mapping[str, Any]] = messages[1:]) -> str:
+        conversation = [{**first, "content": text}, *later]
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    conversation, tokenize=False, add_generation_prompt=add_generation_prompt, **options
+                )
+            )
+        except Exception as error:  # of the template; its message may quote a text
+            raise ConfigError(
+                f"This chat template fails on these messages and options ({type(error).__name__}): it may take no system message, or "
+                "roles in another order. Nothing was spent."
+            ) from None
+
+    head, rest = _around(fill(mark), mark)
+    if len(messages) > 2 and _around(fill(mark, messages[1:2]), mark)[0] != head:
+        raise ConfigError(
+            "This chat template puts the system prompt behind earlier turns: what stands before it changes from turn to turn, and so would "
+            "the release. With this template a protected conversation has one turn; for more, use a template that puts it first."
+        )
     whole = fill(content)
     if not (whole.startswith(head) and whole.endswith(rest)) or len(whole) < len(head) + len(rest):
         raise ContextError(
@@ -89,6 +103,14 @@ def split_chat(
     lines = re.split(r"(?<=\n)", private)  # at line feeds alone: other separators may stand within one unit
     segments = [s for s in map(ids, lines) if len(s)]
     return SplitChat(ids(head), ids(private), tuple(segments), ids(rest).unsqueeze(0))
+
+
+def _around(filled: str, mark: str) -> tuple[str, str]:
+    """What stands before and after the mark."""
+    parts = filled.split(mark)
+    if len(parts) != 2:
+        raise ConfigError("This chat template does not show the system prompt in exactly one place.")
+    return parts[0], parts[1]
 
 
 def _private_message(messages: Any) -> tuple[Mapping[str, Any], str]:

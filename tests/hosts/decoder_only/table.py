@@ -29,7 +29,8 @@ Refused: {refused} (attention in code of their own, attention sinks, recurrent l
 
 `release = protected.release(ids, public_head=h)` takes token ids; `dpx.split_chat(tokenizer, messages)` finds the head, the private
 system prompt and the public rest by the tokenizer's own chat template. Only the first message is private: later system or developer
-messages, and the template's `tools` and `documents`, are refused until `public_system=True` declares them public.
+messages, and the template's `tools` and `documents`, are refused until `public_system=True` declares them public. A template that puts the
+system prompt into the last turn (Mistral's older ones) serves conversations of one turn only.
 
 `protected.release(segments, groups="segments", public_head=head)` with `unit="group"` runs each segment by itself, after the head and at
 positions that start behind it (parallel context windows), so the guarantee for one segment is real end to end. Tokens of one sequence

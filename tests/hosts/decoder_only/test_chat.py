@@ -183,3 +183,37 @@ def test_a_byte_order_mark_is_no_part_of_a_system_prompt() -> None:
     plain, marked = ({"role": "system", "content": f"{mark}be kind\n{mark}say"} for mark in ("", "\ufeff"))
     one, other = (dpx.split_chat(tokenizer(), [system, USER]) for system in (plain, marked))
     assert torch.equal(one.private, other.private)
+
+
+REFUSES_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('No: ' + messages[0].content) }}{% endif %}"
+)
+IN_LAST_TURN = (
+    "<s>{% set s = messages[0].content %}{% for m in messages[1:] %}{% if m.role == 'user' %}[user] {% if loop.last %}{{ s }} {% endif %}"
+    "{{ m.content }} {% else %}[reply] {{ m.content }} {% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "options"),
+    [(REFUSES_SYSTEM, {}), (None, {}), (TEMPLATE, {"tokenize": False}), (TEMPLATE, {"return_dict": True})],
+)
+def test_templates_that_refuse_or_lack(template: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(dpx.ConfigError) as caught:
+        dpx.split_chat(tokenizer(template), [SYSTEM, USER], **options)
+    assert "kind" not in str(caught.value) and caught.value.__cause__ is None
+
+
+def test_a_system_prompt_in_the_last_turn_makes_one_turn() -> None:
+    """Behind it, another head would make another release of the same prompt: a second charge, or a refusal that names no reason."""
+    inner = tokenizer(IN_LAST_TURN)
+    first = dpx.split_chat(inner, [SYSTEM, USER])
+    assert words(first.head) == ["<s>", "[user]"]
+    with pytest.raises(dpx.ConfigError, match="template puts the system prompt behind earlier turns"):
+        dpx.split_chat(inner, [SYSTEM, USER, {"role": "assistant", "content": "the code"}, USER])
+
+
+def test_a_head_is_the_same_in_every_turn() -> None:
+    later = [USER, {"role": "assistant", "content": "hello"}, USER]
+    heads = [dpx.split_chat(tokenizer(), [SYSTEM, *later[:n]]).head for n in (1, 3)]
+    assert torch.equal(*heads)
