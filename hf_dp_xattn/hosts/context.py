@@ -14,7 +14,7 @@ from ..records import plain_text
 from .grouping import Grouping, canonical, partition
 from .lengths import dimensions
 from .phrases import check_phrases, encode_tokens, split_phrases
-from .placeholder import read_tags
+from .placeholder import holds_placeholder
 from .rehearsal import Trial
 from .text import TextSide, as_texts
 
@@ -244,7 +244,7 @@ def name_contexts(
             if context.ndim not in (2, 3):
                 raise ContextError(f"Embeddings must be [n, C] or [B, n, C], got {dimensions(context)}.")
             batch = context if context.ndim == 3 else context.unsqueeze(0)
-            if any(tag is not None for tag in read_tags(batch)):
+            if holds_placeholder(batch):
                 raise ContextError(
                     "This is a placeholder of a release, not a context; pass it as prompt_embeds."
                 )

@@ -1,7 +1,8 @@
 """Placeholders: what travels through a host in place of a private context.
 
 A placeholder has the shape and dtype of prompt embeddings and no private content: NaN everywhere, but for the first channels of
-row 0, which hold a magic number and a random tag. The tag names a *binding* (a release, and perhaps public rows beside it).
+row 0, which hold a magic number, a random tag and what its shape was. The tag names a *binding* (a release, and perhaps public rows beside
+it). Only a whole one is read as one: rows that were joined to it, cut off or changed would have no effect, and are refused.
 A layer that lost its processor multiplies NaN: it cannot leak. Concatenation, `repeat`, `view` and casts keep the marker:
 its digits are integers below 128, exact in bfloat16 and float16.
 """
@@ -17,7 +18,12 @@ from ..errors import ReleaseError
 
 MAGIC = (68, 80, 88, 65)
 TAG_DIGITS = 9  # 63 random bits
-CODE_CHANNELS = len(MAGIC) + TAG_DIGITS
+SIZE_DIGITS = 2
+CODE_CHANNELS = len(MAGIC) + TAG_DIGITS + SIZE_DIGITS
+NOT_WHOLE = (
+    "These embeddings hold a placeholder that is not whole: rows were joined to it or cut off, or it was weighted, averaged or masked. "
+    "Nothing of that would have an effect: pass release.inputs() on as it is; public words go to release.inputs(...)."
+)
 
 Tag = tuple[int, ...]
 
@@ -27,27 +33,50 @@ def new_tag() -> Tag:
     return tuple(secrets.randbelow(128) for _ in range(TAG_DIGITS))
 
 
+def _size(rows: int, channels: int) -> tuple[int, ...]:
+    """Digits that tell a placeholder's shape from any other one with as many rows or as many channels."""
+    number = rows * 4099 + channels
+    return tuple(number // 128**i % 128 for i in range(SIZE_DIGITS))
+
+
 def make_placeholder(
     tags: Sequence[Tag], rows: int, channels: int, dtype: torch.dtype, device: torch.device | str
 ) -> torch.Tensor:
     """[len(tags), rows, channels]; `channels` must be at least CODE_CHANNELS."""
     result = torch.full((len(tags), rows, channels), torch.nan, dtype=dtype, device=device)
-    code = torch.tensor([MAGIC + tuple(tag) for tag in tags], dtype=dtype, device=device)
+    size = _size(rows, channels)
+    code = torch.tensor([MAGIC + tuple(tag) + size for tag in tags], dtype=dtype, device=device)
     result[:, 0, :CODE_CHANNELS] = code
     return result
 
 
 def is_marked(states: torch.Tensor) -> torch.Tensor:
-    """[B, n, C] -> bool [B]: which batch elements carry the magic number. Tensor operations only."""
-    head = states[:, 0, : len(MAGIC)]
-    # built from a Python list so that torch.compile folds it into the graph
+    """[B, n, C] -> bool [B]: which batch elements are whole placeholders. Tensor operations only."""
+    batch, rows, channels = states.shape
+    if rows == 0 or channels < CODE_CHANNELS:
+        return torch.zeros(batch, dtype=torch.bool, device=states.device)
+    start = len(MAGIC) + TAG_DIGITS
+    # built from Python lists so that torch.compile folds them into the graph
     magic = torch.tensor(MAGIC, dtype=states.dtype, device=states.device)
-    return (head == magic).all(dim=-1)
+    size = torch.tensor(_size(rows, channels), dtype=states.dtype, device=states.device)
+    code = (states[:, 0, : len(MAGIC)] == magic).all(dim=-1)
+    code = code & (states[:, 0, start:CODE_CHANNELS] == size).all(dim=-1)
+    return code & (states.isnan().sum(dim=(1, 2)) == rows * channels - CODE_CHANNELS)
+
+
+def _magic_rows(states: torch.Tensor) -> torch.Tensor:
+    magic = torch.tensor(MAGIC, dtype=states.dtype, device=states.device)
+    return (states[..., : len(MAGIC)] == magic).all(-1)
+
+
+def holds_placeholder(states: torch.Tensor) -> bool:
+    """Whether [..., C] holds a placeholder, whole or not, and so is no context."""
+    return states.shape[-1] >= CODE_CHANNELS and bool(_magic_rows(states).any())
 
 
 def match_tags(states: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
     """[B, n, C], [A, TAG_DIGITS] -> bool [B, A]: which binding each batch element names. Tensor operations only."""
-    digits = states[:, 0, len(MAGIC) : CODE_CHANNELS].to(torch.float32)
+    digits = states[:, 0, len(MAGIC) : len(MAGIC) + TAG_DIGITS].to(torch.float32)
     return (digits.unsqueeze(1) == tags.unsqueeze(0)).all(dim=-1)
 
 
@@ -55,19 +84,22 @@ def read_tags(states: torch.Tensor) -> list[Tag | None]:
     """The tag of each batch element of [B, n, C], or None where there is no placeholder. Waits for the device.
 
     Raises:
-        ReleaseError: the magic number is there but the tag is not one (the placeholder was scaled or mixed).
+        ReleaseError: a placeholder that is not whole, or a piece of one.
     """
-    if states.ndim != 3 or states.shape[1] == 0 or states.shape[2] < CODE_CHANNELS:
+    if states.ndim != 3 or states.shape[1] == 0 or states.shape[2] < len(MAGIC):
         return [None] * (states.shape[0] if states.ndim else 0)
+    states = states.detach()
+    code = states[:, 0, len(MAGIC) : len(MAGIC) + TAG_DIGITS].to("cpu", torch.float32).tolist()
+    pieces = (_magic_rows(states) | states.isnan().all(-1)).any(-1)
+    found = torch.stack([is_marked(states), pieces], dim=-1).tolist()
     result: list[Tag | None] = []
-    for row in states.detach()[:, 0, :CODE_CHANNELS].to("cpu", torch.float32).tolist():
-        if tuple(row[: len(MAGIC)]) != MAGIC:
+    for digits, (whole, piece) in zip(code, found, strict=True):
+        if not whole:
+            if piece:
+                raise ReleaseError(NOT_WHOLE)
             result.append(None)
             continue
-        digits = row[len(MAGIC) :]
         if not all(d == d and d == int(d) and 0 <= d < 128 for d in digits):
-            raise ReleaseError(
-                "A placeholder was changed on its way (weighted, averaged or masked). Pass release.inputs() on as it is."
-            )
+            raise ReleaseError(NOT_WHOLE)
         result.append(tuple(int(d) for d in digits))
     return result

@@ -10,6 +10,7 @@ import torch
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.hosts import handle as handle_module
+from hf_dp_xattn.hosts.placeholder import CODE_CHANNELS
 from hf_dp_xattn.hosts.processor import DPAttnProcessor
 
 from ..hosts_tiny import CHANNELS, latents, picture, tiny_img2img, tiny_inpaint, tiny_sd
@@ -157,7 +158,7 @@ def test_the_unet_never_receives_a_private_row(pipe: Any, private: dpx.DPXAttnCo
     for tensor in spy.tensors:  # the placeholder: NaN but for its marker
         if tensor.ndim == 3 and tensor.shape[-1] == CHANNELS:
             marked = tensor[tensor.isnan().any(-1).any(-1)]
-            assert bool(marked[:, 1:].isnan().all()) and bool(marked[:, 0, 13:].isnan().all())
+            assert bool(marked[:, 1:].isnan().all()) and bool(marked[:, 0, CODE_CHANNELS:].isnan().all())
 
 
 def test_the_spy_has_power(pipe: Any, private: dpx.DPXAttnConfig) -> None:

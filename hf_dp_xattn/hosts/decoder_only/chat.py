@@ -12,6 +12,7 @@ import torch
 
 from ...errors import ConfigError, ContextError
 from ...records import plain_text
+from ..text import without_length_warning
 
 SYSTEM_ROLES = ("system", "developer")
 BESIDE = ("tools", "documents")  # what templates write into their fixed words
@@ -97,7 +98,8 @@ def split_chat(
         raise ContextError("This chat template leaves the system prompt out.")
 
     def ids(text: str) -> torch.Tensor:
-        found = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        with without_length_warning(tokenizer):  # it would say how long the text is
+            found = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
         return torch.tensor(found, dtype=torch.int64)
 
     lines = re.split(r"(?<=\n)", private)  # at line feeds alone: other separators may stand within one unit

@@ -6,7 +6,7 @@ length or split into other segments it is the same prefix, and is charged to the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +37,9 @@ def as_ids(ids: Any, what: str, size: int) -> torch.Tensor:
     Raises:
         ContextError: it is no list or tensor of integers in [0, size). Nothing was spent.
     """
-    if isinstance(ids, dict) or hasattr(ids, "input_ids"):
-        ids = ids["input_ids"]  # what a tokenizer or chat template gave
+    if isinstance(ids, Mapping) or hasattr(ids, "input_ids"):  # what a tokenizer or chat template gave
+        _refuse_beside(ids, what)
+        ids = ids["input_ids"]
     if isinstance(ids, str):
         raise ContextError(
             f"A model has no tokenizer: pass the token ids of {what}, tokenizer(text, add_special_tokens=False).input_ids."
@@ -57,6 +58,16 @@ def as_ids(ids: Any, what: str, size: int) -> torch.Tensor:
     if bool(((tensor < 0) | (tensor >= size)).any()):
         raise ContextError(f"Token ids of {what} must lie in [0, {size}); nothing was spent.")
     return tensor
+
+
+def _refuse_beside(given: Any, what: str) -> None:
+    """Raises ContextError for what the unprotected model would read beside the token ids: without a word it would have no effect."""
+    for name, harmless in (("attention_mask", 1), ("token_type_ids", 0)):
+        value = given.get(name) if isinstance(given, Mapping) else getattr(given, name, None)
+        if value is not None and not bool((torch.as_tensor(value) == harmless).all()):
+            raise ContextError(
+                f"{name} of {what} is not supported: pass the token ids alone, without padding; nothing was spent."
+            )
 
 
 def padded_length(longest: int, bucket: int | None) -> int:

@@ -11,14 +11,15 @@ from ...errors import ConfigError, ContextError
 from ..context import Part, PrivateContext, Rows, from_embeddings, plain_bytes
 from ..grouping import whole
 from ..lengths import dimensions
-from ..placeholder import read_tags
+from ..placeholder import holds_placeholder
 from ..rehearsal import Trial
 from .outputs import last_hidden_state
 
 MAIN_INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values")
 MASK = "attention_mask"
 STATES = "encoder_outputs"
-ENCODER_INPUTS = (*MAIN_INPUTS, MASK, STATES)
+TYPES = "token_type_ids"
+ENCODER_INPUTS = (*MAIN_INPUTS, MASK, TYPES, STATES)
 Encode = Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor | None]]
 """Encoder inputs of batch 1 -> rows [n, C] and the mask [n] of those that are rows, or None where all are."""
 MakeTrial = Callable[[dict[str, torch.Tensor]], Trial]
@@ -44,9 +45,9 @@ def gather(context: Any) -> dict[str, torch.Tensor]:
         raise ConfigError(
             f"Unknown encoder input(s): {', '.join(unknown)}. Known: {', '.join(ENCODER_INPUTS)}."
         )
-    main = [k for k in inputs if k != MASK]
+    main = [k for k in inputs if k not in (MASK, TYPES)]
     if len(main) != 1:
-        raise ConfigError(f"Pass one context by one of {', '.join(k for k in ENCODER_INPUTS if k != MASK)}.")
+        raise ConfigError(f"Pass one context by one of {', '.join((*MAIN_INPUTS, STATES))}.")
     if main[0] == STATES:
         inputs[STATES] = last_hidden_state(inputs[STATES])
     for name, value in inputs.items():
@@ -63,11 +64,12 @@ def name_inputs(
     Raises:
         ContextError: a wrong rank, NaN, a mask that does not fit, no rows. Nothing was spent.
     """
-    name = next(k for k in inputs if k != MASK)
-    main, mask = inputs[name], inputs.get(MASK)
+    name = next(k for k in inputs if k not in (MASK, TYPES))
+    main, mask, types = inputs[name], inputs.get(MASK), inputs.get(TYPES)
     if name in ("input_ids", STATES) and main.ndim == {"input_ids": 1, STATES: 2}[name]:
         main = main.unsqueeze(0)
         mask = mask.unsqueeze(0) if mask is not None and mask.ndim == 1 else mask
+        types = types.unsqueeze(0) if types is not None and types.ndim == 1 else types
     if 0 in main.shape or main.ndim < 2:
         raise ContextError(f"The context is empty, or `{name}` has a wrong shape: {dimensions(main)}.")
     if mask is not None and (mask.ndim != 2 or mask.shape[0] != main.shape[0]):
@@ -75,19 +77,26 @@ def name_inputs(
     if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
         raise ContextError("`attention_mask` must hold 1 for rows and 0 for padding; nothing was spent.")
     if main.is_floating_point() and not bool(torch.isfinite(main).all()):
-        if name == STATES and main.ndim == 3 and any(tag is not None for tag in read_tags(main)):
+        if name == STATES and holds_placeholder(main):
             raise ContextError(
                 "This is a placeholder of a release, not a context; pass it as encoder_outputs."
             )
         raise ContextError(f"`{name}` holds NaN or Inf; nothing was spent.")
     masks = [None] * len(main) if mask is None else [m.to(torch.bool) for m in mask]
-    return [_element(name, row, m, channels, encode, trial) for row, m in zip(main, masks, strict=True)]
+    if types is not None and types.shape != main.shape[:2]:
+        raise ContextError(f"`{TYPES}` must have one number for each token; nothing was spent.")
+    each = [None] * len(main) if types is None else list(types)
+    return [
+        _element(name, row, m, t, channels, encode, trial)
+        for row, m, t in zip(main, masks, each, strict=True)
+    ]
 
 
 def _element(
     name: str,
     main: torch.Tensor,
     mask: torch.Tensor | None,
+    types: torch.Tensor | None,
     channels: int,
     encode: Encode,
     trial: MakeTrial,
@@ -118,6 +127,9 @@ def _element(
     identity = (name.encode(), repr(tuple(seen.shape)).encode(), plain_bytes(seen), hidden)
     # positions may be counted from the mask, or from the padding's own ids
     variant = b"" if mask is None else plain_bytes(mask) + plain_bytes(main)
+    if types is not None:  # another encoding of the same tokens
+        inputs[TYPES] = types[: len(main)].unsqueeze(0).detach().clone()
+        variant += b"types" + plain_bytes(inputs[TYPES])
 
     def load() -> Rows:
         states, kept = encode(inputs)
@@ -125,7 +137,6 @@ def _element(
         return states, states[:0]
 
     trials = (trial(inputs),)
-
     if features:  # how many rows an encoder makes of them is known when they were encoded: a function of public shapes and masks
         return PrivateContext(0, 0, identity, load, variant=variant, trials=trials)
     return PrivateContext(rows, count, identity, load, variant=variant, trials=trials, kept=positions)

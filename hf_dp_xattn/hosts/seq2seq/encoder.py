@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...errors import ContextError
+from ...errors import ConfigError, ContextError
 from ..access import Access
 from ..context import plain_bytes
 from ..lengths import dimensions
 from ..rehearsal import Trial
-from .contexts import MAIN_INPUTS, MASK, STATES
+from .contexts import ENCODER_INPUTS, MAIN_INPUTS, MASK, STATES, TYPES
+
+_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "use_cache")  # of a decoder as well
 
 
 class EncoderSide:
@@ -32,8 +35,33 @@ class EncoderSide:
         parts = (self._model, self._model.base_model, self.module)
         return next((f for p in parts if (f := getattr(p, "_get_feature_vector_attention_mask", None))), None)
 
+    def refuse_others(self, given: Mapping[str, Any]) -> None:
+        """Raises ConfigError for an argument that the unprotected encoder would use and this one does not: without a word it would have
+        no effect."""
+        for name in inspect.signature(self.module.forward).parameters:
+            value = given.get(name)
+            if name not in (*ENCODER_INPUTS, *_OUTPUTS) and value is not None and value is not False:
+                raise ConfigError(
+                    f"{name} would be used by the unprotected model's encoder and is not supported on a protected one: leave it out. "
+                    "Nothing was spent."
+                )
+
+    def _check_types(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Leaves out types that are all 0, as they are where none are given."""
+        types = inputs[TYPES]
+        if types.is_floating_point() or types.is_complex() or types.dtype == torch.bool:
+            raise ContextError(f"`{TYPES}` must be integers; nothing was spent.")
+        tables = [m for n, m in self.module.named_modules() if n.endswith("token_type_embeddings")]
+        known = TYPES in inspect.signature(self.module.forward).parameters and len(tables) == 1
+        if STATES in inputs or not known:
+            raise ConfigError(f"`{TYPES}` means nothing to this encoder, or beside its output: leave it out.")
+        if bool(((types < 0) | (types >= tables[0].num_embeddings)).any()):
+            raise ContextError(f"`{TYPES}` must lie in [0, {tables[0].num_embeddings}); nothing was spent.")
+        if not bool(types.any()):
+            del inputs[TYPES]
+
     def check(self, inputs: dict[str, torch.Tensor]) -> None:
-        """Checks token ids, and whether a mask can be told from the encoder's rows; leaves out a mask that hides nothing.
+        """Checks token ids and their types, and whether a mask can be told from the encoder's rows; leaves out a mask that hides nothing.
 
         Raises:
             ContextError: the encoder would fail on them, with a message that may show them; or the mask cannot be followed.
@@ -41,6 +69,8 @@ class EncoderSide:
         self._check_kind(inputs)
         if "input_ids" in inputs:
             self._check_ids(inputs["input_ids"])
+        if TYPES in inputs:
+            self._check_types(inputs)
         features = not {"input_ids", "inputs_embeds", STATES} & set(inputs)
         if not features or MASK not in inputs:
             return

@@ -14,7 +14,7 @@ from .. import generating
 from ..bindings import unique
 from ..generating import named_arguments, refuse_arguments
 from ..placeholder import read_tags
-from .contexts import ENCODER_INPUTS, MAIN_INPUTS, MASK, STATES
+from .contexts import ENCODER_INPUTS, MAIN_INPUTS, MASK, STATES, TYPES
 from .dry_run import dry_run
 from .outputs import PlaceholderOutputs, last_hidden_state
 
@@ -71,6 +71,7 @@ class GenerateShadow:
         config = arguments.get("generation_config") or self._model.generation_config
         self._check(arguments, config)
         given = self._encoder_inputs(arguments)
+        self._handle.refuse_others(arguments)
         if getattr(config, "encoder_no_repeat_ngram_size", None):
             arguments["encoder_no_repeat_ngram_size"] = 0
         copies = 1
@@ -108,9 +109,24 @@ def read_placeholder(given: dict[str, Any]) -> torch.Tensor | None:
     states = last_hidden_state(given.get(STATES))
     if states is None or states.ndim != 3 or not any(tag is not None for tag in read_tags(states)):
         return None
-    if any(n in given for n in MAIN_INPUTS):
+    if any(n in given for n in (*MAIN_INPUTS, TYPES)):
         raise ConfigError("Pass either release.inputs() or a document, not both.")
+    check_mask(given.get(MASK), states)
     return states
+
+
+def check_mask(mask: Any, placeholder: torch.Tensor) -> None:
+    """Raises ConfigError for a mask over a release: it would have no effect."""
+    if mask is None:
+        return
+    if (
+        not isinstance(mask, torch.Tensor)
+        or mask.shape != placeholder.shape[:2]
+        or not bool((mask == 1).all())
+    ):
+        raise ConfigError(
+            f"A release is read whole: `{MASK}` must be the one that release.inputs() gives, or left out."
+        )
 
 
 def as_inputs(placeholder: torch.Tensor, takes_mask: bool) -> dict[str, Any]:

@@ -24,9 +24,9 @@ from ..release import Release, ReleasedContext
 from ..routed import RoutedHandle
 from ..routing import Routing
 from .attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, dp_xattn
-from .contexts import MASK, STATES, gather, join_documents, name_inputs
+from .contexts import MASK, STATES, TYPES, gather, join_documents, name_inputs
 from .encoder import EncoderSide
-from .generation import GenerateShadow, as_inputs, read_placeholder
+from .generation import GenerateShadow, as_inputs, check_mask, read_placeholder
 from .layers import rowwise_reason
 from .outputs import last_hidden_state
 from .probing import context_channels, find_layers
@@ -110,13 +110,20 @@ class ProtectedSeq2Seq(RoutedHandle):
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         states = last_hidden_state(bound.get(STATES, bound.get("kwargs", {}).get(STATES)))
         self._check_batch(bound, states)
+        before = self._calls.seen
         call = self._read_call(states)
+        if call is not None and states is not None and (before is None or before[2] is not call):
+            check_mask(bound.get(MASK), states)  # once for each tensor: it waits for the device
         if call is None and not self.access.public:
             raise ProtectionLostError(
                 "This model is protected and was called without the placeholder of a release. Call model.generate(...) or pass "
                 "release.inputs(), or declare the document public with `with protected.public():`."
             )
         self._calls.current = PUBLIC_CALL if call is None else call
+
+    def refuse_others(self, given: dict[str, Any]) -> None:
+        """See `EncoderSide.refuse_others`."""
+        self._encoder.refuse_others(given)
 
     def _check_batch(self, bound: dict[str, Any], states: torch.Tensor | None) -> None:
         """Before a release that is due is charged: raises ConfigError where the decoder's batch is another one."""
@@ -238,12 +245,15 @@ class ProtectedSeq2Seq(RoutedHandle):
         self.check_thoroughly()
         if prompt is not None:
             raise ConfigError("A model has no tokenizer: pass public text as input_ids (and attention_mask).")
-        ids, mask = public.pop("input_ids", None), public.pop(MASK, None)
+        ids, mask, types = (public.pop(n, None) for n in ("input_ids", MASK, TYPES))
+        if types is not None and ids is None:
+            raise ConfigError(f"`{TYPES}` are of public input_ids; the release is read as it is.")
+        self.refuse_others(public)
         asked = public.get("decoder_input_ids")
         batch = len(asked) if isinstance(asked, torch.Tensor) and asked.ndim == 2 else 1
         contexts = release.contexts * (batch if len(release.contexts) == 1 else 1)
         count = len(contexts)
-        rows = [None] * count if ids is None else self._public_rows(ids, mask, count)
+        rows = [None] * count if ids is None else self._public_rows(ids, mask, types, count)
         tags: list[Tag] = []
         for context, exact in zip(contexts, rows, strict=True):
             tag = context.tag if exact is None else new_tag()
@@ -265,8 +275,10 @@ class ProtectedSeq2Seq(RoutedHandle):
         text = self.model.main_input_name == "input_ids"
         return text and MASK in inspect.signature(self.model.forward).parameters
 
-    def _public_rows(self, ids: torch.Tensor, mask: torch.Tensor | None, count: int) -> list[torch.Tensor]:
-        documents, _ = self._named({"input_ids": ids, MASK: mask}, None)
+    def _public_rows(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, types: torch.Tensor | None, count: int
+    ) -> list[torch.Tensor]:
+        documents, _ = self._named({"input_ids": ids, MASK: mask, TYPES: types}, None)
         rows = [d.load()[0] for d in documents]
         if len(rows) not in (1, count):
             raise ConfigError(f"Got {len(rows)} public documents for {count} contexts.")

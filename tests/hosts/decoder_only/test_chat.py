@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -217,3 +218,19 @@ def test_a_head_is_the_same_in_every_turn() -> None:
     later = [USER, {"role": "assistant", "content": "hello"}, USER]
     heads = [dpx.split_chat(tokenizer(), [SYSTEM, *later[:n]]).head for n in (1, 3)]
     assert torch.equal(*heads)
+
+
+def test_the_private_length_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    made = tokenizer()
+    made.model_max_length = 8
+    made.deprecation_warnings.clear()
+    system = {"role": "system", "content": " ".join(["be"] * 101)}
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        assert len(dpx.split_chat(made, [system, USER]).private) == 101
+        assert "101" not in caplog.text and "longer than" not in caplog.text
+        made(system["content"])  # what transformers says by itself
+        assert "101" in caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)

@@ -10,6 +10,7 @@ import torch
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.hosts.image_text.handle import ProtectedImageText
+from hf_dp_xattn.hosts.placeholder import CODE_CHANNELS
 from hf_dp_xattn.hosts.seq2seq import attention
 
 from .protecting import MECHANISMS, charges, protect
@@ -82,7 +83,7 @@ def test_the_text_model_never_receives_a_private_row(private: dpx.DPXAttnConfig)
     placeholders = [t for t in seen if t.shape[:2] == (4, 2) and t.is_floating_point()]
     assert placeholders and not vision
     for tensor in placeholders:
-        assert bool(tensor[:, 1:].isnan().all()) and bool(tensor[:, 0, 13:].isnan().all())
+        assert bool(tensor[:, 1:].isnan().all()) and bool(tensor[:, 0, CODE_CHANNELS:].isnan().all())
     for layer in (1, 3):
         cached = out.past_key_values.layers[layer]
         assert cached.keys.shape[2] == 2  # filled once, whatever the number of steps and rows
