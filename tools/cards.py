@@ -7,7 +7,6 @@ from pathlib import Path
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.artefacts import card_options
-from hf_dp_xattn.cards import calibration_card
 
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATIONS = "examples/shapes/calibrations"
@@ -44,7 +43,7 @@ def cards() -> dict[str, str]:
                 "utility": _held_out(folder.name),
             }
         )
-        out[f"calibration-{folder.name}.md"] = str(calibration_card(calibration, options)).rstrip("\n") + "\n"
+        out[f"calibration-{folder.name}.md"] = str(calibration.card(options)).rstrip("\n") + "\n"
     return out
 
 

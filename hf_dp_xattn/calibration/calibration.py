@@ -12,6 +12,7 @@ from typing import Any, Unpack
 import torch
 
 from ..artefacts import HubOptions, find_files, read_document
+from ..artefacts.card import table
 from ..config import FEATURES, DPXAttnConfig
 from ..errors import ConfigError
 from ..mechanisms.base import LayerSpec
@@ -19,6 +20,7 @@ from ..mechanisms.kernel_sum.contributions import lattice_exponent
 from ..mechanisms.kernel_sum.geometry import HeadGeometry
 from ..mechanisms.kernel_sum.sketch import SketchBasis, SketchPlan
 from .anchors.anchors_calibration import AnchorCalibration
+from .calibration_card import Described
 from .checks import Sizes, check_keys, integer, number, refuse
 from .stored import JSON_NAME, TENSORS_NAME, Stored, Tensors
 
@@ -93,10 +95,10 @@ class Calibration(Stored):
                     "Calibrate again, or change the config."
                 )
         shapes = [(s.name, s.heads, s.key_dim, s.value_dim) for s in specs]
-        own = [
+        fitted = [
             (n, g.heads, g.key_dim, g.value_dim) for n, g in zip(self.layers, self.geometries, strict=True)
         ]
-        if shapes != own:
+        if shapes != fitted:
             raise ConfigError(
                 "The calibration is for another model: layer names or shapes differ. Calibrate for this one."
             )
@@ -180,6 +182,21 @@ class Calibration(Stored):
         rank = _verify_basis(self.basis, self.geometries) if self.basis is not None else 0
         for plan in self.plans:
             _verify_plan(plan, rank)
+
+    def described(self) -> Described:
+        fvu = [(f"{p.epsilon:g}", f"{p.predicted_fvu:.3f}") for p in self.plans]
+        return Described(
+            mechanism="kernel_sum",
+            unit=self.settings["unit"],
+            neighboring="replace_one",
+            contexts=self.contexts,
+            units=self.units,
+            layers=len(self.layers),
+            settings=self.settings,
+            utility=f"Predicted on public contexts (FVU):\n\n{table(('epsilon', 'FVU'), fvu)}"
+            if fvu
+            else None,
+        )
 
     @classmethod
     def from_pretrained(

@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +28,11 @@ from ..artefacts import (
     write_files,
 )
 from ..errors import ConfigError
+from .calibration_card import Described, calibration_card
 from .checks import check_keys
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
 
 SCHEMA_VERSION = 2
 JSON_NAME = "dp_xattn_calibration.json"
@@ -75,6 +79,14 @@ class Stored:
         """Raises ConfigError for parts that do not fit each other."""
         raise NotImplementedError
 
+    def described(self) -> Described:
+        """What its card says of it."""
+        raise NotImplementedError
+
+    def card(self, options: CardOptions) -> ModelCard:
+        """Its card, with what only the publisher knows."""
+        return calibration_card(self.described(), options)
+
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Reads and checks the files in a local folder; raises ConfigError on anything missing, unknown, damaged or of another schema."""
@@ -107,11 +119,8 @@ class Stored:
 
         A README.md that somebody else wrote stays as it is. card: license, base_model, utility (`artefacts.CardOptions`).
         """
-        from ..cards import calibration_card
-
         folder = Path(directory)
-        calibration: Any = self
-        text = calibration_card(calibration, card_options(card))
+        text = self.card(card_options(card))
         blob = save({k: v.detach().cpu().contiguous().clone() for k, v in self.tensors().items()})
         header = {
             "schema_version": SCHEMA_VERSION,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from .artefacts import calibration_card, config_card, protection_card, release_card
+from .artefacts import config_card, protection_card, release_card
 
 __all__ = [
-    "calibration_card",
     "config_card",
     "protection_card",
     "release_card",

@@ -7,28 +7,18 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from ..artefacts.card import HERE, CardOptions, Parts, render, table
+from ..artefacts.card import CardOptions, Parts, render, table
+from ..artefacts.words import ONE_RELEASE, UNITS, code, name_of
 from ..report import Guarantee
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
-    from ..calibration.anchors.anchors_calibration import AnchorCalibration
-    from ..calibration.calibration import Calibration
     from ..config import DPXAttnConfig
     from ..hosts.release import Release
     from ..hosts.storage import ReleaseFile
     from ..privacy.ledger import Budget
 
-UNITS = {
-    "row": "one row (embedding) of the context; a text encoder mixes its rows, so this is not a word",
-    "group": "one group of rows that was encoded apart from all others (a phrase, a document)",
-    "context": "the whole context",
-}
-ONE_RELEASE = (
-    "The guarantee is that of ONE release. Every further release of the same context adds to it; the ledger of who makes them "
-    "counts."
-)
 NOT_COVERED = (
     "words: an encoder mixes its rows, so unit='row' protects one row of its output, never a word; unit='context' protects everything at "
     "once and costs accordingly",
@@ -37,10 +27,6 @@ NOT_COVERED = (
     "further releases of the same context, and the same text under another name (token ids, embeddings): each is charged on its own",
     "timing, memory, the number of requests, and what the surrounding program logs",
     "anything more that `protected.report()` lists for the host at hand",
-)
-_CALIBRATION = (
-    "Made from PUBLIC contexts only: it is neither noised nor counted, and the package cannot check that its publisher kept to it. It "
-    "spends no budget."
 )
 
 
@@ -74,14 +60,6 @@ def _terms(config: DPXAttnConfig) -> str:
     return table(("", ""), rows)
 
 
-def _name(options: CardOptions) -> str:
-    return options.get("repo_id") or HERE
-
-
-def _code(*lines: str) -> str:
-    return "\n".join(("import hf_dp_xattn as dpx", "", *lines))
-
-
 def _public(config: DPXAttnConfig) -> list[str]:
     items = ["the model's weights, the calibration, and this config"]
     if config.neighboring == "replace_one":
@@ -102,8 +80,8 @@ def config_card(config: DPXAttnConfig, options: CardOptions) -> ModelCard:
         Parts(
             title="Config for differentially private attention",
             summary="Settings of `hf_dp_xattn`: what is released of a private context, and at which price. It holds no data.",
-            code=_code(
-                f'config = dpx.DPXAttnConfig.from_pretrained("{_name(options)}")',
+            code=code(
+                f'config = dpx.DPXAttnConfig.from_pretrained("{name_of(options)}")',
                 f"protected = dpx.protect(pipe, config{anchors})",
             ),
             guarantee=f"A release under this config is {_promise(config)}\n\n{_terms(config)}\n\n{ONE_RELEASE}"
@@ -113,85 +91,6 @@ def config_card(config: DPXAttnConfig, options: CardOptions) -> ModelCard:
             not_covered=NOT_COVERED,
             details=table(("setting", "value", "meaning"), fields),
             tags=("config",),
-        ),
-        options,
-    )
-
-
-def _qualities(calibration: AnchorCalibration) -> str:
-    rows = [
-        (f"{p.epsilon:g}", p.release, f"{p.quality.fvu:.3f} ({p.quality.low:.3f} to {p.quality.high:.3f})")
-        for p in calibration.plans
-    ]
-    text = (
-        "Predicted on held-out public contexts: the fraction of the attention output's variance that the release leaves unexplained (FVU; "
-        f"1 is the public mean alone), with 95 % intervals.\n\n{table(('epsilon', 'release', 'FVU'), rows)}"
-    )
-    if calibration.scores:
-        scores = [
-            (
-                f"{s.epsilon:g}",
-                s.name,
-                f"{100 * s.score:.1f} % ({100 * s.low:.0f}-{100 * s.high:.0f})",
-                s.contexts,
-            )
-            for s in calibration.scores
-        ]
-        head = ("epsilon", "score", "value (95 %)", "public contexts")
-        text += f"\n\nMeasured by the publisher on public contexts:\n\n{table(head, scores)}"
-    return text
-
-
-def calibration_card(calibration: Calibration | AnchorCalibration, options: CardOptions) -> ModelCard:
-    """The card of a calibration, of either kind."""
-    from ..calibration.anchors.anchors_calibration import AnchorCalibration
-
-    settings: dict[str, Any]
-    if isinstance(calibration, AnchorCalibration):
-        mechanism, unit, relation = "anchors", calibration.unit, calibration.neighboring
-        utility: str | None = _qualities(calibration)
-        layers, settings = [x[0] for x in calibration.host.layers], calibration.settings
-    else:
-        mechanism, unit, relation = "kernel_sum", calibration.settings["unit"], "replace_one"
-        fvu = [(f"{p.epsilon:g}", f"{p.predicted_fvu:.3f}") for p in calibration.plans]
-        utility = f"Predicted on public contexts (FVU):\n\n{table(('epsilon', 'FVU'), fvu)}" if fvu else None
-        layers, settings = list(calibration.layers), calibration.settings
-    rows = [
-        ("public contexts", calibration.contexts),
-        ("units in the largest", calibration.units),
-        ("cross-attention layers", len(layers)),
-        *((f"`{k}`", v) for k, v in settings.items() if isinstance(v, (str, int, float))),
-    ]
-    return render(
-        Parts(
-            title=f"Calibration for differentially private attention: {mechanism}, unit = {unit}",
-            summary=f"Public statistics that `hf_dp_xattn` needs to release private contexts well. {_CALIBRATION}",
-            code=_code(
-                f'calibration = dpx.Calibration.from_pretrained("{_name(options)}")',
-                f'config = dpx.DPXAttnConfig(mechanism="{mechanism}", epsilon=8.0, delta=1e-5, unit="{unit}", neighboring="{relation}")',
-                "protected = dpx.protect(pipe, config, calibration=calibration)",
-            ),
-            guarantee=(
-                "None by itself: it holds no private data. A release made with it is (epsilon, delta)-differentially private as its config "
-                "says, whatever this calibration holds; what it holds decides how useful the release is.\n\n"
-                + table(
-                    ("", ""),
-                    [
-                        ("mechanism", f"`{mechanism}`"),
-                        ("unit", f"`{unit}`: {UNITS[unit]}"),
-                        ("neighbouring relation", f"`{relation}`"),
-                    ],
-                )
-            ),
-            public=["everything in it"],
-            not_covered=(
-                "data that was not public when it was made: nothing protects it",
-                "other contexts than the public ones: what is predicted here holds for contexts like them",
-                "another model or text encoder: it is refused there",
-            ),
-            utility=utility,
-            details=table(("", ""), rows),
-            tags=("calibration", mechanism),
         ),
         options,
     )
@@ -240,8 +139,8 @@ def release_card(release: Release | ReleaseFile, options: CardOptions) -> ModelC
                 "A private context, released once with noise by `hf_dp_xattn`: every query reads this release and nothing else. It holds "
                 "the noised release and public data; no prompt, no token, no exact private row."
             ),
-            code=_code(
-                f'release = dpx.Release.from_pretrained("{_name(options)}", host={host})',
+            code=code(
+                f'release = dpx.Release.from_pretrained("{name_of(options)}", host={host})',
                 use,
             ),
             guarantee="\n\n".join([*sentences, table(head, rows), ONE_RELEASE]),
@@ -266,15 +165,14 @@ def release_card(release: Release | ReleaseFile, options: CardOptions) -> ModelC
 def protection_card(
     config: DPXAttnConfig,
     budget: Budget,
-    calibration: Calibration | AnchorCalibration | None,
+    calibration: Any,
     public: tuple[str, ...],
     not_covered: tuple[str, ...],
     options: CardOptions,
 ) -> ModelCard:
     """The card beside a protected pipeline or model."""
-    from ..calibration.anchors.anchors_calibration import AnchorCalibration
-
-    utility = _qualities(calibration) if isinstance(calibration, AnchorCalibration) else None
+    of_anchors = calibration is not None and config.mechanism == "anchors"
+    utility = calibration.described().utility if of_anchors else None
     rows = [
         ("budget of each context", f"epsilon {budget.epsilon:g} at delta {budget.delta:g}"),
         ("calibration", "none" if calibration is None else "in this folder"),
@@ -288,8 +186,8 @@ def protection_card(
                 "The model in the folder above was saved while `hf_dp_xattn` protected it. Other libraries load it as an ordinary model, "
                 "without protection."
             ),
-            code=_code(
-                f'pipe = dpx.from_pretrained("{_name(options)}")  # the folder above this one',
+            code=code(
+                f'pipe = dpx.from_pretrained("{name_of(options)}")  # the folder above this one',
                 "print(dpx.handle_of(pipe).report())",
             ),
             guarantee=f"A release is {_promise(config)}\n\n{_terms(config)}\n\n{ONE_RELEASE}"

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _report(kind: str, folder: Path, name: str) -> tuple[bool, dict[str, Any], str]:
     """Whether something is promised, for programs, for people."""
-    from ..cards import calibration_card, config_card, protection_card
+    from ..cards import config_card, protection_card
     from ..hosts.restoring import read_protection
 
     if kind == "protection":
@@ -71,4 +71,4 @@ def _report(kind: str, folder: Path, name: str) -> tuple[bool, dict[str, Any], s
     if kind == "config":
         text = config_card(thing, {"repo_id": name}).text.strip()
         return thing.is_private, {"config": thing.to_dict()}, text
-    return True, {}, calibration_card(thing, {"repo_id": name}).text.strip()
+    return True, {}, thing.card({"repo_id": name}).text.strip()

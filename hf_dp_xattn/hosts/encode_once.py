@@ -27,8 +27,8 @@ class EncodeOnce:
         new = list({n: i for i, n in enumerate(names) if n not in self._known}.values())
         if new:
             self._known |= zip((names[i] for i in new), encode(new), strict=True)
-        found = [self._known[n] for n in names]
-        self._held += sum(found[i].nbytes for i in new)
+        rows = [self._known[n] for n in names]
+        self._held += sum(rows[i].nbytes for i in new)
         if self._held > self._room:
             self._known, self._held = {}, 0
-        return found
+        return rows

@@ -59,15 +59,15 @@ def _verify_plan(plan: AnchorPlan, decoders: Decoders, shared: Sizes, channels: 
     integer(plan.quality.contexts, f"{where}: contexts")
     if plan.release not in RELEASES:
         refuse(f"{where}: release {plan.release!r} is unknown")
-    own = Sizes(C=channels)
-    own.fit(f"{where}: matrix", plan.matrix, "K", "C")
-    own.fit(f"{where}: bias", plan.bias, "K")
-    own.fit(f"{where}: center", plan.center, "C")
-    own.fit(f"{where}: reach", plan.reach, "C")
-    own.fit(f"{where}: codes", plan.codes, "S", "m", "K")
+    sizes = Sizes(C=channels)
+    sizes.fit(f"{where}: matrix", plan.matrix, "K", "C")
+    sizes.fit(f"{where}: bias", plan.bias, "K")
+    sizes.fit(f"{where}: center", plan.center, "C")
+    sizes.fit(f"{where}: reach", plan.reach, "C")
+    sizes.fit(f"{where}: codes", plan.codes, "S", "m", "K")
     if bool((plan.reach < 0).any()):
         refuse(f"{where}: reach is negative")
-    stages = own.get("S")
+    stages = sizes.get("S")
     by_cells = plan.release in ("histogram", "mixed")
     if (by_cells and stages != 1) or (plan.release == "response" and stages < 1):
         refuse(f"{where}: {stages} codebooks")
@@ -76,25 +76,25 @@ def _verify_plan(plan: AnchorPlan, decoders: Decoders, shared: Sizes, channels: 
             f"The codebook for epsilon = {plan.epsilon:g} has repeated cells, of which one is always empty. Calibrate again."
         )
     slots, cells, head = decoders.slots, decoders.cells, plan.head
-    if by_cells and (cells is None or len(cells.anchors) != own.get("m")):
+    if by_cells and (cells is None or len(cells.anchors) != sizes.get("m")):
         refuse(f"{where}: its cells have no decoder")
     if not by_cells and (slots is None or head is None):
         refuse(f"{where}: its code has no decoder")
     move = decoders.move
-    if plan.release == "mixed" and (move is None or move.codes.shape[1] != own.get("K")):
+    if plan.release == "mixed" and (move is None or move.codes.shape[1] != sizes.get("K")):
         refuse(f"{where}: its mean code has no move")
     if head is not None:
-        if slots is None or shared.get("H + K") != shared.get("H") + own.get("K"):
+        if slots is None or shared.get("H + K") != shared.get("H") + sizes.get("K"):
             refuse(f"{where}: the decoder reads other codes")
-        own.fit(f"{where}: head.weight", head.weight, shared.get("H"), "K")
+        sizes.fit(f"{where}: head.weight", head.weight, shared.get("H"), "K")
         for name in ("bias", "second_bias"):
-            own.fit(f"{where}: head.{name}", getattr(head, name), shared.get("H"))
+            sizes.fit(f"{where}: head.{name}", getattr(head, name), shared.get("H"))
         for name in ("gain", "center"):
-            own.fit(f"{where}: head.{name}", getattr(head, name), "K")
-        own.fit(f"{where}: head.scale", head.scale)
+            sizes.fit(f"{where}: head.{name}", getattr(head, name), "K")
+        sizes.fit(f"{where}: head.scale", head.scale)
     if plan.tilt is not None:
-        own.fit(f"{where}: tilt.inner", plan.tilt.inner, "G", "K")
-        own.fit(f"{where}: tilt.inner_bias", plan.tilt.inner_bias, "G")
-        own.fit(f"{where}: tilt.outer", plan.tilt.outer, "r", "G")
-        own.fit(f"{where}: tilt.cells", plan.tilt.cells, "m", "r")
-        own.fit(f"{where}: tilt.scale", plan.tilt.scale)
+        sizes.fit(f"{where}: tilt.inner", plan.tilt.inner, "G", "K")
+        sizes.fit(f"{where}: tilt.inner_bias", plan.tilt.inner_bias, "G")
+        sizes.fit(f"{where}: tilt.outer", plan.tilt.outer, "r", "G")
+        sizes.fit(f"{where}: tilt.cells", plan.tilt.cells, "m", "r")
+        sizes.fit(f"{where}: tilt.scale", plan.tilt.scale)

@@ -11,6 +11,7 @@ from typing import Any, Unpack
 import torch
 
 from ...artefacts import HubOptions, find_files
+from ...artefacts.card import table
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
 from ...mechanisms.anchors.anchors import PreparedAnchors, prepare_anchors
@@ -19,6 +20,7 @@ from ...mechanisms.anchors.move import RowMove
 from ...mechanisms.anchors.plan import AnchorPlan, Decoders, Quality
 from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
 from ...privacy.units import NeighboringRelation
+from ..calibration_card import Described
 from ..checks import Sizes, check_keys, integer, number, refuse
 from ..stored import JSON_NAME, TENSORS_NAME, Stored, Tensors
 from .anchor_checks import verify_plans
@@ -194,6 +196,42 @@ class AnchorCalibration(Stored):
                 number(getattr(score, name), f"a score's {name}")
             integer(score.contexts, "a score's contexts")
 
+    def described(self) -> Described:
+        rows = [
+            (
+                f"{p.epsilon:g}",
+                p.release,
+                f"{p.quality.fvu:.3f} ({p.quality.low:.3f} to {p.quality.high:.3f})",
+            )
+            for p in self.plans
+        ]
+        text = (
+            "Predicted on held-out public contexts: the fraction of the attention output's variance that the release leaves unexplained "
+            f"(FVU; 1 is the public mean alone), with 95 % intervals.\n\n{table(('epsilon', 'release', 'FVU'), rows)}"
+        )
+        if self.scores:
+            scores = [
+                (
+                    f"{s.epsilon:g}",
+                    s.name,
+                    f"{100 * s.score:.1f} % ({100 * s.low:.0f}-{100 * s.high:.0f})",
+                    s.contexts,
+                )
+                for s in self.scores
+            ]
+            head = ("epsilon", "score", "value (95 %)", "public contexts")
+            text += f"\n\nMeasured by the publisher on public contexts:\n\n{table(head, scores)}"
+        return Described(
+            mechanism=self.KIND,
+            unit=self.unit,
+            neighboring=self.neighboring,
+            contexts=self.contexts,
+            units=self.units,
+            layers=len(self.host.layers),
+            settings=self.settings,
+            utility=text,
+        )
+
     @classmethod
     def from_pretrained(
         cls, name_or_path: str | os.PathLike[str], **options: Unpack[HubOptions]
@@ -210,10 +248,10 @@ def _part(kind: Any, prefix: str, tensors: Tensors, **extra: Any) -> Any:
 def _read_plan(i: int, entry: Mapping[str, Any], tensors: Tensors) -> AnchorPlan:
     check_keys(entry, _PLAN_KEYS, f"plan {i} of {JSON_NAME}")
     prefix = f"plan.{i}"
-    own: dict[str, Any] = {n: tensors[f"{prefix}.{n}"] for n in AnchorPlan.TENSORS}
+    parts: dict[str, Any] = {n: tensors[f"{prefix}.{n}"] for n in AnchorPlan.TENSORS}
     return AnchorPlan(
         **{n: entry[n] for n in AnchorPlan.FIELDS},
-        **own,
+        **parts,
         head=_part(SlotHead, f"{prefix}.head", tensors) if entry["has_head"] else None,
         tilt=_part(Tilt, f"{prefix}.tilt", tensors) if entry["has_tilt"] else None,
         quality=Quality(**entry["quality"]),

@@ -122,7 +122,7 @@ def fit_anchors(config: DPXAttnConfig, data: PublicData, settings: AnchorSetting
     training, validation = contexts.part(order[held:]), contexts.part(order[:held])
     epsilons = sorted(settings.epsilons)
     kinds = _for_length(kinds, contexts)
-    found: list[AnchorPlan] = []
+    plans: list[AnchorPlan] = []
     slots: SlotDecoder | None = None
     book: Codebook | None = None
     if {"histogram", "mixed"} & set(kinds):  # first: it is the one that may fail for want of rows
@@ -131,16 +131,16 @@ def fit_anchors(config: DPXAttnConfig, data: PublicData, settings: AnchorSetting
             if documents is None
             else documents.codebook(contexts, training, objective, settings.anchors, settings.seed)
         )
-        found += [histogram_plan(config, book, e, settings.seed) for e in epsilons]
+        plans += [histogram_plan(config, book, e, settings.seed) for e in epsilons]
         if documents is None and training.units.shape[1] >= _LONG:
-            book = means_or_members(config, book, found[-1], validation, objective)
+            book = means_or_members(config, book, plans[-1], validation, objective)
     if "sum" in kinds or "response" in kinds:
         fitted, slots = _slot_plans(config, training, objective, kinds, epsilons, settings)
-        found += fitted
+        plans += fitted
     decoders = Decoders(slots, None if book is None else book.decoder)
     judged = [
         judge(p, config, decoders, validation, objective)
-        for p in tqdm(found, desc="validation", disable=not settings.progress, leave=False)
+        for p in tqdm(plans, desc="validation", disable=not settings.progress, leave=False)
     ]
 
     def best_at(epsilon: float) -> AnchorPlan:
@@ -155,7 +155,7 @@ def fit_anchors(config: DPXAttnConfig, data: PublicData, settings: AnchorSetting
     best = [best_at(e) for e in epsilons]
     compared: list[Compared] = []
     if book is not None and "mixed" in kinds:
-        counted = [p for p in found if p.release == "histogram"]  # one for each epsilon, without a tilt
+        counted = [p for p in plans if p.release == "histogram"]  # one for each epsilon, without a tilt
         best, move, compared = with_mixed(
             config, book, counted, best, training, validation, objective, seed=settings.seed
         )
@@ -226,15 +226,15 @@ def _settings(
         "slots": settings.slots.slots,
         "code": settings.slots.code,
         "seed": settings.seed,
-        "candidates": [_told(j) for j in judged],
+        "candidates": [_tried(j) for j in judged],
         "mixed": [{k: round(v, 4) for k, v in dataclasses.asdict(c).items()} for c in compared],
     }
 
 
-def _told(judged: Judged) -> dict[str, Any]:
+def _tried(judged: Judged) -> dict[str, Any]:
     plan = judged.plan
-    told = {"epsilon": plan.epsilon, "release": plan.release, "fvu": round(plan.quality.fvu, 4)}
-    return told if judged.divergence is None else {**told, "divergence": round(judged.divergence, 5)}
+    entry = {"epsilon": plan.epsilon, "release": plan.release, "fvu": round(plan.quality.fvu, 4)}
+    return entry if judged.divergence is None else {**entry, "divergence": round(judged.divergence, 5)}
 
 
 def _public_box(contexts: PublicContexts) -> tuple[torch.Tensor, torch.Tensor]:

@@ -51,12 +51,12 @@ def gather_documents(
         rows = torch.cat(documents).float()
         owner = torch.arange(len(documents)).repeat_interleave(torch.tensor([len(d) for d in documents]))
         means.append(pool(rows, "group", owner).half())
-        found = [_exact(p, rows) for p in probes]
-        outputs.append([out.half() for out, _, _ in found])
+        attended = [_exact(p, rows) for p in probes]
+        outputs.append([out.half() for out, _, _ in attended])
         if len(means) <= TYPICAL_CONTEXTS:
-            seen = torch.stack([mass for _, _, mass in found]).mean(0)
+            seen = torch.stack([mass for _, _, mass in attended]).mean(0)
             drawn.append(rows[torch.multinomial(seen, DRAWS, replacement=True, generator=generator)])
-            normalizers.append([level for _, level, _ in found])
+            normalizers.append([level for _, level, _ in attended])
         some = torch.randperm(len(documents), generator=generator)[: -(-SAMPLE // count)]
         sample += [documents[i] for i in some.tolist()]
     units = torch.nn.utils.rnn.pad_sequence(means, batch_first=True)

@@ -39,11 +39,11 @@ def judge(
     pairs = [(c.rows, c.log_weights) for c in decoded]
     errors, variances = objective.measure(validation.whole.float(), pairs, outputs=validation.outputs)
     low, high = fvu_interval(errors, variances)
-    told = None
+    diverged = None
     if validation.replies is not None:
-        told = float(objective.divergences(validation.replies, pairs).mean())
+        diverged = float(objective.divergences(validation.replies, pairs).mean())
     quality = Quality(fvu(errors, variances), low, high, len(validation))
-    return Judged(dataclasses.replace(plan, quality=quality), told)
+    return Judged(dataclasses.replace(plan, quality=quality), diverged)
 
 
 def simulate(

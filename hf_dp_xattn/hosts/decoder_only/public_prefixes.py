@@ -123,8 +123,8 @@ class PrefixReader:
                 rows.update(zip(batch, states.to("cpu", torch.float16), strict=True))
             return [rows[i] for i in new]
 
-        found = iter(self._known.rows([tuple(t.tolist()) for t in texts], encode))
-        return [[next(found) for _ in prefix.segments] for prefix in prefixes]
+        segments = iter(self._known.rows([tuple(t.tolist()) for t in texts], encode))
+        return [[next(segments) for _ in prefix.segments] for prefix in prefixes]
 
 
 def _contexts_data(
@@ -257,7 +257,7 @@ def _queries(
     """Public queries [H, m, d] of each layer, and one text's own rows [p, C], which stand beside the prefix where users' tokens will."""
     questions = _questions(model, options.questions)
     generator = torch.Generator().manual_seed(options.seed)
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     own = head[:0]
     for i, (prefix, parts) in enumerate(zip(prefixes[: options.texts], private, strict=False)):
         rows = torch.cat([head, *parts]).to(model.device, model.dtype)
@@ -275,13 +275,13 @@ def _queries(
                 ids = torch.cat([ids, drawn.to(ids).unsqueeze(0)], dim=1)
         assert call.queries is not None
         for name, (query,) in call.queries.items():
-            found[name].append(query[0].to("cpu", torch.float32))
+            seen[name].append(query[0].to("cpu", torch.float32))
         if i == 0:
             layered: list[Any] = cache.layers
             pairs = [t.transpose(1, 2).flatten(2) for c in layered for t in (c.keys, c.values)]
             own = torch.cat(pairs, dim=-1)[0].to("cpu", torch.float16)
     queries = []
-    for parts in found.values():
+    for parts in seen.values():
         flat = torch.cat(parts, dim=1)
         keep = torch.randperm(flat.shape[1], generator=generator)[: options.queries]
         queries.append(flat[:, keep])
@@ -352,11 +352,11 @@ def _asking(model: Any, prefixes: Sequence[Prefix], options: CalibrationOptions)
 
 def exact_outputs(rows: Sequence[torch.Tensor], probe: SoftmaxProbe, batch: int = 4) -> list[torch.Tensor]:
     """Attention of a layer's public queries to contexts of several lengths [n, C]: for each [H, m, dv] in float16."""
-    found: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
     for start in range(0, len(rows), batch):
         padded = nn.utils.rnn.pad_sequence(list(rows[start : start + batch]), batch_first=True)
-        found += probe.attend(padded.float(), probe.queries).half()
-    return found
+        outputs += probe.attend(padded.float(), probe.queries).half()
+    return outputs
 
 
 @torch.no_grad()

@@ -160,8 +160,8 @@ def starts_of(model: Any, questions: Sequence[Any] | None) -> list[torch.Tensor]
         for n in ("decoder_start_token_id", "bos_token_id")
         for c in (model.generation_config, model.config)
     ]
-    found = [getattr(c, n, None) for c, n in places]
-    start = torch.tensor([next((s for s in found if isinstance(s, int)), 0)])
+    tokens = [getattr(c, n, None) for c, n in places]
+    start = torch.tensor([next((t for t in tokens if isinstance(t, int)), 0)])
     if questions is None:
         return [start]
     ids = [torch.as_tensor(q) for q in questions]
@@ -207,7 +207,7 @@ def sample_queries(
                 ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator).to(ids)], dim=1)
     # after a question what counts is where its answer is read: its last word, and the answer's
     first = [lengths[i % len(lengths)] - 1 for i in range(len(contexts))]
-    found = []
+    queries = []
     for layer in layers.values():
         parts = [
             q.unflatten(2, (-1, at + steps))[..., at:, : q.shape[-1] - layer.padding].flatten(2, 3)
@@ -215,5 +215,5 @@ def sample_queries(
         ]
         flat = torch.cat([q.transpose(0, 1).flatten(1, 2) for q in parts], dim=1)
         keep = torch.randperm(flat.shape[1], generator=generator)[: options.queries]
-        found.append(flat[:, keep.to(flat.device)].to("cpu", torch.float32))
-    return found
+        queries.append(flat[:, keep.to(flat.device)].to("cpu", torch.float32))
+    return queries
