@@ -74,6 +74,7 @@ class Calibration(Stored):
     Nothing in here may depend on a private context: it is not noised and is not counted.
     """
 
+    mechanism = "kernel_sum"
     HEADER = frozenset({"layers", "scales", "has_basis", "plans", *_FIELDS})
 
     layers: tuple[str, ...]
@@ -186,7 +187,7 @@ class Calibration(Stored):
     def described(self) -> Described:
         fvu = [(f"{p.epsilon:g}", f"{p.predicted_fvu:.3f}") for p in self.plans]
         return Described(
-            mechanism="kernel_sum",
+            mechanism=self.mechanism,
             unit=self.settings["unit"],
             neighboring="replace_one",
             contexts=self.contexts,

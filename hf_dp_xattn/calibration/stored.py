@@ -57,8 +57,12 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 
 class Stored:
-    """A calibration of one kind, on disk and on the Hub. HEADER: its keys of the JSON; KIND: what "kind" is there, if it has one."""
+    """A calibration of one kind, on disk and on the Hub. HEADER: its keys of the JSON; KIND: what "kind" is there, if it has one.
 
+    mechanism: whose releases it serves.
+    """
+
+    mechanism: ClassVar[str]
     HEADER: ClassVar[frozenset[str]]
     KIND: ClassVar[str | None] = None
 

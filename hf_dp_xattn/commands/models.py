@@ -121,7 +121,7 @@ def settings_of(calibration: AnyCalibration) -> dict[str, Any]:
     if isinstance(calibration, AnchorCalibration):
         names = ("mechanism", "unit", "neighboring")
         return {name: getattr(calibration, name) for name in names}
-    return {"mechanism": "kernel_sum", **calibration.settings}  # it serves both relations
+    return {"mechanism": calibration.mechanism, **calibration.settings}  # it serves both relations
 
 
 def load_plain(name: str, dtype: Any) -> Any:

@@ -65,7 +65,7 @@ class AnchorCalibration(Stored):
     """
 
     HEADER = frozenset({"kind", "host", "plans", "scores", "has_slots", "cells", *_FIELDS})
-    KIND = "anchors"
+    KIND = mechanism = "anchors"
 
     unit: str
     neighboring: str
@@ -222,7 +222,7 @@ class AnchorCalibration(Stored):
             head = ("epsilon", "score", "value (95 %)", "public contexts")
             text += f"\n\nMeasured by the publisher on public contexts:\n\n{table(head, scores)}"
         return Described(
-            mechanism=self.KIND,
+            mechanism=self.mechanism,
             unit=self.unit,
             neighboring=self.neighboring,
             contexts=self.contexts,
