@@ -56,7 +56,7 @@ def check_foreign(make: Callable[[], Any], inputs: Callable[[Any], dict[str, Any
     model = make()
     with dpx.protect(model, config) as handle:
         stale = inputs(handle)
-    other = inputs(dpx.protect(make(), config))
+    other = inputs(dpx.protect(make(), config, ledger=dpx.Ledger()))
     dpx.protect(model, config)
     for given in (stale, other):
         with pytest.raises(dpx.ReleaseError):
