@@ -14,7 +14,7 @@ from ...mechanisms.groups import as_groups
 from ...report import PrivacyReport
 from ..bindings import bind
 from ..context import PrivateContext
-from ..fingerprint import Fingerprint, stamp
+from ..fingerprint import Fingerprint, Sketched
 from ..making import Recipe
 from ..processor import LayerTable
 from ..release import Release, ReleasedContext
@@ -49,7 +49,7 @@ class ProtectedDecoder(RoutedHandle):
     projects_rows = False  # a row IS keys and values, of the weights that it was made with
 
     def __init__(self, model: Any, *settings: Any, **options: Any) -> None:
-        self._sketched: tuple[object, Fingerprint] | None = None
+        self._sketched = Sketched()
         super().__init__(model, *settings, **options)
         self._encoder = PrefixEncoder(model, self.decoder_layers)
         self._calls = Calls()
@@ -160,15 +160,16 @@ class ProtectedDecoder(RoutedHandle):
     def _current_fingerprint(self) -> Fingerprint:
         """Taken anew only where a weight or an adapter has changed since (or is offloaded: then at each use): it costs a short run of the
         model. Raises ConfigError where there are no weights to run."""
-        now = (str(self.model.dtype), *stamp([self.model.base_model]))
-        if self._sketched is None or self._sketched[0] != now:
+
+        def take() -> Fingerprint:
             if device_of(self.model).type == "meta":
                 raise ConfigError(
                     f"The model's weights are gone ({ON_META}). Load them again; nothing was spent."
                 )
             with evaluating(self.model):
-                self._sketched = now, prefix_fingerprint(self.model, self.decoder_layers)
-        return self._sketched[1]
+                return prefix_fingerprint(self.model, self.decoder_layers)
+
+        return self._sketched.current(self.model.dtype, [self.model.base_model], take)
 
     # ---- releases ----------------------------------------------------------------------------------------------------------
 

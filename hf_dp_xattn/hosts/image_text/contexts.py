@@ -10,7 +10,7 @@ import torch
 from ...errors import ConfigError, ContextError
 from ..context import PrivateContext, Rows, from_embeddings, plain_bytes
 from ..lengths import dimensions
-from ..placeholder import read_tags
+from ..placeholder import holds_placeholder, read_tags
 from ..seq2seq.contexts import MakeTrial
 from .probing import STATES
 
@@ -81,7 +81,7 @@ def name_images(
     """
     if STATES in inputs:
         states = inputs[STATES]
-        if is_placeholder(states):
+        if holds_placeholder(states):
             raise ContextError(f"This is a placeholder of a release, not a context; pass it as {STATES}.")
         batch = states.unsqueeze(0) if states.ndim == 2 else states
         if batch.ndim != 3 or 0 in batch.shape:

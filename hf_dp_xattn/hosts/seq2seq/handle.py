@@ -16,11 +16,11 @@ from ..access import TextGate
 from ..accounts import PROTECT_AGAIN
 from ..bindings import bind, unique
 from ..context import PrivateContext
-from ..fingerprint import Fingerprint
+from ..fingerprint import Fingerprint, Sketched
 from ..making import Recipe
 from ..placeholder import Tag, make_placeholder, new_tag, read_tags
 from ..processor import LayerTable
-from ..release import Release, ReleasedContext
+from ..release import Binding, Release, ReleasedContext
 from ..routed import RoutedHandle
 from ..routing import Routing
 from .attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, dp_xattn
@@ -40,6 +40,17 @@ CLOSED = (
     "`with protected.public():`."
 )
 
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Built:
+    """Tables, and what they were built of."""
+
+    key: tuple[torch.device, torch.dtype]
+    current: Fingerprint
+    bindings: list[Binding]
+    tables: dict[str, LayerTable]
+
+
 PUBLIC_CALL = Call({}, torch.zeros(0, dtype=torch.int64), public=True)
 
 
@@ -56,6 +67,8 @@ class ProtectedSeq2Seq(RoutedHandle):
     closed = CLOSED  # what the encoder's gate says
 
     def __init__(self, model: Any, *settings: Any, **options: Any) -> None:
+        self._sketched = Sketched()
+        self._built: Built | None = None
         super().__init__(model, *settings, **options)
         self._encoder = EncoderSide(model, self.access)
         self._calls = Calls()
@@ -164,15 +177,29 @@ class ProtectedSeq2Seq(RoutedHandle):
     @torch.inference_mode(False)  # what is kept must serve other modes too
     @torch.no_grad()
     def _build(self, tags: Sequence[Tag], device: torch.device) -> dict[str, LayerTable]:
-        """The layers' tables for these bindings.
+        """The layers' tables for these bindings; those that were built last, as long as nothing they are made of has changed.
 
         Raises:
             ReleaseError: unknown placeholder, releases that cannot stand in one batch, or ones that the weights do not fit.
         """
         bindings = self._bindings.find(tags)
         current = self.verify([b.context for b in bindings])
-        allow = torch.tensor(False, device=device)
-        return self._tables.build(bindings, allow, device, self.model.dtype, current)
+        key = (device, self.model.dtype)
+        built = self._built
+        if built is None or built.key != key or built.current is not current or built.bindings != bindings:
+            allow = torch.tensor(False, device=device)
+            tables = self._tables.build(bindings, allow, device, self.model.dtype, current)
+            self._built = built = Built(key, current, bindings, tables)
+        return built.tables
+
+    def _current_fingerprint(self) -> Fingerprint:
+        roots = [m for c in self.cross.values() for m in (c.module, c.bridge) if m is not None]
+        return self._sketched.current(self.model.dtype, roots, super()._current_fingerprint)
+
+    def unprotect(self) -> None:
+        """See `RoutedHandle.unprotect`."""
+        super().unprotect()
+        self._built = None
 
     # ---- releases ----------------------------------------------------------------------------------------------------------
 

@@ -105,7 +105,8 @@ class CrossLayer:
         """What the module hands to its attention function, and what it makes of the answer."""
         args, kwargs = self._invocation.fill(hidden, states if self.bridge is None else self.bridge(states))
         with capturing(Capture(self.module, answer=answer)) as capture, routed([self.module], NAME):
-            out = self.module(*args, **kwargs)
+            # its forward alone: users' hooks on it are for the host's own calls
+            out = self.module.forward(*args, **kwargs)
         if capture.calls != 1:
             raise UnsupportedModelError(f"{self.name} does not call the attention interface once.")
         return capture, out[0] if isinstance(out, tuple) else out
