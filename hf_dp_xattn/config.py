@@ -23,11 +23,12 @@ from .artefacts import (
     write_files,
 )
 from .errors import ConfigError
+from .known_mechanisms import KNOWN
 from .privacy.units import NeighboringRelation, Unit
 
 CONFIG_NAME = "dp_xattn_config.json"
 SCHEMA_VERSION = 1
-MECHANISMS = ("anchors", "dptree", "kernel_sum", "none")
+MECHANISMS = tuple(sorted(KNOWN))
 FEATURES = ("taylor", "positive_random")
 
 
@@ -56,11 +57,7 @@ class DPXAttnConfig:
 
     mechanism: str = field(
         default="kernel_sum",
-        metadata={
-            "help": "kernel_sum: one joint Gaussian release over all layers. anchors: one release of the context's rows for all layers, "
-            "decoded to a few rows (needs a calibration). dptree: the paper's own structures, the baseline. none: exact attention, NOT "
-            "private."
-        },
+        metadata={"help": " ".join(f"{m.name}: {m.help}." for m in KNOWN.values())},
     )
     epsilon: float = field(default=8.0, metadata={"help": "privacy loss of one release, in total"})
     delta: float = field(default=1e-5, metadata={"help": "failure probability of the guarantee, in (0, 1)"})
@@ -138,7 +135,7 @@ class DPXAttnConfig:
 
     @property
     def is_private(self) -> bool:
-        return self.mechanism != "none"
+        return KNOWN[self.mechanism].private
 
     def replace(self, **changes: Any) -> DPXAttnConfig:
         """A copy with fields changed; unknown fields raise `ConfigError`."""

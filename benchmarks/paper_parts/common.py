@@ -13,7 +13,8 @@ import torch
 
 from hf_dp_xattn import DPXAttnConfig
 from hf_dp_xattn.mechanisms.base import LayerSpec
-from hf_dp_xattn.mechanisms.release_attention import prepare_release
+from hf_dp_xattn.mechanisms.inputs import LayerRows
+from hf_dp_xattn.mechanisms.registry import prepare_release
 from hf_dp_xattn.mechanisms.structure import KernelSumStructure
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
@@ -122,7 +123,9 @@ def prepare(data: Rows, settings: DPXAttnConfig) -> Any:
 def release(data: Rows, settings: DPXAttnConfig, seed: int | None = None) -> KernelSumStructure:
     """A release; with a seed, repeatable (and not private)."""
     entropy = None if seed is None else SeededEntropy(seed)
-    structure = prepare(data, settings).run([data.key], [data.value], entropy=entropy).structures[0]
+    structure = (
+        prepare(data, settings).run(LayerRows([data.key], [data.value]), entropy=entropy).structures[0]
+    )
     assert isinstance(structure, KernelSumStructure)
     return structure
 

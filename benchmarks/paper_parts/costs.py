@@ -8,6 +8,7 @@ import torch
 
 from hf_dp_xattn.mechanisms.dptree import DPTreeCrossAttention
 from hf_dp_xattn.mechanisms.dptree.dptree import PreparedDPTree
+from hf_dp_xattn.mechanisms.inputs import LayerRows
 from hf_dp_xattn.mechanisms.kernel_sum.features import number_of_monomials
 
 from .common import (
@@ -81,7 +82,7 @@ def initialisation(sizes: Sizes) -> dict[str, Any]:
         result = {}
         for m in MECHANISMS:
             prepared = prepare(data, config(m, 1.0, tree_bins=bins))
-            result[m] = seconds(lambda p=prepared: p.run([data.key], [data.value]), sizes.repeats)  # type: ignore[misc]
+            result[m] = seconds(lambda p=prepared: p.run(LayerRows([data.key], [data.value])), sizes.repeats)  # type: ignore[misc]
         return result
 
     found = {

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from hf_dp_xattn.mechanisms.inputs import LayerRows
 from hf_dp_xattn.mechanisms.kernel_sum.features import (
     attention_relative_error,
     number_of_monomials,
@@ -62,9 +63,8 @@ def against_epsilon(sizes: Sizes) -> dict[str, Any]:
 
 def _scale(data: Rows, mechanism: str, epsilon: float) -> float:
     """Size of the noise that the accountant asks for."""
-    return float(
-        prepare(data, config(mechanism, epsilon)).run([data.key[:, :2]], [data.value[:, :2]]).guarantee.sigma
-    )
+    few = LayerRows([data.key[:, :2]], [data.value[:, :2]])
+    return float(prepare(data, config(mechanism, epsilon)).run(few).guarantee.sigma)
 
 
 def _fitted(points: list[dict[str, Any]], by: str) -> dict[str, Any]:

@@ -167,7 +167,7 @@ def measure_lengths(setting: Setting) -> Iterator[Part]:
             prepared = calibration.prepare(config(epsilon))
             for kind, of_kind in rows_of.items():
                 contexts = [
-                    prepared.run_rows(rows, entropy=SeededEntropy(_SEED + i)).context
+                    prepared.run(rows, entropy=SeededEntropy(_SEED + i)).context
                     for i, rows in enumerate(of_kind)
                 ]
                 add(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_dp_xattn.mechanisms.anchors.anchors import HistogramSource, pool
+from hf_dp_xattn.mechanisms.anchors.sources import HistogramSource, pool
 from rag.corpus import (
     CODE_GROUPS,
     CODES,

@@ -11,7 +11,7 @@ from ..config import DPXAttnConfig
 from ..errors import ConfigError, ContextError
 from ..hosts.making import LayerRecipe
 from ..hosts.rows import layer_specs
-from .empirical import again_with, audit_releases, targets
+from .empirical import audit_releases, preparer, targets
 from .extraction import extract, verdict
 from .leaks import LEAKS
 from .report import NOT_APPLICABLE, AuditReport, Check, EpsilonBound, Extraction
@@ -112,7 +112,7 @@ def _releases(
         recipe = handle._maker.prepare(handle._current_fingerprint())
         prepared = recipe.prepared
         specs = layer_specs(handle.layers, recipe.dtype) if isinstance(recipe, LayerRecipe) else ()
-    found = targets(prepared, subject.config, again_with(prepared, specs, subject.calibration), SMALLER)
+    found = targets(prepared, subject.config, preparer(prepared, specs, subject.calibration), SMALLER)
     return audit_releases(found, draws=draws, confidence=confidence, step=step)
 
 

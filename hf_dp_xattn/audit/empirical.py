@@ -10,17 +10,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
-from ..mechanisms.anchors.anchors import PreparedAnchors, prepare_source
-from ..mechanisms.dptree.dptree import PreparedDPTree
-from ..mechanisms.kernel_sum.kernel_sum import PreparedKernelSum
-from ..mechanisms.release_attention import prepare_release
+from ..mechanisms.anchors.anchors import PreparedAnchors
+from ..mechanisms.base import Mechanism
+from ..mechanisms.registry import prepare_release
 from ..privacy.accountant import epsilon_of
 from ..privacy.bits import Entropy, SystemEntropy
 from .laws import Law, claimed, is_gaussian, law_of
@@ -43,28 +41,27 @@ class Target:
 
 
 def targets(
-    prepared: Any, config: DPXAttnConfig, again: Callable[[DPXAttnConfig], Any], smaller: Sequence[float]
+    prepared: Mechanism[Any],
+    config: DPXAttnConfig,
+    prepare: Callable[[DPXAttnConfig], Any],
+    smaller: Sequence[float],
 ) -> list[Target]:
-    """The installed release, and the same one at smaller epsilons (`again` prepares it)."""
+    """The installed release, and the same one at smaller epsilons (`prepare` prepares it)."""
     found = [Target(config, law_of(prepared))]
     for epsilon in smaller:
         if epsilon < config.epsilon:
             other = config.replace(epsilon=epsilon)
-            found.append(Target(other, law_of(again(other))))
+            found.append(Target(other, law_of(prepare(other))))
     return found
 
 
-def again_with(prepared: Any, specs: Sequence[Any], calibration: Any) -> Callable[[DPXAttnConfig], Any]:
+def preparer(
+    prepared: Mechanism[Any], specs: Sequence[Any], calibration: Any
+) -> Callable[[DPXAttnConfig], Any]:
     """How a release is prepared at another epsilon: anchors with the same plan, so that it is the same kind of release."""
-
-    def again(config: DPXAttnConfig) -> Any:
-        if isinstance(prepared, PreparedAnchors):
-            source = prepare_source(prepared.plan, config, prepared.decoders)
-            return dataclasses.replace(prepared, config=config, source=source)
-        assert isinstance(prepared, (PreparedKernelSum, PreparedDPTree))
-        return prepare_release(config, specs, calibration)
-
-    return again
+    if isinstance(prepared, PreparedAnchors):
+        return prepared.at
+    return lambda config: prepare_release(config, specs, calibration)
 
 
 def audit_releases(

@@ -15,8 +15,6 @@ import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
-from ..hosts.making import Recipe
-from ..mechanisms.growing_sources import LayerRows
 from ..privacy.bits import Entropy, SystemEntropy
 from ..privacy.guessing import guess_bound
 from .laws import Context, Law, law_of
@@ -37,12 +35,7 @@ def contexts_of(subject: Subject, canaries: Sequence[Canary]) -> list[Context]:
             subject.release(canary)
     if len(kept) != len(canaries):
         raise ConfigError("Some of the candidates are the same context to this host; give different ones.")
-    return [_as_given(recipe, rows, groups) for rows, groups in kept]
-
-
-def _as_given(recipe: Recipe, rows: torch.Tensor, groups: torch.Tensor | None) -> Context:
-    private = recipe.given(rows, groups)
-    return Context((private.keys, private.values) if isinstance(private, LayerRows) else private, groups)
+    return [Context(recipe.private(rows, groups), groups) for rows, groups in kept]
 
 
 @torch.no_grad()
@@ -105,7 +98,9 @@ def _units(subject: Subject, contexts: Sequence[Context]) -> int:
 
 
 def _different_rows(a: Context, b: Context) -> int:
-    one, other = ([c.rows] if isinstance(c.rows, torch.Tensor) else [*c.rows[0], *c.rows[1]] for c in (a, b))
+    one, other = (
+        [c.rows] if isinstance(c.rows, torch.Tensor) else [*c.rows.keys, *c.rows.values] for c in (a, b)
+    )
     sizes = one[0].shape[-2], other[0].shape[-2]
     n = min(sizes)
     differs = torch.zeros(n, dtype=torch.bool)

@@ -15,9 +15,14 @@ import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
+from ..mechanisms.anchors.anchors import PreparedAnchors
+from ..mechanisms.anchors.plan import AnchorPlan
+from ..mechanisms.dptree.dptree import PreparedDPTree
+from ..mechanisms.inputs import LayerRows, count_rows
 from ..mechanisms.kernel_sum.contributions import LayerEncoder
+from ..mechanisms.kernel_sum.kernel_sum import PreparedKernelSum
 from ..privacy.units import NeighboringRelation, Unit
-from .laws import AnchorsLaw, Context, DPTreeLaw, KernelSumLaw, Law, Views
+from .laws import Context, Law, Views
 
 CANDIDATES = 48
 _UNIT_ROWS = 3  # of a canary that is a group or a whole context
@@ -65,25 +70,25 @@ def _pairs(count: int) -> list[tuple[int, int]]:
 
 
 def _units(law: Law, rows: int, generator: torch.Generator) -> list[Context]:
-    if isinstance(law, AnchorsLaw):
-        return [Context(unit) for unit in _rows(law, rows, generator)]
+    prepared = law.prepared
+    if isinstance(prepared, PreparedAnchors):
+        return [Context(unit) for unit in _rows(prepared.plan, rows, generator)]
+    # trees: keys away from the centre fill the moments of first and second order as well
+    reaches = (0.0, 1.0) if isinstance(prepared, PreparedDPTree) else (0.0,)
     encoders = _encoders(law)
-    if isinstance(law, DPTreeLaw):
-        # trees: keys away from the centre fill the moments of first and second order as well
-        return [Context(unit) for unit in _keys_and_values(encoders, rows, law.size, (0.0, 1.0))]
-    return [Context(unit) for unit in _keys_and_values(encoders, rows, sum(e.size for e in encoders), (0.0,))]
+    assert isinstance(prepared, (PreparedDPTree, PreparedKernelSum))
+    size = prepared.size if isinstance(prepared, PreparedDPTree) else sum(e.size for e in encoders)
+    return [Context(unit) for unit in _keys_and_values(encoders, rows, size, reaches)]
 
 
 def _encoders(law: Law) -> Sequence[LayerEncoder]:
-    if isinstance(law, DPTreeLaw):
-        return law.prepared.plan.encoders
-    assert isinstance(law, KernelSumLaw)
+    if not isinstance(law.prepared, (PreparedDPTree, PreparedKernelSum)):
+        raise ConfigError(f"No canaries are known for {type(law.prepared).__name__}.")
     return law.prepared.encoders
 
 
-def _rows(law: AnchorsLaw, rows: int, generator: torch.Generator) -> list[torch.Tensor]:
+def _rows(plan: AnchorPlan, rows: int, generator: torch.Generator) -> list[torch.Tensor]:
     """Units [rows, C]: corners of the public box, along the directions that the public map stretches most and its opposite ones."""
-    plan = law.prepared.plan
     center, reach = plan.center.double(), plan.reach.double()
     directions = torch.linalg.svd(plan.matrix.double() * reach, full_matrices=False).Vh[: CANDIDATES // 4]
     corners = [center + sign * reach * d.sign() for d in directions for sign in (1.0, -1.0)]
@@ -94,7 +99,7 @@ def _rows(law: AnchorsLaw, rows: int, generator: torch.Generator) -> list[torch.
 
 def _keys_and_values(
     encoders: Sequence[LayerEncoder], rows: int, size: int, reaches: Sequence[float]
-) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+) -> list[LayerRows]:
     """A value far out on one channel of one head of one layer; keys at their public centre (so that one feature carries all), or away from
     it, in parts `reaches` of their public range. size: numbers of one context's sums."""
     each = 4 * len(reaches)
@@ -113,14 +118,14 @@ def _keys_and_values(
                     if i == at:
                         value[0, :, channel] += sign * _FAR / float(g.value_scale[0])
                     values.append(value)
-                units.append((keys, values))
+                units.append(LayerRows(keys, values))
     return units
 
 
 def _context(law: Law, config: DPXAttnConfig, unit: Context | None) -> Context:
     """The unit and a bystander; None: the bystander alone."""
     alone = config.unit == Unit.CONTEXT.value
-    if isinstance(law, AnchorsLaw):
+    if isinstance(law.prepared, PreparedAnchors):
         bystander = law.prepared.plan.center.float().unsqueeze(0)
         parts = [unit.rows] if unit is not None else []
         rows = torch.cat(parts if alone else [bystander, *parts])
@@ -128,7 +133,7 @@ def _context(law: Law, config: DPXAttnConfig, unit: Context | None) -> Context:
         whole = Context(rows)
     else:
         whole = _beside(_encoders(law), unit, alone)
-        count = whole.rows[0][0].shape[1]
+        count = count_rows(whole.rows)
     if config.unit != Unit.GROUP.value:
         return whole
     groups = torch.ones(count, dtype=torch.int64)
@@ -143,8 +148,8 @@ def _beside(encoders: Sequence[LayerEncoder], unit: Context | None, alone: bool)
         parts_k = [] if alone else [g.key_center.unsqueeze(1)]
         parts_v = [] if alone else [g.value_center.unsqueeze(1)]
         if unit is not None:
-            parts_k.append(unit.rows[0][i])
-            parts_v.append(unit.rows[1][i])
+            parts_k.append(unit.rows.keys[i])
+            parts_v.append(unit.rows.values[i])
         keys.append(torch.cat(parts_k, dim=1))
         values.append(torch.cat(parts_v, dim=1))
-    return Context((keys, values))
+    return Context(LayerRows(keys, values))

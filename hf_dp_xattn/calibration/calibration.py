@@ -16,9 +16,9 @@ from ..artefacts.card import table
 from ..config import FEATURES, DPXAttnConfig
 from ..errors import ConfigError
 from ..mechanisms.base import LayerSpec
-from ..mechanisms.kernel_sum.contributions import lattice_exponent
 from ..mechanisms.kernel_sum.geometry import HeadGeometry
 from ..mechanisms.kernel_sum.sketch import SketchBasis, SketchPlan
+from ..privacy.lattice import lattice_exponent
 from .anchors.anchors_calibration import AnchorCalibration
 from .calibration_card import Described
 from .checks import Sizes, check_keys, integer, number, refuse

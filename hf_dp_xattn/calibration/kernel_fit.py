@@ -25,13 +25,13 @@ from ..mechanisms.base import LayerSpec
 from ..mechanisms.kernel_sum.contributions import (
     LayerEncoder,
     joint_norm_squared,
-    lattice_exponent,
     unit_contribution,
     unit_rows,
 )
 from ..mechanisms.kernel_sum.features import FeatureMap, features_of
 from ..mechanisms.kernel_sum.geometry import HeadGeometry, balance
 from ..mechanisms.kernel_sum.sketch import SketchBasis, integer_analysis, sketch_units
+from ..privacy.lattice import lattice_exponent
 from .calibration import BOUND_FIELDS, Calibration
 from .kernel_plans import HeldOut, Probe, fit_plan
 

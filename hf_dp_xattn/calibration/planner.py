@@ -16,8 +16,7 @@ import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
-from ..mechanisms.anchors.anchors import HistogramSource, PreparedAnchors, ResponseSource, SumSource
-from ..mechanisms.anchors.mixed import MixedSource
+from ..mechanisms.anchors.anchors import PreparedAnchors
 from ..mechanisms.anchors.plan import AnchorPlan, Decoders
 from ..privacy.accountant import epsilon_of, needs_delta
 from ..privacy.bits import SeededEntropy
@@ -151,8 +150,8 @@ def _point(
         score=None if score_curve is None else score_curve.at(config.epsilon),
         release=prepared.plan.release,
         made_for=prepared.plan.epsilon,
-        meaning=prepared.source.describe(),
-        noise=_noise(prepared),
+        meaning=prepared.source.numbers.clipping,
+        noise=prepared.source.noise_numbers,
         events=tuple(e.to_dict() for e in events),
         charged=charged,
         charged_delta=delta,
@@ -270,27 +269,6 @@ def _rows(plan: AnchorPlan, decoders: Decoders) -> int:
     return heavy * each + merged
 
 
-def _noise(prepared: PreparedAnchors) -> dict[str, float]:
-    source = prepared.source
-    if isinstance(source, SumSource):
-        return {"sigma": source.prepared.sigma}
-    if isinstance(source, ResponseSource):
-        return {
-            "truth": source.response.truth,
-            "cells": source.response.alphabet,
-            "codebooks": len(source.quantizers),
-        }
-    if isinstance(source, MixedSource):
-        return {**_counts(source.histogram), "sigma": source.sum.sigma}
-    assert isinstance(source, HistogramSource)
-    return _counts(source)
-
-
-def _counts(source: HistogramSource) -> dict[str, float]:
-    plus, minus = source.rates
-    return {"rate_plus": plus, "rate_minus": minus, "cells": source.prepared.cells}
-
-
 def _measure(prepared: PreparedAnchors, units: int) -> float:
     """Median seconds of a release of random rows within the public box: noise, decoding and pruning; no text encoder, no ledger."""
     plan = prepared.plan
@@ -301,7 +279,7 @@ def _measure(prepared: PreparedAnchors, units: int) -> float:
     times = []
     for i in range(REPEATS + 1):
         start = time.perf_counter()
-        prepared.run_rows(rows, groups=groups, entropy=SeededEntropy(i))
+        prepared.run(rows, groups=groups, entropy=SeededEntropy(i))
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])  # the first one warms up
 

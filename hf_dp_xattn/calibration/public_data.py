@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..mechanisms.anchors.anchors import pool
+from ..mechanisms.anchors.sources import pool
 from ..mechanisms.base import LayerSpec
 from .anchors.anchors_calibration import HostIdentity
 from .anchors.documents_fit import Documents

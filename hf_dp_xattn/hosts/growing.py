@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ConfigError, ContextError, DPXAttnError
-from ..mechanisms.context_rows import ContextRelease
 from ..mechanisms.growing_release import GrowingRelease, grow
-from ..mechanisms.growing_sources import Private
+from ..mechanisms.inputs import Private
 from .charging import charge, names_of
 from .context import PrivateContext
 from .fingerprint import Fingerprint
 from .lengths import public_length
-from .making import ContextRecipe, LayerRecipe, Recipe
+from .making import Recipe
 from .rehearsal import rehearse
 from .release import ReleasedContext
 from .reporting import Spent
@@ -80,8 +79,6 @@ def open_growing(
         BudgetExceededError: the ledger refuses; nothing was spent or computed.
     """
     own = context.groups(groups, handle.config.unit)
-    if not isinstance(recipe, (LayerRecipe, ContextRecipe)):
-        raise ConfigError("This kind of host has no growing contexts.")
     encoder = handle.encoders.states(context.encoder)[0]
     prepared = grow(recipe.prepared, horizon, units=getattr(handle.calibration, "units", None))
     charged = names_of(handle, context, own)
@@ -90,7 +87,7 @@ def open_growing(
     charge(handle, charged, prepared.events, horizon=horizon)
     rows, public = context.load()
     release = prepared.open(handle.entropy)
-    private = recipe.given(rows, own)
+    private = recipe.private(rows, own)
     length = public_length(context, handle.config, handle.hidden_length)
     latest = _append(release, private, own, public.detach().clone(), length, current)
     return GrowingContext(release, recipe, latest, Spent(names, release.guarantee()), encoder)
@@ -130,7 +127,7 @@ def append_to(
         charge(handle, charged, prepared.events, horizon=prepared.horizon)
         growing.spent.digests.extend(names)
     rows, _ = context.load()
-    private = growing.recipe.given(rows, own)
+    private = growing.recipe.private(rows, own)
     growing.names |= set(names)  # before it enters: whatever happens then, it does not enter twice
     try:
         before = growing.latest
@@ -150,6 +147,4 @@ def _append(
     current: Fingerprint,
 ) -> ReleasedContext:
     state = release.append(private, groups=groups)
-    if isinstance(state, ContextRelease):
-        return ReleasedContext((), state.guarantee, public, length, current, state.context)
-    return ReleasedContext(state.structures, state.guarantee, public, length, current)
+    return ReleasedContext(state.structures, state.guarantee, public, length, current, state.context)

@@ -11,15 +11,12 @@ from ..calibration.anchors.anchors_calibration import AnchorCalibration
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..mechanisms.anchors.anchors import NO_CALIBRATION
-from ..mechanisms.base import PreparedRelease
-from ..mechanisms.context_rows import ContextRows, PreparedContextRelease
-from ..mechanisms.growing_sources import LayerRows, Private
+from ..mechanisms.base import Mechanism, Released
+from ..mechanisms.inputs import LayerRows, Private
 from ..mechanisms.kernel_sum.contributions import unit_rows
-from ..mechanisms.release_attention import prepare_release
-from ..mechanisms.structure import AttentionStructure
+from ..mechanisms.registry import prepare_release
 from ..privacy.accountant import Event
 from ..privacy.bits import Entropy
-from ..report import Guarantee
 from .fingerprint import Fingerprint
 from .identity import OTHER_PROJECTIONS, check_layers, check_text, fingerprint_of
 from .rows import in_range, layer_specs, project_apart
@@ -33,27 +30,21 @@ if TYPE_CHECKING:
     AnyCalibration = Calibration | AnchorCalibration
 
 
-@dataclass(frozen=True)
-class Made:
-    """What left: a structure per layer, or rows in context space for all layers; and what is promised about them."""
-
-    guarantee: Guarantee
-    structures: tuple[AttentionStructure, ...] = ()
-    context: ContextRows | None = None
-
-
 class Recipe(Protocol):
     """A release of which everything public is fixed; `events` must be charged before `run` touches the context."""
 
     @property
+    def prepared(self) -> Mechanism[Any]: ...
+
+    @property
     def events(self) -> tuple[Event, ...]: ...
 
-    def given(self, rows: torch.Tensor, groups: torch.Tensor | None) -> Private:
+    def private(self, rows: torch.Tensor, groups: torch.Tensor | None) -> Private:
         """Finite private rows [n, C] (or what an encoder made of such) as the mechanism takes them; groups [n]: public. The only way in;
         never raises for what the rows hold."""
         ...
 
-    def run(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy | None) -> Made:
+    def run(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy | None) -> Released:
         """rows [n, C]: private; groups [n]: public."""
         ...
 
@@ -76,7 +67,7 @@ class Maker(Protocol):
 class LayerRecipe:
     """Keys and values of all layers are released together."""
 
-    prepared: PreparedRelease
+    prepared: Mechanism[LayerRows]
     layers: tuple[Attention, ...]
     dtype: torch.dtype
 
@@ -84,7 +75,7 @@ class LayerRecipe:
     def events(self) -> tuple[Event, ...]:
         return self.prepared.events
 
-    def given(self, rows: torch.Tensor, groups: torch.Tensor | None) -> LayerRows:
+    def private(self, rows: torch.Tensor, groups: torch.Tensor | None) -> LayerRows:
         """Keys and values [H, n, d] of every layer, of rows [n, C].
 
         A matrix product may round a row in another way where there are more, fewer or other rows beside it, and nothing would bound that
@@ -98,10 +89,8 @@ class LayerRecipe:
         pairs = [project_apart(attn, rows, units) for attn in self.layers]
         return LayerRows([in_range(k, k.dtype) for k, _ in pairs], [in_range(v, v.dtype) for _, v in pairs])
 
-    def run(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy | None) -> Made:
-        private = self.given(rows, groups)
-        result = self.prepared.run(private.keys, private.values, groups=groups, entropy=entropy)
-        return Made(result.guarantee, structures=result.structures)
+    def run(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy | None) -> Released:
+        return self.prepared.run(self.private(rows, groups), groups=groups, entropy=entropy)
 
 
 class LayerMaker:
@@ -141,18 +130,17 @@ class LayerMaker:
 class ContextRecipe:
     """The rows themselves are released, once for all layers; no weight of the host takes part."""
 
-    prepared: PreparedContextRelease
+    prepared: Mechanism[torch.Tensor]
 
     @property
     def events(self) -> tuple[Event, ...]:
         return self.prepared.events
 
-    def given(self, rows: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
+    def private(self, rows: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
         return in_range(rows, torch.float32)
 
-    def run(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy | None) -> Made:
-        result = self.prepared.run_rows(self.given(rows, groups), groups=groups, entropy=entropy)
-        return Made(result.guarantee, context=result.context)
+    def run(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy | None) -> Released:
+        return self.prepared.run(self.private(rows, groups), groups=groups, entropy=entropy)
 
 
 class ContextMaker:

@@ -17,7 +17,7 @@ from ..calibration.calibration_options import CalibrationOptions
 from ..calibration.public_data import PublicData, choose_contexts, equal_contexts
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
-from ..mechanisms.anchors.anchors import pool
+from ..mechanisms.anchors.sources import pool
 from .access import Access
 from .architectures import check_pipeline_class, find_layers
 from .identity import host_identity

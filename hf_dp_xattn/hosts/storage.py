@@ -32,8 +32,7 @@ from ..artefacts import (
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, ReleaseError
 from ..mechanisms.context_rows import ContextRows
-from ..mechanisms.dptree.tree_structure import DistanceFeatures, DPTreeStructure
-from ..mechanisms.kernel_sum.features import PositiveRandomFeatures, TaylorFeatures
+from ..mechanisms.registry import FEATURES, STRUCTURES
 from ..mechanisms.structure import AttentionStructure, KernelSumStructure
 from ..report import Guarantee, PrivacyReport
 from .fingerprint import SIZE, Fingerprint
@@ -52,15 +51,6 @@ COUNTING = (
 )
 _KEYS = {"schema", "config", "host", "contexts", "tensors_sha256", "sha256"}
 _CONTEXT_KEYS = {"rows", "kind", "guarantee", "guarantee_text", "structures", "fingerprint"}
-_FEATURES: dict[str, Any] = {
-    "distance": DistanceFeatures,
-    "positive_random": PositiveRandomFeatures,
-    "taylor": TaylorFeatures,
-}
-_STRUCTURES: dict[str, type[KernelSumStructure]] = {
-    "dptree": DPTreeStructure,
-    "kernel_sum": KernelSumStructure,
-}
 # shapes: names of dimensions that must agree within a structure; its features fix r
 _SHAPES = {
     "sums": (1, "H", "r", "dv + 1"),
@@ -91,8 +81,8 @@ def _structure_meta(structure: AttentionStructure) -> dict[str, Any]:
             f"{type(structure).__name__} cannot be saved: only released structures are written, and mechanism='none' holds private rows."
         )
     features: Any = structure.features
-    kind = next(name for name, cls in _STRUCTURES.items() if type(structure) is cls)
-    feature_kind = next(name for name, cls in _FEATURES.items() if isinstance(features, cls))
+    kind = next(name for name, cls in STRUCTURES.items() if type(structure) is cls)
+    feature_kind = next(name for name, cls in FEATURES.items() if isinstance(features, cls))
     return {"kind": kind, "features": {"kind": feature_kind, **asdict(features)}}
 
 
@@ -102,14 +92,14 @@ def _build_structure(
     _check_keys(meta, {"kind", "features"}, where)
     features = dict(meta["features"])
     kind = features.pop("kind", None)
-    if meta["kind"] not in _STRUCTURES or kind not in _FEATURES:
+    if meta["kind"] not in STRUCTURES or kind not in FEATURES:
         raise ReleaseError(
             f"Unknown structure {meta['kind']!r} or features {kind!r} in {where}; upgrade hf_dp_xattn."
         )
-    _check_keys(features, {f.name for f in fields(_FEATURES[kind])}, f"the features of {where}")
+    _check_keys(features, {f.name for f in fields(FEATURES[kind])}, f"the features of {where}")
     if any(type(v) is not int or v < 0 for v in features.values()):
         raise _damaged(f"the features of {where}")
-    map_ = _FEATURES[kind](**features)
+    map_ = FEATURES[kind](**features)
     if set(tensors) != {*_SHAPES, "table"}:
         raise _damaged(f"unknown or missing tensors in {where}")
     sizes: dict[str, int] = {"H": heads, "r": map_.size}
@@ -119,7 +109,7 @@ def _build_structure(
     if not bool(torch.isfinite(tensors["table"]).all()):
         raise _damaged(f"table of {where}")
     arguments: dict[str, Any] = {**tensors, "features": map_}
-    return _STRUCTURES[meta["kind"]](**arguments)
+    return STRUCTURES[meta["kind"]](**arguments)
 
 
 def _check_shape(

@@ -1,26 +1,35 @@
-"""What a mechanism is given, and what it gives back: the types between hosts, calibrations and mechanisms."""
+"""The one shape of all mechanisms: exact integers, noise, decoding.
+
+A `Mechanism` is a release of which everything public is fixed. `exact` turns private data into integers (PRIVATE: sums of the units'
+clipped contributions, or the cells that units fall into), `noise` draws for each of them as `parts` says, `decode` is post-processing of
+what `noise` gave and of public counts. `Mechanism.run` joins the three and says what is promised. Charging comes before (`events`), the
+audit reads `parts` (`audit/laws.py`), and a growing context sums or collects `exact` over its appends (`growing_release.py`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import torch
 
 from ..config import DPXAttnConfig
+from ..errors import ConfigError
 from ..privacy.accountant import Event
-from ..privacy.bits import Entropy
+from ..privacy.bits import Entropy, SystemEntropy
+from ..privacy.noise import sampling_distance
+from ..privacy.units import public_counts
 from ..report import Guarantee
-from .kernel_sum.geometry import HeadGeometry, declared_geometry, weights_geometry
-from .kernel_sum.sketch import SketchPlan
+from .context_rows import ContextRows
+from .inputs import count_units
 from .structure import AttentionStructure
 
-NO_CALIBRATION = (
-    "No calibration: the clipping bound is the declared one (logit_bound, value_bound), keys and values are neither centred nor "
-    "rotated, and nothing is shrunk to a public prior. A calibration on public contexts (dpx.calibrate) spends no privacy budget: it "
-    "fits the bound to what public contexts need and releases only the directions in which they differ, so there is less noise."
-)
+PrivateT = TypeVar("PrivateT")
+Integers = tuple[torch.Tensor, ...]
+Content = tuple[AttentionStructure, ...] | ContextRows | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -38,71 +47,251 @@ class LayerSpec:
     query_weight: torch.Tensor | None = None
     key_weight: torch.Tensor | None = None
 
-    def geometry(self, config: DPXAttnConfig) -> HeadGeometry:
-        """The conservative geometry that needs no data."""
-        if self.query_weight is None or self.key_weight is None:
-            return declared_geometry(
-                self.heads,
-                self.key_dim,
-                self.value_dim,
-                scale=self.scale,
-                logit_bound=config.logit_bound,
-                value_bound=config.value_bound,
-            )
-        return weights_geometry(
-            self.query_weight,
-            self.key_weight,
-            self.value_dim,
-            scale=self.scale,
-            logit_bound=config.logit_bound,
-            value_bound=config.value_bound,
-            projection_dim=config.projection_dim,
-        )
+
+class Noise(Protocol):
+    """A randomised step on one tensor of exact integers (`privacy/additive.py`, `privacy/response.py`)."""
+
+    def perturb(self, integers: torch.Tensor, entropy: Entropy) -> torch.Tensor:
+        """What may leave of `integers`: with noise on each entry, or an answer for each."""
+        ...
 
 
 @dataclass(frozen=True)
-class LayerRelease:
-    """What left: one structure per layer (batch 1 each), and what is promised about them."""
+class Part:
+    """Some consecutive tensors of the exact integers: the noise that each of their entries gets, and what is charged for it.
 
-    structures: tuple[AttentionStructure, ...]
+    tensors: how many they are; None: all of them.
+    """
+
+    noise: Noise
+    events: tuple[Event, ...]
+    tensors: int | None = None
+
+
+@dataclass(frozen=True)
+class State:
+    """What is public about released integers.
+
+    rows, units: of how many they are; None where the neighbouring relation makes that private.
+    deviation: of the noise in a running total, in lattice steps; None: the mechanism's own.
+    """
+
+    rows: int | None
+    units: int | None
+    deviation: float | None = None
+
+
+@dataclass(frozen=True)
+class GuaranteeNumbers:
+    """What a guarantee says of the arithmetic: clipping bound, sensitivity and noise on one scale, and the clipping in words."""
+
+    clip_norm: float
+    sensitivity: float
+    sigma: float
+    clipping: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Released:
+    """What left: structures (a layer each, batch 1), rows of context space, or public texts; and what is promised about them."""
+
+    content: Content
     guarantee: Guarantee
 
-
-class PreparedRelease(Protocol):
-    """Everything public is decided; `events` must be charged before `run` touches the context."""
+    @property
+    def structures(self) -> tuple[AttentionStructure, ...]:
+        """A structure for each layer; none where rows or texts were released."""
+        if isinstance(self.content, ContextRows):
+            return ()
+        return tuple(c for c in self.content if not isinstance(c, str))
 
     @property
-    def config(self) -> DPXAttnConfig: ...
+    def context(self) -> ContextRows | None:
+        """Rows for all layers; None where something else was released."""
+        return self.content if isinstance(self.content, ContextRows) else None
+
+
+def guarantee_of(
+    config: DPXAttnConfig,
+    numbers: GuaranteeNumbers,
+    rows: int,
+    units: int,
+    *,
+    private_noise: bool,
+    calibrated: bool,
+) -> Guarantee:
+    """The guarantee of one release: the only place in which one is built."""
+    counts: dict[str, int | None] = (
+        public_counts(config.unit, config.neighboring, rows, units)
+        if config.is_private
+        else {"rows": rows, "units": rows}
+    )
+    return Guarantee(
+        mechanism=config.mechanism,
+        epsilon=config.epsilon if config.is_private else math.inf,
+        delta=config.delta,
+        unit=config.unit,
+        neighboring=config.neighboring,
+        **counts,
+        clip_norm=numbers.clip_norm,
+        sensitivity=numbers.sensitivity,
+        sigma=numbers.sigma,
+        sampling_distance=sampling_distance() if config.is_private else 0.0,
+        private_noise=private_noise and config.is_private,
+        calibrated=calibrated,
+        clipping=numbers.clipping,
+    )
+
+
+class Exact(ABC, Generic[PrivateT]):
+    """The private half of the shape: what is computed of private data before noise."""
+
+    @abstractmethod
+    def exact(self, private: PrivateT, groups: torch.Tensor | None) -> Integers:
+        """Exact integers of `private`. PRIVATE: without noise they must not leave.
+
+        Raises:
+            ConfigError, ContextError: bad data or groups.
+        """
+
+    @abstractmethod
+    def decode(self, noised: Integers, state: State) -> Content:
+        """What queries read. Post-processing of noised integers (of their running total, where a context grows) and public counts."""
+
+
+class Mechanism(Exact[PrivateT]):
+    """A release of which everything public is fixed. `events` must be charged before `run` touches private data."""
+
+    config: DPXAttnConfig
+    warnings: tuple[str, ...]
+    calibrated: bool
 
     @property
-    def events(self) -> tuple[Event, ...]: ...
+    @abstractmethod
+    def parts(self) -> tuple[Part, ...]:
+        """The noise of each tensor of `exact`, in order."""
 
     @property
-    def warnings(self) -> tuple[str, ...]: ...
+    @abstractmethod
+    def numbers(self) -> GuaranteeNumbers:
+        """For the guarantee."""
+
+    @abstractmethod
+    def count(self, private: PrivateT, groups: torch.Tensor | None, *, empty: bool = False) -> int:
+        """The number of rows (or texts). empty: there may be none.
+
+        Raises:
+            ConfigError, ContextError: bad data or groups; nothing is released.
+        """
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """What one release is charged."""
+        return tuple(event for part in self.parts for event in part.events)
+
+    def noise(self, exact: Integers, entropy: Entropy) -> Integers:
+        """What may leave of `exact`."""
+        return perturb(exact, self.parts, entropy)
 
     def run(
-        self,
-        keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
-        *,
-        groups: torch.Tensor | None = None,
-        entropy: Entropy | None = None,
-    ) -> LayerRelease: ...
+        self, private: PrivateT, *, groups: torch.Tensor | None = None, entropy: Entropy | None = None
+    ) -> Released:
+        """The release: exact, noise, decode; keeps nothing else of the private data.
+
+        Args:
+            private: what the mechanism takes: `LayerRows`, or rows [n, C].
+            groups: [n] public group of each row, for unit='group'.
+            entropy: noise source; the operating system's by default. A seeded one makes the result NOT private.
+
+        Raises:
+            ConfigError, ContextError: bad data or groups; nothing is released.
+        """
+        entropy = SystemEntropy() if entropy is None else entropy
+        rows = self.count(private, groups)
+        units = count_units(self.config.unit, rows, groups)
+        noised = self.noise(self.exact(private, groups), entropy)
+        content = self.decode(noised, self.state(rows, units))
+        guarantee = guarantee_of(
+            self.config,
+            self.numbers,
+            rows,
+            units,
+            private_noise=entropy.private,
+            calibrated=self.calibrated,
+        )
+        return Released(content, guarantee)
+
+    def state(self, rows: int, units: int, deviation: float | None = None) -> State:
+        """What is public about so many rows and units."""
+        counts = public_counts(self.config.unit, self.config.neighboring, rows, units)
+        return State(**counts, deviation=deviation)
+
+    def growing(self, units: int | None) -> Summand | Answers[Any]:
+        """How it is released as a context grows. units: how many the public contexts of its calibration had.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        return no_growth()
 
 
-class PublicCalibration(Protocol):
-    """What kernel_sum reads of a calibration (`calibration/calibration.py`); all of it from public data."""
+def no_growth() -> NoReturn:
+    raise ConfigError(
+        "A context grows with mechanism='kernel_sum' or 'anchors'; 'dptree' and 'none' release once. Change the mechanism, or leave "
+        "out the horizon."
+    )
+
+
+def by_tensor(parts: tuple[Part, ...], exact: Integers) -> Iterator[tuple[Part, Integers]]:
+    """Each part with its tensors."""
+    at = 0
+    for part in parts:
+        end = len(exact) if part.tensors is None else at + part.tensors
+        yield part, exact[at:end]
+        at = end
+
+
+def perturb(exact: Integers, parts: tuple[Part, ...], entropy: Entropy) -> Integers:
+    """Each tensor with the noise of its part, in order."""
+    return tuple(part.noise.perturb(t, entropy) for part, own in by_tensor(parts, exact) for t in own)
+
+
+class Summand(Protocol):
+    """What a continual sum adds up. `exact` is `size` numbers on the lattice 2^-exponent; one unit changes those of the append that it
+    enters by at most `sensitivity` lattice steps (l2, neighbouring factor included). `decode` is told the deviation of the moment."""
 
     @property
-    def geometries(self) -> Sequence[HeadGeometry]: ...
+    def size(self) -> int: ...
+
+    @property
+    def sensitivity(self) -> int: ...
+
+    @property
+    def exponent(self) -> int: ...
 
     @property
     def clip_norm(self) -> float: ...
 
-    def check(self, config: DPXAttnConfig, specs: Sequence[LayerSpec]) -> None:
-        """Raises ConfigError unless it was made for these layers and settings."""
+    def exact(self, private: Any, groups: torch.Tensor | None) -> Integers: ...
+
+    def decode(self, noised: Integers, state: State) -> Content: ...
+
+    def describe(self) -> str:
+        """What is summed, in words."""
         ...
 
-    def plan(self, config: DPXAttnConfig) -> SketchPlan | None:
-        """The sketch to release, or None for the full sums."""
-        ...
+
+class Answers(Exact[PrivateT]):
+    """Every unit answers for itself, when it is appended, with fresh coins: T appends of distinct units cost what one does."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[Part, ...]: ...
+
+    @property
+    @abstractmethod
+    def numbers(self) -> GuaranteeNumbers: ...
+
+    @abstractmethod
+    def join(self, total: Integers, noised: Integers) -> Integers:
+        """All answers so far (`total`; empty at first) and those of one more append. Post-processing."""

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-
-from ..privacy.accountant import Event
-from ..privacy.bits import Entropy
-from ..report import Guarantee
 
 NEGLIGIBLE = 14.0  # a row whose weight is below e^-14 of the largest changes no output that anyone can see
 
@@ -31,31 +26,3 @@ class ContextRows:
 
     def to(self, device: torch.device | str) -> ContextRows:
         return ContextRows(self.rows.to(device), self.log_weights.to(device))
-
-
-@dataclass(frozen=True, eq=False)
-class ContextRelease:
-    """What left: decoded rows, and what is promised about them."""
-
-    context: ContextRows
-    guarantee: Guarantee
-
-
-class PreparedContextRelease(Protocol):
-    """Everything public is decided; `events` must be charged before `run_rows` touches the context."""
-
-    @property
-    def events(self) -> tuple[Event, ...]: ...
-
-    @property
-    def warnings(self) -> tuple[str, ...]: ...
-
-    def run_rows(
-        self,
-        rows: torch.Tensor,
-        *,
-        groups: torch.Tensor | None = None,
-        entropy: Entropy | None = None,
-    ) -> ContextRelease:
-        """rows: [n, C] private rows of context space; groups: [n] public group of each row."""
-        ...

@@ -14,6 +14,7 @@ alone, so T appends of distinct units cost what one does (parallel composition),
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Sequence
@@ -24,34 +25,25 @@ import torch
 
 from ..config import DPXAttnConfig
 from ..errors import BudgetExceededError, ConfigError, ContextError, DPXAttnError
-from ..privacy.accountant import Event, GaussianEvent
+from ..privacy.accountant import Event
 from ..privacy.bits import Entropy, SystemEntropy
 from ..privacy.continual import ContinualPlan, RunningSum, choose_factors
-from ..privacy.noise import sampling_distance
-from ..privacy.units import NeighboringRelation, public_counts
+from ..privacy.units import NeighboringRelation
 from ..report import Guarantee
-from .anchors.anchors import HistogramSource, PreparedAnchors, ResponseSource, SumSource
-from .anchors.histogram import prepare_gaussian
-from .anchors.mixed import MixedSource
-from .anchors.plan import AnchorPlan, Decoders
-from .base import LayerRelease, LayerSpec, PublicCalibration
-from .context_rows import ContextRelease, ContextRows
-from .growing_sources import (
-    CellSource,
-    Content,
-    KernelSource,
-    LearnedSumSource,
-    Private,
-    Source,
-    State,
-    count_rows,
-    mean_ratio,
-    rows_of,
-    weighted,
+from .base import (
+    Answers,
+    GuaranteeNumbers,
+    Integers,
+    LayerSpec,
+    Mechanism,
+    Released,
+    Summand,
+    guarantee_of,
+    perturb,
 )
-from .kernel_sum.contributions import MAX_ROWS, check_groups
-from .kernel_sum.kernel_sum import PreparedKernelSum
-from .release_attention import prepare_release
+from .inputs import MAX_ROWS, Private, count_units, may_be_empty
+from .kernel_sum.kernel_sum import PublicCalibration
+from .registry import prepare_release
 
 CLOSED = (
     "This growing release takes no more: {why}. What was released serves any number of queries. To go on, open a new one with a longer "
@@ -59,28 +51,27 @@ CLOSED = (
 )
 
 
-class Way(Protocol):
-    """How totals are made and read: by a continual sum, or by answers that stand for themselves."""
+class Totals(Protocol):
+    """How totals over appends are made: by a continual sum, or by answers that stand for themselves."""
+
+    @property
+    def source(self) -> Summand | Answers[Any]:
+        """What is appended, and how a total is decoded."""
+        ...
 
     @property
     def events(self) -> tuple[Event, ...]: ...
 
     @property
-    def numbers(self) -> tuple[float, float, float]:
-        """(clip norm, sensitivity, sigma) for the guarantee's record."""
-        ...
+    def numbers(self) -> GuaranteeNumbers: ...
 
-    def describe(self) -> str: ...
-
-    def run(self, entropy: Entropy) -> Run: ...
-
-    def current(self, state: State) -> Content: ...
+    def start(self, entropy: Entropy) -> Run: ...
 
 
 class Run(Protocol):
     """The private side of one growing release."""
 
-    def add(self, private: Private, groups: torch.Tensor | None) -> tuple[torch.Tensor, float]:
+    def add(self, private: Any, groups: torch.Tensor | None) -> tuple[Integers, float]:
         """The noised total of all appends in lattice units, and the standard deviation of its noise."""
         ...
 
@@ -90,10 +81,10 @@ class Run(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class ContinualWay:
-    """A source's vectors through a continual sum."""
+class ContinualTotals:
+    """A summand's vectors through a continual sum."""
 
-    source: Source
+    source: Summand
     plan: ContinualPlan
 
     @property
@@ -101,80 +92,71 @@ class ContinualWay:
         return (self.plan.event,)
 
     @property
-    def numbers(self) -> tuple[float, float, float]:
-        step = 2.0 ** (self.plan.shift - self.source.exponent)
-        sigma = math.sqrt(self.plan.sigma_squared)
-        return self.source.clip_norm, self.plan.event.sensitivity * step, sigma * step
-
-    def describe(self) -> str:
-        step = 2.0**-self.source.exponent
-        last = self.plan.deviation(self.plan.horizon) * step
-        return (
-            f"{self.source.describe()} is clipped to norm {self.source.clip_norm:.4g}; the running sum leaves with discrete Gaussian "
-            f"noise ({self.plan.factors.name} factorisation) of standard deviation {last:.4g} in its last state"
+    def numbers(self) -> GuaranteeNumbers:
+        source, plan = self.source, self.plan
+        shifted, last = (
+            2.0 ** (plan.shift - source.exponent),
+            plan.deviation(plan.horizon) * 2.0**-source.exponent,
+        )
+        return GuaranteeNumbers(
+            source.clip_norm,
+            plan.event.sensitivity * shifted,
+            math.sqrt(plan.sigma_squared) * shifted,
+            f"{source.describe()} is clipped to norm {source.clip_norm:.4g}; the running sum leaves with discrete Gaussian "
+            f"noise ({plan.factors.name} factorisation) of standard deviation {last:.4g} in its last state",
         )
 
-    def run(self, entropy: Entropy) -> Run:
+    def start(self, entropy: Entropy) -> Run:
         return _SumRun(self.source, RunningSum(self.plan, entropy))
-
-    def current(self, state: State) -> Content:
-        return self.source.current(state)
 
 
 @dataclass(frozen=True, eq=False)
 class _SumRun:
-    source: Source
+    source: Summand
     running: RunningSum
 
-    def add(self, private: Private, groups: torch.Tensor | None) -> tuple[torch.Tensor, float]:
+    def add(self, private: Any, groups: torch.Tensor | None) -> tuple[Integers, float]:
         self.running.check()
-        total = self.running.add(self.source.exact(private, groups))
-        return total, self.running.plan.deviation(self.running.steps)
+        exact = self.source.exact(private, groups)
+        total = self.running.add(torch.cat([t.flatten().cpu() for t in exact]))
+        tensors = total.split([t.numel() for t in exact])
+        shaped = tuple(t.reshape(e.shape) for t, e in zip(tensors, exact, strict=True))
+        return shaped, self.running.plan.deviation(self.running.steps)
 
     def close(self) -> None:
         self.running.close()
 
 
 @dataclass(frozen=True, eq=False)
-class AnswerWay:
-    """k-ary randomised response: the total is the sum of the units' answers. units: how many the decoder's public contexts had."""
+class AnsweredTotals:
+    """The answers of all units so far."""
 
-    source: ResponseSource
-    plan: AnchorPlan
-    decoders: Decoders
-    units: int
-    neighboring: str
+    source: Answers[Any]
 
     @property
     def events(self) -> tuple[Event, ...]:
-        return self.source.events
+        return tuple(event for part in self.source.parts for event in part.events)
 
     @property
-    def numbers(self) -> tuple[float, float, float]:
-        return self.source.numbers
+    def numbers(self) -> GuaranteeNumbers:
+        numbers = self.source.numbers
+        return dataclasses.replace(
+            numbers, clipping=f"{numbers.clipping}; every unit answers once, when it is appended"
+        )
 
-    def describe(self) -> str:
-        return f"{self.source.describe()}; every unit answers once, when it is appended"
-
-    def run(self, entropy: Entropy) -> Run:
-        return _AnswerRun(self, entropy, [])
-
-    def current(self, state: State) -> ContextRows:
-        ratio = mean_ratio(self.units, state.units)
-        return weighted(self.source.decode(state.total * ratio, self.plan, self.decoders), ratio)
+    def start(self, entropy: Entropy) -> Run:
+        return _AnswerRun(self.source, entropy)
 
 
-@dataclass(frozen=True, eq=False)
 class _AnswerRun:
-    way: AnswerWay
-    entropy: Entropy
-    answers: list[torch.Tensor]  # the sum of the appends' released codes; nothing private
+    def __init__(self, source: Answers[Any], entropy: Entropy) -> None:
+        self._source, self._entropy = source, entropy
+        self._total: Integers = ()  # released; nothing private
 
-    def add(self, private: Private, groups: torch.Tensor | None) -> tuple[torch.Tensor, float]:
-        rows = rows_of(private, self.way.plan.center.shape[0], self.way.neighboring)
-        code = self.way.source.code(rows, groups, self.entropy)
-        self.answers[:] = [code + self.answers[0] if self.answers else code]
-        return self.answers[0], 0.0
+    def add(self, private: Any, groups: torch.Tensor | None) -> tuple[Integers, float]:
+        noised = perturb(self._source.exact(private, groups), self._source.parts, self._entropy)
+        self._total = self._source.join(self._total, noised)
+        return self._total, 0.0
 
     def close(self) -> None:
         pass
@@ -184,15 +166,21 @@ class _AnswerRun:
 class PreparedGrowing:
     """A growing release of which everything public is fixed. `events` must be charged, once, before `open`."""
 
-    config: DPXAttnConfig
+    mechanism: Mechanism[Any]
     horizon: int
-    way: Way
-    calibrated: bool
-    warnings: tuple[str, ...] = ()
+    totals: Totals
+
+    @property
+    def config(self) -> DPXAttnConfig:
+        return self.mechanism.config
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return self.mechanism.warnings
 
     @property
     def events(self) -> tuple[Event, ...]:
-        return self.way.events
+        return self.totals.events
 
     def open(self, entropy: Entropy | None = None) -> GrowingRelease:
         """Starts with nothing in it."""
@@ -206,7 +194,7 @@ class GrowingRelease:
         self.prepared = prepared
         self.appends = self.rows = self.units = 0
         self._entropy = entropy
-        self._run = prepared.way.run(entropy)
+        self._run = prepared.totals.start(entropy)
         self._groups: set[int] = set()
         self._closed = False
         self._pid = os.getpid()
@@ -237,22 +225,20 @@ class GrowingRelease:
         """A group number that no append has used."""
         return max(self._groups, default=-1) + 1
 
-    def append(
-        self, private: Private, *, groups: torch.Tensor | None = None
-    ) -> LayerRelease | ContextRelease:
+    def append(self, private: Private, *, groups: torch.Tensor | None = None) -> Released:
         """Adds a batch of whole units, and gives what queries read from now on.
 
         Args:
             private: `LayerRows`, or rows [n, C] of context space, as the mechanism takes them.
-            groups [n]: public, for unit='group'; numbers that no earlier append used.
+            groups: [n] public, for unit='group'; numbers that no earlier append used.
 
         Raises:
             BudgetExceededError: all appends are made, or it was closed. ContextError, ConfigError: bad rows or groups, or a group that an
                 earlier append held. Nothing was released, and the append may be made again.
         """
         self.check()
-        config, n = self.prepared.config, count_rows(private)
-        check_groups(config.unit, n, groups)
+        config = self.prepared.config
+        n = self.prepared.mechanism.count(private, groups, empty=may_be_empty(config.neighboring))
         new = self.check_groups(groups)
         if self.rows + n > MAX_ROWS:
             raise ContextError(f"A growing context has at most {MAX_ROWS} rows; nothing was released.")
@@ -266,18 +252,15 @@ class GrowingRelease:
             raise
         self.appends += 1
         self.rows += n
-        self.units += n if groups is None else len(new)
+        self.units += count_units(config.unit, n, groups)
         self._groups |= new
-        counts = public_counts(config.unit, config.neighboring, self.rows, self.units)
-        state = State(total, deviation, **counts)
+        state = self.prepared.mechanism.state(self.rows, self.units, deviation)
         try:
-            content = self.prepared.way.current(state)
+            content = self.prepared.totals.source.decode(total, state)
         except BaseException:
             self.close()  # made again, the append would enter twice
             raise
-        if isinstance(content, ContextRows):
-            return ContextRelease(content, self.guarantee())
-        return LayerRelease(content, self.guarantee())
+        return Released(content, self.guarantee())
 
     def check_groups(self, groups: torch.Tensor | None) -> set[int]:
         """The groups' numbers. Raises ContextError where an earlier append held one of them."""
@@ -307,89 +290,43 @@ class GrowingRelease:
 
     def guarantee(self) -> Guarantee:
         """What is promised about all states together, up to the horizon."""
-        config = self.prepared.config
+        config, numbers = self.prepared.config, self.prepared.totals.numbers
         counted = config.neighboring == NeighboringRelation.REPLACE_ONE.value
-        clip_norm, sensitivity, sigma = self.prepared.way.numbers
         sizes = ", and the number of its rows," if counted else ""
-        return Guarantee(
-            mechanism=config.mechanism,
-            epsilon=config.epsilon,
-            delta=config.delta,
-            unit=config.unit,
-            neighboring=config.neighboring,
-            **public_counts(config.unit, config.neighboring, self.rows, self.units),
-            clip_norm=clip_norm,
-            sensitivity=sensitivity,
-            sigma=sigma,
-            sampling_distance=sampling_distance(),
+        clipping = (
+            f"a context that grows by at most {self.prepared.horizon} appends; what enters is charged once, for all of them; each "
+            f"{config.unit} enters at one append, whose time{sizes} is public; {numbers.clipping}"
+        )
+        return guarantee_of(
+            config,
+            dataclasses.replace(numbers, clipping=clipping),
+            self.rows,
+            self.units,
             private_noise=self._entropy.private,
-            calibrated=self.prepared.calibrated,
-            clipping=(
-                f"a context that grows by at most {self.prepared.horizon} appends; what enters is charged once, for all of them; each "
-                f"{config.unit} enters at one append, whose time{sizes} is public; {self.prepared.way.describe()}"
-            ),
+            calibrated=self.prepared.mechanism.calibrated,
         )
 
 
-def grow(prepared: Any, horizon: int, *, units: int | None = None) -> PreparedGrowing:
-    """The growing form of a prepared release (`PreparedKernelSum` or `PreparedAnchors`), for at most `horizon` appends.
+def grow(prepared: Mechanism[Any], horizon: int, *, units: int | None = None) -> PreparedGrowing:
+    """The growing form of a prepared release, for at most `horizon` appends.
 
     Args:
+        prepared: a release of a mechanism that can grow.
+        horizon: how many appends there may be.
         units: how many units the public contexts of an `anchors` calibration had (`calibration.units`); its decoder is shown the mean.
 
     Raises:
         ConfigError: a mechanism, unit or plan that cannot grow, or a horizon out of range.
     """
-    if not isinstance(prepared, (PreparedKernelSum, PreparedAnchors)):
-        raise ConfigError(
-            "A context grows with mechanism='kernel_sum' or 'anchors'; 'dptree' and 'none' release once. Change the mechanism, or leave "
-            "out the horizon."
-        )
     config = prepared.config
+    choose_factors(horizon, 1)  # validates the horizon
+    source = prepared.growing(units)
     if config.unit == "context":
         raise ConfigError(
             "A context that grows is not one unit that enters once: use unit='row', or unit='group' with a group for each document."
         )
-    choose_factors(horizon, 1)  # validates the horizon
-    if isinstance(prepared, PreparedKernelSum):
-        if prepared.sketch is not None and config.neighboring != NeighboringRelation.REPLACE_ONE.value:
-            raise ConfigError(
-                "The decoder of a calibrated kernel_sum needs the number of units, which add_or_remove_one keeps private while a context "
-                "grows. Use replace_one, or no calibration."
-            )
-        kernel = KernelSource(prepared)
-        return _continual(config, horizon, kernel, prepared.calibrated, prepared.warnings)
-    source, plan, decoders = prepared.source, prepared.plan, prepared.decoders
-    if isinstance(source, MixedSource):
-        raise ConfigError(
-            "A context that grows cannot be released as 'mixed' (counts beside a sum). Calibrate with releases=('histogram',) or ('sum',)."
-        )
-    if isinstance(source, HistogramSource):
-        counts = prepare_gaussian(
-            config.epsilon,
-            config.delta,
-            cells=source.prepared.cells,
-            unit=config.unit,
-            neighboring=config.neighboring,
-            group_bound=1 if config.unit == "row" else plan.bound,
-        )
-        (event,) = counts.events
-        assert isinstance(event, GaussianEvent)
-        cells = CellSource(counts, event.sensitivity, source.quantizer, decoders)
-        return _continual(config, horizon, cells, True, prepared.warnings)
-    if units is None or units < 1:
-        raise ConfigError("`units` is needed: how many units the calibration's public contexts had.")
-    if isinstance(source, ResponseSource):
-        answers = AnswerWay(source, plan, decoders, units, config.neighboring)
-        return PreparedGrowing(config, horizon, answers, True, prepared.warnings)
-    assert isinstance(source, SumSource)
-    learned = LearnedSumSource(source, plan, decoders, units)
-    return _continual(config, horizon, learned, True, prepared.warnings)
-
-
-def _continual(
-    config: DPXAttnConfig, horizon: int, source: Source, calibrated: bool, notes: tuple[str, ...]
-) -> PreparedGrowing:
+    if isinstance(source, Answers):
+        return PreparedGrowing(prepared, horizon, AnsweredTotals(source))
     plan = ContinualPlan.prepare(
         size=source.size,
         sensitivity=source.sensitivity,
@@ -397,4 +334,4 @@ def _continual(
         epsilon=config.epsilon,
         delta=config.delta,
     )
-    return PreparedGrowing(config, horizon, ContinualWay(source, plan), calibrated, notes)
+    return PreparedGrowing(prepared, horizon, ContinualTotals(source, plan))

@@ -1,10 +1,9 @@
-"""One joint release over all layers and heads: prepare (public), charge (ledger), run (private), attend (public)."""
+"""One attention layer by itself: its private keys and values released once, then any number of queries."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,91 +11,14 @@ import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, ContextError
-from ..privacy.accountant import Event
 from ..privacy.bits import Entropy
 from ..report import Guarantee
-from .base import LayerRelease, LayerSpec, PreparedRelease, PublicCalibration
-from .dptree.dptree import prepare_dptree
+from .base import LayerSpec
 from .groups import NO_GROUPS, as_groups
-from .kernel_sum.kernel_sum import prepare_kernel_sum
-from .structure import AttentionStructure, ExactStructure, stack
-
-
-@dataclass(frozen=True)
-class PreparedExact:
-    """`mechanism="none"`: the same path, without a release. NOT private."""
-
-    config: DPXAttnConfig
-    specs: tuple[LayerSpec, ...]
-    events: tuple[Event, ...] = ()
-    warnings: tuple[str, ...] = ("mechanism='none' is exact attention: NOT private.",)
-
-    def run(
-        self,
-        keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
-        *,
-        groups: torch.Tensor | None = None,
-        entropy: Entropy | None = None,
-    ) -> LayerRelease:
-        n = keys[0].shape[-2] if keys else 0
-        if n == 0:
-            raise ContextError("The context has no rows (n = 0).")
-        if not all(bool(torch.isfinite(t).all()) for t in (*keys, *values)):
-            raise ContextError("The context's keys or values hold NaN or Inf.")
-        structures = tuple(
-            ExactStructure(k.unsqueeze(0), v.unsqueeze(0), spec.scale)
-            for k, v, spec in zip(keys, values, self.specs, strict=True)
-        )
-        guarantee = Guarantee(
-            mechanism="none",
-            epsilon=math.inf,
-            delta=self.config.delta,
-            unit=self.config.unit,
-            neighboring=self.config.neighboring,
-            rows=n,
-            units=n,
-            clip_norm=math.inf,
-            sensitivity=math.inf,
-            sigma=0.0,
-            sampling_distance=0.0,
-            private_noise=False,
-            calibrated=False,
-        )
-        return LayerRelease(structures, guarantee)
-
-
-def prepare_exact(
-    config: DPXAttnConfig, specs: Sequence[LayerSpec], calibration: PublicCalibration | None
-) -> PreparedExact:
-    """`mechanism="none"` needs nothing of a calibration."""
-    return PreparedExact(config, tuple(specs))
-
-
-PREPARE: dict[
-    str, Callable[[DPXAttnConfig, Sequence[LayerSpec], PublicCalibration | None], PreparedRelease]
-] = {
-    "dptree": prepare_dptree,
-    "kernel_sum": prepare_kernel_sum,
-    "none": prepare_exact,
-}
-
-
-def prepare_release(
-    config: DPXAttnConfig, specs: Sequence[LayerSpec], calibration: PublicCalibration | None = None
-) -> PreparedRelease:
-    """Decides everything public about a joint release over the layers `specs`.
-
-    Raises:
-        ConfigError: the calibration does not fit the layers, unit or features.
-    """
-    if not specs:
-        raise ConfigError("A release needs at least one layer.")
-    if config.mechanism not in PREPARE:
-        raise ConfigError(
-            f"mechanism={config.mechanism!r} does not release keys and values; choose one of {', '.join(PREPARE)}."
-        )
-    return PREPARE[config.mechanism](config, specs, calibration)
+from .inputs import LayerRows
+from .kernel_sum.kernel_sum import PublicCalibration
+from .registry import prepare_release
+from .structure import AttentionStructure, stack
 
 
 @dataclass(frozen=True)
@@ -172,7 +94,9 @@ def release_attention(
     for message in prepared.warnings:
         warnings.warn(message, stacklevel=2)
     releases = [
-        prepared.run([key[b]], [value[b]], groups=None if groups is None else groups[b], entropy=entropy)
+        prepared.run(
+            LayerRows([key[b]], [value[b]]), groups=None if groups is None else groups[b], entropy=entropy
+        )
         for b in range(batch)
     ]
     return ReleasedAttention(stack([r.structures[0] for r in releases]), tuple(r.guarantee for r in releases))

@@ -11,6 +11,7 @@ by IEEE 754 whatever the vector width, so a row's integers depend on that row al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +21,13 @@ from ..errors import ConfigError
 EXACT_LIMIT = 2**53
 ENTRY_BITS = 19  # |integer entries of a contribution's two factors| <= 2^19, their products <= 2^38
 ENTRY_LIMIT = 2**ENTRY_BITS
+BOUND_BITS = 34  # a clipping bound is an integer of about 34 bits: products of two factors have up to 38
 ROWS_PER_CHUNK: int = 2 ** (52 - 2 * ENTRY_BITS)  # 16384 products of 2^38 sum to 2^52 < 2^53
+
+
+def lattice_exponent(clip_norm: float) -> int:
+    """F such that clip_norm * 2^F has BOUND_BITS bits."""
+    return BOUND_BITS - 1 - math.floor(math.log2(clip_norm))
 
 
 def power_of_two(exponents: Sequence[int], device: torch.device | None = None) -> torch.Tensor:

@@ -17,6 +17,7 @@ from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ..errors import ConfigError
 from .accountant import PureEvent
@@ -84,3 +85,7 @@ class RandomizedResponse:
         # below W: the truth; else the (u - W) // D -th of the other symbols, in their order after c (cyclic)
         other = (symbols + 1 + np.maximum(u - self.odds, 0) // _UNIT) % self.alphabet
         return np.where(u < self.odds, symbols, other).astype(np.int64)
+
+    def perturb(self, integers: torch.Tensor, entropy: Entropy) -> torch.Tensor:
+        """int64 [G] symbols, on any device -> answers (CPU)."""
+        return torch.from_numpy(self.draw(integers.cpu().numpy(), entropy))

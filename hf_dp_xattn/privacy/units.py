@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from ..errors import ConfigError
+
 
 class Unit(StrEnum):
     """What one neighbouring step changes."""
@@ -43,3 +45,14 @@ def sensitivity_factor(neighboring: NeighboringRelation | str) -> int:
         ValueError: unknown relation.
     """
     return 2 if NeighboringRelation(neighboring) is NeighboringRelation.REPLACE_ONE else 1
+
+
+def unit_and_relation(unit: str, neighboring: str) -> tuple[Unit, NeighboringRelation]:
+    """Raises ConfigError for an unknown unit or neighbouring relation."""
+    try:
+        return Unit(unit), NeighboringRelation(neighboring)
+    except ValueError:
+        raise ConfigError(
+            f"Unknown unit {unit!r} or neighboring {neighboring!r}; units: {', '.join(Unit)}; relations: "
+            f"{', '.join(NeighboringRelation)}."
+        ) from None

@@ -11,23 +11,22 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-import torch
 
 from hf_dp_xattn import DPXAttnConfig
-from hf_dp_xattn.audit.empirical import again_with, audit_releases, targets
-from hf_dp_xattn.audit.laws import DPTreeLaw, TruncatedLaplaceNoise
+from hf_dp_xattn.audit.empirical import audit_releases, preparer, targets
 from hf_dp_xattn.audit.report import PASS, Check
 from hf_dp_xattn.audit.settings import SMALLER
 from hf_dp_xattn.mechanisms.anchors import anchors as anchors_release
 from hf_dp_xattn.mechanisms.anchors import histogram, row_sum
-from hf_dp_xattn.mechanisms.anchors.anchors import prepare_anchors
-from hf_dp_xattn.mechanisms.anchors.histogram import GeometricNoise
+from hf_dp_xattn.mechanisms.anchors.anchors import PreparedAnchors, prepare_anchors
 from hf_dp_xattn.mechanisms.anchors.mixed import MixedSource
-from hf_dp_xattn.mechanisms.base import LayerSpec
-from hf_dp_xattn.mechanisms.dptree import budget as dptree_budget
+from hf_dp_xattn.mechanisms.base import Integers, LayerSpec, perturb
 from hf_dp_xattn.mechanisms.dptree import tree_moments as dptree_moments
+from hf_dp_xattn.mechanisms.dptree.budget import BudgetSplit
+from hf_dp_xattn.mechanisms.dptree.dptree import PreparedDPTree
 from hf_dp_xattn.mechanisms.kernel_sum import kernel_sum
-from hf_dp_xattn.mechanisms.release_attention import prepare_release
+from hf_dp_xattn.mechanisms.registry import prepare_release
+from hf_dp_xattn.privacy.additive import GeometricNoise, TruncatedLaplaceNoise
 from hf_dp_xattn.privacy.bits import SeededEntropy
 from hf_dp_xattn.privacy.response import RandomizedResponse
 
@@ -54,7 +53,7 @@ def run(
     smaller: tuple[float, ...] = SMALLER,
     draws: int = 20_000,
 ) -> dict[str, Check]:
-    made = again or again_with(prepared, SPECS, None)
+    made = again or preparer(prepared, SPECS, None)
     found = targets(prepared, config, made, smaller)
     checks, bounds = audit_releases(found, draws=draws, confidence=CONFIDENCE, entropy=SeededEntropy(5))
     assert all(b.low <= b.ceiling for b in bounds)
@@ -92,7 +91,7 @@ def test_at_the_right_noise_nothing_is_found(kind: str, unit: str, neighboring: 
 def test_it_has_power(kind: str) -> None:
     """A third of the claim is seen at least at one epsilon; a bound near 0 everywhere would pass any release."""
     prepared, config = prepare(kind)
-    found = targets(prepared, config, again_with(prepared, SPECS, None), SMALLER)
+    found = targets(prepared, config, preparer(prepared, SPECS, None), SMALLER)
     _, bounds = audit_releases(found, draws=20_000, confidence=CONFIDENCE, entropy=SeededEntropy(5))
     assert max(b.low / b.claimed for b in bounds) > 0.4
     assert all(0.99 < b.gap <= 1.0 for b in bounds)
@@ -127,7 +126,7 @@ def _half_sum(prepared: Any) -> Any:
 @pytest.mark.parametrize("kind", [*ANCHORS, "kernel_sum"])
 def test_half_the_noise_is_caught(kind: str) -> None:
     prepared, config = prepare(kind)
-    sound = again_with(prepared, SPECS, None)
+    sound = preparer(prepared, SPECS, None)
     checks = run(half_the_noise(prepared), config, again=lambda c: half_the_noise(sound(c)))
     failed = [name for name, check in checks.items() if check.failed]
     assert any(name.startswith("empirical") for name in failed)
@@ -156,27 +155,28 @@ def test_twice_the_sensitivity_is_caught(kind: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(row_sum, "clipped_rows", twice(row_sum.clipped_rows))
     exact = histogram.PreparedHistogram.exact_sums
     monkeypatch.setattr(histogram.PreparedHistogram, "exact_sums", twice(exact))
-    monkeypatch.setattr("hf_dp_xattn.audit.laws.sum_rows", twice(kernel_sum.sum_rows))
+    monkeypatch.setattr(kernel_sum, "sum_rows", twice(kernel_sum.sum_rows))
     checks = run(*prepare(kind))
     assert checks["sensitivity"].failed
     assert any(check.failed for name, check in checks.items() if name.startswith("empirical"))
 
 
+Planted = Callable[[Any, Integers, Any], Integers]
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, cls: Any, planted: Planted) -> None:
+    """Another noise in releases of this mechanism; `parts` and events say what they said."""
+    monkeypatch.setattr(cls, "noise", planted)
+
+
 def test_a_release_that_answers_twice_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """It draws more than the law reads."""
-    draw = RandomizedResponse.draw
-    monkeypatch.setattr(
-        anchors_release.ResponseSource,
-        "code",
-        lambda self, rows, groups, entropy: (
-            sum(
-                draw(self.response, cells.numpy(), entropy)[0] * 1.0
-                + draw(self.response, cells.numpy(), entropy)[0]
-                for cells in self.cells(rows, groups)
-            )
-            * torch.ones(self.codes.shape[-1])
-        ),
-    )
+
+    def planted(self: Any, exact: Integers, entropy: Any) -> Integers:
+        perturb(exact, self.parts, entropy)
+        return perturb(exact, self.parts, entropy)
+
+    plant(monkeypatch, PreparedAnchors, planted)
     assert run(*prepare("response"), smaller=())["replay"].failed
 
 
@@ -186,23 +186,20 @@ def test_another_noise_in_the_release_itself_is_caught(
     bug: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The parameters are right, the release does not use them: the replay sees it, whatever the number of draws."""
-    module = kernel_sum if kind == "kernel_sum" else row_sum
-    noise = module.discrete_gaussian
 
-    def planted(shape: Any, sigma_squared: Any, *, entropy: Any) -> Any:
+    def planted(self: Any, exact: Integers, entropy: Any) -> Integers:
         if bug == "half the noise":
-            return noise(shape, Fraction(sigma_squared) / 4, entropy=entropy)
-        found = noise(shape, sigma_squared, entropy=entropy)
-        return 0 * found if bug == "no noise" else 2 * found
+            return perturb(exact, half_the_noise(self).parts, entropy)
+        noised = perturb(exact, self.parts, entropy)
+        factor = 0 if bug == "no noise" else 2
+        return tuple(t + factor * (y - t) for t, y in zip(exact, noised, strict=True))
 
-    monkeypatch.setattr(module, "discrete_gaussian", planted)
+    plant(monkeypatch, kernel_sum.PreparedKernelSum if kind == "kernel_sum" else PreparedAnchors, planted)
     assert run(*prepare(kind), smaller=())["replay"].failed
 
 
 def test_counts_without_noise_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        histogram.PreparedHistogram, "release", lambda self, cells, *, entropy: self.exact_sums(cells)
-    )
+    plant(monkeypatch, PreparedAnchors, lambda self, exact, entropy: exact)
     assert run(*prepare("histogram"), smaller=())["replay"].failed
 
 
@@ -225,24 +222,16 @@ def one_tree_each() -> tuple[Any, DPXAttnConfig]:
 
 def laplace_of(share: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise of a part of the scale, in the release and in its law; the event says what it said."""
-    noise = dptree_budget.BudgetSplit._noise
 
-    def planted(self: Any, shape: Any, entropy: Any) -> Any:
-        event = dataclasses.replace(self.event, scale=Fraction(self.event.scale) / share)
-        return noise(dataclasses.replace(self, event=event), shape, entropy)
+    def noise(self: BudgetSplit) -> TruncatedLaplaceNoise:
+        return TruncatedLaplaceNoise(Fraction(self.event.scale) / share, self.event.bound)
 
-    monkeypatch.setattr(dptree_budget.BudgetSplit, "_noise", planted)
-
-    def law(self: Any) -> TruncatedLaplaceNoise:
-        event = self.prepared.split.event
-        return TruncatedLaplaceNoise(Fraction(event.scale) / share, event.bound)
-
-    monkeypatch.setattr(DPTreeLaw, "noise", property(law))
+    monkeypatch.setattr(BudgetSplit, "noise", property(noise))
 
 
 def test_trees_have_power() -> None:
     prepared, config = one_tree_each()
-    found = targets(prepared, config, again_with(prepared, SPECS, None), ())
+    found = targets(prepared, config, preparer(prepared, SPECS, None), ())
     _, bounds = audit_releases(found, draws=DRAWS, confidence=CONFIDENCE, entropy=SeededEntropy(5))
     assert bounds[0].low / bounds[0].claimed > 0.4
     assert 0.7 < bounds[0].gap <= 1.0
@@ -262,11 +251,11 @@ def test_twice_the_sensitivity_of_trees_is_caught(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("share", [0, 2], ids=["no noise", "half the noise"])
 def test_another_noise_on_trees_themselves_is_caught(share: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    noise = dptree_budget.truncated_laplace
+    def planted(self: Any, exact: Integers, entropy: Any) -> Integers:
+        noise = self.split.noise
+        smaller = dataclasses.replace(noise, scale=Fraction(noise.scale) / max(1, share))
+        noised = tuple(smaller.perturb(t, entropy) for t in exact)
+        return noised if share else exact
 
-    def planted(shape: Any, scale: Any, bound: int, *, entropy: Any) -> Any:
-        found = noise(shape, Fraction(scale) / max(1, share), bound, entropy=entropy)
-        return found if share else 0 * found
-
-    monkeypatch.setattr(dptree_budget, "truncated_laplace", planted)
+    plant(monkeypatch, PreparedDPTree, planted)
     assert run(*one_tree_each(), smaller=())["replay"].failed

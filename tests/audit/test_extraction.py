@@ -9,7 +9,7 @@ import torch
 
 from hf_dp_xattn import ConfigError, DPXAttnConfig
 from hf_dp_xattn.audit.extraction import extract, play, verdict
-from hf_dp_xattn.audit.laws import AnchorsLaw, Context
+from hf_dp_xattn.audit.laws import Context, Law
 from hf_dp_xattn.audit.report import FAIL, PASS
 from hf_dp_xattn.mechanisms.anchors.anchors import prepare_anchors
 from hf_dp_xattn.privacy.bits import SeededEntropy
@@ -24,12 +24,12 @@ TOLERANCE = math.sqrt(math.log(2e6) / (2 * TRIALS))
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-def law(kind: str, epsilon: float) -> tuple[AnchorsLaw, DPXAttnConfig]:
+def law(kind: str, epsilon: float) -> tuple[Law, DPXAttnConfig]:
     config = DPXAttnConfig(mechanism="anchors", epsilon=epsilon)
-    return AnchorsLaw(prepare_anchors(config, [plan(kind)], decoders(kind))), config
+    return Law(prepare_anchors(config, [plan(kind)], decoders(kind))), config
 
 
-def rows_in_different_cells(found: AnchorsLaw, count: int) -> list[Context]:
+def rows_in_different_cells(found: Law, count: int) -> list[Context]:
     contexts: dict[int, Context] = {}
     for seed in range(2000):
         row = Context(torch.randn(1, CHANNELS, generator=gen(seed)) * 3)
@@ -58,8 +58,8 @@ def test_gaussian_noise_is_read_as_well_as_can_be() -> None:
     found, config = law("sum", 4.0)
     contexts = [Context(torch.randn(1, CHANNELS, generator=gen(seed))) for seed in (0, 1)]
     views = found.views(contexts)
-    distance = views.gap(0, 1) * found.prepared.source.numbers[1]
-    expected = 0.5 * math.erfc(-distance / (2 * found.prepared.source.numbers[2]) / math.sqrt(2))
+    distance = views.gap(0, 1) * found.prepared.source.numbers.sensitivity
+    expected = 0.5 * math.erfc(-distance / (2 * found.prepared.source.numbers.sigma) / math.sqrt(2))
     result = play(found, contexts, config, units=1, trials=TRIALS, entropy=SeededEntropy(2))
     assert 0.55 < expected < 0.99
     assert result.rate == pytest.approx(expected, abs=TOLERANCE)

@@ -16,8 +16,9 @@ from hf_dp_xattn.config import DPXAttnConfig
 from hf_dp_xattn.errors import ConfigError
 from hf_dp_xattn.mechanisms.base import LayerSpec
 from hf_dp_xattn.mechanisms.dptree import DPTreeSoftmax
+from hf_dp_xattn.mechanisms.inputs import LayerRows
 from hf_dp_xattn.mechanisms.kernel_sum.features import TaylorFeatures
-from hf_dp_xattn.mechanisms.release_attention import prepare_release
+from hf_dp_xattn.mechanisms.registry import prepare_release
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -164,7 +165,7 @@ def test_kernel_sums_against_an_adaptive_adversary(degree: int) -> None:
     )
     found = []
     for seed in range(3):
-        noised = prepared.run([key], [value], entropy=SeededEntropy(seed)).structures[0]
+        noised = prepared.run(LayerRows([key], [value]), entropy=SeededEntropy(seed)).structures[0]
         assert isinstance(noised, kernel_sum.KernelSumStructure)
         difference = noised.sums - truth.sums
 

@@ -14,10 +14,11 @@ from hf_dp_xattn.calibration.calibration import Calibration
 from hf_dp_xattn.config import DPXAttnConfig
 from hf_dp_xattn.errors import ConfigError
 from hf_dp_xattn.mechanisms.base import LayerSpec
+from hf_dp_xattn.mechanisms.inputs import LayerRows
 from hf_dp_xattn.mechanisms.kernel_sum.contributions import unit_rows
 from hf_dp_xattn.mechanisms.kernel_sum.kernel_sum import PreparedKernelSum
 from hf_dp_xattn.mechanisms.kernel_sum.sketch import clip_sketch, sketch_units, sum_sketch
-from hf_dp_xattn.mechanisms.release_attention import prepare_release
+from hf_dp_xattn.mechanisms.registry import prepare_release
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from ..sealed import write_sealed
@@ -35,7 +36,7 @@ def fvu(config: DPXAttnConfig, calibration: Calibration | None, contexts: int = 
     exacts: list[torch.Tensor] = []
     for i, x in enumerate(MODEL.contexts(contexts, seed=99)):
         keys, values = MODEL.rows(x)
-        released = prepared.run(keys, values, entropy=SeededEntropy(i))
+        released = prepared.run(LayerRows(keys, values), entropy=SeededEntropy(i))
         pairs = list(zip(released.structures, MODEL.queries, keys, values, MODEL.specs, strict=True))
         outs.append(torch.cat([s.attend(q[None])[0].flatten() for s, q, *_ in pairs]))
         exacts.append(
@@ -87,7 +88,11 @@ def test_groups() -> None:
     groups = torch.arange(ROWS) // 5
     calibration = MODEL.calibrate(config, count=80, groups=groups)
     keys, values = MODEL.rows(MODEL.contexts(1, seed=5)[0])
-    guarantee = prepare_release(config, MODEL.specs, calibration).run(keys, values, groups=groups).guarantee
+    guarantee = (
+        prepare_release(config, MODEL.specs, calibration)
+        .run(LayerRows(keys, values), groups=groups)
+        .guarantee
+    )
     assert guarantee.units == 4 and guarantee.is_private and "group" in guarantee.sentence()
 
 
@@ -175,7 +180,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     keys, values = MODEL.rows(MODEL.contexts(1, seed=3)[0])
     outs = [
         prepare_release(CONFIG, MODEL.specs, c)
-        .run(keys, values, entropy=SeededEntropy(0))
+        .run(LayerRows(keys, values), entropy=SeededEntropy(0))
         .structures[0]
         .attend(MODEL.queries[0][None])
         for c in (CALIBRATION, loaded)

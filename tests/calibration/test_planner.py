@@ -139,7 +139,7 @@ def test_rows_are_never_more_than_predicted(release: str, unit: str) -> None:
     assert seconds is not None and 0 < seconds < 10 and "measured now" in str(found)
     prepared = c.prepare(dpx.DPXAttnConfig(mechanism="anchors", epsilon=4.0, unit=unit))
     groups = torch.arange(9) if unit == "group" else None
-    released = prepared.run_rows(torch.randn(9, c.channels), groups=groups, entropy=SeededEntropy(0))
+    released = prepared.run(torch.randn(9, c.channels), groups=groups, entropy=SeededEntropy(0))
     assert len(released.context.rows) <= found.points[0].rows
 
 

@@ -58,12 +58,12 @@ def test_seeded_noise_is_caught_and_labelled(private: Any) -> None:
 
 def test_a_torch_seeded_sampler_would_be_caught(private: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: floating-point noise from torch's generator in place of the lattice."""
-    from hf_dp_xattn.mechanisms.kernel_sum import kernel_sum
+    from hf_dp_xattn.privacy import additive
 
     def planted(shape: Any, sigma_squared: Any, *, entropy: Any) -> np.ndarray:
         return (torch.randn(shape) * float(sigma_squared) ** 0.5).round().to(torch.int64).numpy()
 
-    monkeypatch.setattr(kernel_sum, "discrete_gaussian", planted)
+    monkeypatch.setattr(additive, "discrete_gaussian", planted)
     with pytest.raises(AssertionError):
         check_unpredictable(None, private)
 
@@ -231,12 +231,12 @@ def test_no_unit_is_projected_beside_another(
     labels = torch.tensor([2, 0, 0, 1, 2, 2, 1, 0, 3])
     groups = labels if unit == "group" else None
     units = [labels == g for g in range(4)] if unit == "group" else [torch.arange(9) == i for i in range(9)]
-    before = recipe.given(rows, groups)
+    before = recipe.private(rows, groups)
     for mine in units:
         other = rows.clone()
         other[mine] = 1e8 * torch.randn(int(mine.sum()), channels, generator=gen)
-        less = recipe.given(rows[~mine], None if groups is None else groups[~mine])
-        after = recipe.given(other, groups)
+        less = recipe.private(rows[~mine], None if groups is None else groups[~mine])
+        after = recipe.private(other, groups)
         for side in ("keys", "values"):
             triples = zip(*(getattr(found, side) for found in (before, after, less)), strict=True)
             for want, replaced, removed in triples:

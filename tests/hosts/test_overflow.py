@@ -208,10 +208,10 @@ def test_the_one_way_in(dtype: torch.dtype) -> None:
     """Whatever a cast, an encoder or a projection made of a row: finite, and of ordinary numbers unchanged."""
     rows = torch.tensor([[torch.nan, torch.inf, -torch.inf, 1.5] * (CHANNELS // 4)], dtype=DOUBLE)
     ends = torch.finfo(SINGLE)
-    found = ContextRecipe(None).given(rows.to(dtype), None)  # type: ignore[arg-type]
+    found = ContextRecipe(None).private(rows.to(dtype), None)  # type: ignore[arg-type]
     assert torch.equal(found[0, :4], torch.tensor([0.0, ends.max, ends.min, 1.5]))
     with protect("unet", dtype, "none") as handle:
         recipe = handle._maker.prepare(handle._current_fingerprint())
         assert isinstance(recipe, LayerRecipe)
-        given = recipe.given(rows, None)
+        given = recipe.private(rows, None)
         assert all(bool(t.isfinite().all()) for t in (*given.keys, *given.values))

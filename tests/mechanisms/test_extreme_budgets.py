@@ -15,7 +15,7 @@ from hf_dp_xattn.errors import ConfigError
 from hf_dp_xattn.mechanisms.anchors.histogram import prepare_geometric
 from hf_dp_xattn.mechanisms.anchors.row_sum import RowSum
 from hf_dp_xattn.mechanisms.base import LayerSpec
-from hf_dp_xattn.mechanisms.release_attention import prepare_release
+from hf_dp_xattn.mechanisms.registry import prepare_release
 from hf_dp_xattn.privacy.accountant import epsilon_of
 from hf_dp_xattn.privacy.response import RandomizedResponse
 

@@ -10,8 +10,10 @@ import hf_dp_xattn.mechanisms.kernel_sum.kernel_sum as kernel_sum
 from hf_dp_xattn.config import DPXAttnConfig
 from hf_dp_xattn.errors import ConfigError, ContextError
 from hf_dp_xattn.mechanisms.base import LayerSpec
+from hf_dp_xattn.mechanisms.inputs import LayerRows
 from hf_dp_xattn.mechanisms.kernel_sum.features import attention_relative_error, taylor_relative_error
-from hf_dp_xattn.mechanisms.release_attention import prepare_release, release_attention
+from hf_dp_xattn.mechanisms.registry import prepare_release
+from hf_dp_xattn.mechanisms.release_attention import release_attention
 from hf_dp_xattn.mechanisms.structure import ExactStructure, KernelSumStructure, stack
 from hf_dp_xattn.privacy.accountant import epsilon_of
 from hf_dp_xattn.privacy.bits import SeededEntropy
@@ -79,7 +81,7 @@ def test_structure_equals_the_naive_twin(unit: str, degree: int) -> None:
 
     prepared = prepare_release(config, [Spec("layer", 2, 4, 3, geometry.scale)])
     assert isinstance(prepared, kernel_sum.PreparedKernelSum)
-    released = prepared.run([key], [value], groups=groups).structures[0]
+    released = prepared.run(LayerRows([key], [value]), groups=groups).structures[0]
     assert isinstance(released, KernelSumStructure)
     sums = naive_sum([geometry], degree, [key], [value], prepared.clip_norm, units)[0]
     query = torch.randn(2, 6, 4, generator=gen)

@@ -12,10 +12,11 @@ from tqdm.auto import tqdm
 
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
-from ...mechanisms.anchors.anchors import HistogramSource, prepare_source
+from ...mechanisms.anchors.anchors import prepare_source
 from ...mechanisms.anchors.plan import NOT_JUDGED, AnchorPlan, Decoders
 from ...mechanisms.anchors.row_sum import RowSum
 from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
+from ...mechanisms.anchors.sources import HistogramSource
 from ...privacy.response import RandomizedResponse
 from ...privacy.units import NeighboringRelation
 from ..public_data import PublicData

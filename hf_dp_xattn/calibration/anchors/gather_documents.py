@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ...errors import ConfigError
-from ...mechanisms.anchors.anchors import pool
+from ...mechanisms.anchors.sources import pool
 from .documents_fit import Documents
 from .kmeans import kmeans
 from .objective import LayerProbe

@@ -54,5 +54,7 @@ def simulate(
     out = []
     for i in range(len(contexts)):
         rows = contexts.units[i][contexts.mask[i]].float()
-        out.append(prepared.run_rows(rows, entropy=SeededEntropy(seed * 1_000_003 + i)).context)
+        released = prepared.run(rows, entropy=SeededEntropy(seed * 1_000_003 + i))
+        assert released.context is not None
+        out.append(released.context)
     return out

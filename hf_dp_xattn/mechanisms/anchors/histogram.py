@@ -28,71 +28,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from ...errors import ConfigError, ContextError, DPXAttnError
 from ...privacy.accountant import Event, GaussianEvent, PureEvent
-from ...privacy.bits import Entropy, SystemEntropy
+from ...privacy.additive import GaussianNoise, GeometricNoise
 from ...privacy.clipping import clip_factor
-from ...privacy.noise import MAX_SCALE, discrete_gaussian, discrete_geometric
+from ...privacy.noise import MAX_SCALE
 from ...privacy.split import gaussian_sigma_squared_beside
-from ...privacy.units import NeighboringRelation, Unit
-from ..kernel_sum.contributions import MAX_ROWS, check_groups
-from .quantizer import unit_and_relation
+from ...privacy.units import NeighboringRelation, Unit, unit_and_relation
+from ..inputs import MAX_ROWS, check_groups, units_of_rows
 
 MAX_CELLS = 2**24
 _BOUND_BITS = 26
-_SAMPLER_RATE = 8  # the sampler's scales are at least 1/8
 _MAX_RATE = 64  # larger rates are lowered to this (more noise than epsilon asks for): P(Z != 0) < 2^-90
-
-
-def _one_sided(size: int, rate: Fraction, entropy: Entropy) -> np.ndarray:
-    """P(j) ~ exp(-rate j), j >= 0. The smallest of s samples of rate/s: P(min >= j) = exp(-j rate / s)^s."""
-    parts = math.ceil(rate / _SAMPLER_RATE)
-    draws = [discrete_geometric(size, parts / rate, entropy=entropy) for _ in range(parts)]
-    least: npt.NDArray[np.int64] = np.minimum.reduce(draws)
-    return least
-
-
-@dataclass(frozen=True)
-class GeometricNoise:
-    """P(z) ~ exp(-rate_plus z) for z >= 0, exp(-rate_minus |z|) for z < 0; rates per lattice step, exact."""
-
-    rate_plus: Fraction
-    rate_minus: Fraction
-
-    def sample(self, size: int, entropy: Entropy) -> torch.Tensor:
-        """int64 [size]."""
-        return torch.from_numpy(
-            _one_sided(size, self.rate_plus, entropy) - _one_sided(size, self.rate_minus, entropy)
-        )
-
-    def log_weight(self, z: torch.Tensor) -> torch.Tensor:
-        """log P(z) up to a constant, float64; z in lattice steps."""
-        steps = z.to(torch.float64)
-        return -float(self.rate_plus) * steps.clamp_min(0.0) + float(self.rate_minus) * steps.clamp_max(0.0)
-
-
-@dataclass(frozen=True)
-class GaussianNoise:
-    """P(z) ~ exp(-z^2 / (2 sigma_squared)), in lattice steps."""
-
-    sigma_squared: int | Fraction
-
-    def sample(self, size: int, entropy: Entropy) -> torch.Tensor:
-        """int64 [size]."""
-        return torch.from_numpy(discrete_gaussian(size, self.sigma_squared, entropy=entropy))
-
-    def log_weight(self, z: torch.Tensor) -> torch.Tensor:
-        """log P(z) up to a constant, float64; z in lattice steps."""
-        return z.to(torch.float64).square() * (-0.5 / float(self.sigma_squared))
 
 
 @dataclass(frozen=True)
 class PreparedHistogram:
-    """A histogram release of which everything public is fixed. `events` must be charged before `release`.
+    """A histogram release of which everything public is fixed. `events` must be charged before `exact_sums` get noise and leave.
 
     cells: m. exponent: counts live on the lattice 2^-exponent. bound: B, in lattice steps.
     """
@@ -105,21 +59,6 @@ class PreparedHistogram:
     noise: GeometricNoise | GaussianNoise
     events: tuple[Event, ...]
 
-    def release(
-        self, cells: torch.Tensor, *, groups: torch.Tensor | None = None, entropy: Entropy | None = None
-    ) -> torch.Tensor:
-        """Noised counts, int64 [m] in lattice steps; may be negative. All that is made from them is post-processing.
-
-        Args:
-            cells: int64 [n], each row's cell (`RowQuantizer.cells`). groups [n]: public, for unit='group' only.
-
-        Raises:
-            ConfigError, ContextError: bad cells or groups; nothing is released.
-        """
-        total = self.exact_sums(cells, groups)
-        noise = self.noise.sample(self.cells, SystemEntropy() if entropy is None else entropy)
-        return total + noise.to(total.device)
-
     def counts(self, released: torch.Tensor, *, nonnegative: bool = False) -> torch.Tensor:
         """Post-processing: released integers as float64 numbers of rows, optionally max(0, .)."""
         values = released.to(torch.float64) * 2.0**-self.exponent
@@ -130,10 +69,9 @@ class PreparedHistogram:
         self._check(cells, groups)
         if self.unit is Unit.ROW:
             return torch.bincount(cells, minlength=self.cells) << self.exponent
-        if groups is None:
-            units = torch.zeros_like(cells)
-        else:
-            units = torch.unique(groups.to(cells.device), return_inverse=True)[1]
+        owner = units_of_rows(self.unit.value, len(cells), groups)
+        assert owner is not None  # not rows
+        units = owner.to(cells.device)
         pairs, counts = torch.unique(units * self.cells + cells, return_counts=True)
         owner, cell = pairs // self.cells, pairs % self.cells
         clipped = self._clip(counts, owner)

@@ -19,21 +19,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import NoReturn
 
 import torch
 
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
-from ...privacy.accountant import Event
-from ...privacy.bits import Entropy
+from ...privacy.additive import GaussianNoise
 from ...privacy.units import NeighboringRelation, Unit
+from ..base import GuaranteeNumbers, Integers, Part
 from ..context_rows import ContextRows
 from .plan import AnchorPlan, Decoders
 from .row_sum import PreparedRowSum, RowSum
-
-if TYPE_CHECKING:
-    from .anchors import HistogramSource
+from .sources import HistogramSource, Source
 
 HISTOGRAM_SHARE = Fraction(3, 4)  # of epsilon; the sum gets the rest, and all of delta
 
@@ -53,20 +51,24 @@ def check_mixed(config: DPXAttnConfig) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class MixedSource:
+class MixedSource(Source):
     """Counts [m], then the noised sum [K], then the public number of rows: one code of m + K + 1 numbers."""
 
     histogram: HistogramSource
     sum: PreparedRowSum
+    unit: str = Unit.ROW.value
 
     @property
-    def events(self) -> tuple[Event, ...]:
-        return self.histogram.events + self.sum.events
+    def parts(self) -> tuple[Part, ...]:
+        return (*self.histogram.parts, Part(GaussianNoise(self.sum.sigma_squared), self.sum.events, 1))
 
-    def code(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy) -> torch.Tensor:
-        counts = self.histogram.code(rows, groups, entropy)
-        total = self.sum.release(rows, entropy=entropy)
-        return torch.cat([counts, total, total.new_tensor([float(len(rows))])])
+    def exact(self, rows: torch.Tensor, groups: torch.Tensor | None) -> Integers:
+        return (*self.histogram.exact(rows, groups), self.sum.exact_sums(rows))
+
+    def code(self, noised: Integers, rows: int | None) -> torch.Tensor:
+        assert rows is not None  # replace_one
+        total = self.sum.real(noised[1])
+        return torch.cat([self.histogram.code(noised[:1], rows), total, total.new_tensor([float(rows)])])
 
     def decode(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
         if decoders.cells is None or decoders.move is None:
@@ -80,18 +82,29 @@ class MixedSource:
         shift = decoders.move.shift(total / n, weights, self.sum.sigma / float(n))
         return ContextRows(context.rows + shift, context.log_weights)
 
-    def describe(self) -> str:
-        return (
-            f"{self.histogram.describe()}, at {HISTOGRAM_SHARE} of epsilon; and each row is mapped by a public map into the unit ball of "
-            f"R^{self.sum.row_sum.size}, whose exact sum is released with discrete Gaussian noise of standard deviation "
-            f"{self.sum.sigma:.4g} for the rest of epsilon and all of delta"
+    @property
+    def numbers(self) -> GuaranteeNumbers:
+        """Those of the sum; a row moves the counts by one up and one down."""
+        step = 2.0**-self.sum.exponent
+        return GuaranteeNumbers(
+            self.sum.bound * step,
+            2 * self.sum.bound * step,
+            self.sum.sigma,
+            f"{self.histogram.numbers.clipping}, at {HISTOGRAM_SHARE} of epsilon; and each row is mapped by a public map into the unit "
+            f"ball of R^{self.sum.row_sum.size}, whose exact sum is released with discrete Gaussian noise of standard deviation "
+            f"{self.sum.sigma:.4g} for the rest of epsilon and all of delta",
         )
 
     @property
-    def numbers(self) -> tuple[float, float, float]:
-        """Those of the sum; a row moves the counts by one up and one down."""
-        step = 2.0**-self.sum.exponent
-        return self.sum.bound * step, 2 * self.sum.bound * step, self.sum.sigma
+    def noise_numbers(self) -> dict[str, float]:
+        return {**self.histogram.noise_numbers, "sigma": self.sum.sigma}
+
+    def growing(
+        self, config: DPXAttnConfig, plan: AnchorPlan, decoders: Decoders, units: int | None
+    ) -> NoReturn:
+        raise ConfigError(
+            "A context that grows cannot be released as 'mixed' (counts beside a sum). Calibrate with releases=('histogram',) or ('sum',)."
+        )
 
 
 def row_code(plan: AnchorPlan, scale: float | torch.Tensor) -> RowSum:

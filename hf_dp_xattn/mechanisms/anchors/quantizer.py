@@ -17,48 +17,16 @@ times the largest value over public rows: a row far outside is moved onto that b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from ...errors import ConfigError, ContextError
+from ...errors import ConfigError
 from ...privacy.lattice import exact_matmul, power_of_two, quantize
-from ...privacy.units import NeighboringRelation, Unit
-from ..kernel_sum.contributions import MAX_ROWS
+from ..inputs import check_context, row_chunks
 
 INPUT_BITS = 19
 _PRODUCT_BITS = 51
-_CHUNK_ENTRIES = 2**24  # float64 entries of the largest temporary: 128 MiB
-
-
-def check_context(rows: torch.Tensor, channels: int, *, may_be_empty: bool = False) -> int:
-    """The number of rows [n, C]; raises before anything is computed.
-
-    Raises:
-        ConfigError: not a float tensor [n, C]. ContextError: no rows, too many rows, NaN or Inf.
-    """
-    if rows.ndim != 2 or rows.shape[1] != channels or not rows.is_floating_point():
-        raise ConfigError(
-            f"The context must be a float tensor [n, {channels}] (what to_k and to_v see), got {rows.ndim} "
-            f"dimensions of {rows.dtype}."
-        )
-    n = rows.shape[0]
-    if n == 0 and not may_be_empty:
-        raise ContextError("The context has no rows (n = 0): there is nothing to release.")
-    if n > MAX_ROWS:
-        raise ContextError(f"The context has too many rows: at most {MAX_ROWS} can be summed exactly.")
-    for part in row_chunks(n, channels):
-        if not bool(torch.isfinite(rows[part]).all()):
-            raise ContextError("The context's rows hold NaN or Inf; nothing was released.")
-    return n
-
-
-def row_chunks(n: int, width: int) -> Iterator[slice]:
-    """Slices of rows of which `width` float64 entries each fit the memory bound; they decide speed, never a result."""
-    size = max(1, _CHUNK_ENTRIES // max(1, width))
-    for start in range(0, n, size):
-        yield slice(start, min(start + size, n))
 
 
 def check_public(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> torch.Tensor:
@@ -76,17 +44,6 @@ def check_public(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...])
             f"{name} must be a finite tensor [{wanted}], got {list(tensor.shape)} or NaN/Inf in it."
         )
     return tensor.detach().to(torch.float64)
-
-
-def unit_and_relation(unit: str, neighboring: str) -> tuple[Unit, NeighboringRelation]:
-    """Raises ConfigError for an unknown unit or neighbouring relation."""
-    try:
-        return Unit(unit), NeighboringRelation(neighboring)
-    except ValueError:
-        raise ConfigError(
-            f"Unknown unit {unit!r} or neighboring {neighboring!r}; units: {', '.join(Unit)}; relations: "
-            f"{', '.join(NeighboringRelation)}."
-        ) from None
 
 
 def _ceil_log2(value: float) -> int:

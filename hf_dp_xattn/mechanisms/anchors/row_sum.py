@@ -20,14 +20,12 @@ import torch
 
 from ...errors import ConfigError
 from ...privacy.accountant import Event, GaussianEvent
-from ...privacy.bits import Entropy, SystemEntropy
 from ...privacy.clipping import clip_factor, verify_clipped
-from ...privacy.lattice import quantize, sequential_sum
-from ...privacy.noise import discrete_gaussian
+from ...privacy.lattice import lattice_exponent, quantize, sequential_sum
 from ...privacy.split import gaussian_sigma_squared_beside
-from ...privacy.units import NeighboringRelation, Unit, sensitivity_factor
-from ..kernel_sum.contributions import check_groups, lattice_exponent
-from .quantizer import ExactAffine, check_context, row_chunks, unit_and_relation
+from ...privacy.units import NeighboringRelation, Unit, sensitivity_factor, unit_and_relation
+from ..inputs import check_context, check_groups, row_chunks, units_of_rows
+from .quantizer import ExactAffine
 
 _UNCLIPPED_BITS = 11  # coordinates before clipping: up to 2^11 times the unit ball
 _UNITS_PER_CHUNK = 4096
@@ -103,7 +101,7 @@ class RowSum:
 
 @dataclass(frozen=True, eq=False)
 class PreparedRowSum:
-    """A learned sum of which everything public is fixed. `events` must be charged before `release`.
+    """A learned sum of which everything public is fixed. `events` must be charged before `exact_sums` get noise and leave.
 
     exponent: the released numbers live on the lattice 2^-exponent. bound: B, in lattice steps.
     """
@@ -121,22 +119,9 @@ class PreparedRowSum:
         """Standard deviation of the noise of each released coordinate."""
         return math.sqrt(self.sigma_squared) * 2.0**-self.exponent
 
-    def release(
-        self, rows: torch.Tensor, *, groups: torch.Tensor | None = None, entropy: Entropy | None = None
-    ) -> torch.Tensor:
-        """The noised sum, float64 [K]. All that is made from it is post-processing.
-
-        Args:
-            rows [n, C]. groups [n]: public, for unit='group' only.
-
-        Raises:
-            ConfigError, ContextError: bad rows or groups; nothing is released.
-        """
-        total = self.exact_sums(rows, groups)
-        noise = discrete_gaussian(
-            self.row_sum.size, self.sigma_squared, entropy=SystemEntropy() if entropy is None else entropy
-        )
-        return (total + torch.from_numpy(noise).to(total.device)).to(torch.float64) * 2.0**-self.exponent
+    def real(self, released: torch.Tensor) -> torch.Tensor:
+        """Post-processing: released integers as float64 numbers."""
+        return released.to(torch.float64) * 2.0**-self.exponent
 
     def exact_sums(self, rows: torch.Tensor, groups: torch.Tensor | None = None) -> torch.Tensor:
         """The sum of the units' contributions, int64 [K]. Private: without noise it must not leave."""
@@ -152,11 +137,8 @@ class PreparedRowSum:
             for part in row_chunks(n, max(affine.channels, affine.width)):
                 total += clipped_rows(affine, rows[part], self.exponent).to(torch.int64).sum(0)
             return total
-        units = (
-            torch.zeros(n, dtype=torch.int64)
-            if groups is None
-            else torch.unique(groups.cpu(), return_inverse=True)[1]
-        )
+        units = units_of_rows(self.unit.value, n, groups)
+        assert units is not None  # not rows
         order = torch.argsort(units)
         sizes = torch.bincount(units)
         ends = torch.cumsum(sizes, 0)

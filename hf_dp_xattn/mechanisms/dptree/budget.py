@@ -21,10 +21,11 @@ import torch
 
 from ...errors import ConfigError, DPXAttnError
 from ...privacy.accountant import TruncatedLaplaceEvent, epsilon_of
+from ...privacy.additive import TruncatedLaplaceNoise
 from ...privacy.bits import Entropy
 from ...privacy.noise import MAX_SCALE
 from ...privacy.parameters import truncated_laplace_event
-from ...privacy.truncated_laplace import off_support, truncated_laplace
+from ...privacy.truncated_laplace import off_support
 from ...privacy.units import NeighboringRelation, sensitivity_factor
 
 _COARSEST = 2**10  # lattice units of a contribution
@@ -145,17 +146,15 @@ class BudgetSplit:
         """
         if list(sums) != [p.name for p in self.parts]:
             raise DPXAttnError("What would leave is not what the budget split counts: refusing to release.")
-        released = {}
-        for part in self.parts:
-            noise = [self._noise(t.shape, entropy).to(t.device) for t in sums[part.name]]
-            released[part.name] = [
-                (t + z).to(torch.float64) * part.step for t, z in zip(sums[part.name], noise, strict=True)
-            ]
-        return released
+        return {
+            part.name: [self.noise.perturb(t, entropy).to(torch.float64) * part.step for t in sums[part.name]]
+            for part in self.parts
+        }
 
-    def _noise(self, shape: torch.Size, entropy: Entropy) -> torch.Tensor:
-        scale = Fraction(self.event.scale)
-        return torch.from_numpy(truncated_laplace(tuple(shape), scale, self.event.bound, entropy=entropy))
+    @property
+    def noise(self) -> TruncatedLaplaceNoise:
+        """Of every number that leaves, in lattice units."""
+        return TruncatedLaplaceNoise(self.event.scale, self.event.bound)
 
     def _part(self, name: str) -> Part:
         return next(p for p in self.parts if p.name == name)

@@ -17,23 +17,23 @@ from dataclasses import dataclass
 import torch
 
 from ...config import DPXAttnConfig
-from ...privacy.accountant import Event
-from ...privacy.bits import Entropy, SystemEntropy
-from ...privacy.noise import sampling_distance
-from ...privacy.units import public_counts
-from ...report import Guarantee
-from ..base import NO_CALIBRATION, LayerRelease, LayerSpec, PublicCalibration
+from ...errors import DPXAttnError
+from ..base import GuaranteeNumbers, Integers, LayerSpec, Mechanism, Part, State
+from ..inputs import LayerRows, check_groups, layers_of
+from ..kernel_sum.contributions import LayerEncoder, check_rows
+from ..kernel_sum.kernel_sum import NO_CALIBRATION, PublicCalibration
 from .budget import BudgetSplit
 from .softmax import SoftmaxPlan
-from .tree_attention import plan_attention, release_layers
-from .tree_structure import structure_of
+from .tree_attention import attention_of, exact_sums, plan_attention
+from .tree_moments import moments_of, parts_of
+from .tree_structure import DPTreeStructure, structure_of
 
 BASELINE = "mechanism='dptree' is the paper's own construction, kept for reference; at equal privacy mechanism='kernel_sum' has less noise."
 
 
 @dataclass(frozen=True)
-class PreparedDPTree:
-    """A tree release of which everything public is fixed. `events` must be charged before `run`."""
+class PreparedDPTree(Mechanism[LayerRows]):
+    """A tree release of which everything public is fixed."""
 
     config: DPXAttnConfig
     plan: SoftmaxPlan
@@ -46,46 +46,55 @@ class PreparedDPTree:
         return self.plan.split
 
     @property
-    def events(self) -> tuple[Event, ...]:
-        return (self.plan.split.event,)
+    def encoders(self) -> tuple[LayerEncoder, ...]:
+        return self.plan.encoders
 
-    def run(
-        self,
-        keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
-        *,
-        groups: torch.Tensor | None = None,
-        entropy: Entropy | None = None,
-    ) -> LayerRelease:
-        """Encodes, clips, sums, adds noise; keys and values per layer [H, n, d] and [H, n, dv].
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (Part(self.split.noise, (self.split.event,)),)
 
-        Raises:
-            ContextError, ConfigError: bad rows or groups; nothing is released.
-        """
-        entropy = SystemEntropy() if entropy is None else entropy
-        layers = release_layers(self.plan, self.config, keys, values, groups=groups, entropy=entropy)
-        n = keys[0].shape[-2]
-        units = n if self.config.unit == "row" else 1 if groups is None else int(torch.unique(groups).numel())
-        return LayerRelease(tuple(map(structure_of, layers)), self._guarantee(n, units, entropy.private))
+    @property
+    def size(self) -> int:
+        """How many numbers are released."""
+        moments = self.plan.moments
+        channels = [e.geometry.heads * (e.geometry.value_dim + 1) for e in self.encoders]
+        trees = sum(c * (e.features.size - 1) for c, e in zip(channels, self.encoders, strict=True))
+        return len(moments.trees) * trees * (2 * moments.leaves - 1) + len(moments.plain) * sum(channels)
 
-    def _guarantee(self, n: int, units: int, private: bool) -> Guarantee:
-        split = self.plan.split
-        step = 2.0 ** -self.plan.encoders[0].exponent
-        return Guarantee(
-            mechanism="dptree",
-            epsilon=self.config.epsilon,
-            delta=self.config.delta,
-            unit=self.config.unit,
-            neighboring=self.config.neighboring,
-            **public_counts(self.config.unit, self.config.neighboring, n, units),
+    def count(self, private: LayerRows, groups: torch.Tensor | None, *, empty: bool = False) -> int:
+        rows = layers_of(private)
+        n = check_rows(rows.keys, rows.values, self.encoders)
+        check_groups(self.config.unit, n, groups)
+        return n
+
+    def exact(self, private: LayerRows, groups: torch.Tensor | None) -> Integers:
+        """Every node of every tree and what stands beside them: part by part as in `split`, and within a part layer by layer."""
+        rows = layers_of(private)
+        sums = parts_of(exact_sums(self.plan, self.config, rows.keys, rows.values, groups), self.plan.moments)
+        if list(sums) != [p.name for p in self.split.parts]:
+            raise DPXAttnError("What would leave is not what the budget split counts: refusing to release.")
+        return tuple(t for part in sums.values() for t in part)
+
+    def decode(self, noised: Integers, state: State) -> tuple[DPTreeStructure, ...]:
+        layers = len(self.encoders)
+        released = {
+            part.name: [t.to(torch.float64) * part.step for t in noised[i * layers : (i + 1) * layers]]
+            for i, part in enumerate(self.split.parts)
+        }
+        moments = moments_of(released, self.plan.moments)
+        rows = state.rows if self.config.unit == "row" else None
+        return tuple(map(structure_of, attention_of(self.plan, self.config, moments, rows)))
+
+    @property
+    def numbers(self) -> GuaranteeNumbers:
+        split = self.split
+        step = 2.0 ** -self.encoders[0].exponent
+        return GuaranteeNumbers(
             clip_norm=self.clip_norm,
             sensitivity=math.sqrt(split.event.shape[2]) * step,
             sigma=math.sqrt(2.0) * float(split.event.scale) * step,
-            sampling_distance=sampling_distance(),
-            private_noise=private,
-            calibrated=self.calibrated,
             clipping=(
-                f"each {self.config.unit}'s joint contribution over {len(self.plan.encoders)} layer(s), all heads, channels and the "
+                f"each {self.config.unit}'s joint contribution over {len(self.encoders)} layer(s), all heads, channels and the "
                 f"normaliser is clipped in each of {len(split.parts)} parts (levels of trees, sums of weights, weighted norms), so that "
                 f"nothing of kernel norm up to {self.clip_norm:.4g} is touched"
             ),

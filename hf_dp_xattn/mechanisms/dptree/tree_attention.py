@@ -11,12 +11,12 @@ import torch
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
 from ...privacy.bits import Entropy, SystemEntropy
-from ...privacy.units import NeighboringRelation
-from ..base import LayerSpec, PublicCalibration
-from ..kernel_sum.contributions import check_groups, check_rows
+from ..base import LayerSpec
+from ..inputs import check_groups, may_be_empty, units_of_rows
+from ..kernel_sum.contributions import check_rows
 from ..kernel_sum.features import TaylorFeatures, features_of, taylor_relative_error
-from ..kernel_sum.geometry import HeadGeometry
-from ..kernel_sum.kernel_sum import declared_clip_norm
+from ..kernel_sum.geometry import HeadGeometry, geometry_of
+from ..kernel_sum.kernel_sum import PublicCalibration, declared_clip_norm
 from .softmax import DPTreeSoftmax, SoftmaxPlan, plan_softmax
 from .tree_moments import ReleasedMoments, Sums, release_sums
 
@@ -38,7 +38,9 @@ def plan_attention(
         )
     if calibration is not None:
         calibration.check(config, specs)
-    geometries = [s.geometry(config) for s in specs] if calibration is None else list(calibration.geometries)
+    geometries = (
+        [geometry_of(s, config) for s in specs] if calibration is None else list(calibration.geometries)
+    )
     features = [
         f for g in geometries if isinstance(f := features_of(config, g.projected_dim), TaylorFeatures)
     ]
@@ -70,19 +72,6 @@ def plan_attention(
     return plan, clip_norm
 
 
-def units_of_rows(unit: str, n: int, groups: torch.Tensor | None) -> torch.Tensor | None:
-    """[n] integer unit of each row, None where each row is one.
-
-    Raises:
-        ConfigError: groups are missing, superfluous or of the wrong shape.
-    """
-    check_groups(unit, n, groups)
-    if groups is not None:
-        owner: torch.Tensor = torch.unique(groups.cpu(), return_inverse=True)[1]
-        return owner
-    return torch.zeros(n, dtype=torch.int64) if unit == "context" else None
-
-
 def exact_sums(
     plan: SoftmaxPlan,
     config: DPXAttnConfig,
@@ -96,48 +85,27 @@ def exact_sums(
         ContextError, ConfigError: bad rows or groups.
     """
     n = check_rows(keys, values, plan.encoders)
+    check_groups(config.unit, n, groups)
     units = units_of_rows(config.unit, n, groups)
     columns = [_columns(e.geometry, v) for e, v in zip(plan.encoders, values, strict=True)]
     return plan.exact_sums(keys, columns, units)
 
 
-def layers_of(
-    plan: SoftmaxPlan, config: DPXAttnConfig, released: Sequence[ReleasedMoments], n: int
+def attention_of(
+    plan: SoftmaxPlan, config: DPXAttnConfig, released: Sequence[ReleasedMoments], rows: int | None
 ) -> list[DPTreeCrossAttention]:
-    """One structure per layer. Post-processing of noised moments of n rows.
+    """One structure per layer. Post-processing of noised moments.
 
-    Under replace_one with unit 'row' the number of rows is public, so the noised sum of the normaliser's weights (which stays counted) is
+    Where each row is a unit and their number is public (`rows`), the noised sum of the normaliser's weights (which stays counted) is
     overwritten by it.
     """
-    public = config.unit == "row" and config.neighboring == NeighboringRelation.REPLACE_ONE.value
     layers = []
     for moments, encoder in zip(released, plan.encoders, strict=True):
-        if public and not bool(encoder.geometry.weight_map.any()):
-            _know_the_count(moments, n, encoder.geometry)
+        if rows is not None and not bool(encoder.geometry.weight_map.any()):
+            _know_the_count(moments, rows, encoder.geometry)
         softmax = DPTreeSoftmax(moments, encoder, plan.split)
         layers.append(DPTreeCrossAttention(softmax, config.normalizer_floor))
     return layers
-
-
-def release_layers(
-    plan: SoftmaxPlan,
-    config: DPXAttnConfig,
-    keys: Sequence[torch.Tensor],
-    values: Sequence[torch.Tensor],
-    *,
-    groups: torch.Tensor | None,
-    entropy: Entropy,
-) -> list[DPTreeCrossAttention]:
-    """One structure per layer, from one joint release; keys and values [H, n, d] and [H, n, dv].
-
-    *Formal guarantee.* That of `plan.split.event`.
-
-    Raises:
-        ContextError, ConfigError: bad rows or groups; nothing is released.
-    """
-    sums = exact_sums(plan, config, keys, values, groups)
-    released = release_sums(sums, plan.moments, plan.split, entropy)
-    return layers_of(plan, config, released, keys[0].shape[-2])
 
 
 def _columns(geometry: HeadGeometry, value: torch.Tensor) -> torch.Tensor:
@@ -192,7 +160,10 @@ class DPTreeCrossAttention:
         spec = LayerSpec("attention", heads, d, value.shape[-1], d**-0.5 if scale is None else scale)
         plan, _ = plan_attention(config, [spec], None)
         source = SystemEntropy() if entropy is None else entropy
-        layer = release_layers(plan, config, [key], [value], groups=groups, entropy=source)[0]
+        sums = exact_sums(plan, config, [key], [value], groups)
+        released = release_sums(sums, plan.moments, plan.split, source)
+        n = key.shape[-2] if config.unit == "row" and not may_be_empty(config.neighboring) else None
+        layer = attention_of(plan, config, released, n)[0]
         return cls(layer.softmax, config.normalizer_floor)
 
     def error_bound(self, n: int, value_bound: float, beta: float) -> float:

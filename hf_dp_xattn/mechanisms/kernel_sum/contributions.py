@@ -31,16 +31,9 @@ from ...privacy.lattice import (
     quantize,
     sequential_sum,
 )
+from ..inputs import MAX_ROWS, check_groups
 from .features import FeatureMap
 from .geometry import MAX_LOG_WEIGHT, HeadGeometry, feature_norm
-
-BOUND_BITS = 34  # the clipping bound is an integer of about 34 bits: products of two factors have up to 38
-MAX_ROWS = 2**24  # int64 holds 2^24 sums of 2^38
-
-
-def lattice_exponent(clip_norm: float) -> int:
-    """F such that clip_norm * 2^F has BOUND_BITS bits."""
-    return BOUND_BITS - 1 - math.floor(math.log2(clip_norm))
 
 
 @dataclass(frozen=True)
@@ -198,16 +191,6 @@ def sum_rows(
 def joint_norm_squared(factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     """[n] |c(row)|^2 over all layers and heads, in lattice units."""
     return sequential_sum(torch.stack([_row_norm_squared(phi, value) for phi, value in factors], dim=-1))
-
-
-def check_groups(unit: str, n: int, groups: torch.Tensor | None) -> None:
-    """Raises ConfigError when groups are missing, superfluous or of the wrong shape."""
-    if unit != "group" and groups is not None:
-        raise ConfigError(f"`groups` is only for unit='group', not unit={unit!r}.")
-    if unit == "group" and (
-        groups is None or groups.ndim != 1 or groups.shape[0] != n or groups.is_floating_point()
-    ):
-        raise ConfigError("unit='group' needs `groups`: an integer tensor [n] that names each row's group.")
 
 
 def unit_rows(unit: str, n: int, groups: torch.Tensor | None) -> list[torch.Tensor]:

@@ -18,7 +18,9 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from ...config import DPXAttnConfig
 from ...errors import ConfigError
+from ..base import LayerSpec
 from .features import FeatureMap
 
 MAX_LOG_WEIGHT = 4.0
@@ -166,6 +168,28 @@ def weights_geometry(
     query_cov = query_weight.double() @ query_weight.double().mT
     key_map, query_map, _ = balance(key_cov, query_cov, scale, projection_dim)
     return _with_declared_bounds(key_map, query_map, heads, d, value_dim, scale, logit_bound, value_bound)
+
+
+def geometry_of(spec: LayerSpec, config: DPXAttnConfig) -> HeadGeometry:
+    """The conservative geometry of a layer, which needs no data: from its public weights where a host gives them."""
+    if spec.query_weight is None or spec.key_weight is None:
+        return declared_geometry(
+            spec.heads,
+            spec.key_dim,
+            spec.value_dim,
+            scale=spec.scale,
+            logit_bound=config.logit_bound,
+            value_bound=config.value_bound,
+        )
+    return weights_geometry(
+        spec.query_weight,
+        spec.key_weight,
+        spec.value_dim,
+        scale=spec.scale,
+        logit_bound=config.logit_bound,
+        value_bound=config.value_bound,
+        projection_dim=config.projection_dim,
+    )
 
 
 def feature_norm(features: FeatureMap, geometry: HeadGeometry) -> torch.Tensor:

@@ -19,31 +19,34 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Protocol
 
 import torch
 
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
-from ...privacy.accountant import Event, GaussianEvent
-from ...privacy.bits import Entropy, SystemEntropy
-from ...privacy.noise import discrete_gaussian, sampling_distance
+from ...privacy.accountant import GaussianEvent
+from ...privacy.additive import GaussianNoise
+from ...privacy.lattice import lattice_exponent
 from ...privacy.split import gaussian_sigma_squared_beside
-from ...privacy.units import NeighboringRelation, public_counts, sensitivity_factor
-from ...report import Guarantee
-from ..base import NO_CALIBRATION, LayerRelease, LayerSpec, PublicCalibration
+from ...privacy.units import NeighboringRelation, sensitivity_factor
+from ..base import GuaranteeNumbers, Integers, LayerSpec, Mechanism, Part, State
+from ..inputs import LayerRows, check_groups, count_rows, layers_of, may_be_empty
 from ..structure import KernelSumStructure
-from .contributions import (
-    LayerEncoder,
-    check_groups,
-    check_rows,
-    lattice_exponent,
-    sum_rows,
-    sum_units,
-    unit_rows,
-)
+from .contributions import LayerEncoder, check_rows, sum_rows, sum_units, unit_rows
 from .features import FeatureMap, features_of
-from .geometry import HeadGeometry, feature_norm
+from .geometry import HeadGeometry, feature_norm, geometry_of
 from .sketch import SketchPlan, sum_sketch
+
+NO_CALIBRATION = (
+    "No calibration: the clipping bound is the declared one (logit_bound, value_bound), keys and values are neither centred nor "
+    "rotated, and nothing is shrunk to a public prior. A calibration on public contexts (dpx.calibrate) spends no privacy budget: it "
+    "fits the bound to what public contexts need and releases only the directions in which they differ, so there is less noise."
+)
+SKETCH_NEEDS_UNITS = (
+    "The decoder of a calibrated kernel_sum needs the number of units, which add_or_remove_one keeps private while a context "
+    "grows. Use replace_one, or no calibration."
+)
 
 
 def declared_clip_norm(
@@ -58,61 +61,96 @@ def declared_clip_norm(
     return math.sqrt(total)
 
 
+class PublicCalibration(Protocol):
+    """What kernel sums read of a calibration (`calibration/calibration.py`); all of it from public data."""
+
+    @property
+    def geometries(self) -> Sequence[HeadGeometry]: ...
+
+    @property
+    def clip_norm(self) -> float: ...
+
+    def check(self, config: DPXAttnConfig, specs: Sequence[LayerSpec]) -> None:
+        """Raises ConfigError unless it was made for these layers and settings."""
+        ...
+
+    def plan(self, config: DPXAttnConfig) -> SketchPlan | None:
+        """The sketch to release, or None for the full sums."""
+        ...
+
+
 @dataclass(frozen=True)
-class PreparedKernelSum:
-    """A kernel-sum release of which everything public is fixed. `events` must be charged before `run`."""
+class PreparedKernelSum(Mechanism[LayerRows]):
+    """A kernel-sum release of which everything public is fixed; a `Summand` too, where a context grows."""
 
     config: DPXAttnConfig
     encoders: tuple[LayerEncoder, ...]
     clip_norm: float
     bound: int
     sigma_squared: int | Fraction
-    events: tuple[Event, ...]
+    event: GaussianEvent
     warnings: tuple[str, ...]
     calibrated: bool
     sketch: SketchPlan | None = None
 
-    def run(
-        self,
-        keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
-        *,
-        groups: torch.Tensor | None = None,
-        entropy: Entropy | None = None,
-    ) -> LayerRelease:
-        """Computes, clips, sums, adds noise; returns post-processed structures.
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (Part(GaussianNoise(self.sigma_squared), (self.event,)),)
 
-        Args:
-            keys, values: per layer [H, n, d] and [H, n, dv].
-
-        Raises:
-            ContextError, ConfigError: bad rows or groups; nothing is released.
-        """
-        entropy = SystemEntropy() if entropy is None else entropy
-        n = check_rows(keys, values, self.encoders)
+    def count(self, private: LayerRows, groups: torch.Tensor | None, *, empty: bool = False) -> int:
+        rows = layers_of(private)
+        n = 0 if empty and count_rows(rows) == 0 else check_rows(rows.keys, rows.values, self.encoders)
         check_groups(self.config.unit, n, groups)
+        return n
+
+    def exact(self, private: LayerRows, groups: torch.Tensor | None) -> Integers:
+        """Clipped integer sums: [H, r, dv + 1] per layer, or one sketch [K]."""
+        rows = layers_of(private)
+        if count_rows(rows) == 0 and may_be_empty(self.config.neighboring):
+            return tuple(torch.zeros(shape, dtype=torch.int64) for shape in self._shapes)
+        n = check_rows(rows.keys, rows.values, self.encoders)
         if self.sketch is None and self.config.unit == "row":
             # no list of units here: n may be a million
-            units, totals = n, sum_rows(self.encoders, keys, values, self.bound)
-        else:
-            rows_of_units = unit_rows(self.config.unit, n, groups)
-            units = len(rows_of_units)
-            if self.sketch is None:
-                totals = sum_units(self.encoders, keys, values, self.bound, rows_of_units)
-            else:
-                totals = [sum_sketch(self.encoders, keys, values, self.bound, rows_of_units, self.sketch)]
-        noised = [
-            (t + self._noise(t.shape, entropy, t.device)).to(torch.float64) * 2.0**-self.exponent
-            for t in totals
-        ]
-        sums = noised if self.sketch is None else self.sketch.reconstruct(noised[0], units, self.sigma)
-        counted = self.config.neighboring == NeighboringRelation.REPLACE_ONE.value
-        public_rows = n if self.config.unit == "row" and counted else None
-        structures = tuple(
-            layer_structure(encoder, part, public_rows, self.config.normalizer_floor)
+            return tuple(sum_rows(self.encoders, rows.keys, rows.values, self.bound))
+        units = unit_rows(self.config.unit, n, groups)
+        if self.sketch is None:
+            return tuple(sum_units(self.encoders, rows.keys, rows.values, self.bound, units))
+        return (sum_sketch(self.encoders, rows.keys, rows.values, self.bound, units, self.sketch),)
+
+    def decode(self, noised: Integers, state: State) -> tuple[KernelSumStructure, ...]:
+        scale = 2.0**-self.exponent
+        sums = [t.to(torch.float64) * scale for t in noised]
+        if self.sketch is not None:
+            if state.units is None:
+                raise ConfigError(SKETCH_NEEDS_UNITS)
+            deviation = math.sqrt(self.sigma_squared) if state.deviation is None else state.deviation
+            sums = self.sketch.reconstruct(sums[0], state.units, deviation * scale)
+        rows = state.rows if self.config.unit == "row" else None
+        return tuple(
+            layer_structure(encoder, part, rows, self.config.normalizer_floor)
             for encoder, part in zip(self.encoders, sums, strict=True)
         )
-        return LayerRelease(structures, self._guarantee(n, units, entropy.private))
+
+    def growing(self, units: int | None) -> PreparedKernelSum:
+        if self.sketch is not None and may_be_empty(self.config.neighboring):
+            raise ConfigError(SKETCH_NEEDS_UNITS)
+        return self
+
+    @property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        if self.sketch is not None:
+            return [(self.sketch.rank,)]
+        return [(e.geometry.heads, e.features.size, e.geometry.value_dim + 1) for e in self.encoders]
+
+    @property
+    def size(self) -> int:
+        """How many numbers are released."""
+        return sum(math.prod(shape) for shape in self._shapes)
+
+    @property
+    def sensitivity(self) -> int:
+        """In lattice steps."""
+        return sensitivity_factor(self.config.neighboring) * self.bound
 
     @property
     def exponent(self) -> int:
@@ -124,30 +162,19 @@ class PreparedKernelSum:
         """Standard deviation of the noise, in the units of the clipping bound."""
         return math.sqrt(self.sigma_squared) * 2.0**-self.exponent
 
-    def _noise(self, shape: torch.Size, entropy: Entropy, device: torch.device) -> torch.Tensor:
-        return torch.from_numpy(discrete_gaussian(tuple(shape), self.sigma_squared, entropy=entropy)).to(
-            device
+    def describe(self) -> str:
+        return (
+            f"each {self.config.unit}'s joint contribution over {len(self.encoders)} layer(s), all heads, channels and the "
+            "normaliser"
         )
 
-    def _guarantee(self, n: int, units: int, private: bool) -> Guarantee:
-        factor = sensitivity_factor(NeighboringRelation(self.config.neighboring))
-        return Guarantee(
-            mechanism="kernel_sum",
-            epsilon=self.config.epsilon,
-            delta=self.config.delta,
-            unit=self.config.unit,
-            neighboring=self.config.neighboring,
-            **public_counts(self.config.unit, self.config.neighboring, n, units),
+    @property
+    def numbers(self) -> GuaranteeNumbers:
+        return GuaranteeNumbers(
             clip_norm=self.clip_norm,
-            sensitivity=factor * self.clip_norm,
+            sensitivity=sensitivity_factor(self.config.neighboring) * self.clip_norm,
             sigma=self.sigma,
-            sampling_distance=sampling_distance(),
-            private_noise=private,
-            calibrated=self.calibrated,
-            clipping=(
-                f"each {self.config.unit}'s joint contribution over {len(self.encoders)} layer(s), all heads, channels and the "
-                f"normaliser is clipped to l2 norm {self.clip_norm:.4g}"
-            ),
+            clipping=f"{self.describe()} is clipped to l2 norm {self.clip_norm:.4g}",
         )
 
 
@@ -195,7 +222,9 @@ def prepare_kernel_sum(
     """
     if calibration is not None:
         calibration.check(config, specs)
-    geometries = [s.geometry(config) for s in specs] if calibration is None else list(calibration.geometries)
+    geometries = (
+        [geometry_of(s, config) for s in specs] if calibration is None else list(calibration.geometries)
+    )
     features = [features_of(config, g.projected_dim) for g in geometries]
     plan = None if calibration is None else calibration.plan(config)
     encoding_norm = (
@@ -219,7 +248,7 @@ def prepare_kernel_sum(
         clip_norm=clip_norm,
         bound=bound,
         sigma_squared=sigma_squared,
-        events=(event,),
+        event=event,
         warnings=() if calibration is not None else (NO_CALIBRATION,),
         calibrated=calibration is not None,
         sketch=plan,

@@ -89,7 +89,7 @@ def test_add_or_remove_one_hides_the_number_of_rows() -> None:
         prepared = calibration.prepare(own.replace(epsilon=plan.epsilon))
         rows = contexts(1, seed=8).units[0].float()
         for n in (12, 11, 3):
-            guarantee = prepared.run_rows(rows[:n], entropy=SeededEntropy(1)).guarantee
+            guarantee = prepared.run(rows[:n], entropy=SeededEntropy(1)).guarantee
             assert guarantee.rows is None and guarantee.units is None
 
 
@@ -110,7 +110,7 @@ def test_files_give_back_the_same_releases(by_row: AnchorCalibration, tmp_path: 
     rows = contexts(1, seed=3).units[0].float()
     for epsilon in (0.1, 2.0, 16.0):
         a, b = (
-            c.prepare(config(epsilon=epsilon)).run_rows(rows, entropy=SeededEntropy(4)).context
+            c.prepare(config(epsilon=epsilon)).run(rows, entropy=SeededEntropy(4)).context
             for c in (by_row, loaded)
         )
         assert torch.equal(a.rows, b.rows) and torch.equal(a.log_weights, b.log_weights)

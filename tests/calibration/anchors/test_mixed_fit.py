@@ -92,7 +92,7 @@ def test_files_give_back_the_same_release(fitted: dict[str, AnchorCalibration], 
     loaded = AnchorCalibration.from_pretrained(tmp_path)
     rows = long_contexts(1, 3).units[0].float()
     a, b = (
-        c.prepare(config(epsilon=8.0)).run_rows(rows, entropy=SeededEntropy(4)).context
+        c.prepare(config(epsilon=8.0)).run(rows, entropy=SeededEntropy(4)).context
         for c in (fitted["mixed"], loaded)
     )
     assert torch.equal(a.rows, b.rows) and torch.equal(a.log_weights, b.log_weights)

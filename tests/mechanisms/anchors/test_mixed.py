@@ -34,6 +34,7 @@ from .naive_anchors import (
     plan,
     row_move,
 )
+from .noised import code_of
 
 N = 40
 
@@ -126,7 +127,7 @@ def test_joint_loss_by_enumeration(epsilon: float) -> None:
 def test_without_noise_the_code_is_the_naive_one() -> None:
     prepared = prepare(200.0)
     s, p, x = source(prepared), plan("mixed"), rows()
-    counts, total, n = s.code(x, None, SeededEntropy(0)).split([CELLS, CODE, 1])
+    counts, total, n = code_of(prepared, x, SeededEntropy(0)).split([CELLS, CODE, 1])
     z = (x - p.center) @ p.matrix.T + p.bias
     assert torch.equal(counts.long(), torch.bincount(torch.cdist(z, p.codes[0]).argmin(1), minlength=CELLS))
     z = 0.4 * z
@@ -140,7 +141,7 @@ def test_without_noise_the_code_is_the_naive_one() -> None:
 def test_decoder_matches_the_naive_one(epsilon: float) -> None:
     prepared = prepare(epsilon)
     s, p = source(prepared), plan("mixed")
-    code = s.code(rows(), None, SeededEntropy(1))
+    code = code_of(prepared, rows(), SeededEntropy(1))
     weights = naive_weights(cell_decoder(), code[:CELLS].float(), s.histogram.rates, p.codes[0], None)
     shift = naive_shift(row_move(), code[CELLS:-1] / N, weights, s.sum.sigma / N)
     plain = cell_decoder().decode(torch.tensor(weights))
@@ -166,7 +167,7 @@ def test_small_epsilon_falls_back_to_the_public_mean() -> None:
     prepared = prepare(1e-3)
     prior = cell_decoder().log_prior.exp() @ cell_decoder().support
     public = cell_decoder().decode(prior).pruned()
-    found = prepared.run_rows(rows(), entropy=SeededEntropy(3)).context
+    found = prepared.run(rows(), entropy=SeededEntropy(3)).context
 
     def mean(rows: torch.Tensor, log_weights: torch.Tensor) -> torch.Tensor:
         return torch.softmax(log_weights, 0) @ rows

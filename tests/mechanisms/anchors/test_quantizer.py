@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hf_dp_xattn.errors import ConfigError, ContextError
 from hf_dp_xattn.mechanisms.anchors import quantizer
 from hf_dp_xattn.mechanisms.anchors.quantizer import ExactAffine, RowQuantizer
+from hf_dp_xattn.privacy.units import unit_and_relation
 
 
 def generator(seed: int) -> torch.Generator:
@@ -205,4 +206,4 @@ def test_bad_parameters_are_refused() -> None:
         with pytest.raises(ConfigError):
             RowQuantizer.from_tensors(**{**good, name: value})
     with pytest.raises(ConfigError, match=r"group.*replace_one"):
-        quantizer.unit_and_relation("word", "replace_one")
+        unit_and_relation("word", "replace_one")

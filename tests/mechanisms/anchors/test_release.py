@@ -10,14 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_dp_xattn import ConfigError, ContextError, DPXAttnConfig
-from hf_dp_xattn.mechanisms.anchors.anchors import nearest_plan, pool, prepare_anchors
+from hf_dp_xattn.mechanisms.anchors.anchors import nearest_plan, prepare_anchors
 from hf_dp_xattn.mechanisms.anchors.plan import Decoders
+from hf_dp_xattn.mechanisms.anchors.sources import pool
 from hf_dp_xattn.mechanisms.context_rows import NEGLIGIBLE, ContextRows
 from hf_dp_xattn.privacy.accountant import epsilon_of
 from hf_dp_xattn.privacy.bits import SeededEntropy
 from hf_dp_xattn.privacy.ledger import Budget, Ledger
 
 from .naive_anchors import CELLS, CHANNELS, SLOTS, decoders, gen, plan
+from .noised import code_of
 
 RELEASES = ("sum", "response", "histogram")
 N = 9
@@ -45,7 +47,7 @@ def groups_for(unit: str) -> torch.Tensor | None:
 def test_what_is_charged_covers_the_config(release: str, unit: str) -> None:
     prepared = prepare_anchors(config(unit=unit), [plan(release)], decoders(release))
     assert epsilon_of(prepared.events, 1e-5) <= 4.0 * (1 + 1e-9)
-    result = prepared.run_rows(rows(), groups=groups_for(unit), entropy=SeededEntropy(0))
+    result = prepared.run(rows(), groups=groups_for(unit), entropy=SeededEntropy(0))
     g = result.guarantee
     assert (g.mechanism, g.epsilon, g.unit) == ("anchors", 4.0, unit)
     assert g.rows == (None if unit == "context" else N)  # a whole context may be replaced by a longer one
@@ -60,7 +62,7 @@ def test_without_noise_the_code_is_the_naive_one(release: str) -> None:
     p = plan(release, noise=1e-9 if release == "sum" else 1.0 if release == "response" else None)
     prepared = prepare_anchors(config(epsilon=1e6 if release == "sum" else 60.0), [p], decoders())
     x = rows()
-    code = prepared.source.code(x, None, SeededEntropy(0))
+    code = code_of(prepared, x, SeededEntropy(0))
     z = (x - p.center) @ p.matrix.T + p.bias
     if release == "sum":
         expected = (z / z.norm(dim=-1, keepdim=True).clamp_min(1.0)).sum(0)
@@ -86,7 +88,7 @@ def test_later_codebooks_quantise_what_is_left(stages: int) -> None:
     for codes in p.codes:
         told = codes[torch.cdist(rest, codes).argmin(1)]
         rest, expected = rest - told, expected + told
-    code = prepared.source.code(x, None, SeededEntropy(0))
+    code = code_of(prepared, x, SeededEntropy(0))
     torch.testing.assert_close(code.float(), expected.sum(0), rtol=1e-4, atol=1e-4)
     assert len(prepared.events) == stages
     assert epsilon_of(prepared.events, 0.0) <= 60.0 * (1 + 1e-9)
@@ -113,7 +115,7 @@ def test_small_epsilon_falls_back_to_the_public_mean(release: str) -> None:
 
     def distance(epsilon: float) -> float:
         prepared = prepare_anchors(config(epsilon=epsilon), [p], decoders())
-        codes = [prepared.source.code(rows(seed), None, SeededEntropy(seed)) for seed in range(8)]
+        codes = [code_of(prepared, rows(seed), SeededEntropy(seed)) for seed in range(8)]
         decoded = [prepared.source.decode(c, p, decoders()).rows for c in codes]
         return float(torch.stack([(d - mean).square().mean() for d in decoded]).mean())
 
@@ -128,7 +130,7 @@ def test_response_needs_a_public_number_of_units() -> None:
 @pytest.mark.parametrize("release", ["sum", "histogram"])
 def test_add_or_remove_hides_the_counts(release: str) -> None:
     prepared = prepare_anchors(config(neighboring="add_or_remove_one"), [plan(release)], decoders())
-    guarantee = prepared.run_rows(rows(), entropy=SeededEntropy(0)).guarantee
+    guarantee = prepared.run(rows(), entropy=SeededEntropy(0)).guarantee
     assert guarantee.rows is None and guarantee.units is None
 
 
@@ -139,13 +141,13 @@ def test_add_or_remove_hides_the_counts(release: str) -> None:
 def test_bad_rows(release: str, bad: torch.Tensor) -> None:
     prepared = prepare_anchors(config(), [plan(release)], decoders(release))
     with pytest.raises((ConfigError, ContextError)):
-        prepared.run_rows(bad, entropy=SeededEntropy(0))
+        prepared.run(bad, entropy=SeededEntropy(0))
 
 
 def test_groups_only_with_the_unit_group() -> None:
     prepared = prepare_anchors(config(unit="group"), [plan("sum")], decoders())
     with pytest.raises((ConfigError, ContextError), match="groups"):
-        prepared.run_rows(rows(), entropy=SeededEntropy(0))
+        prepared.run(rows(), entropy=SeededEntropy(0))
 
 
 def test_no_plan_and_no_decoder() -> None:
@@ -153,7 +155,7 @@ def test_no_plan_and_no_decoder() -> None:
         prepare_anchors(config(), [], decoders())
     prepared = prepare_anchors(config(), [plan("sum")], Decoders())
     with pytest.raises(ConfigError, match="calibrate again"):
-        prepared.run_rows(rows(), entropy=SeededEntropy(0))
+        prepared.run(rows(), entropy=SeededEntropy(0))
 
 
 def test_nearest_plan_is_by_ratio() -> None:
@@ -181,4 +183,4 @@ def test_pruning_drops_what_no_query_can_see() -> None:
 
 def test_slots_serve_fewer_rows_than_a_prompt() -> None:
     prepared = prepare_anchors(config(), [plan("sum")], decoders())
-    assert prepared.run_rows(rows(), entropy=SeededEntropy(0)).context.rows.shape[0] <= SLOTS
+    assert prepared.run(rows(), entropy=SeededEntropy(0)).context.rows.shape[0] <= SLOTS

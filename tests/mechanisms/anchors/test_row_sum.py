@@ -17,6 +17,7 @@ from hf_dp_xattn.privacy.accountant import GaussianEvent, PureEvent, epsilon_of
 from hf_dp_xattn.privacy.noise import SeededEntropy
 
 from ...privacy.laws import Law, accepted
+from .noised import release
 
 C, K = 12, 5
 RELATIONS = ["replace_one", "add_or_remove_one"]
@@ -182,7 +183,7 @@ def test_noise_has_its_law(relation: str) -> None:
     r = RowSum.from_tensors(torch.zeros(1), torch.ones(k, 1) / k**0.5, torch.zeros(k), reach=4.0)
     p = r.prepare(2.0, 1e-5, unit="row", neighboring=relation)
     rows = torch.tensor([[0.5], [3.0]])
-    y = p.release(rows, entropy=SeededEntropy(11))
+    y = release(p, rows, entropy=SeededEntropy(11))
     z = (y * 2.0**p.exponent).to(torch.int64) - p.exact_sums(rows)
     assert accepted(z.numpy(), Law("gaussian", p.sigma_squared))
     assert not accepted(z.numpy(), Law("gaussian", p.sigma_squared * Fraction(11, 10)))  # power
@@ -192,9 +193,9 @@ def test_noise_has_its_law(relation: str) -> None:
 def test_release_is_seeded_only_on_request() -> None:
     p = make()
     rows = torch.randn(7, C)
-    assert torch.equal(p.release(rows, entropy=SeededEntropy(1)), p.release(rows, entropy=SeededEntropy(1)))
-    y = p.release(rows)
-    assert not torch.equal(y, p.release(rows)) and y.dtype == torch.float64 and y.shape == (K,)
+    assert torch.equal(release(p, rows, entropy=SeededEntropy(1)), release(p, rows, entropy=SeededEntropy(1)))
+    y = release(p, rows)
+    assert not torch.equal(y, release(p, rows)) and y.dtype == torch.float64 and y.shape == (K,)
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
@@ -213,9 +214,9 @@ def test_an_empty_context(unit: str) -> None:
     groups = torch.zeros(0, dtype=torch.int64) if unit == "group" else None
     empty = torch.zeros(0, C)
     with pytest.raises(ContextError, match="no rows"):
-        make(unit).release(empty, groups=groups)
+        release(make(unit), empty, groups=groups)
     # the number of rows is private here: no rows must look like few rows
-    assert make(unit, "add_or_remove_one").release(empty, groups=groups).shape == (K,)
+    assert release(make(unit, "add_or_remove_one"), empty, groups=groups).shape == (K,)
 
 
 def test_bad_rows_are_refused() -> None:
@@ -223,21 +224,21 @@ def test_bad_rows_are_refused() -> None:
     for bad in (float("nan"), float("inf"), float("-inf")):
         rows = torch.zeros(4, C)
         rows[1, 3] = bad
-        for call in (p.release, p.row_sum.features):
+        for call in (lambda rows: release(p, rows), p.row_sum.features):
             with pytest.raises(ContextError, match="NaN or Inf"):
                 call(rows)
     for rows in (torch.zeros(C), torch.zeros(2, C + 1), torch.zeros(2, C, dtype=torch.long)):
         with pytest.raises(ConfigError, match="float tensor"):
-            p.release(rows)
+            release(p, rows)
 
 
 def test_bad_groups_are_refused() -> None:
     rows = torch.zeros(3, C)
     with pytest.raises(ConfigError, match="groups"):
-        make("row").release(rows, groups=torch.zeros(3, dtype=torch.int64))
+        release(make("row"), rows, groups=torch.zeros(3, dtype=torch.int64))
     for groups in (None, torch.zeros(3), torch.zeros(2, dtype=torch.int64)):
         with pytest.raises(ConfigError, match="groups"):
-            make("group").release(rows, groups=groups)
+            release(make("group"), rows, groups=groups)
 
 
 def test_bad_parameters_are_refused() -> None:

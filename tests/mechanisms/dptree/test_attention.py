@@ -18,9 +18,11 @@ from hf_dp_xattn.mechanisms.dptree import DPTreeCrossAttention, DPTreeSoftmax
 from hf_dp_xattn.mechanisms.dptree import softmax as softmax_module
 from hf_dp_xattn.mechanisms.dptree.dptree import PreparedDPTree
 from hf_dp_xattn.mechanisms.dptree.tree_structure import DPTreeStructure
+from hf_dp_xattn.mechanisms.inputs import LayerRows
 from hf_dp_xattn.mechanisms.kernel_sum.features import attention_relative_error, taylor_relative_error
 from hf_dp_xattn.mechanisms.kernel_sum.geometry import HeadGeometry
-from hf_dp_xattn.mechanisms.release_attention import prepare_release, release_attention
+from hf_dp_xattn.mechanisms.registry import prepare_release
+from hf_dp_xattn.mechanisms.release_attention import release_attention
 from hf_dp_xattn.mechanisms.structure import stack
 from hf_dp_xattn.privacy.accountant import TruncatedLaplaceEvent, epsilon_of
 from hf_dp_xattn.privacy.bits import SeededEntropy
@@ -99,7 +101,7 @@ def test_structure_equals_the_naive_twin_and_the_trees(weighted: bool) -> None:
     gen = torch.Generator().manual_seed(1)
     key, value, query = (torch.randn(2, m, c, generator=gen) for m, c in ((8, 4), (8, 3), (6, 4)))
     prepared = prepare(LOUD.replace(value_bound=20.0), [geometry])
-    released = prepared.run([key], [value]).structures[0]
+    released = prepared.run(LayerRows([key], [value])).structures[0]
     assert isinstance(released, DPTreeStructure)
     naive = naive_tree_attention(geometry, 2, key, value, query, 0.1)
     torch.testing.assert_close(released.attend(query[None])[0].double(), naive, rtol=1e-2, atol=1e-2)
@@ -152,10 +154,10 @@ def test_sensitivity_of_a_changed_unit(unit: str, neighboring: str, seed: int) -
     kept = [i for i in range(6) if neighboring == "replace_one" or i not in members]
     groups = torch.tensor([0, 0, 0, 1, 1, 2]) if unit == "group" else None
     with captured() as seen:
-        prepared.run(list(key), list(value), groups=groups)
+        prepared.run(LayerRows(list(key), list(value)), groups=groups)
         if kept:
             chosen = None if groups is None else groups[kept]
-            prepared.run(list(other_key[:, :, kept]), list(other_value[:, :, kept]), groups=chosen)
+            prepared.run(LayerRows(list(other_key[:, :, kept]), list(other_value[:, :, kept])), groups=chosen)
     if not kept:  # the context is gone: all sums are zero
         zero = {name: [torch.zeros_like(t) for t in tensors] for name, tensors in seen[0][1].items()}
         seen.append((seen[0][0], zero))

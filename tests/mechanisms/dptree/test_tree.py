@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from hf_dp_xattn.errors import ConfigError, DPXAttnError
 from hf_dp_xattn.mechanisms.dptree import BudgetSplit, DPTree, Part
-from hf_dp_xattn.mechanisms.dptree import budget as budget_module
 from hf_dp_xattn.mechanisms.dptree.budget import noise_error
 from hf_dp_xattn.mechanisms.dptree.tree import build_levels, range_sums
+from hf_dp_xattn.privacy import additive
 from hf_dp_xattn.privacy.accountant import epsilon_of
 from hf_dp_xattn.privacy.bits import SeededEntropy
 from hf_dp_xattn.privacy.truncated_laplace import off_support
@@ -215,14 +215,14 @@ def test_every_node_is_noised() -> None:
 
 @pytest.mark.parametrize("factor", [0.0, 0.5], ids=["no noise", "half the noise"])
 def test_a_level_without_its_noise_is_caught(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, calls = budget_module.truncated_laplace, []
+    original, calls = additive.truncated_laplace, []
 
     def planted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         noise = original(*args, **kwargs)
         return (noise * factor).astype(np.int64) if len(calls) == 2 else noise
 
-    monkeypatch.setattr(budget_module, "truncated_laplace", planted)
+    monkeypatch.setattr(additive, "truncated_laplace", planted)
     with pytest.raises(AssertionError, match="level 1"):
         release_and_check(SeededEntropy(3))
 

@@ -9,14 +9,14 @@ import torch
 
 from hf_dp_xattn.mechanisms.anchors.anchors import prepare_anchors
 from hf_dp_xattn.mechanisms.anchors.cells import CellDecoder
-from hf_dp_xattn.mechanisms.base import LayerRelease, LayerSpec
-from hf_dp_xattn.mechanisms.context_rows import ContextRelease
-from hf_dp_xattn.mechanisms.growing_release import ContinualWay, GrowingRelease, grow
-from hf_dp_xattn.mechanisms.growing_sources import CellSource, KernelSource, LayerRows, State
+from hf_dp_xattn.mechanisms.anchors.sources import CellCounts
+from hf_dp_xattn.mechanisms.base import LayerSpec, Released, State
+from hf_dp_xattn.mechanisms.growing_release import ContinualTotals, GrowingRelease, grow
+from hf_dp_xattn.mechanisms.inputs import LayerRows
 from hf_dp_xattn.mechanisms.kernel_sum import kernel_sum
 from hf_dp_xattn.mechanisms.kernel_sum.kernel_sum import PreparedKernelSum
 from hf_dp_xattn.mechanisms.kernel_sum.sketch import SketchPlan
-from hf_dp_xattn.mechanisms.release_attention import prepare_release
+from hf_dp_xattn.mechanisms.registry import prepare_release
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from ..anchors.naive_anchors import CELLS, CHANNELS, decoders, gen, plan
@@ -29,6 +29,7 @@ from .ways import (
     SPECS,
     SUMS,
     batch,
+    flat,
     joined,
     layer_rows,
     no_noise,
@@ -46,16 +47,18 @@ def test_totals_are_those_of_a_release_at_once(way: str, unit: str) -> None:
     if unit == "group":
         groups = [torch.tensor([0, 0, 1, 1]), torch.tensor([2]), torch.tensor([5, 4, 4])]
     prepared = prepare(way, **changes)
-    assert isinstance(prepared.way, ContinualWay)
+    assert isinstance(prepared.totals, ContinualTotals)
     with no_noise():
         growing = prepared.open()
         totals = [
-            growing._run.add(b, None if groups is None else groups[i])[0] for i, b in enumerate(batches)
+            flat(growing._run.add(b, None if groups is None else groups[i])[0]) for i, b in enumerate(batches)
         ]
         once = prepared.open()
-        whole, _ = once._run.add(joined(batches), None if groups is None else torch.cat(groups))
-    assert float((totals[-1] - whole).abs().max()) <= 3 * 2.0**prepared.way.plan.shift
-    assert float((totals[0] - whole).abs().max()) > 1000 * 2.0**prepared.way.plan.shift or way == "histogram"
+        whole = flat(once._run.add(joined(batches), None if groups is None else torch.cat(groups))[0])
+    assert float((totals[-1] - whole).abs().max()) <= 3 * 2.0**prepared.totals.plan.shift
+    assert (
+        float((totals[0] - whole).abs().max()) > 1000 * 2.0**prepared.totals.plan.shift or way == "histogram"
+    )
 
 
 @pytest.mark.parametrize("degree", [1, 2])
@@ -68,7 +71,7 @@ def test_kernel_sums_answer_like_attention_over_what_came_so_far(degree: int) ->
         keys.append(rows.keys[1])
         values.append(rows.values[1])
         state = growing.append(rows)
-        assert isinstance(state, LayerRelease)
+        assert isinstance(state, Released)
         out = state.structures[1].attend(query)
         key, value = torch.cat(keys, 1)[None], torch.cat(values, 1)[None]
         exact = torch.softmax(query @ key.mT * DIM**-0.5, -1) @ value
@@ -95,9 +98,9 @@ def test_slot_decoders_are_shown_the_mean(way: str) -> None:
     rows = torch.randn(6, CHANNELS, generator=gen(1))
     growing = grow(prepare_anchors(config, [p], decoders()), 4, units=6).open(SeededEntropy(0))
     states = [growing.append(rows) for _ in range(4)]
-    at_once = prepare_anchors(config, [p], decoders()).run_rows(rows, entropy=SeededEntropy(0))
+    at_once = prepare_anchors(config, [p], decoders()).run(rows, entropy=SeededEntropy(0))
     for k, state in enumerate(states):
-        assert isinstance(state, ContextRelease)
+        assert isinstance(state, Released) and state.context is not None
         torch.testing.assert_close(state.context.rows, at_once.context.rows, rtol=1e-3, atol=1e-3)
         expected = at_once.context.log_weights + math.log(k + 1)
         torch.testing.assert_close(state.context.log_weights, expected, rtol=1e-3, atol=1e-3)
@@ -105,8 +108,8 @@ def test_slot_decoders_are_shown_the_mean(way: str) -> None:
 
 def test_cells_are_counted_and_shrunk_to_the_public_shares() -> None:
     prepared = prepare("histogram", epsilon=LOUD)
-    assert isinstance(prepared.way, ContinualWay) and isinstance(prepared.way.source, CellSource)
-    source, rows = prepared.way.source, torch.randn(40, CHANNELS, generator=gen(2))
+    assert isinstance(prepared.totals, ContinualTotals) and isinstance(prepared.totals.source, CellCounts)
+    source, rows = prepared.totals.source, torch.randn(40, CHANNELS, generator=gen(2))
     counts = torch.bincount(source.quantizer.cells(rows), minlength=CELLS).double()
     captured: list[torch.Tensor] = []
     original = CellDecoder.decode
@@ -115,13 +118,13 @@ def test_cells_are_counted_and_shrunk_to_the_public_shares() -> None:
         captured.append(weights)
         return original(self, weights)
 
-    noise = prepared.way.plan.deviation(1) * 2.0**-source.exponent
+    noise = prepared.totals.plan.deviation(1) * 2.0**-source.exponent
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CellDecoder, "decode", spy)
         prepared.open().append(rows)
         lattice = 2.0**source.exponent
-        source.current(State(counts * lattice, 1e6 * lattice, 40, 40))
-        source.current(State(counts * lattice, 1e-9, None, None))
+        source.decode((counts * lattice,), State(40, 40, 1e6 * lattice))
+        source.decode((counts * lattice,), State(None, None, 1e-9))
     # 20 normal noises, each beyond 6 deviations once in 5e8: false alarms below 1e-7 a run
     assert noise < 1e-3
     torch.testing.assert_close(captured[0].double(), counts, atol=6 * noise, rtol=1e-3)
@@ -136,7 +139,9 @@ def test_cells_are_counted_and_shrunk_to_the_public_shares() -> None:
 
 def test_a_sketch_is_decoded_with_the_noise_and_units_of_the_moment() -> None:
     prepared = prepare("sketch")
-    assert isinstance(prepared.way, ContinualWay) and isinstance(prepared.way.source, KernelSource)
+    assert isinstance(prepared.totals, ContinualTotals) and isinstance(
+        prepared.totals.source, PreparedKernelSum
+    )
     seen: list[tuple[int, float]] = []
     original = SketchPlan.reconstruct
 
@@ -149,8 +154,11 @@ def test_a_sketch_is_decoded_with_the_noise_and_units_of_the_moment() -> None:
         growing = prepared.open(SeededEntropy(0))
         for n in (3, 2):
             growing.append(layer_rows(n, n))
-    scale = 2.0**-prepared.way.source.exponent
-    assert seen == [(3, prepared.way.plan.deviation(1) * scale), (5, prepared.way.plan.deviation(2) * scale)]
+    scale = 2.0**-prepared.totals.source.exponent
+    assert seen == [
+        (3, prepared.totals.plan.deviation(1) * scale),
+        (5, prepared.totals.plan.deviation(2) * scale),
+    ]
     assert seen[0][1] < seen[1][1]
 
 
@@ -160,15 +168,15 @@ def test_error_of_attention_over_a_thousand_appends() -> None:
     config = KERNEL.replace(epsilon=1.0, degree=1, value_bound=1.0)
     spec = [LayerSpec("one", 1, 2, 1, 2**-0.5)]
     prepared = grow(prepare_release(config, spec), horizon)
-    assert isinstance(prepared.way, ContinualWay)
-    source, running = prepared.way.source, prepared.way.plan
+    assert isinstance(prepared.totals, ContinualTotals)
+    source, running = prepared.totals.source, prepared.totals.plan
     growing, exact = prepared.open(SeededEntropy(8)), torch.zeros(source.size, dtype=torch.int64)
     g, errors = gen(0), []
     for _ in range(horizon):
         rows = LayerRows([torch.randn(1, 1, 2, generator=g)], [torch.rand(1, 1, 1, generator=g)])
-        exact += source.exact(rows, None)
+        exact += flat(source.exact(rows, None))
         total, _ = growing._run.add(rows, None)
-        errors.append(total - exact)
+        errors.append(flat(total) - exact)
     error = torch.stack(errors)
     assert float(error.abs().max()) <= running.error_bound(1e-6)
     again = math.sqrt(horizon) * kernel_sum.gaussian_sigma_squared(1.0, 1e-5, source.sensitivity) ** 0.5

@@ -14,7 +14,7 @@ from hf_dp_xattn import BudgetExceededError, ConfigError, ContextError, DPXAttnE
 from hf_dp_xattn.mechanisms.anchors.anchors import prepare_anchors
 from hf_dp_xattn.mechanisms.anchors.plan import Decoders
 from hf_dp_xattn.mechanisms.growing_release import grow
-from hf_dp_xattn.mechanisms.release_attention import prepare_release
+from hf_dp_xattn.mechanisms.registry import prepare_release
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from ..anchors.naive_anchors import CHANNELS, decoders, plan

@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_dp_xattn import BudgetExceededError
-from hf_dp_xattn.mechanisms import growing_sources as sources_module
-from hf_dp_xattn.mechanisms.growing_release import ContinualWay, PreparedGrowing
-from hf_dp_xattn.mechanisms.growing_sources import LayerRows
-from hf_dp_xattn.mechanisms.kernel_sum import contributions
+from hf_dp_xattn.mechanisms.growing_release import ContinualTotals, PreparedGrowing
+from hf_dp_xattn.mechanisms.inputs import LayerRows
+from hf_dp_xattn.mechanisms.kernel_sum import contributions, kernel_sum
 from hf_dp_xattn.privacy import continual
 from hf_dp_xattn.privacy.accountant import PureEvent, epsilon_of
 from hf_dp_xattn.privacy.bits import SeededEntropy
@@ -24,6 +23,7 @@ from .ways import (
     SUMS,
     batch,
     event_of,
+    flat,
     joined,
     layer_rows,
     no_noise,
@@ -106,14 +106,14 @@ def test_planted_bugs_are_caught() -> None:
         patch.setattr(contributions, "verify_clipped", lambda *_: None)
         assert worst_change(prepared) > 2.0
     with pytest.MonkeyPatch.context() as patch:  # each layer clipped by itself
-        original_sum = sources_module.sum_rows
+        original_sum = kernel_sum.sum_rows
 
         def apart(encoders: list, keys: list, values: list, bound: int) -> list[torch.Tensor]:  # type: ignore[type-arg]
             return [
                 original_sum([e], [k], [v], bound)[0] for e, k, v in zip(encoders, keys, values, strict=True)
             ]
 
-        patch.setattr(sources_module, "sum_rows", apart)
+        patch.setattr(kernel_sum, "sum_rows", apart)
         assert worst_change(prepared) > 1.05
 
 
@@ -121,14 +121,14 @@ def test_planted_bugs_are_caught() -> None:
 def test_every_number_that_leaves_is_noised(way: str) -> None:
     """The first vector of 400 openings: the noise of each coordinate has the deviation that is stated."""
     prepared = prepare(way, horizon=3)
-    assert isinstance(prepared.way, ContinualWay)
+    assert isinstance(prepared.totals, ContinualTotals)
     b, source = batch(way, 4, 0), SeededEntropy(4)
     with no_noise():
         exact, _ = prepared.open()._run.add(b, None)
     drawn = []
     for _ in range(400):
         total, deviation = prepared.open(source)._run.add(b, None)
-        drawn.append((total - exact) / deviation)
+        drawn.append((flat(total) - flat(exact)) / deviation)
     z = torch.stack(drawn)
     # each variance of 400 draws errs by 7 %; the largest of some hundred coordinates by less than 6 times that
     assert bool(((z.square().mean(0) - 1).abs() < 0.45).all())
@@ -157,14 +157,14 @@ def test_responses_of_appends_are_answers_of_their_own_units() -> None:
     prepared = prepare("response", horizon=4)
     growing = prepared.open(SeededEntropy(3))
     asked: list[int] = []
-    original = type(prepared.way.source).cells  # type: ignore[attr-defined]
+    original = type(prepared.totals.source).exact  # type: ignore[attr-defined]
 
-    def spy(self: object, rows: torch.Tensor, groups: torch.Tensor | None) -> list[torch.Tensor]:
+    def spy(self: object, rows: torch.Tensor, groups: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         asked.append(rows.shape[0])
         return original(self, rows, groups)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(prepared.way.source), "cells", spy)  # type: ignore[attr-defined]
+        patch.setattr(type(prepared.totals.source), "exact", spy)  # type: ignore[attr-defined]
         for n in (3, 1, 2):
             growing.append(batch("response", n, n))
     assert asked == [3, 1, 2] and growing.units == 6

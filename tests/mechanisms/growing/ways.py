@@ -14,10 +14,10 @@ from hf_dp_xattn import DPXAttnConfig
 from hf_dp_xattn.mechanisms.anchors.anchors import prepare_anchors
 from hf_dp_xattn.mechanisms.base import LayerSpec
 from hf_dp_xattn.mechanisms.growing_release import PreparedGrowing, grow
-from hf_dp_xattn.mechanisms.growing_sources import LayerRows
+from hf_dp_xattn.mechanisms.inputs import LayerRows
 from hf_dp_xattn.mechanisms.kernel_sum.kernel_sum import PreparedKernelSum
 from hf_dp_xattn.mechanisms.kernel_sum.sketch import SketchBasis, SketchPlan
-from hf_dp_xattn.mechanisms.release_attention import prepare_release
+from hf_dp_xattn.mechanisms.registry import prepare_release
 from hf_dp_xattn.privacy import continual
 from hf_dp_xattn.privacy.accountant import GaussianEvent
 
@@ -105,6 +105,11 @@ def run(prepared: PreparedGrowing, batches: list, groups: list | None = None) ->
         for i, b in enumerate(batches):
             growing.append(b, groups=None if groups is None else groups[i])
     return torch.cat(seen)
+
+
+def flat(total: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """A total as one vector."""
+    return torch.cat([t.flatten() for t in total])
 
 
 def squared(a: torch.Tensor, b: torch.Tensor) -> int:

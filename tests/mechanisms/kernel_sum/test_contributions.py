@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from hf_dp_xattn.errors import ConfigError, ContextError
 from hf_dp_xattn.mechanisms.kernel_sum.contributions import (
     LayerEncoder,
-    lattice_exponent,
     sum_rows,
     sum_units,
     unit_contribution,
     unit_rows,
 )
 from hf_dp_xattn.mechanisms.kernel_sum.features import TaylorFeatures, make_features
+from hf_dp_xattn.privacy.lattice import lattice_exponent
 
 from .geometries import random_geometry, random_rows
 from .naive_kernel_sum import naive_sum
@@ -202,7 +202,8 @@ def test_a_million_rows_in_bounded_memory() -> None:
     """Peak memory beyond the rows themselves stays below 1 GB, whatever n (r = 153, 33 value columns, 4 heads)."""
     script = """
 import math, resource, torch
-from hf_dp_xattn.mechanisms.kernel_sum.contributions import LayerEncoder, lattice_exponent, sum_rows
+from hf_dp_xattn.mechanisms.kernel_sum.contributions import LayerEncoder, sum_rows
+from hf_dp_xattn.privacy.lattice import lattice_exponent
 from hf_dp_xattn.mechanisms.kernel_sum.features import TaylorFeatures
 from hf_dp_xattn.mechanisms.kernel_sum.geometry import declared_geometry
 
