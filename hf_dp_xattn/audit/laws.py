@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError
-from ..mechanisms.base import Mechanism, Part, by_tensor
+from ..mechanisms.base import Mechanism, NoisePart, by_tensor
 from ..privacy.accountant import Event, GaussianEvent, TruncatedLaplaceEvent, epsilon_of, needs_delta
 from ..privacy.additive import AdditiveNoise, GeometricNoise
 from ..privacy.bits import Entropy
@@ -152,7 +152,7 @@ class Law:
         return views[0] if len(views) == 1 else JointViews(tuple(views))
 
 
-def _views(part: Part, filled: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Views:
+def _views(part: NoisePart, filled: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Views:
     """filled: where each context's integers are not zero, and what they are."""
     if isinstance(part.noise, RandomizedResponse):
         if len({len(cells) for _, cells in filled}) > 1:

@@ -57,7 +57,7 @@ class Noise(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
+class NoisePart:
     """Some consecutive tensors of the exact integers: the noise that each of their entries gets, and what is charged for it.
 
     tensors: how many they are; None: all of them.
@@ -109,6 +109,15 @@ class Released:
     def context(self) -> ContextRows | None:
         """Rows for all layers; None where something else was released."""
         return self.content if isinstance(self.content, ContextRows) else None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Public texts, one for each unit; none where something else was released."""
+        return (
+            ()
+            if isinstance(self.content, ContextRows)
+            else tuple(c for c in self.content if isinstance(c, str))
+        )
 
 
 def guarantee_of(
@@ -168,7 +177,7 @@ class Mechanism(Exact[PrivateT]):
 
     @property
     @abstractmethod
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[NoisePart, ...]:
         """The noise of each tensor of `exact`, in order."""
 
     @property
@@ -242,7 +251,7 @@ def no_growth() -> NoReturn:
     )
 
 
-def by_tensor(parts: tuple[Part, ...], exact: Integers) -> Iterator[tuple[Part, Integers]]:
+def by_tensor(parts: tuple[NoisePart, ...], exact: Integers) -> Iterator[tuple[NoisePart, Integers]]:
     """Each part with its tensors."""
     at = 0
     for part in parts:
@@ -251,7 +260,7 @@ def by_tensor(parts: tuple[Part, ...], exact: Integers) -> Iterator[tuple[Part, 
         at = end
 
 
-def perturb(exact: Integers, parts: tuple[Part, ...], entropy: Entropy) -> Integers:
+def perturb(exact: Integers, parts: tuple[NoisePart, ...], entropy: Entropy) -> Integers:
     """Each tensor with the noise of its part, in order."""
     return tuple(part.noise.perturb(t, entropy) for part, own in by_tensor(parts, exact) for t in own)
 
@@ -286,7 +295,7 @@ class Answers(Exact[PrivateT]):
 
     @property
     @abstractmethod
-    def parts(self) -> tuple[Part, ...]: ...
+    def parts(self) -> tuple[NoisePart, ...]: ...
 
     @property
     @abstractmethod

@@ -12,7 +12,7 @@ import torch
 from ..config import DPXAttnConfig
 from ..errors import ContextError
 from ..privacy.bits import Entropy
-from .base import GuaranteeNumbers, Integers, LayerSpec, Mechanism, Part, State
+from .base import GuaranteeNumbers, Integers, LayerSpec, Mechanism, NoisePart, State
 from .inputs import LayerRows, count_rows
 from .structure import ExactStructure
 
@@ -27,7 +27,7 @@ class PreparedExact(Mechanism[LayerRows]):
     calibrated: bool = False
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[NoisePart, ...]:
         return ()
 
     @property

@@ -13,12 +13,11 @@ import torch
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibration
-from hf_dp_xattn.mechanisms import growing_sources
-from hf_dp_xattn.mechanisms.anchors import anchors
-from hf_dp_xattn.mechanisms.anchors.histogram import PreparedHistogram
-from hf_dp_xattn.mechanisms.anchors.row_sum import PreparedRowSum
-from hf_dp_xattn.mechanisms.dptree import tree_attention
-from hf_dp_xattn.mechanisms.kernel_sum import kernel_sum
+from hf_dp_xattn.mechanisms.anchors.anchors import PreparedAnchors
+from hf_dp_xattn.mechanisms.anchors.sources import CellAnswers, CellCounts, LearnedSum
+from hf_dp_xattn.mechanisms.base import Integers
+from hf_dp_xattn.mechanisms.dptree.dptree import PreparedDPTree
+from hf_dp_xattn.mechanisms.kernel_sum.kernel_sum import PreparedKernelSum
 from hf_dp_xattn.privacy.bits import SeededEntropy
 from hf_dp_xattn.privacy.ledger import Budget
 
@@ -46,40 +45,20 @@ class FixedEntropy(SeededEntropy):
         return True
 
 
-def zeroed(found: Any) -> Any:
-    """Sums, cells or lists of them, of the same shapes."""
-    if isinstance(found, torch.Tensor):
-        return torch.zeros_like(found)
-    if isinstance(found, (list, tuple)):
-        return type(found)(zeroed(x) for x in found)
-    if isinstance(found, dict):
-        return {k: zeroed(v) for k, v in found.items()}
-    if dataclasses.is_dataclass(found) and not isinstance(found, type):
-        return dataclasses.replace(
-            found, **{f.name: zeroed(getattr(found, f.name)) for f in dataclasses.fields(found)}
-        )
-    return found
+def zeroed(exact: Integers) -> Integers:
+    """Sums or cells of the same shapes."""
+    return tuple(torch.zeros_like(t) for t in exact)
 
 
 def equal_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every sum of private contributions is zero: with equal noise, two worlds release equal integers."""
-    for owner, name in (
-        (kernel_sum, "sum_rows"),
-        (kernel_sum, "sum_units"),
-        (kernel_sum, "sum_sketch"),
-        (growing_sources, "sum_rows"),
-        (growing_sources, "sum_units"),
-        (tree_attention, "exact_sums"),
-        (PreparedRowSum, "exact_sums"),
-        (PreparedHistogram, "exact_sums"),
-        (anchors.ResponseSource, "cells"),
-    ):
-        original = getattr(owner, name)
+    for owner in (PreparedKernelSum, PreparedDPTree, PreparedAnchors, LearnedSum, CellCounts, CellAnswers):
+        original = owner.exact
 
         def patched(*args: Any, _original: Callable[..., Any] = original, **kwargs: Any) -> Any:
             return zeroed(_original(*args, **kwargs))
 
-        monkeypatch.setattr(owner, name, patched)
+        monkeypatch.setattr(owner, "exact", patched)
 
 
 Given = dict[str, Any]

@@ -75,11 +75,9 @@ def test_structure_equals_the_naive_twin(unit: str, degree: int) -> None:
         "context": [list(range(8))],
     }[unit]
 
-    class Spec(LayerSpec):
-        def geometry(self, config: DPXAttnConfig):  # type: ignore[no-untyped-def, override]
-            return geometry
-
-    prepared = prepare_release(config, [Spec("layer", 2, 4, 3, geometry.scale)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel_sum, "geometry_of", lambda spec, config: geometry)
+        prepared = prepare_release(config, [LayerSpec("layer", 2, 4, 3, geometry.scale)])
     assert isinstance(prepared, kernel_sum.PreparedKernelSum)
     released = prepared.run(LayerRows([key], [value]), groups=groups).structures[0]
     assert isinstance(released, KernelSumStructure)
@@ -108,7 +106,7 @@ def test_noise_is_what_the_accountant_says() -> None:
 
     kernel_sum.layer_structure = spy
     try:
-        guarantee = prepared.run([key[0]], [value[0]]).guarantee
+        guarantee = prepared.run(LayerRows([key[0]], [value[0]])).guarantee
     finally:
         kernel_sum.layer_structure = original
     noise = (seen[0] - silent.double() * 2.0 ** -prepared.encoders[0].exponent).flatten()

@@ -29,7 +29,7 @@ from ...errors import ConfigError
 from ...privacy.additive import GeometricNoise
 from ...privacy.response import RandomizedResponse
 from ...privacy.units import NeighboringRelation
-from ..base import Answers, GuaranteeNumbers, Integers, Mechanism, Part, State, Summand
+from ..base import Answers, GuaranteeNumbers, Integers, Mechanism, NoisePart, State, Summand
 from ..context_rows import ContextRows
 from ..inputs import check_context, check_groups, rows_of
 from .histogram import prepare_geometric
@@ -105,7 +105,7 @@ class PreparedAnchors(Mechanism[torch.Tensor]):
     calibrated: bool = True
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[NoisePart, ...]:
         return self.source.parts
 
     def count(self, private: torch.Tensor, groups: torch.Tensor | None, *, empty: bool = False) -> int:

@@ -27,7 +27,7 @@ from ...config import DPXAttnConfig
 from ...errors import ConfigError
 from ...privacy.additive import GaussianNoise
 from ...privacy.units import NeighboringRelation, Unit
-from ..base import GuaranteeNumbers, Integers, Part
+from ..base import GuaranteeNumbers, Integers, NoisePart
 from ..context_rows import ContextRows
 from .plan import AnchorPlan, Decoders
 from .row_sum import PreparedRowSum, RowSum
@@ -59,8 +59,8 @@ class MixedSource(Source):
     unit: str = Unit.ROW.value
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        return (*self.histogram.parts, Part(GaussianNoise(self.sum.sigma_squared), self.sum.events, 1))
+    def parts(self) -> tuple[NoisePart, ...]:
+        return (*self.histogram.parts, NoisePart(GaussianNoise(self.sum.sigma_squared), self.sum.events, 1))
 
     def exact(self, rows: torch.Tensor, groups: torch.Tensor | None) -> Integers:
         return (*self.histogram.exact(rows, groups), self.sum.exact_sums(rows))

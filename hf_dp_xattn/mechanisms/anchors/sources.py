@@ -14,7 +14,7 @@ from ...privacy.accountant import Event, GaussianEvent
 from ...privacy.additive import GaussianNoise, GeometricNoise
 from ...privacy.response import RandomizedResponse
 from ...privacy.units import sensitivity_factor
-from ..base import Answers, GuaranteeNumbers, Integers, Part, State, Summand
+from ..base import Answers, GuaranteeNumbers, Integers, NoisePart, State, Summand
 from ..context_rows import ContextRows
 from ..inputs import units_of_rows
 from .cells import CellDecoder
@@ -34,7 +34,7 @@ class Source(ABC):
 
     @property
     @abstractmethod
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[NoisePart, ...]:
         """The noise of each tensor of `exact`, in order."""
 
     @property
@@ -126,8 +126,8 @@ class SumSource(Source):
     unit: str
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        return (Part(GaussianNoise(self.prepared.sigma_squared), self.prepared.events, 1),)
+    def parts(self) -> tuple[NoisePart, ...]:
+        return (NoisePart(GaussianNoise(self.prepared.sigma_squared), self.prepared.events, 1),)
 
     def exact(self, rows: torch.Tensor, groups: torch.Tensor | None) -> Integers:
         return (self.prepared.exact_sums(pool(rows, self.unit, groups)),)
@@ -208,9 +208,9 @@ class ResponseSource(Source):
     unit: str
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[NoisePart, ...]:
         stages = len(self.quantizers)
-        return (Part(self.response, (self.response.event,) * stages, stages),)
+        return (NoisePart(self.response, (self.response.event,) * stages, stages),)
 
     def exact(self, rows: torch.Tensor, groups: torch.Tensor | None) -> Integers:
         """Each unit's cell in each codebook, int64 [U]. A function of each unit alone, as every step of it is."""
@@ -267,7 +267,7 @@ class CellAnswers(Answers[torch.Tensor]):
     units: int
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[NoisePart, ...]:
         return self.source.parts
 
     @property
@@ -297,8 +297,8 @@ class HistogramSource(Source):
     unit: str = "row"
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        return (Part(self.noise, self.prepared.events, 1),)
+    def parts(self) -> tuple[NoisePart, ...]:
+        return (NoisePart(self.noise, self.prepared.events, 1),)
 
     @property
     def rates(self) -> tuple[float, float]:

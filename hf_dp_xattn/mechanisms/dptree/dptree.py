@@ -18,7 +18,7 @@ import torch
 
 from ...config import DPXAttnConfig
 from ...errors import DPXAttnError
-from ..base import GuaranteeNumbers, Integers, LayerSpec, Mechanism, Part, State
+from ..base import GuaranteeNumbers, Integers, LayerSpec, Mechanism, NoisePart, State
 from ..inputs import LayerRows, check_groups, layers_of
 from ..kernel_sum.contributions import LayerEncoder, check_rows
 from ..kernel_sum.kernel_sum import NO_CALIBRATION, PublicCalibration
@@ -50,8 +50,8 @@ class PreparedDPTree(Mechanism[LayerRows]):
         return self.plan.encoders
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        return (Part(self.split.noise, (self.split.event,)),)
+    def parts(self) -> tuple[NoisePart, ...]:
+        return (NoisePart(self.split.noise, (self.split.event,)),)
 
     @property
     def size(self) -> int:

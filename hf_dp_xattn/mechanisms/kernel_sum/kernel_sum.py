@@ -30,7 +30,7 @@ from ...privacy.additive import GaussianNoise
 from ...privacy.lattice import lattice_exponent
 from ...privacy.split import gaussian_sigma_squared_beside
 from ...privacy.units import NeighboringRelation, sensitivity_factor
-from ..base import GuaranteeNumbers, Integers, LayerSpec, Mechanism, Part, State
+from ..base import GuaranteeNumbers, Integers, LayerSpec, Mechanism, NoisePart, State
 from ..inputs import LayerRows, check_groups, count_rows, layers_of, may_be_empty
 from ..structure import KernelSumStructure
 from .contributions import LayerEncoder, check_rows, sum_rows, sum_units, unit_rows
@@ -94,8 +94,8 @@ class PreparedKernelSum(Mechanism[LayerRows]):
     sketch: SketchPlan | None = None
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        return (Part(GaussianNoise(self.sigma_squared), (self.event,)),)
+    def parts(self) -> tuple[NoisePart, ...]:
+        return (NoisePart(GaussianNoise(self.sigma_squared), (self.event,)),)
 
     def count(self, private: LayerRows, groups: torch.Tensor | None, *, empty: bool = False) -> int:
         rows = layers_of(private)

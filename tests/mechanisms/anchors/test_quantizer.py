@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_dp_xattn.errors import ConfigError, ContextError
-from hf_dp_xattn.mechanisms.anchors import quantizer
+from hf_dp_xattn.mechanisms import inputs
 from hf_dp_xattn.mechanisms.anchors.quantizer import ExactAffine, RowQuantizer
 from hf_dp_xattn.privacy.units import unit_and_relation
 
@@ -93,7 +93,7 @@ def test_a_rows_cell_does_not_depend_on_other_rows(seed: int, n: int, dtype: tor
     whole, projected = q.cells(rows), q.project(rows)
     order = torch.randperm(n, generator=gen)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantizer, "_CHUNK_ENTRIES", chunk)
+        patch.setattr(inputs, "_CHUNK_ENTRIES", chunk)
         assert torch.equal(q.cells(rows[order]), whole[order])
         assert torch.equal(q.project(rows[order]), projected[order])
     assert torch.equal(torch.cat([q.cells(row[None]) for row in rows]), whole)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_dp_xattn.errors import ConfigError, ContextError
-from hf_dp_xattn.mechanisms.anchors import quantizer, row_sum
+from hf_dp_xattn.mechanisms import inputs
+from hf_dp_xattn.mechanisms.anchors import row_sum
 from hf_dp_xattn.mechanisms.anchors.row_sum import PreparedRowSum, RowSum, clipped_rows
 from hf_dp_xattn.privacy.accountant import GaussianEvent, PureEvent, epsilon_of
 from hf_dp_xattn.privacy.noise import SeededEntropy
@@ -166,7 +167,7 @@ def test_sums_are_those_of_the_units_alone_bit_for_bit(
     whole = p.exact_sums(rows, groups)
     order = torch.randperm(n, generator=gen)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantizer, "_CHUNK_ENTRIES", chunk)
+        patch.setattr(inputs, "_CHUNK_ENTRIES", chunk)
         patch.setattr(row_sum, "_UNITS_PER_CHUNK", units)
         assert torch.equal(p.exact_sums(rows[order], None if groups is None else groups[order]), whole)
     if groups is None:

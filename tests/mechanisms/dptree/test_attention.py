@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hf_dp_xattn.config import DPXAttnConfig
 from hf_dp_xattn.errors import ConfigError, ContextError
 from hf_dp_xattn.mechanisms.base import LayerSpec
-from hf_dp_xattn.mechanisms.dptree import DPTreeCrossAttention, DPTreeSoftmax
+from hf_dp_xattn.mechanisms.dptree import DPTreeCrossAttention, DPTreeSoftmax, tree_attention
 from hf_dp_xattn.mechanisms.dptree import softmax as softmax_module
 from hf_dp_xattn.mechanisms.dptree.dptree import PreparedDPTree
 from hf_dp_xattn.mechanisms.dptree.tree_structure import DPTreeStructure
@@ -55,12 +55,10 @@ def prepare(
 ) -> PreparedDPTree:
     """A release over layers of given geometries."""
 
-    class Spec(LayerSpec):
-        def geometry(self, config: DPXAttnConfig) -> HeadGeometry:
-            return geometries[int(self.name)]
-
-    specs = [Spec(str(i), heads, d, dv, g.scale) for i, g in enumerate(geometries)]
-    prepared = prepare_release(config, specs)
+    specs = [LayerSpec(str(i), heads, d, dv, g.scale) for i, g in enumerate(geometries)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree_attention, "geometry_of", lambda spec, config: geometries[int(spec.name)])
+        prepared = prepare_release(config, specs)
     assert isinstance(prepared, PreparedDPTree)
     return prepared
 
