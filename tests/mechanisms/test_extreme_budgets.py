@@ -15,9 +15,12 @@ from hf_dp_xattn.errors import ConfigError
 from hf_dp_xattn.mechanisms.anchors.histogram import prepare_geometric
 from hf_dp_xattn.mechanisms.anchors.row_sum import RowSum
 from hf_dp_xattn.mechanisms.base import LayerSpec
+from hf_dp_xattn.mechanisms.inputs import LayerRows
 from hf_dp_xattn.mechanisms.registry import prepare_release
 from hf_dp_xattn.privacy.accountant import epsilon_of
 from hf_dp_xattn.privacy.response import RandomizedResponse
+
+from .anchors.noised import release
 
 SPEC = LayerSpec("attention", 2, 4, 4, 0.5)
 ROWS = torch.randn(1, 2, 3, 4, generator=torch.Generator().manual_seed(0))
@@ -43,7 +46,7 @@ def check(epsilon: float, delta: float, mechanism: str, relation: str) -> bool:
         assert time.monotonic() - start < SECONDS
     assert epsilon_of(prepared.events, delta) <= epsilon
     sums = (
-        prepared.run([ROWS[0]], [ROWS[0]]).structures[0].tensors()["sums"]
+        prepared.run(LayerRows([ROWS[0]], [ROWS[0]])).structures[0].tensors()["sums"]
     )  # after the charge nothing fails
     assert bool(torch.isfinite(sums).all())
     return True
@@ -78,7 +81,7 @@ def test_learned_sums(epsilon: float, delta: float, relation: str) -> None:
         assert "epsilon" in str(error) or "delta" in str(error)
         return
     assert epsilon_of(prepared.events, delta) <= epsilon
-    assert bool(torch.isfinite(prepared.release(ROWS[0, 0])).all())
+    assert bool(torch.isfinite(release(prepared, ROWS[0, 0])).all())
 
 
 @settings(max_examples=30, deadline=None)
@@ -91,7 +94,7 @@ def test_counts_and_answers(epsilon: float, relation: str) -> None:
     except ConfigError as error:
         assert "epsilon" in str(error)
     else:
-        counts = prepared.counts(prepared.release(torch.tensor([0, 1, 1])))
+        counts = prepared.counts(release(prepared, torch.tensor([0, 1, 1])))
         assert bool(torch.isfinite(counts).all())
         assert epsilon_of(prepared.events, 0.0) <= epsilon * (1 + 1e-12)
     response = RandomizedResponse.of(epsilon, 4)
