@@ -45,7 +45,8 @@ def test_one_release_whatever_the_expansion(
 
 
 def test_one_prefix_has_one_budget_however_it_is_split(private: dpx.DPXAttnConfig) -> None:
-    """Behind another head, with another padded length or in other segments it is charged to the same name."""
+    """Behind another head, with another padded length or in other segments it is charged to the same name; other segments are other
+    units, which do not compose."""
     handle = protect(tiny("llama"), private.replace(unit="group"))
     parts = segments((3, 1, 4))
     first = handle.release(parts, groups="segments", public_head=HEAD)
@@ -55,11 +56,15 @@ def test_one_prefix_has_one_budget_however_it_is_split(private: dpx.DPXAttnConfi
         {"context": parts, "groups": "segments", "public_head": [1, 5]},
         {"context": parts, "groups": "segments"},
         {"context": parts, "groups": "segments", "public_head": HEAD, "prefix_bucket": 5},
-        {"context": [flat[:4], flat[4:]], "groups": "segments", "public_head": HEAD},
-        {"context": flat, "groups": torch.arange(8), "public_head": HEAD},
         {"context": parts, "groups": "segments", "public_head": HEAD, "fresh": True},
     ):
         with pytest.raises(dpx.BudgetExceededError):
+            handle.release(**arguments)
+    for arguments in (
+        {"context": [flat[:4], flat[4:]], "groups": "segments", "public_head": HEAD},
+        {"context": flat, "groups": torch.arange(8), "public_head": HEAD},
+    ):
+        with pytest.raises(dpx.ConfigError, match="another grouping"):
             handle.release(**arguments)
     assert charges(handle) == [1]
 
