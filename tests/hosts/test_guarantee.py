@@ -32,7 +32,7 @@ def noise_of(entropy: Any, private: Any) -> torch.Tensor:
     """All released numbers of one prompt, after every seed that a program could set."""
     pipe = tiny_sd()
     seed_everything()
-    release = dpx.protect(pipe, private, entropy=entropy).release(PROMPT)
+    release = dpx.protect(pipe, private, entropy=entropy, ledger=dpx.Ledger()).release(PROMPT)
     return torch.cat([s.tensors()["sums"].flatten() for s in release.contexts[0].structures])
 
 
@@ -252,7 +252,9 @@ def check_numbers(handle: Any, config: Any) -> None:
     assert (entry["unit"], entry["neighboring"]) == (config.unit, config.neighboring)
     assert f"({config.epsilon:g}, {config.delta:g})-differentially private" in entry["guarantee_text"]
     assert config.epsilon * 0.999 <= entry["spent_epsilon"] <= config.epsilon * (1 + 1e-6)
-    (charge,) = handle.ledger.entries()
+    charges = handle.ledger.entries()
+    charge = charges[0]
+    assert all(c.events == charge.events for c in charges)  # the context's, and its grouping's
     factor = 2 if config.neighboring == "replace_one" else 1
     g = entry["guarantee"]
     assert g["sensitivity"] == pytest.approx(factor * g["clip_norm"])
@@ -287,7 +289,7 @@ def test_understated_numbers_are_caught(plant: str, pipe: Any, private: Any) -> 
         )
     else:
         weaker = dataclasses.replace(event, sensitivity=event.sensitivity // 2)
-        planted = dataclasses.replace(recipe.prepared, events=(weaker,))
+        planted = dataclasses.replace(recipe.prepared, event=weaker)
         handle._maker._made = current, dataclasses.replace(recipe, prepared=planted)
         picture(pipe, PROMPT)
     with pytest.raises(AssertionError):

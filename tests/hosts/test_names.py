@@ -177,7 +177,7 @@ def test_what_was_appended_has_spent_its_budget(corpus: Any) -> None:
     ("planted", "error"),
     [
         (lambda release: (type(release._growing.release), "append"), ContextError),
-        (lambda release: (type(release._growing.recipe), "given"), RuntimeError),
+        (lambda release: (type(release._growing.recipe), "private"), RuntimeError),
     ],
     ids=["bad rows", "out of memory"],
 )
