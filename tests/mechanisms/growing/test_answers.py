@@ -13,10 +13,10 @@ from hf_dp_xattn.mechanisms.anchors.sources import CellCounts
 from hf_dp_xattn.mechanisms.base import LayerSpec, Released, State
 from hf_dp_xattn.mechanisms.growing_release import ContinualTotals, GrowingRelease, grow
 from hf_dp_xattn.mechanisms.inputs import LayerRows
-from hf_dp_xattn.mechanisms.kernel_sum import kernel_sum
 from hf_dp_xattn.mechanisms.kernel_sum.kernel_sum import PreparedKernelSum
 from hf_dp_xattn.mechanisms.kernel_sum.sketch import SketchPlan
 from hf_dp_xattn.mechanisms.registry import prepare_release
+from hf_dp_xattn.privacy.accountant import gaussian_sigma_squared
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from ..anchors.naive_anchors import CELLS, CHANNELS, decoders, gen, plan
@@ -179,5 +179,5 @@ def test_error_of_attention_over_a_thousand_appends() -> None:
         errors.append(flat(total) - exact)
     error = torch.stack(errors)
     assert float(error.abs().max()) <= running.error_bound(1e-6)
-    again = math.sqrt(horizon) * kernel_sum.gaussian_sigma_squared(1.0, 1e-5, source.sensitivity) ** 0.5
+    again = math.sqrt(horizon) * gaussian_sigma_squared(1.0, 1e-5, source.sensitivity) ** 0.5
     assert float(error.square().mean().sqrt()) < again / 8
