@@ -9,7 +9,7 @@ import torch
 
 from ..errors import ReleaseError
 from .placeholder import Tag
-from .release import Binding, ReleasedContext
+from .released import Binding, ReleasedContext
 
 MAX_BINDINGS = 1024
 

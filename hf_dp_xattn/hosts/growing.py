@@ -21,7 +21,7 @@ from .fingerprint import Fingerprint
 from .lengths import public_length
 from .making import Recipe
 from .rehearsal import rehearse
-from .release import ReleasedContext
+from .released import ReleasedContext
 from .reporting import Spent
 
 if TYPE_CHECKING:

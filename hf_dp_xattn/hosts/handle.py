@@ -36,7 +36,8 @@ from .placeholder import Tag, make_placeholder, new_tag, read_tags
 from .processor import NO_COPY, DPAttnProcessor, Layout
 from .promised import Promises
 from .rehearsal import rehearse
-from .release import Release, ReleasedContext, require_fit
+from .release import Release
+from .released import ReleasedContext, require_fit
 from .released_cache import Key, ReleasedCache
 from .reporting import Spent, build_report
 from .saving import SaveShadow

@@ -24,7 +24,7 @@ from safetensors.torch import load, save
 
 from ..errors import ReleaseError
 from .fingerprint import Fingerprint
-from .release import ReleasedContext
+from .released import ReleasedContext
 
 MOST = 256  # releases in memory
 Key = tuple[str, str]

@@ -15,7 +15,7 @@ from .context import PrivateContext
 from .fingerprint import Fingerprint
 from .handle import HANDLE_ATTRIBUTE, ProtectedPipeline
 from .making import Recipe
-from .release import ReleasedContext
+from .released import ReleasedContext
 from .routing import Routing, route
 
 

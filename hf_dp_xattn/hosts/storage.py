@@ -36,7 +36,8 @@ from ..mechanisms.registry import FEATURES, STRUCTURES
 from ..mechanisms.structure import AttentionStructure, KernelSumStructure
 from ..report import Guarantee, PrivacyReport
 from .fingerprint import SIZE, Fingerprint
-from .release import PUSH_MESSAGE, ReleasedContext
+from .release import PUSH_MESSAGE
+from .released import ReleasedContext
 from .reporting import release_entry
 from .terms import Terms, read_terms
 

@@ -14,7 +14,7 @@ from ..mechanisms.structure import AttentionStructure, stack
 from .fingerprint import Fingerprint
 from .placeholder import Tag
 from .processor import LayerTable
-from .release import Binding
+from .released import Binding
 from .rows import project_rows
 
 if TYPE_CHECKING:

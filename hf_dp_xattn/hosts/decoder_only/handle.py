@@ -17,7 +17,8 @@ from ..context import PrivateContext
 from ..fingerprint import Fingerprint, Sketched
 from ..making import Recipe
 from ..processor import LayerTable
-from ..release import Release, ReleasedContext
+from ..release import Release
+from ..released import ReleasedContext
 from ..routed import RoutedHandle
 from ..routing import Routing, evaluating
 from .attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, check_window, dp_xattn_prefix

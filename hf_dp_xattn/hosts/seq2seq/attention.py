@@ -24,7 +24,7 @@ from ..processor import NO_COPY, LayerTable
 from ..reading import group_queries, host_attention, read, ungroup
 
 if TYPE_CHECKING:
-    from ..release import ReleasedContext
+    from ..released import ReleasedContext
 
 NAME = "dp_xattn"
 LAYER_ATTRIBUTE = "_dp_xattn_layer"

@@ -20,7 +20,8 @@ from ..fingerprint import Fingerprint, Sketched
 from ..making import Recipe
 from ..placeholder import Tag, make_placeholder, new_tag, read_tags
 from ..processor import LayerTable
-from ..release import Binding, Release, ReleasedContext
+from ..release import Release
+from ..released import Binding, ReleasedContext
 from ..routed import RoutedHandle
 from ..routing import Routing
 from .attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, dp_xattn
