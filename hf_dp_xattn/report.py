@@ -72,6 +72,24 @@ class Guarantee:
         )
 
 
+def release_entry(
+    name: str, guarantee: Guarantee, charges: int | None = None, spent: float | str = ELSEWHERE
+) -> dict[str, Any]:
+    """One release in a report. charges: None where the ledger that counts is elsewhere."""
+    return {
+        "name": name,
+        "guarantee": guarantee.to_dict(),
+        "guarantee_text": guarantee.sentence(),
+        "epsilon": guarantee.to_dict()["epsilon"],
+        "delta": guarantee.delta,
+        "unit": guarantee.unit,
+        "neighboring": guarantee.neighboring,
+        "charges": charges,
+        "spent_epsilon": spent,
+        "details": guarantee.clipping or "exact attention",
+    }
+
+
 def _up(value: float | str) -> str:
     """A number with four decimals, rounded up: what is printed is never less than what was spent."""
     return value if isinstance(value, str) else f"{math.ceil(value * 1e4) / 1e4:.4f}"

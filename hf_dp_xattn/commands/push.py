@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from ..errors import ConfigError
-from .artefacts import find_artefact, readers
+from .find_artefact import find_artefact, readers
 
 NAME = "push"
 _DESCRIPTION = """\

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .artefacts import find_artefact, readers
+from .find_artefact import find_artefact, readers
 
 NAME = "report"
 NOT_PRIVATE = 1

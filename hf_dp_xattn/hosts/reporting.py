@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..privacy.units import NeighboringRelation
-from ..report import ELSEWHERE, Guarantee, PrivacyReport
+from ..report import Guarantee, PrivacyReport, release_entry
 from .accounts import told
 from .phrases import RULE
 
@@ -63,24 +63,6 @@ def _public(handle: ProtectedPipeline) -> tuple[str, ...]:
         items.append("the calibration")
     items += ["the negative prompt and public prompts", "guidance, steps, seeds and sizes of the pictures"]
     return tuple(items)
-
-
-def release_entry(
-    name: str, guarantee: Guarantee, charges: int | None = None, spent: float | str = ELSEWHERE
-) -> dict[str, Any]:
-    """One release in a report. charges: None where the ledger that counts is elsewhere."""
-    return {
-        "name": name,
-        "guarantee": guarantee.to_dict(),
-        "guarantee_text": guarantee.sentence(),
-        "epsilon": guarantee.to_dict()["epsilon"],
-        "delta": guarantee.delta,
-        "unit": guarantee.unit,
-        "neighboring": guarantee.neighboring,
-        "charges": charges,
-        "spent_epsilon": spent,
-        "details": guarantee.clipping or "exact attention",
-    }
 
 
 def _entry(handle: ProtectedPipeline, name: str, spent: Spent) -> dict[str, Any]:

@@ -34,11 +34,10 @@ from ..errors import ConfigError, ReleaseError
 from ..mechanisms.context_rows import ContextRows
 from ..mechanisms.registry import FEATURES, STRUCTURES
 from ..mechanisms.structure import AttentionStructure, KernelSumStructure
-from ..report import Guarantee, PrivacyReport
+from ..report import Guarantee, PrivacyReport, release_entry
 from .fingerprint import SIZE, Fingerprint
 from .release import PUSH_MESSAGE
 from .released import ReleasedContext
-from .reporting import release_entry
 from .terms import Terms, read_terms
 
 if TYPE_CHECKING:
