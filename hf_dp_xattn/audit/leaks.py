@@ -185,7 +185,7 @@ def _without_gates(subject: Subject, handle: Any, inputs: list[dict[str, Any]]) 
         return subject.answer(given)
 
     if isinstance(subject, PipelineSubject):
-        handle._hook.remove()
+        handle.gate.remove()
     vars(handle)["check"] = lambda: None
     try:
         outputs = [run(given) for given in inputs]

@@ -1,10 +1,23 @@
-"""Gates: the text encoder of a protected pipeline runs only for our own encoding, or for what the caller declares public."""
+"""Who may run what is closed: permissions that end with their block, and the gate of a text encoder that asks for one.
+
+A permission belongs to the context (`contextvars`) that opened it and to those that were copied from it meanwhile: another task or thread
+does not see it, however the two take turns. It is an object that is marked as ended when its block is left, in whatever thread or
+task that happens, so that no copy outlives the block. A generator has no context of its own: what it opens would be seen by its caller
+while it is suspended. So the generators that run when a permission is opened must run when it is used.
+"""
 
 from __future__ import annotations
 
-import threading
+import asyncio
+import contextlib
+import inspect
+import itertools
+import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,24 +37,112 @@ CLOSED = (
     "use `with protected.public():`."
 )
 
+_GENERATORS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
-class Access(threading.local):
-    """What this thread may do: `public` > 0 inside `protected.public()`, `encoding` > 0 while we encode."""
 
-    public = 0
-    encoding = 0
+class _Permission:
+    """One entered block. frames: the generators that must be running where it is used."""
+
+    __slots__ = ("frames", "kind", "live", "owner")
+
+    def __init__(self, owner: Access, kind: str, frames: frozenset[FrameType]) -> None:
+        self.owner, self.kind, self.frames, self.live = owner, kind, frames, True
+
+    def end(self) -> None:
+        self.live, self.frames = False, frozenset()
+
+
+_permissions: ContextVar[tuple[_Permission, ...]] = ContextVar("hf_dp_xattn_permissions", default=())
+
+
+def _stack() -> list[FrameType]:
+    """The frames that run in this thread; no generator makes the list, which would be one of them."""
+    frames: list[FrameType] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames
+
+
+def _suspendable() -> frozenset[FrameType]:
+    """The frames on the stack that may be suspended while their caller goes on in this very context.
+
+    Not those that contextlib drives: their block is that of a `with` statement of whoever uses them. Coroutines count where no
+    task of asyncio gives them a context of their own.
+    """
+    kinds = _GENERATORS if _in_task() else _GENERATORS | inspect.CO_COROUTINE
+    return frozenset(f for f in _stack() if f.f_code.co_flags & kinds and not _of_contextlib(f))
+
+
+def _of_contextlib(frame: FrameType) -> bool:
+    return contextlib.__file__ in (f.f_code.co_filename for f in (frame, frame.f_back) if f is not None)
+
+
+def _in_task() -> bool:
+    try:
+        return asyncio.current_task() is not None
+    except RuntimeError:  # no running loop
+        return False
+
+
+class Access:
+    """What the running context may do: `public` inside `protected.public()`, `encoding` while we encode."""
+
+    def __init__(self) -> None:
+        self.key = next(_keys)  # names it in compiled graphs
+        _known[self.key] = self
+
+    @property
+    def public(self) -> bool:
+        return self._open("public")
+
+    @property
+    def encoding(self) -> bool:
+        return self._open("encoding")
+
+    def _open(self, kind: str) -> bool:
+        own = [p for p in _permissions.get() if p.live and p.owner is self and p.kind == kind]
+        if any(not p.frames for p in own):
+            return True
+        if not own:
+            return False
+        running = frozenset(_stack())
+        return any(p.frames <= running for p in own)
 
     @contextmanager
-    def enter(self, what: str) -> Iterator[None]:
-        setattr(self, what, getattr(self, what) + 1)
+    def enter(self, kind: str) -> Iterator[None]:
+        permission = _Permission(self, kind, _suspendable())
+        _permissions.set((*_live(), permission))
         try:
             yield
         finally:
-            setattr(self, what, getattr(self, what) - 1)
+            permission.end()
+            _permissions.set(_live())  # of the context that leaves, which need not be the one that entered
+
+
+def _live() -> tuple[_Permission, ...]:
+    return tuple(p for p in _permissions.get() if p.live)
+
+
+_keys = itertools.count(1)
+_known: weakref.WeakValueDictionary[int, Access] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("hf_dp_xattn::public_allowed", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def public_allowed(like: torch.Tensor, key: int) -> torch.Tensor:
+    """bool [] on the device of `like`: whether `public` is open here and now. A compiled graph asks anew at each run."""
+    access = _known.get(key)
+    return torch.tensor(access is not None and access.public, device=like.device)
+
+
+@public_allowed.register_fake
+def _(like: torch.Tensor, key: int) -> torch.Tensor:
+    return like.new_empty((), dtype=torch.bool)
 
 
 class TextGate:
-    """A forward pre-hook on a text encoder that raises `ProtectionLostError` unless `access` is open in this thread."""
+    """A forward pre-hook on a text encoder that raises `ProtectionLostError` unless `access` is open in this context."""
 
     def __init__(self, encoder: nn.Module, access: Access, message: str = CLOSED) -> None:
         self.encoder = encoder

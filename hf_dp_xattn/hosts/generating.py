@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DPXAttnError
+
+if TYPE_CHECKING:
+    from .handle import ProtectedPipeline
 
 _ASSISTED = "assisted decoding calls the model's parts in ways of its own"
 _WITHOUT = "it runs the model without its private context"
@@ -31,6 +35,20 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     ),  # transformers unsets the second, which Gemma 2 and 3 carry on the Hub
     "use_mtp": (False,),
 }
+
+
+@contextmanager
+def while_protected(handle: ProtectedPipeline) -> Iterator[None]:
+    """A run of `generate` that counts only if the model was protected to its end: one that was unprotected on the way went on with a
+    placeholder, or without its private context. Raises ProtectionLostError then."""
+    try:
+        yield
+    except DPXAttnError:
+        raise
+    except Exception:
+        handle.check()
+        raise
+    handle.check()
 
 
 def named_arguments(bound: inspect.BoundArguments) -> dict[str, Any]:

@@ -7,12 +7,13 @@ Content that has spent its budget elsewhere is refused, and so is what is in alr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import ConfigError, ContextError, DPXAttnError
+from ..errors import ConfigError, ContextError, DPXAttnError, ReleaseError
 from ..mechanisms.growing_release import GrowingRelease, grow
 from ..mechanisms.inputs import Private
 from .charging import charge, names_of
@@ -43,8 +44,17 @@ class GrowingContext:
         encoder: bytes,
     ) -> None:
         self.release, self.recipe, self.latest, self.spent = release, recipe, latest, spent
-        self.names = set(spent.digests)  # of all that is in
+        self.names = set(spent.digests)  # of all that is in, or on its way in
         self.encoder = encoder
+        self._process = os.getpid()
+
+    def check(self) -> None:
+        """Raises ReleaseError unless it may take appends: two processes that went on from one state would add fresh noise to it twice."""
+        if os.getpid() != self._process:
+            raise ReleaseError(
+                "This growing release belongs to the process that opened it; a forked child may read it, not append. Nothing was spent."
+            )
+        self.release.check()
 
     def __repr__(self) -> str:
         return f"GrowingContext({self.release!r})"
@@ -105,7 +115,7 @@ def append_to(
         BudgetExceededError: the horizon is reached, or this content has spent its budget elsewhere; nothing was spent.
         ReleaseError: the weights are no longer those that the release was opened with.
     """
-    growing.release.check()
+    growing.check()
     handle.check_thoroughly()
     current = handle.verify([growing.latest])
     handle.encoders.check(growing.encoder, context.encoder)
@@ -119,21 +129,22 @@ def append_to(
             "This content is in the growing context already: a unit enters once. Nothing was released."
         )
     growing.release.check_groups(own)
-    if not set(names) <= set(
-        growing.spent.digests
-    ):  # else an append that failed is made again: it is charged already
-        prepared = growing.release.prepared
-        rehearse([context], handle.channels, handle.config)
-        charge(handle, charged, prepared.events, horizon=prepared.horizon)
-        growing.spent.digests.extend(names)
-    rows, _ = context.load()
-    private = growing.recipe.private(rows, own)
-    growing.names |= set(names)  # before it enters: whatever happens then, it does not enter twice
+    entering = False
+    growing.names |= set(names)  # before anything is computed: whatever happens then, it does not enter twice
     try:
+        if not set(names) <= set(growing.spent.digests):  # else an append that failed is made again
+            prepared = growing.release.prepared
+            rehearse([context], handle.channels, handle.config)
+            charge(handle, charged, prepared.events, horizon=prepared.horizon)
+            growing.spent.digests.extend(names)
+        rows, _ = context.load()
+        private = growing.recipe.private(rows, own)
+        entering = True
         before = growing.latest
         growing.latest = _append(growing.release, private, own, before.public_rows, before.rows, current)
-    except (ConfigError, ContextError):
-        growing.names -= set(names)  # it is not in
+    except BaseException as error:
+        if not entering or isinstance(error, (ConfigError, ContextError)):
+            growing.names -= set(names)  # it is not in
         raise
     return growing.latest
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,15 +23,16 @@ from .charging import charge, keys_of, may_charge, names_of
 from .context import PrivateContext, name_contexts, name_phrases
 from .copies import CopyGuard
 from .encoders import OTHER_STATE, Encoders
-from .fingerprint import Fingerprint, fingerprint, stamp
-from .forward_inputs import check_forward, read_states, refuse_beside
+from .fingerprint import Fingerprint, fingerprint
+from .forward import ForwardGate
 from .growing import GrowingContext, append_to, only, open_growing
 from .harmless import HarmlessCalls
 from .lengths import HIDDEN, public_length
+from .locks import Lock, locked
 from .making import Recipe, choose_maker
 from .pipelines import PipelinePatch
-from .placeholder import Tag, make_placeholder, new_tag, read_tags
-from .processor import NO_COPY, DPAttnProcessor, Layout
+from .placeholder import Tag, make_placeholder, new_tag
+from .processor import NO_COPY, DPAttnProcessor, LayerTable
 from .promised import Promises
 from .rehearsal import rehearse
 from .release import Release
@@ -56,8 +55,10 @@ class ProtectedPipeline(EncodesByHand):
     """A protected UNet and the pipelines that share it. Made by `dpx.protect`; a context manager that unprotects.
 
     While it is active, a text prompt or embeddings given to a protected pipeline are private: each context is released once (charged to the
-    ledger before it is encoded), and the UNet receives a placeholder in its stead. Not for use by several threads at once, as
-    diffusers pipelines are not; a race ends in NaN, never in another context's release.
+    ledger before it is encoded), and the UNet receives a placeholder in its stead.
+
+    *Threads and tasks.* What a forward reads is bound to its thread, a permission (`public`) to its context. Calls of the pipelines wait
+    for each other, which diffusers needs (they share a scheduler); so do releases, which need not wait for a call to end.
 
     *Formal guarantee.* Everything that leaves the host about a private context is post-processing of its `Release`, see `report()`.
     """
@@ -93,15 +94,16 @@ class ProtectedPipeline(EncodesByHand):
         self._released = ReleasedCache()
         self.encoders = Encoders()
         self._spent: list[Spent] = []
-        self._tags: tuple[Tag, ...] = ()
-        self._device = torch.device("cpu")
-        self._seen: tuple[weakref.ref[torch.Tensor], int, object] | None = None
+        self.lock = Lock()  # held while anything of this handle is changed, never while a host runs
+        self.calling = Lock()  # held while a pipeline runs; taken before `lock`
+        self._active: tuple[tuple[Tag, ...], torch.device] = (), torch.device("cpu")
         self._fingerprint = self._current_fingerprint()  # of the weights that the tables were built for
         self._tables = Tables(self.layers)
+        self._serving: dict[str, LayerTable] = {}
         self._maker = choose_maker(
             unet, self.layers, config, calibration, self._fingerprint, serving_only=serving_only
         )
-        self._hook: Any = None
+        self.gate = ForwardGate(unet, self)
         self._guards: tuple[Any, ...] = ()
         self.saving = SaveShadow(unet, self)
         self.active = False
@@ -111,24 +113,27 @@ class ProtectedPipeline(EncodesByHand):
 
     # ---- installing and removing -------------------------------------------------------------------------------------------
 
+    @locked
     def install(self) -> None:
         """Registers the processors and the UNet's gate; undone by `unprotect`."""
         for message in self._maker.warnings(self._fingerprint):
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, stacklevel=5)
         self.active = True
         self._originals = {name: attn.processor for name, attn in self.layers.items()}
-        self._processors = {name: DPAttnProcessor() for name in self.layers}
+        forwards, access = self.gate.forwards, self.access
+        self._processors = {name: DPAttnProcessor(name, forwards, access) for name in self.layers}
         setattr(self.unet, HANDLE_ATTRIBUTE, self)
         current = self.unet.attn_processors
         self.unet.set_attn_processor(
             {**current, **{f"{n}.processor": p for n, p in self._processors.items()}}
         )
-        self._hook = self.unet.register_forward_pre_hook(self._gate, with_kwargs=True)
+        self.gate.install()
         harmless = HarmlessCalls(self.unet, {self.layers[n]: p for n, p in self._processors.items()})
         harmless.install()
         self._guards = (harmless, CopyGuard(self.layers))
         self.saving.install()
-        self._set_tables((), self._device, self._fingerprint)
+        self._set_tables(*self._active, self._fingerprint)
+        self.activate(*self._active)
 
     def has(self, pipe: Any) -> bool:
         return any(patch.pipe is pipe for patch in self._patches)
@@ -139,6 +144,7 @@ class ProtectedPipeline(EncodesByHand):
         self._maker.check_text(text)
         return text
 
+    @locked
     def join(self, pipe: Any, text: TextSide) -> None:
         """Adds a pipeline that shares the UNet."""
         if text.available and all(g.encoder is not unwrap(text.encoder) for g in self._gates):
@@ -151,23 +157,25 @@ class ProtectedPipeline(EncodesByHand):
 
     def unprotect(self) -> None:
         """Restores the host: the original processor objects, no hooks, no attributes. Releases stay valid on disk."""
-        if not self.active:
-            return
+        with self.calling, self.lock:
+            if self.active:
+                self._restore()
+
+    def _restore(self) -> None:
         self.active = False
         for name, attn in self.layers.items():
             if isinstance(attn.processor, DPAttnProcessor):  # else the caller chose another one since
                 attn.set_processor(self._originals[name])
-        if self._hook is not None:
-            self._hook.remove()
-        parts: tuple[Any, ...] = (*self._gates, *self._patches, *self._guards, self.saving)
+        parts: tuple[Any, ...] = (self.gate, *self._gates, *self._patches, *self._guards, self.saving)
         for installed in parts:
             installed.remove()
         self.unet.__dict__.pop(HANDLE_ATTRIBUTE, None)
         for processor in self._processors.values():
-            processor.table = processor.layout = None
+            processor.clear()
         self._tables.clear()
         self.promises.clear()
         self._released.clear()
+        self._serving = {}
 
     def __enter__(self) -> ProtectedPipeline:
         return self
@@ -193,10 +201,7 @@ class ProtectedPipeline(EncodesByHand):
         lost: str | None = None
         if not self.active:
             lost = "it was unprotected"
-        elif (
-            self._hook.id not in self.unet._forward_pre_hooks
-            or self.unet.__dict__.get(HANDLE_ATTRIBUTE) is not self
-        ):
+        elif not self.gate.installed() or self.unet.__dict__.get(HANDLE_ATTRIBUTE) is not self:
             lost = "the gate of the UNet was removed"
         elif self.unet.encoder_hid_proj is not None:
             lost = "an IP-Adapter (encoder_hid_proj) was loaded"
@@ -230,62 +235,15 @@ class ProtectedPipeline(EncodesByHand):
     def public(self) -> Iterator[None]:
         """Inside, text is declared PUBLIC: nothing is released or charged, prompts go to the host as they are.
 
-        For baselines and for other uses of a shared text encoder. Holds for the current thread.
+        For baselines and for other uses of a shared text encoder. Holds for the running context (a thread, a task of asyncio, and what
+        is copied from it meanwhile) until the block is left; in a generator, while the generator itself runs.
         """
-        try:
-            with self.access.enter("public"):
-                self._update_access()
-                yield
-        finally:
-            self._update_access()
-
-    def _update_access(self) -> None:
-        self._set_layout(None)
-        allow = torch.tensor(self.access.public > 0, device=self._device)
-        for processor in self._processors.values():
-            if processor.table is not None:
-                processor.table = dataclasses.replace(processor.table, allow_public=allow)
-
-    def _gate(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # A trace cannot read markers; there, what is not proven fit becomes NaN in the processors.
-        if not torch.compiler.is_compiling():
-            self.before_forward(args, kwargs)
-
-    def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The UNet's gate. Raises before anything runs."""
-        self.check()
-        states = read_states(args, kwargs)
-        if self._seen is not None and self._seen[0]() is states and self._seen[1:] == self._state_of(states):
-            return  # the same tensor at every step: parsed already
-        found = read_tags(states)
-        tags = unique(found)
-        if not tags:
-            self._set_layout(None)
-            if not self.access.public:
-                raise ProtectionLostError(
-                    "This UNet is protected and was called with embeddings of which none is a placeholder. Pass release.inputs(), or "
-                    "declare the text public with `with protected.public():`."
-                )
-            return
-        refuse_beside(kwargs)
-        if self.promises.due(tags):
-            check_forward(self.unet, args, kwargs, states)
-            self.promises.keep(tags)
-        self.activate(tags, states.device)
-        self._set_layout(Layout.of(states, found, tags))
-        if not states.is_inference():
-            self._seen = (weakref.ref(states), *self._state_of(states))
-
-    def _state_of(self, states: torch.Tensor) -> tuple[int, object]:
-        return states._version, stamp(p for a in self.layers.values() for p in (a.to_k, a.to_v))
-
-    def _set_layout(self, layout: Layout | None) -> None:
-        self._seen = None
-        for processor in self._processors.values():
-            processor.layout = layout
+        with self.access.enter("public"):
+            yield
 
     # ---- releases ----------------------------------------------------------------------------------------------------------
 
+    @locked
     def release(
         self,
         context: str | Sequence[str] | torch.Tensor,
@@ -335,6 +293,7 @@ class ProtectedPipeline(EncodesByHand):
         self._spent.append(growing.spent)
         return Release([growing.latest], self.config, self, growing)
 
+    @locked
     def append(
         self,
         growing: GrowingContext,
@@ -363,6 +322,7 @@ class ProtectedPipeline(EncodesByHand):
         """Prompts are split into phrases: the calibration's units are."""
         return self.config.unit == "group" and getattr(self.calibration, "grouping", None) == "phrases"
 
+    @locked
     @torch.inference_mode(False)
     @torch.no_grad()
     def known(self, contexts: Sequence[PrivateContext]) -> list[ReleasedContext | None]:
@@ -399,6 +359,7 @@ class ProtectedPipeline(EncodesByHand):
         may_charge(self, [n for *_, names in todo.values() for n in names], recipe.events, misfit)
         return keys, done, todo, recipe, current
 
+    @locked
     @torch.inference_mode(False)  # what is kept must serve other modes too
     @torch.no_grad()
     def release_contexts(
@@ -434,9 +395,11 @@ class ProtectedPipeline(EncodesByHand):
             context=made.context,
         )
 
+    @locked  # it runs layers, which some hosts route for that moment
     def _current_fingerprint(self) -> Fingerprint:
         return fingerprint(self.layers, self.unet.dtype)
 
+    @locked
     def adopt(self, contexts: Sequence[ReleasedContext]) -> None:
         """Takes in releases that were made elsewhere: verified, and named in the report."""
         current = self._current_fingerprint()
@@ -453,12 +416,14 @@ class ProtectedPipeline(EncodesByHand):
 
     # ---- placeholders ------------------------------------------------------------------------------------------------------
 
+    @locked
     def bind_contexts(self, contexts: Sequence[ReleasedContext]) -> tuple[Tag, ...]:
         return tuple(self._bindings.add(bind(c, None, c.tag)) for c in contexts)
 
     def placeholder(self, tags: Sequence[Tag], rows: int, device: torch.device | str) -> torch.Tensor:
         return make_placeholder(tags, rows, self.channels, self.unet.dtype, device)
 
+    @locked
     @torch.no_grad()
     def inputs(self, release: Release, prompt: str | Sequence[str] | None, **public: Any) -> dict[str, Any]:
         """See `Release.inputs`."""
@@ -483,27 +448,31 @@ class ProtectedPipeline(EncodesByHand):
         name = "prompt_embeds" if self._patches else "encoder_hidden_states"
         return {name: self.placeholder(tags, rows.pop(), device)}
 
-    def activate(self, tags: Sequence[Tag], device: torch.device | str) -> None:
-        """Makes the bindings readable by the processors.
+    @locked
+    def activate(self, tags: Sequence[Tag], device: torch.device | str) -> dict[str, LayerTable]:
+        """Makes the bindings readable by the processors: the layers' tables, which a graph without gates reads in this thread as well.
 
         Raises:
             ReleaseError: unknown placeholder, releases that cannot stand in one batch, or ones that the present weights do not fit.
         """
         current = self.verify([b.context for b in self._bindings.find(tags)])
-        device = torch.device(device)
-        if tuple(tags) == self._tags and device == self._device and current.same(self._fingerprint):
-            return
-        self._set_tables(tuple(tags), device, current)
+        wanted = tuple(tags), torch.device(device)
+        if wanted != self._active or not current.same(self._fingerprint):
+            self._set_tables(*wanted, current)
+        for name, table in self._serving.items():
+            self._processors[name].table = table
+        return self._serving
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _set_tables(self, tags: tuple[Tag, ...], device: torch.device, current: Fingerprint) -> None:
-        self._set_layout(None)
-        allow = torch.tensor(self.access.public > 0, device=device)
-        tables = self._tables.build(self._bindings.find(tags), allow, device, self.unet.dtype, current)
+        self._serving = self._tables.build(self._bindings.find(tags), device, self.unet.dtype, current)
+        self._active, self._fingerprint = (tags, device), current
+
+    def hand_out(self, tables: dict[str, LayerTable]) -> None:
+        """Makes them what this thread's compiled layers read."""
         for name, table in tables.items():
-            self._processors[name].table = table
-        self._tags, self._device, self._fingerprint = tags, device, current
+            self._processors[name].serve(table)
 
     # ---- report ------------------------------------------------------------------------------------------------------------
 

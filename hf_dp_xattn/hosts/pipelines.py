@@ -1,4 +1,4 @@
-"""Methods of a Stable Diffusion pipeline that see the prompt or check the call, and the one that saves it, shadowed by attributes."""
+"""Methods of a Stable Diffusion pipeline that see the prompt, check the call, save it or hand on the picture, shadowed; and its call."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .bindings import unique
 from .context import PrivateContext, name_contexts
 from .forward_inputs import NO_SCALE
 from .lengths import public_length
+from .nan import refuse_nan
 from .placeholder import Tag, read_tags
 from .saving import SaveShadow
 from .text import TextSide, as_texts
@@ -32,7 +33,8 @@ NO_CLIP_SKIP = (
 
 
 class PipelinePatch:
-    """Shadows the methods of one pipeline that see the prompt, and what diffusers itself would check after the first step only."""
+    """Shadows the methods of one pipeline that see the prompt, what diffusers itself would check after the first step only, and what hands
+    on the picture; its calls wait for each other."""
 
     def __init__(self, pipe: Any, handle: ProtectedPipeline, text: TextSide) -> None:
         self.pipe = pipe
@@ -41,6 +43,9 @@ class PipelinePatch:
         self._shadows: dict[str, Callable[..., Any]] = {}
         self._saving = SaveShadow(pipe, handle)
         self._outer: Any = None  # the hook on a compiled UNet
+        self._class: type[Any] = type(pipe)
+        self._waiting: type[Any] | None = None
+        self._postprocess: tuple[Any, Callable[..., Any]] | None = None
 
     def install(self) -> None:
         for name, shadow in (
@@ -63,15 +68,52 @@ class PipelinePatch:
                 return _shadow(_original, bound)
 
             self._shadows[name] = vars(self.pipe)[name] = functools.wraps(original)(wrapped)
+        self._shadow_postprocess()
         self._saving.install()
+        self.pipe.__class__ = self._waiting = self._make_waiting()
 
     def remove(self) -> None:
+        if type(self.pipe) is self._waiting:
+            self.pipe.__class__ = self._class
         for name, shadow in self._shadows.items():
             if vars(self.pipe).get(name) is shadow:
                 del vars(self.pipe)[name]
+        if self._postprocess is not None:
+            processor, own = self._postprocess
+            if vars(processor).get("postprocess") is own:
+                del vars(processor)["postprocess"]
         self._saving.remove()
         if self._outer is not None:
             self._outer.remove()
+
+    def _make_waiting(self) -> type[Any]:
+        """A class of the same name whose calls wait for each other: a call is looked up on the class, and a pipeline keeps its scheduler's
+        and its own state of a call on itself."""
+        original: Any = self._class.__call__
+
+        @functools.wraps(original)
+        def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+            with self._handle.calling, self._handle.gate.inside_pipeline():
+                result = original(pipe, *args, **kwargs)
+                if not self._handle.access.public:
+                    self._handle.check()  # what was unprotected on the way has read a placeholder
+                return result
+
+        like = {n: getattr(self._class, n) for n in ("__module__", "__qualname__", "__doc__")}
+        return type(self._class.__name__, (self._class,), {**like, "__call__": call})
+
+    def _shadow_postprocess(self) -> None:
+        processor = self.pipe.image_processor
+        original = processor.postprocess
+
+        @functools.wraps(original)
+        def postprocess(image: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self._handle.access.public:
+                refuse_nan(image)  # once, behind all steps: NaN in one of them stays in all that follow
+            return original(image, *args, **kwargs)
+
+        self._postprocess = processor, postprocess
+        vars(processor)["postprocess"] = postprocess
 
     def check(self) -> None:
         """Raises ProtectionLostError unless the pipeline still consists of what was protected."""
@@ -119,7 +161,12 @@ class PipelinePatch:
         return original(*bound.args, **bound.kwargs)
 
     def _encode_prompt(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
-        """Releases what is private, then lets diffusers encode the negative prompt and repeat the placeholder."""
+        """Releases what is private, then lets diffusers encode the negative prompt and repeat the placeholder. Holds the lock throughout:
+        a tokenizer serves one thread at a time."""
+        with self._handle.lock:
+            return self._encode(original, bound)
+
+    def _encode(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         self.check()
         if self._handle.access.public:
             return original(*bound.args, **bound.kwargs)
@@ -183,7 +230,7 @@ class PipelinePatch:
     def _gate(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Of a module around the UNet (`torch.compile`), which runs before anything is traced."""
         if self._handle.active:
-            self._handle.before_forward(args, kwargs)
+            self._handle.gate.read(args, kwargs)
 
     def _check_scales(self) -> None:
         for name in ("guidance_scale", "guidance_rescale"):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from ..errors import DPXAttnError, ProtectionLostError
 from ..mechanisms.merge import exact_partial, merge
 from ..mechanisms.rows_structure import RowsStructure, stack_rows
 from ..mechanisms.structure import AttentionStructure
-from .access import NO_COPY
+from .access import NO_COPY, Access, public_allowed
 from .accounts import PROTECT_AGAIN
 from .placeholder import Tag, is_marked, match_tags
 from .rows import project, split_heads
@@ -27,13 +28,11 @@ if TYPE_CHECKING:
 class LayerTable:
     """What one layer may read in the current call. A is the number of active bindings; all of it is released or public.
 
-    allow_public: bool [], whether a batch without any placeholder may pass (only inside `protected.public()`).
     tags: float32 [A, TAG_DIGITS]. structure: the released structures, batch A; None when nothing is active.
     public_key, public_value: [A, H, P, d] exact public rows of each binding, public_bias [A, 1, 1, P]; None where there are none, or
         where they are rows of the structure itself.
     """
 
-    allow_public: torch.Tensor
     tags: torch.Tensor | None = None
     structure: AttentionStructure | None = None
     public_key: torch.Tensor | None = None
@@ -63,6 +62,33 @@ class Layout:
         return cls(weakref.ref(states), *tensors)
 
 
+@dataclass(frozen=True)
+class Forward:
+    """What the layers may read in one forward, by the name of the layer. layout: None where no element is private.
+
+    joint: what the elements of `layout.states` attend to, all of them; and whether it was made under autocast.
+    """
+
+    tables: dict[str, LayerTable]
+    layout: Layout | None = None
+    joint: dict[str, tuple[RowsStructure | None, bool]] = field(default_factory=dict)
+
+
+class Forwards(threading.local):
+    """The forward of the UNet that this thread is in; no other thread can see or replace it. seen: the tensor (and its state) parsed
+    last, and what it gave. pipelines: how many protected calls of a pipeline this thread is in."""
+
+    current: Forward | None = None
+    seen: tuple[weakref.ref[torch.Tensor], object, Forward] | None = None
+    pipelines: int = 0
+
+
+class _Served(threading.local):
+    """What a graph without gates reads in this thread: the table that was activated last."""
+
+    table: LayerTable | None = None
+
+
 class DPAttnProcessor:
     """Replaces `AttnProcessor2_0` on the cross-attention layers of a protected host; `dpx.protect` registers it.
 
@@ -77,20 +103,32 @@ class DPAttnProcessor:
     Set by hand, without `protect`, it has no release to read and raises `ProtectionLostError` at every call.
     """
 
-    def __init__(self) -> None:
-        self.table: LayerTable | None = None
-        self.joint: RowsStructure | None = None  # what the elements of `layout.states` attend to, all of them
-        self._autocast = False  # whether `joint` was made under it
-        self._layout: Layout | None = None
+    def __init__(
+        self, name: str = "", forwards: Forwards | None = None, access: Access | None = None
+    ) -> None:
+        self._name = name
+        self._forwards = Forwards() if forwards is None else forwards
+        self._access = Access() if access is None else access
+        self._served = _Served()
+        self._latest: LayerTable | None = None  # of whatever thread
 
     @property
-    def layout(self) -> Layout | None:
-        return self._layout
+    def table(self) -> LayerTable | None:
+        """Outside of the UNet's gate (in a compiled graph, in a layer that is run again for gradients)."""
+        own = self._served.table
+        return self._latest if own is None else own
 
-    @layout.setter
-    def layout(self, layout: Layout | None) -> None:
-        self._layout = layout
-        self.joint = None
+    @table.setter
+    def table(self, table: LayerTable | None) -> None:
+        self._served.table = self._latest = table
+
+    def serve(self, table: LayerTable) -> None:
+        """To this thread only."""
+        self._served.table = table
+
+    def clear(self) -> None:
+        """Forgets the tables of all threads."""
+        self._served, self._latest = _Served(), None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise DPXAttnError(NO_COPY)
@@ -110,7 +148,9 @@ class DPAttnProcessor:
         Raises:
             ProtectionLostError: no release is at hand, or the layer was given no context or an image prompt beside it.
         """
-        if self.table is None:
+        forward = None if torch.compiler.is_compiling() else self._forwards.current
+        table = self.table if forward is None else forward.tables.get(self._name)
+        if table is None:
             raise ProtectionLostError(
                 "DPAttnProcessor has no release to read. Install it with dpx.protect(pipe, config), not by hand; after a reset of the "
                 f"processors call dpx.unprotect(pipe) and {PROTECT_AGAIN}."
@@ -132,7 +172,7 @@ class DPAttnProcessor:
         if attn.norm_q is not None:
             query = attn.norm_q(query)
 
-        hidden_states = self._attend(attn, self.table, query, encoder_hidden_states, attention_mask)
+        hidden_states = self._attend(attn, table, query, encoder_hidden_states, attention_mask, forward)
         hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
         hidden_states = attn.to_out[0](hidden_states)
         hidden_states = attn.to_out[1](hidden_states)
@@ -149,16 +189,16 @@ class DPAttnProcessor:
         query: torch.Tensor,
         states: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        forward: Forward | None = None,
     ) -> torch.Tensor:
         """[B, H, m, d], private elements from the release and the others exactly."""
-        layout = None if torch.compiler.is_compiling() or attention_mask is not None else self.layout
+        layout = None if forward is None or attention_mask is not None else forward.layout
         if layout is not None and layout.states() is states and table.structure is not None:
-            autocast = torch.is_autocast_enabled(states.device.type)
-            if (self.joint is None or autocast != self._autocast) and not torch.is_grad_enabled():
-                # keys and values of public rows are of the precision that they were made in
-                self.joint, self._autocast = self._join(attn, table, layout, states), autocast
-            if self.joint is not None and not torch.is_grad_enabled():
-                return self.joint.attend(query)
+            assert forward is not None
+            if not torch.is_grad_enabled():
+                joint = self._joined(attn, table, layout, states, forward)
+                if joint is not None:
+                    return joint.attend(query)
             out = torch.empty_like(query)
             out[layout.rows] = self._read(table, query[layout.rows], layout.index).to(query.dtype)
             if len(layout.public):
@@ -169,9 +209,25 @@ class DPAttnProcessor:
         marked = is_marked(states)
         public = self._attend_public(attn, query, states, attention_mask)
         private = self._attend_private(table, query, states, attention_mask)
-        allowed = marked.any() | table.allow_public.to(marked.device)
+        allowed = marked.any() | self._public_allowed(states)
         public = torch.where(allowed, public, torch.full_like(public, torch.nan))
         return torch.where(marked[:, None, None, None], private.to(query.dtype), public)
+
+    def _public_allowed(self, states: torch.Tensor) -> torch.Tensor | bool:
+        """Whether a batch without any placeholder may pass; asked of the context that runs this, compiled or not."""
+        if torch.compiler.is_compiling():
+            return public_allowed(states.detach(), self._access.key)
+        return self._access.public
+
+    def _joined(
+        self, attn: Attention, table: LayerTable, layout: Layout, states: torch.Tensor, forward: Forward
+    ) -> RowsStructure | None:
+        """`_join`, made once for all steps: keys and values of public rows are of the precision that they were made in."""
+        autocast = torch.is_autocast_enabled(states.device.type)
+        known = forward.joint.get(self._name)
+        if known is None or (known[0] is not None and known[1] != autocast):
+            known = forward.joint[self._name] = self._join(attn, table, layout, states), autocast
+        return known[0]
 
     @staticmethod
     def _join(

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from .bindings import MAX_BINDINGS, Bindings, bind
+from .locks import Lock, locked
 from .placeholder import Tag, new_tag
 
 if TYPE_CHECKING:
@@ -26,6 +27,11 @@ class Promises:
         self._handle, self._bindings = handle, bindings
         self._due: OrderedDict[Tag, PrivateContext] = OrderedDict()
 
+    @property
+    def lock(self) -> Lock:
+        return self._handle.lock
+
+    @locked
     def make(self, contexts: Sequence[PrivateContext]) -> tuple[Tag, ...]:
         """One tag for each context: of the release that serves it, or of one that is due. Nothing is spent.
 
@@ -49,6 +55,7 @@ class Promises:
         """Whether releases of some of these are still to be made."""
         return any(tag in self._due for tag in tags)
 
+    @locked
     def keep(self, tags: Iterable[Tag]) -> None:
         """Makes the releases that are due among these, all or none.
 

@@ -12,10 +12,14 @@ from ..privacy.ledger import Budget, Ledger
 from .accounts import PROTECT_AGAIN
 from .architectures import check_pipeline_class, refuse_host, unwrap
 from .handle import HANDLE_ATTRIBUTE, ProtectedPipeline
+from .locks import Lock
 
 if TYPE_CHECKING:
     from ..privacy.bits import Entropy
     from .making import AnyCalibration
+
+
+_installing = Lock()  # two threads that protect one host get one handle
 
 
 def _dispatch(host: Any) -> tuple[Any, Any, type[ProtectedPipeline]]:
@@ -88,14 +92,16 @@ def protect(
         LedgerError: the process's ledger cannot be opened.
         In each case nothing was patched.
     """
-    return _protect(host, config, calibration, ledger, budget, entropy)
+    with _installing:
+        return _protect(host, config, calibration, ledger, budget, entropy)
 
 
 def protect_to_serve(
     host: Any, config: DPXAttnConfig, *, ledger: Ledger | None = None, budget: Budget | None = None
 ) -> ProtectedPipeline:
     """`protect` for a release that was loaded: without a calibration or a ledger, which only new releases need (`accounts.NoLedger`)."""
-    return _protect(host, config, ledger=ledger, budget=budget, serving_only=True)
+    with _installing:
+        return _protect(host, config, ledger=ledger, budget=budget, serving_only=True)
 
 
 def _protect(

@@ -63,12 +63,12 @@ class Release:
 
     @property
     def contexts(self) -> tuple[ReleasedContext, ...]:
-        return self._contexts
+        return self._contexts if self._growing is None else (self._growing.latest,)
 
     @property
     def guarantees(self) -> tuple[Guarantee, ...]:
         """What is promised, one per context."""
-        return tuple(c.guarantee for c in self._contexts)
+        return tuple(c.guarantee for c in self.contexts)
 
     @property
     def terms(self) -> Terms:
@@ -135,7 +135,7 @@ class Release:
                 "This release does not grow: it was made without a horizon, or loaded (what is private of a growing release is not saved). "
                 "Open one with protected.release(context, horizon=...), which is charged."
             )
-        self._contexts = (self._active_handle().append(self._growing, context, groups),)
+        self._active_handle().append(self._growing, context, groups)
         return self
 
     def save_pretrained(self, directory: str | os.PathLike[str], **card: Unpack[CardOptions]) -> Path:

@@ -14,7 +14,9 @@ from .accounts import PROTECT_AGAIN
 from .context import PrivateContext
 from .fingerprint import Fingerprint
 from .handle import HANDLE_ATTRIBUTE, ProtectedPipeline
+from .locks import locked
 from .making import Recipe
+from .nan import main_output, refuse_nan
 from .released import ReleasedContext
 from .routing import Routing, route
 
@@ -54,15 +56,18 @@ class RoutedHandle(ProtectedPipeline):
         """The model's gate. Raises before anything runs."""
         raise NotImplementedError
 
-    def _leave(self, *_: Any) -> None:
-        self._calls.current = None
+    def _leave(self, module: Any, args: Any, output: Any) -> None:
+        call, self._calls.current = self._calls.current, None
+        if call is not None and not call.public and output is not None:  # None: it failed
+            refuse_nan(main_output(output))
 
     # ---- installing and removing -------------------------------------------------------------------------------------------
 
+    @locked
     def install(self) -> None:
         """Routes the layers' attention and closes other ways; undone by `unprotect`."""
         for message in self._maker.warnings(self._fingerprint):
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, stacklevel=5)
         self.active = True
         self.model.__dict__[HANDLE_ATTRIBUTE] = self
         for name, module in self._modules.items():
@@ -76,10 +81,8 @@ class RoutedHandle(ProtectedPipeline):
         self._generate.install()
         self.saving.install()
 
-    def unprotect(self) -> None:
-        """Restores the model: the original configs of its layers, no hooks, no attributes. Releases stay valid on disk."""
-        if not self.active:
-            return
+    def _restore(self) -> None:
+        """The original configs of its layers, no hooks, no attributes."""
         self.active = False
         for name, module in self._modules.items():
             if module.config is self._routes[name]:
@@ -88,13 +91,14 @@ class RoutedHandle(ProtectedPipeline):
         for installed in (*self._hooks, *self._gates, self._generate, self.saving):
             installed.remove()
         self.model.__dict__.pop(HANDLE_ATTRIBUTE, None)
-        self._leave()
+        self._calls = type(self._calls)()  # what was served, by all threads
         self._tables.clear()
         self.promises.clear()
         self._released.clear()
 
     # ---- gates -------------------------------------------------------------------------------------------------------------
 
+    @locked  # a release routes modules for a moment
     def check(self) -> None:
         """Raises `ProtectionLostError` unless everything that `protect` installed is still in place."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -139,9 +143,6 @@ class RoutedHandle(ProtectedPipeline):
                 "the call that names the release. Call model.gradient_checkpointing_disable() and train with smaller batches, or train "
                 "the model before it is protected."
             )
-
-    def _update_access(self) -> None:
-        """Whether public contexts may pass is asked at each call."""
 
     # ---- releases ----------------------------------------------------------------------------------------------------------
 

@@ -36,7 +36,6 @@ class Tables:
     def build(
         self,
         bindings: Sequence[Binding],
-        allow_public: torch.Tensor,
         device: torch.device,
         dtype: torch.dtype,
         current: Fingerprint,
@@ -47,7 +46,7 @@ class Tables:
             ReleaseError: the releases cannot stand in one batch.
         """
         if not bindings:
-            return dict.fromkeys(self._layers, LayerTable(allow_public))
+            return dict.fromkeys(self._layers, LayerTable())
         tags = torch.tensor([b.tag for b in bindings], dtype=torch.float32, device=device)
         decoded = {b.context.context is not None for b in bindings}
         if len(decoded) > 1:
@@ -58,11 +57,11 @@ class Tables:
             self._forget(current, device)
             rows = [self._rows(b, device, dtype) for b in bindings]
             return {
-                name: LayerTable(allow_public, tags, stack_rows([r[i] for r in rows]))
+                name: LayerTable(tags, stack_rows([r[i] for r in rows]))
                 for i, name in enumerate(self._layers)
             }
         return {
-            name: _structure_table(i, attn, bindings, LayerTable(allow_public, tags), device, dtype)
+            name: _structure_table(i, attn, bindings, tags, device, dtype)
             for i, (name, attn) in enumerate(self._layers.items())
         }
 
@@ -109,7 +108,7 @@ def _structure_table(
     layer: int,
     attn: Attention,
     bindings: Sequence[Binding],
-    table: LayerTable,
+    tags: torch.Tensor,
     device: torch.device,
     dtype: torch.dtype,
 ) -> LayerTable:
@@ -117,7 +116,7 @@ def _structure_table(
     structure = _stack([b.context.structures[layer].to(device) for b in bindings])
     longest = max(b.public_rows.shape[0] for b in bindings)
     if longest == 0:
-        return LayerTable(table.allow_public, table.tags, structure)
+        return LayerTable(tags, structure)
     keys, values, biases = [], [], []
     for b in bindings:
         count = b.public_rows.shape[0]
@@ -128,6 +127,4 @@ def _structure_table(
         keys.append(key.to(device))
         values.append(value.to(device))
         biases.append(bias)
-    return LayerTable(
-        table.allow_public, table.tags, structure, torch.stack(keys), torch.stack(values), torch.stack(biases)
-    )
+    return LayerTable(tags, structure, torch.stack(keys), torch.stack(values), torch.stack(biases))

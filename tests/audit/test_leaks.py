@@ -15,7 +15,8 @@ from hf_dp_xattn.audit.spy import Spy
 from hf_dp_xattn.audit.subjects import Subject
 from hf_dp_xattn.hosts import handle as handle_module
 from hf_dp_xattn.hosts.decoder_only import attention as decoder_attention
-from hf_dp_xattn.hosts.processor import DPAttnProcessor
+from hf_dp_xattn.hosts.forward import ForwardGate
+from hf_dp_xattn.hosts.processor import DPAttnProcessor, Forward
 from hf_dp_xattn.hosts.seq2seq import attention as seq2seq_attention
 from hf_dp_xattn.privacy.ledger import Ledger
 
@@ -88,10 +89,11 @@ def gates_that_never_look(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> 
     monkeypatch.setattr("hf_dp_xattn.hosts.pipelines.PipelinePatch.check", lambda self: None)
     monkeypatch.setattr("hf_dp_xattn.hosts.routed.RoutedHandle.check", lambda self: None)
     monkeypatch.setattr(handle_module.ProtectedPipeline, "check_thoroughly", lambda self: None)
+    monkeypatch.setattr("hf_dp_xattn.hosts.pipelines.refuse_nan", lambda image: None)
 
 
 def an_open_gate(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
-    monkeypatch.setattr(handle_module.ProtectedPipeline, "before_forward", lambda self, a, k: None)
+    monkeypatch.setattr(ForwardGate, "read", lambda self, a, k: Forward(self._handle._serving))
 
 
 def a_free_second_release(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:

@@ -127,7 +127,7 @@ def test_nothing_but_the_noised_sum(private: dpx.DPXAttnConfig) -> None:
         pipe = tiny_sd()
         release = protect(pipe, private, entropy=SeededEntropy(5)).release(FIRST, horizon=2).append(second)
         states.append(release.contexts[0])
-        release._contexts = (states[0],)
+        release._growing.latest = states[0]
         drawn.append(picture(pipe, **release.inputs()))
     assert drawn[0].equal(drawn[1])
 

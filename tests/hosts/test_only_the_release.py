@@ -216,5 +216,5 @@ def test_a_layer_that_lost_its_processor_gives_nan_not_a_leak(pipe: Any, private
     attn.set_processor(handle._originals[name])
     with pytest.raises(dpx.ProtectionLostError):
         picture(pipe, **inputs)
-    handle._hook.remove()  # and with the gate gone as well
+    handle.gate.remove()  # and with the gate gone as well
     assert bool(pipe.unet(latents(), 5, inputs["prompt_embeds"]).sample.isnan().all())

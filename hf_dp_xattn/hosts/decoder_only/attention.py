@@ -63,9 +63,11 @@ class Call:
 
 
 class Calls(threading.local):
-    """The forward that this thread is in; no other thread can see or replace it. generating: `generate` calls it."""
+    """The forward that this thread is in; no other thread can see or replace it. generating: `generate` calls it; served: the tables that
+    were made in this thread last, and what for."""
 
     current: Call | None = None
+    served: tuple[object, dict[str, LayerTable]] | None = None
     generating: bool = False
 
     @contextmanager

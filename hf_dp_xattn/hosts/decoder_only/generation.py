@@ -12,7 +12,7 @@ import torch
 
 from ...errors import ConfigError, ProtectionLostError
 from .. import generating
-from ..generating import named_arguments, refuse_arguments
+from ..generating import named_arguments, refuse_arguments, while_protected
 from .attention import check_window
 from .cache import PrefixCache
 
@@ -130,7 +130,7 @@ class GenerateShadow:
         arguments["cache_implementation"] = (
             None  # a dynamic one, as here: transformers refuses its name beside a cache
         )
-        with self._handle.calls.inside_generate():
+        with while_protected(self._handle), self._handle.calls.inside_generate():
             return original(**{**arguments, "past_key_values": cache})
 
     def _warn_once(self, arguments: dict[str, Any], config: Any) -> None:

@@ -15,6 +15,7 @@ from ...report import PrivacyReport
 from ..bindings import bind
 from ..context import PrivateContext
 from ..fingerprint import Fingerprint, Sketched
+from ..locks import locked
 from ..making import Recipe
 from ..processor import LayerTable
 from ..release import Release
@@ -55,7 +56,6 @@ class ProtectedDecoder(RoutedHandle):
         self._encoder = PrefixEncoder(model, self.decoder_layers)
         self._calls = Calls()
         self._generate = GenerateShadow(model, self)
-        self._served: tuple[object, dict[str, LayerTable]] | None = None
 
     def _find_layers(self) -> dict[str, Any]:
         self.decoder_layers: dict[str, PrefixLayer] = find_layers(self.model)
@@ -63,11 +63,6 @@ class ProtectedDecoder(RoutedHandle):
 
     def _layer_state(self, name: str) -> LayerState:
         return LayerState(name, self._calls, self._configs[name])
-
-    def unprotect(self) -> None:
-        """See `RoutedHandle.unprotect`."""
-        super().unprotect()
-        self._served = None
 
     @property
     def channels(self) -> int:
@@ -137,11 +132,12 @@ class ProtectedDecoder(RoutedHandle):
 
     def _read(self, cache: PrefixCache, device: torch.device) -> dict[str, LayerTable]:
         """The tables that `serve` made for this cache last, or new ones: in a direct call, for the first tokens of a cache."""
-        served, begun = self._served, cache.own > 0 or self._calls.generating
+        served, begun = self._calls.served, cache.own > 0 or self._calls.generating
         if begun and served is not None and served[0] == (cache.tags, device, self.model.dtype):
             return served[1]
         return self.serve(cache)
 
+    @locked
     @torch.inference_mode(False)  # what is kept must serve other modes too
     @torch.no_grad()
     def serve(self, cache: PrefixCache) -> dict[str, LayerTable]:
@@ -153,11 +149,11 @@ class ProtectedDecoder(RoutedHandle):
         bindings = self._bindings.find(cache.tags)
         current = self.verify([b.context for b in bindings])
         device = device_of(self.model)
-        allow = torch.tensor(False, device=device)
-        tables = self._tables.build(bindings, allow, device, self.model.dtype, current)
-        self._served = (cache.tags, device, self.model.dtype), tables
+        tables = self._tables.build(bindings, device, self.model.dtype, current)
+        self._calls.served = (cache.tags, device, self.model.dtype), tables
         return tables
 
+    @locked
     def _current_fingerprint(self) -> Fingerprint:
         """Taken anew only where a weight or an adapter has changed since (or is offloaded: then at each use): it costs a short run of the
         model. Raises ConfigError where there are no weights to run."""
@@ -174,6 +170,7 @@ class ProtectedDecoder(RoutedHandle):
 
     # ---- releases ----------------------------------------------------------------------------------------------------------
 
+    @locked
     def release(
         self,
         context: Any,
@@ -224,6 +221,7 @@ class ProtectedDecoder(RoutedHandle):
 
     # ---- inputs ------------------------------------------------------------------------------------------------------------
 
+    @locked
     @torch.no_grad()
     def inputs(
         self, release: Release, prompt: str | Sequence[str] | None = None, **public: Any

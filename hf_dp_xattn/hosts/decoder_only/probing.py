@@ -263,11 +263,11 @@ def tables_of(
 ) -> dict[str, LayerTable]:
     """What layers read of public rows [B, P, C], with log weights [B, P] or exactly. Gradients flow to both."""
     bias = rows.new_zeros(rows.shape[:2]) if bias is None else bias
-    tags, allow = torch.zeros(len(rows), 1), torch.tensor(False)
+    tags = torch.zeros(len(rows), 1)
     tables = {}
     for name, layer in layers.items():
         key, value = layer.project(rows)
-        tables[name] = LayerTable(allow, tags, RowsStructure(key, value, bias[:, None, None], layer.scale))
+        tables[name] = LayerTable(tags, RowsStructure(key, value, bias[:, None, None], layer.scale))
     return tables
 
 

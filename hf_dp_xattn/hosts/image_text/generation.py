@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..bindings import unique
-from ..generating import named_arguments
+from ..generating import named_arguments, while_protected
 from ..placeholder import read_tags
 from ..seq2seq.dry_run import dry_run
 from ..seq2seq.generation import GenerateShadow
@@ -37,4 +37,5 @@ class ImageGenerateShadow(GenerateShadow):
         if self._handle.promises.due(unique(read_tags(states))):
             zeros = self._handle.zeros_for(states, arguments)
             dry_run(self._handle, original, arguments, {STATES: zeros}, steps=1)
-        return original(**arguments, **{STATES: states})
+        with while_protected(self._handle):
+            return original(**arguments, **{STATES: states})

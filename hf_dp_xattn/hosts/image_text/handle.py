@@ -16,6 +16,7 @@ from ...report import PrivacyReport
 from ..bindings import bind, unique
 from ..context import PrivateContext
 from ..generating import named_arguments
+from ..locks import locked
 from ..placeholder import make_placeholder
 from ..processor import LayerTable
 from ..release import Release
@@ -151,7 +152,7 @@ class ProtectedImageText(ProtectedSeq2Seq):
             masked = RowsStructure(
                 rows.key, rows.value, rows.bias + own.unsqueeze(1).to(rows.bias), rows.scale
             )
-            tables[name] = LayerTable(table.allow_public, tags[:1], masked)
+            tables[name] = LayerTable(tags[:1], masked)
         return Call(tables, call.index, contexts=call.contexts)
 
     # ---- releases ----------------------------------------------------------------------------------------------------------
@@ -196,6 +197,7 @@ class ProtectedImageText(ProtectedSeq2Seq):
 
     # ---- placeholders ------------------------------------------------------------------------------------------------------
 
+    @locked
     @torch.no_grad()
     def inputs(
         self, release: Release, prompt: str | Sequence[str] | None = None, **public: Any

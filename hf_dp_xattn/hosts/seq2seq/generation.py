@@ -12,7 +12,7 @@ import torch
 from ...errors import ConfigError, ContextError
 from .. import generating
 from ..bindings import unique
-from ..generating import named_arguments, refuse_arguments
+from ..generating import named_arguments, refuse_arguments, while_protected
 from ..placeholder import read_tags
 from .contexts import ENCODER_INPUTS, MAIN_INPUTS, MASK, STATES, TYPES
 from .dry_run import dry_run
@@ -83,7 +83,8 @@ class GenerateShadow:
         if self._handle.promises.due(unique(read_tags(states))):
             zeros = as_inputs(torch.zeros_like(states), MASK in inputs)
             dry_run(self._handle, original, arguments, zeros)
-        return original(**arguments, **inputs)
+        with while_protected(self._handle):
+            return original(**arguments, **inputs)
 
     @staticmethod
     def _check(arguments: dict[str, Any], config: Any) -> None:

@@ -17,6 +17,7 @@ from ..accounts import PROTECT_AGAIN
 from ..bindings import bind, unique
 from ..context import PrivateContext
 from ..fingerprint import Fingerprint, Sketched
+from ..locks import locked
 from ..making import Recipe
 from ..placeholder import Tag, make_placeholder, new_tag, read_tags
 from ..processor import LayerTable
@@ -175,6 +176,7 @@ class ProtectedSeq2Seq(RoutedHandle):
         self._calls.seen = None if states.is_inference() else (weakref.ref(states), states._version, call)
         return call
 
+    @locked
     @torch.inference_mode(False)  # what is kept must serve other modes too
     @torch.no_grad()
     def _build(self, tags: Sequence[Tag], device: torch.device) -> dict[str, LayerTable]:
@@ -188,18 +190,17 @@ class ProtectedSeq2Seq(RoutedHandle):
         key = (device, self.model.dtype)
         built = self._built
         if built is None or built.key != key or built.current is not current or built.bindings != bindings:
-            allow = torch.tensor(False, device=device)
-            tables = self._tables.build(bindings, allow, device, self.model.dtype, current)
+            tables = self._tables.build(bindings, device, self.model.dtype, current)
             self._built = built = Built(key, current, bindings, tables)
         return built.tables
 
+    @locked
     def _current_fingerprint(self) -> Fingerprint:
         roots = [m for c in self.cross.values() for m in (c.module, c.bridge) if m is not None]
         return self._sketched.current(self.model.dtype, roots, super()._current_fingerprint)
 
-    def unprotect(self) -> None:
-        """See `RoutedHandle.unprotect`."""
-        super().unprotect()
+    def _restore(self) -> None:
+        super()._restore()
         self._built = None
 
     # ---- releases ----------------------------------------------------------------------------------------------------------
@@ -263,6 +264,7 @@ class ProtectedSeq2Seq(RoutedHandle):
 
     # ---- placeholders ------------------------------------------------------------------------------------------------------
 
+    @locked
     @torch.no_grad()
     def inputs(
         self, release: Release, prompt: str | Sequence[str] | None = None, **public: Any

@@ -13,6 +13,7 @@ from hf_dp_xattn.hosts.image_text.handle import ProtectedImageText
 from hf_dp_xattn.hosts.placeholder import CODE_CHANNELS
 from hf_dp_xattn.hosts.seq2seq import attention
 
+from ..fail_closed import refused_logits
 from .protecting import MECHANISMS, charges, protect
 from .tiny import generate, images, texts, tiny
 
@@ -100,7 +101,7 @@ def test_a_layer_that_lost_its_attention_function_gives_nan(private: dpx.DPXAttn
         model(**inputs)
     handle.check = lambda: None  # and with the gate's eyes shut
     shown = inputs["attention_mask"].bool()
-    assert bool(model(**inputs).logits[shown].isnan().all())
+    assert bool(refused_logits(model, inputs)[shown].isnan().all())
 
 
 def test_a_layer_that_is_given_other_rows_gives_nan(private: dpx.DPXAttnConfig) -> None:
@@ -115,4 +116,4 @@ def test_a_layer_that_is_given_other_rows_gives_nan(private: dpx.DPXAttnConfig) 
 
     layer = model.model.language_model.layers[1].cross_attn
     layer.register_forward_pre_hook(swap, with_kwargs=True)
-    assert bool(model(**inputs).logits.isnan().all())
+    assert bool(refused_logits(model, inputs).isnan().all())
