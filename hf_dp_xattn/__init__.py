@@ -22,12 +22,12 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from .hosts.calibrate import calibrate
-    from .hosts.decoder_only.chat import SplitChat, split_chat
-    from .hosts.phrases import split_phrases
-    from .hosts.processor import DPAttnProcessor
+    from .hosts.diffusers.phrases import split_phrases
+    from .hosts.diffusers.processor import DPAttnProcessor
     from .hosts.protect import handle_of, protect, unprotect
     from .hosts.release import Release
     from .hosts.restoring import from_pretrained
+    from .hosts.transformers.decoder_only.chat import SplitChat, split_chat
     from .mechanisms.release_attention import release_attention
     from .privacy.ledger import Budget, Ledger
     from .report import Guarantee, PrivacyReport
@@ -53,9 +53,9 @@ _HOMES = {
     "calibration.calibration": ("Calibration",),
     "calibration.planner": ("Plan", "plan"),
     "hosts.calibrate": ("calibrate",),
-    "hosts.decoder_only.chat": ("SplitChat", "split_chat"),
-    "hosts.phrases": ("split_phrases",),
-    "hosts.processor": ("DPAttnProcessor",),
+    "hosts.transformers.decoder_only.chat": ("SplitChat", "split_chat"),
+    "hosts.diffusers.phrases": ("split_phrases",),
+    "hosts.diffusers.processor": ("DPAttnProcessor",),
     "hosts.protect": ("handle_of", "protect", "unprotect"),
     "hosts.release": ("Release",),
     "hosts.restoring": ("from_pretrained",),

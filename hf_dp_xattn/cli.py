@@ -7,7 +7,15 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .commands import audit, bench, calibrate, demo, generate, plan, push, release, report
+from .commands import audit_command as audit
+from .commands import bench_command as bench
+from .commands import calibrate_command as calibrate
+from .commands import demo_command as demo
+from .commands import generate_command as generate
+from .commands import plan_command as plan
+from .commands import push_command as push
+from .commands import release_command as release
+from .commands import report_command as report
 from .commands.watching import CommandFailed
 from .errors import DPXAttnError
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import hf_dp_xattn as dpx  # noqa: E402
-from tests.hosts.decoder_only.tiny import tiny, tokens  # noqa: E402
+from tests.hosts.transformers.decoder_only.tiny import tiny, tokens  # noqa: E402
 from tests.hosts_tiny import tiny_sd  # noqa: E402
 
 

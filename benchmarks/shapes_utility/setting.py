@@ -17,11 +17,11 @@ from shapes.scenes import IMAGE_SIZE, Example, heldout_examples, train_examples
 
 from hf_dp_xattn.calibration.anchors.objective import LayerProbe, Objective
 from hf_dp_xattn.hosts.access import Access
-from hf_dp_xattn.hosts.architectures import find_layers
+from hf_dp_xattn.hosts.diffusers.architectures import find_layers
+from hf_dp_xattn.hosts.diffusers.public_prompts import encode_batches, output_gain
+from hf_dp_xattn.hosts.diffusers.text_side import TextSide
 from hf_dp_xattn.hosts.layer_probes import layer_probes
-from hf_dp_xattn.hosts.public_prompts import encode_batches, output_gain
 from hf_dp_xattn.hosts.rows import split_heads
-from hf_dp_xattn.hosts.text import TextSide
 
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 HELDOUT_SEED = 7

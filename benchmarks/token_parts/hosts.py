@@ -13,10 +13,10 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.hosts.decoder_only.layers import prefix_fingerprint
-from hf_dp_xattn.hosts.decoder_only.probing import find_layers as find_decoder_layers
 from hf_dp_xattn.hosts.fingerprint import fingerprint
-from hf_dp_xattn.hosts.seq2seq.probing import find_layers as find_cross_layers
+from hf_dp_xattn.hosts.transformers.decoder_only.prefix_layers import prefix_fingerprint
+from hf_dp_xattn.hosts.transformers.decoder_only.prefix_probing import find_layers as find_decoder_layers
+from hf_dp_xattn.hosts.transformers.encoder_decoder.cross_probing import find_layers as find_cross_layers
 from token_parts.caches import InPlaceCache, dynamic
 from token_parts.calibrations import CONFIG, unfitted
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.hosts.seq2seq.outputs import PlaceholderOutputs
+from hf_dp_xattn.hosts.transformers.encoder_decoder.encoder_outputs import PlaceholderOutputs
 from rag.corpus import ATTRIBUTES, FACT_QUESTIONS, VALUE_IDS, Corpus, fact_questions
 from rag.model import decode_shared, encode
 

@@ -6,16 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .audit_report import AuditReport, Check, EpsilonBound, Extraction
     from .auditing import audit
-    from .report import AuditReport, Check, EpsilonBound, Extraction
 
 # Imported when first used, so that the command line's help loads no torch.
 _HOME_OF = {
     "audit": "auditing",
-    "AuditReport": "report",
-    "Check": "report",
-    "EpsilonBound": "report",
-    "Extraction": "report",
+    "AuditReport": "audit_report",
+    "Check": "audit_report",
+    "EpsilonBound": "audit_report",
+    "Extraction": "audit_report",
 }
 
 __all__ = ["AuditReport", "Check", "EpsilonBound", "Extraction", "audit"]

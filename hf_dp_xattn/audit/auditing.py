@@ -11,10 +11,10 @@ from ..config import DPXAttnConfig
 from ..errors import ConfigError, ContextError
 from ..hosts.making import LayerRecipe
 from ..hosts.rows import layer_specs
+from .audit_report import NOT_APPLICABLE, AuditReport, Check, EpsilonBound, Extraction
 from .empirical import audit_releases, preparer, targets
 from .extraction import extract, verdict
 from .leaks import LEAKS
-from .report import NOT_APPLICABLE, AuditReport, Check, EpsilonBound, Extraction
 from .settings import CANDIDATES, CONFIDENCE, DRAWS, SMALLER, TRIALS, check_numbers
 from .subjects import Canary, Subject, subject_of
 

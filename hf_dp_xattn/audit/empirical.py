@@ -21,10 +21,10 @@ from ..mechanisms.base import Mechanism
 from ..mechanisms.registry import prepare_release
 from ..privacy.accountant import epsilon_of
 from ..privacy.bits import Entropy, SystemEntropy
+from .audit_report import FAIL, NOT_APPLICABLE, PASS, Check, EpsilonBound
 from .laws import Law, claimed, is_gaussian, law_of
 from .neighbours import Neighbours, worst_neighbours
 from .replay import replayed
-from .report import FAIL, NOT_APPLICABLE, PASS, Check, EpsilonBound
 from .statistics import ceiling, epsilon_bound
 
 REPLAYS = 2  # of each neighbour

@@ -17,9 +17,9 @@ from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..privacy.bits import Entropy, SystemEntropy
 from ..privacy.guessing import guess_bound
+from .audit_report import FAIL, PASS, Check, Extraction
 from .laws import Context, Law, law_of
 from .leaks import captured
-from .report import FAIL, PASS, Check, Extraction
 from .statistics import lower_bound, upper_bound
 from .subjects import Canary, Subject
 

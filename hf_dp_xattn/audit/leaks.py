@@ -15,7 +15,7 @@ import torch
 
 from ..errors import BudgetExceededError, DPXAttnError, ProtectionLostError
 from ..hosts.placeholder import CODE_CHANNELS
-from .report import FAIL, NOT_APPLICABLE, PASS, Check
+from .audit_report import FAIL, NOT_APPLICABLE, PASS, Check
 from .snapshot import differences, snapshot
 from .spy import Spy
 from .subjects import Canary, DecoderSubject, Outputs, PipelineSubject, Subject

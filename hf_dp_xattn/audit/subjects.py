@@ -33,11 +33,11 @@ def subject_of(host: Any, config: DPXAttnConfig, calibration: Any = None, tokeni
     from diffusers import DiffusionPipeline, UNet2DConditionModel
 
     from ..hosts.accounts import STAYS
-    from ..hosts.architectures import refuse_host
-    from ..hosts.decoder_only.probing import is_decoder_only
-    from ..hosts.image_text.probing import is_image_text
+    from ..hosts.diffusers.architectures import refuse_host
     from ..hosts.protect import handle_of
-    from ..hosts.seq2seq.probing import is_seq2seq
+    from ..hosts.transformers.decoder_only.prefix_probing import is_decoder_only
+    from ..hosts.transformers.encoder_decoder.cross_probing import is_seq2seq
+    from ..hosts.transformers.mllama.mllama_probing import is_image_text
 
     if handle_of(host) is not None:
         raise ConfigError(

@@ -134,7 +134,7 @@ class DecoderSubject(TransformersSubject):
             return own[:1], own[1:].unsqueeze(0)
         question = self.question or canaries.texts(self.tokenizer, 1, seed=1)[0]
         if self._chat:
-            from ..hosts.decoder_only.chat import split_chat
+            from ..hosts.transformers.decoder_only.chat import split_chat
 
             system = {"role": "system", "content": "a"}
             split = split_chat(self.tokenizer, [system, {"role": "user", "content": question}])

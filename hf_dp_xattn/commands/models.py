@@ -163,8 +163,8 @@ def check_texts(handle: Any, args: argparse.Namespace) -> None:
     Raises:
         ConfigError: a model that reads images; options of decoder-only models for another one.
     """
-    from ..hosts.decoder_only.handle import ProtectedDecoder
-    from ..hosts.image_text.handle import ProtectedImageText
+    from ..hosts.transformers.decoder_only.decoder_handle import ProtectedDecoder
+    from ..hosts.transformers.mllama.mllama_handle import ProtectedImageText
 
     if isinstance(handle, ProtectedImageText):
         raise ConfigError(
@@ -188,8 +188,8 @@ def read_private_prefix(handle: Any, args: argparse.Namespace, text: str) -> Pre
 
 def release_text(handle: Any, args: argparse.Namespace, text: str) -> Any:
     """Releases one text, by the tokenizer beside the model; with unit="group", its lines (phrases of a prompt) are the groups."""
-    from ..hosts.decoder_only.handle import ProtectedDecoder
-    from ..hosts.seq2seq.handle import ProtectedSeq2Seq
+    from ..hosts.transformers.decoder_only.decoder_handle import ProtectedDecoder
+    from ..hosts.transformers.encoder_decoder.encoder_decoder_handle import ProtectedSeq2Seq
 
     check_texts(handle, args)
     apart = handle.config.unit == "group"

@@ -46,7 +46,7 @@ def check_chat(handle: Any, release: Any, args: argparse.Namespace) -> None:
 
 def _begins(handle: Any, release: Any, head: Any) -> bool:
     """Whether the release stands behind these PUBLIC ids [h]: by how many rows it has before it, and by what they are."""
-    from ..hosts.decoder_only.encoder import PrefixEncoder
+    from ..hosts.transformers.decoder_only.prefix_encoder import PrefixEncoder
 
     kept = [c.public_rows for c in release.contexts]
     if any(len(rows) != len(head) for rows in kept):

@@ -14,7 +14,7 @@ from ..records import records_of
 if TYPE_CHECKING:
     import torch
 
-    from ..hosts.decoder_only.chat import SplitChat
+    from ..hosts.transformers.decoder_only.chat import SplitChat
 
 LINES = """\
 With --unit group a text for a transformers model has one segment (decoder-only) or document (encoder-decoder) on each line; empty lines are
@@ -67,7 +67,7 @@ def tokenize(name: str, text: str) -> tuple[torch.Tensor, int]:
     Raises:
         ContextError: more tokens than the model takes.
     """
-    from ..hosts.text import without_length_warning
+    from ..hosts.diffusers.text_side import without_length_warning
 
     tokenizer = load_tokenizer(name)
     with without_length_warning(tokenizer):
@@ -110,7 +110,7 @@ def plain_ids(name: str, text: str) -> torch.Tensor:
     """ids [n] without special tokens."""
     import torch
 
-    from ..hosts.text import without_length_warning
+    from ..hosts.diffusers.text_side import without_length_warning
 
     tokenizer = load_tokenizer(name)
     with without_length_warning(tokenizer):
@@ -167,8 +167,8 @@ def read_question(name: str, text: str, *, chat: bool) -> torch.Tensor:
 
 
 def _split(name: str, system: str, user: str) -> SplitChat:
-    from ..hosts.decoder_only.chat import split_chat
-    from ..hosts.text import without_length_warning
+    from ..hosts.diffusers.text_side import without_length_warning
+    from ..hosts.transformers.decoder_only.chat import split_chat
 
     tokenizer = load_tokenizer(name)
     if getattr(tokenizer, "chat_template", None) is None:

@@ -16,14 +16,14 @@ from ..calibration.public_data import PublicData
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from .accounts import STAYS
-from .decoder_only.probing import is_decoder_only
-from .decoder_only.public_prefixes import public_prefixes
-from .image_text.probing import is_image_text
-from .image_text.public_images import public_images
+from .diffusers.public_prompts import Public, public_prompts
 from .protect import handle_of
-from .public_prompts import Public, public_prompts
-from .seq2seq.probing import is_seq2seq
-from .seq2seq.public_documents import public_documents
+from .transformers.decoder_only.prefix_probing import is_decoder_only
+from .transformers.decoder_only.public_prefixes import public_prefixes
+from .transformers.encoder_decoder.cross_probing import is_seq2seq
+from .transformers.encoder_decoder.public_documents import public_documents
+from .transformers.mllama.mllama_probing import is_image_text
+from .transformers.mllama.public_images import public_images
 
 _OF_TEXTS = {"questions": "questions are for models that generate text."}
 _OF_PREFIXES = dict.fromkeys(

@@ -11,12 +11,12 @@ import torch
 
 from ..errors import ConfigError, ContextError, DPXAttnError
 from ..records import plain_text
+from .diffusers.phrases import check_phrases, encode_tokens, split_phrases
+from .diffusers.text_side import TextSide, as_texts
 from .grouping import Grouping, canonical, partition
 from .lengths import dimensions
-from .phrases import check_phrases, encode_tokens, split_phrases
 from .placeholder import holds_placeholder
 from .rehearsal import Trial
-from .text import TextSide, as_texts
 
 Rows = tuple[torch.Tensor, torch.Tensor]  # private [n, C], exact public [p, C]
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from ..errors import ConfigError, ReleaseError
 from .fingerprint import DEFAULT_TOLERANCE, TOLERANCE, signs, sketch_of, stamp
-from .routing import evaluating
+from .transformers.routing import evaluating
 
 SIGNS = 4  # random projections of each row of a weight
 CHUNK = 4096  # rows of a weight that are projected at once

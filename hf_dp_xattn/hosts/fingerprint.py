@@ -2,7 +2,7 @@
 
 Each layer's `to_k` and `to_v` are applied to fixed random signs and the result is projected to 16 x 16 numbers (Johnson-Lindenstrauss):
 the relative distance of two sketches is that of the effective weights, LoRA included. (A decoder-only model's sketches are of the keys and
-values of fixed tokens, `decoder_only.layers.prefix_fingerprint`.) Unlike a hash, this forgives what does not matter
+values of fixed tokens, `prefix_layers.prefix_fingerprint`.) Unlike a hash, this forgives what does not matter
 (the rounding of a cast to float16, an adapter that was fused or fused and unfused) and sees what does (another adapter, another model).
 Nothing about privacy rests on it: a release is post-processed by whatever reads it. It prevents pictures that mean nothing.
 """

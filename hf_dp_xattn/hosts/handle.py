@@ -16,23 +16,24 @@ from ..privacy.ledger import Budget, Ledger, Name
 from ..report import PrivacyReport
 from .access import Access, TextGate
 from .accounts import PROTECT_AGAIN, ledger_for
-from .architectures import changed_reason, find_layers, unwrap
 from .bindings import Bindings, bind, unique
-from .by_hand import EncodesByHand
 from .charging import charge, keys_of, may_charge, names_of
 from .context import PrivateContext, name_contexts, name_phrases
-from .copies import CopyGuard
+from .diffusers.architectures import changed_reason, find_layers, unwrap
+from .diffusers.by_hand import EncodesByHand
+from .diffusers.copies import CopyGuard
+from .diffusers.harmless import HarmlessCalls
+from .diffusers.pipelines import PipelinePatch
+from .diffusers.processor import NO_COPY, DPAttnProcessor, LayerTable
+from .diffusers.text_side import TextSide
+from .diffusers.unet_forward import ForwardGate
 from .encoders import OTHER_STATE, Encoders
 from .fingerprint import Fingerprint, fingerprint
-from .forward import ForwardGate
 from .growing import GrowingContext, append_to, only, open_growing
-from .harmless import HarmlessCalls
 from .lengths import HIDDEN, public_length
 from .locks import Lock, locked
 from .making import Recipe, choose_maker
-from .pipelines import PipelinePatch
 from .placeholder import Tag, make_placeholder, new_tag
-from .processor import NO_COPY, DPAttnProcessor, LayerTable
 from .promised import Promises
 from .rehearsal import rehearse
 from .release import Release
@@ -41,7 +42,6 @@ from .released_cache import Key, ReleasedCache
 from .reporting import Spent, build_report
 from .saving import SaveShadow
 from .tables import Tables
-from .text import TextSide
 
 if TYPE_CHECKING:
     from ..privacy.bits import Entropy

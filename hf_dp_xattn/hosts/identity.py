@@ -11,8 +11,8 @@ import torch
 
 from ..calibration.anchors.anchors_calibration import AnchorCalibration, HostIdentity
 from ..errors import ConfigError
+from .diffusers.text_side import TextSide
 from .fingerprint import FAR, Fingerprint, fingerprint
-from .text import TextSide
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention

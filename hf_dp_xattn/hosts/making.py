@@ -17,10 +17,10 @@ from ..mechanisms.kernel_sum.contributions import unit_rows
 from ..mechanisms.registry import prepare_release
 from ..privacy.accountant import Event
 from ..privacy.bits import Entropy
+from .diffusers.text_side import TextSide
 from .fingerprint import Fingerprint
 from .identity import OTHER_PROJECTIONS, check_layers, check_text, fingerprint_of
 from .rows import in_range, layer_specs, project_apart
-from .text import TextSide
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention

@@ -10,7 +10,7 @@ from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..privacy.ledger import Budget, Ledger
 from .accounts import PROTECT_AGAIN
-from .architectures import check_pipeline_class, refuse_host, unwrap
+from .diffusers.architectures import check_pipeline_class, refuse_host, unwrap
 from .handle import HANDLE_ATTRIBUTE, ProtectedPipeline
 from .locks import Lock
 
@@ -26,12 +26,12 @@ def _dispatch(host: Any) -> tuple[Any, Any, type[ProtectedPipeline]]:
     """(UNet or model, diffusers pipeline or None, kind of handle). Raises UnsupportedModelError for what cannot be protected."""
     from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-    from .decoder_only.handle import ProtectedDecoder
-    from .decoder_only.probing import is_decoder_only
-    from .image_text.handle import ProtectedImageText
-    from .image_text.probing import is_image_text
-    from .seq2seq.handle import ProtectedSeq2Seq
-    from .seq2seq.probing import is_seq2seq
+    from .transformers.decoder_only.decoder_handle import ProtectedDecoder
+    from .transformers.decoder_only.prefix_probing import is_decoder_only
+    from .transformers.encoder_decoder.cross_probing import is_seq2seq
+    from .transformers.encoder_decoder.encoder_decoder_handle import ProtectedSeq2Seq
+    from .transformers.mllama.mllama_handle import ProtectedImageText
+    from .transformers.mllama.mllama_probing import is_image_text
 
     model = _model_of(host)
     if is_seq2seq(model):

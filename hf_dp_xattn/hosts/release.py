@@ -221,7 +221,7 @@ class Release:
         """Each context with the public text that joins it: one text for all, one for each, or ONE context for several texts."""
         if prompt is None:
             return [(context, None) for context in self.contexts]
-        from .text import as_texts
+        from .diffusers.text_side import as_texts
 
         texts = as_texts(prompt, "prompt")
         count = max(len(texts), len(self))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..privacy.units import NeighboringRelation
 from ..report import Guarantee, PrivacyReport, release_entry
 from .accounts import told
-from .phrases import RULE
+from .diffusers.phrases import RULE
 
 if TYPE_CHECKING:
     from .handle import ProtectedPipeline

@@ -11,9 +11,9 @@ import torch
 from ..errors import ReleaseError
 from ..mechanisms.rows_structure import RowsStructure, stack_rows
 from ..mechanisms.structure import AttentionStructure, stack
+from .diffusers.processor import LayerTable
 from .fingerprint import Fingerprint
 from .placeholder import Tag
-from .processor import LayerTable
 from .released import Binding
 from .rows import project_rows
 

@@ -9,13 +9,13 @@ import hf_dp_xattn as dpx
 from hf_dp_xattn.audit.subjects import Subject, subject_of
 
 from ..hosts import anchor_calibrations
-from ..hosts.decoder_only import calibrations as decoder_calibrations
-from ..hosts.decoder_only.tiny import tiny as decoder
-from ..hosts.image_text.protecting import anchors_for
-from ..hosts.image_text.tiny import tiny as image_text
-from ..hosts.seq2seq.calibrations import calibration_for
-from ..hosts.seq2seq.tiny import one
-from ..hosts.seq2seq.tiny import tiny as seq2seq
+from ..hosts.transformers.decoder_only import calibrations as decoder_calibrations
+from ..hosts.transformers.decoder_only.tiny import tiny as decoder
+from ..hosts.transformers.encoder_decoder.calibrations import calibration_for
+from ..hosts.transformers.encoder_decoder.tiny import one
+from ..hosts.transformers.encoder_decoder.tiny import tiny as seq2seq
+from ..hosts.transformers.mllama.protecting import anchors_for
+from ..hosts.transformers.mllama.tiny import tiny as image_text
 from ..hosts_tiny import tiny_img2img, tiny_inpaint, tiny_sd
 
 KERNEL = dpx.DPXAttnConfig(projection_dim=4, degree=1)

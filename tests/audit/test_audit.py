@@ -9,10 +9,10 @@ import pytest
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.audit import AuditReport, Check, audit
+from hf_dp_xattn.audit.audit_report import FAIL, LIMITS, PASS
 from hf_dp_xattn.audit.leaks import LEAKS
-from hf_dp_xattn.audit.report import FAIL, LIMITS, PASS
 
-from ..hosts.seq2seq.tiny import tiny as seq2seq
+from ..hosts.transformers.encoder_decoder.tiny import tiny as seq2seq
 from ..hosts_tiny import picture, tiny_sd, tiny_sdxl
 from .hosts import CASES, KERNEL, recordings
 

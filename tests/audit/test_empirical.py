@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from hf_dp_xattn import DPXAttnConfig
+from hf_dp_xattn.audit.audit_report import PASS, Check
 from hf_dp_xattn.audit.empirical import audit_releases, preparer, targets
-from hf_dp_xattn.audit.report import PASS, Check
 from hf_dp_xattn.audit.settings import SMALLER
 from hf_dp_xattn.mechanisms.anchors import anchors as anchors_release
 from hf_dp_xattn.mechanisms.anchors import histogram, row_sum

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hf_dp_xattn import ConfigError, DPXAttnConfig
+from hf_dp_xattn.audit.audit_report import FAIL, PASS
 from hf_dp_xattn.audit.extraction import extract, play, verdict
 from hf_dp_xattn.audit.laws import Context, Law
-from hf_dp_xattn.audit.report import FAIL, PASS
 from hf_dp_xattn.mechanisms.anchors.anchors import prepare_anchors
 from hf_dp_xattn.privacy.bits import SeededEntropy
 from hf_dp_xattn.privacy.guessing import guess_bound

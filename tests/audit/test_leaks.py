@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from hf_dp_xattn.audit import leaks
+from hf_dp_xattn.audit.audit_report import FAIL, NOT_APPLICABLE, PASS
 from hf_dp_xattn.audit.leaks import LEAKS
-from hf_dp_xattn.audit.report import FAIL, NOT_APPLICABLE, PASS
 from hf_dp_xattn.audit.spy import Spy
 from hf_dp_xattn.audit.subjects import Subject
 from hf_dp_xattn.hosts import handle as handle_module
-from hf_dp_xattn.hosts.decoder_only import attention as decoder_attention
-from hf_dp_xattn.hosts.forward import ForwardGate
-from hf_dp_xattn.hosts.processor import DPAttnProcessor, Forward
-from hf_dp_xattn.hosts.seq2seq import attention as seq2seq_attention
+from hf_dp_xattn.hosts.diffusers.processor import DPAttnProcessor, Forward
+from hf_dp_xattn.hosts.diffusers.unet_forward import ForwardGate
+from hf_dp_xattn.hosts.transformers.decoder_only import prefix_attention as decoder_attention
+from hf_dp_xattn.hosts.transformers.encoder_decoder import cross_attention as seq2seq_attention
 from hf_dp_xattn.privacy.ledger import Ledger
 
 from .hosts import CASES, case
@@ -86,10 +86,10 @@ def numbers_in_the_placeholder(monkeypatch: pytest.MonkeyPatch, subject: Subject
 
 def gates_that_never_look(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
     monkeypatch.setattr(handle_module.ProtectedPipeline, "check", lambda self: None)
-    monkeypatch.setattr("hf_dp_xattn.hosts.pipelines.PipelinePatch.check", lambda self: None)
-    monkeypatch.setattr("hf_dp_xattn.hosts.routed.RoutedHandle.check", lambda self: None)
+    monkeypatch.setattr("hf_dp_xattn.hosts.diffusers.pipelines.PipelinePatch.check", lambda self: None)
+    monkeypatch.setattr("hf_dp_xattn.hosts.transformers.routed.RoutedHandle.check", lambda self: None)
     monkeypatch.setattr(handle_module.ProtectedPipeline, "check_thoroughly", lambda self: None)
-    monkeypatch.setattr("hf_dp_xattn.hosts.pipelines.refuse_nan", lambda image: None)
+    monkeypatch.setattr("hf_dp_xattn.hosts.diffusers.pipelines.refuse_nan", lambda image: None)
 
 
 def an_open_gate(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:

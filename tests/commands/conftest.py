@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 import hf_dp_xattn as dpx
 
 from ..hosts.anchor_calibrations import CONFIG, protect
-from ..hosts.decoder_only.tiny import tiny as decoder_tiny
-from ..hosts.image_text.tiny import tiny as image_tiny
-from ..hosts.seq2seq.tiny import tiny as seq2seq_tiny
+from ..hosts.transformers.decoder_only.tiny import tiny as decoder_tiny
+from ..hosts.transformers.encoder_decoder.tiny import tiny as seq2seq_tiny
+from ..hosts.transformers.mllama.tiny import tiny as image_tiny
 from ..hosts_tiny import tiny_sd
 from ..hub.conftest import hub  # noqa: F401 (a fixture)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hf_dp_xattn.audit import AuditReport
-from hf_dp_xattn.audit.report import LIMITS
+from hf_dp_xattn.audit.audit_report import LIMITS
 from hf_dp_xattn.cli import main
 from hf_dp_xattn.mechanisms.kernel_sum.kernel_sum import PreparedKernelSum
 

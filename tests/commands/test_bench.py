@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hf_dp_xattn.cli import main
-from hf_dp_xattn.hosts.processor import DPAttnProcessor
+from hf_dp_xattn.hosts.diffusers.processor import DPAttnProcessor
 
 from .test_audit import anchored
 from .test_release import KERNEL

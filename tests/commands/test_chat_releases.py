@@ -9,7 +9,7 @@ import pytest
 from hf_dp_xattn.cli import main
 from hf_dp_xattn.commands.public_head import NOTE
 
-from ..hosts.decoder_only.tiny import tiny as decoder_tiny
+from ..hosts.transformers.decoder_only.tiny import tiny as decoder_tiny
 from .conftest import chat_tokenizer
 from .test_generate import generate, saved  # noqa: F401 (a fixture)
 from .test_release import KERNEL, prompt  # noqa: F401 (a fixture)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from hf_dp_xattn.cli import main
-from hf_dp_xattn.commands import demo as module
+from hf_dp_xattn.commands import demo_command as module
 
 from .test_release import KERNEL
 

@@ -12,11 +12,11 @@ import transformers
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.cli import main
-from hf_dp_xattn.commands import generate as module
-from hf_dp_xattn.commands import release as release_module
+from hf_dp_xattn.commands import generate_command as module
+from hf_dp_xattn.commands import release_command as release_module
 from hf_dp_xattn.hosts.release import Release
 
-from ..hosts.decoder_only.tiny import tiny as decoder_tiny
+from ..hosts.transformers.decoder_only.tiny import tiny as decoder_tiny
 from ..hosts_tiny import tiny_img2img
 from .conftest import word_tokenizer
 from .test_generate import PICTURE, generate

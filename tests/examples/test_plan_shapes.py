@@ -16,10 +16,10 @@ from hf_dp_xattn.calibration.anchors.anchors_fit import simulate
 from hf_dp_xattn.calibration.anchors.objective import Objective, fvu
 from hf_dp_xattn.calibration.calibration_options import CalibrationOptions
 from hf_dp_xattn.hosts.access import Access
-from hf_dp_xattn.hosts.architectures import find_layers
+from hf_dp_xattn.hosts.diffusers.architectures import find_layers
+from hf_dp_xattn.hosts.diffusers.public_prompts import gather_contexts, output_gain, public_queries
+from hf_dp_xattn.hosts.diffusers.text_side import TextSide
 from hf_dp_xattn.hosts.layer_probes import layer_probes
-from hf_dp_xattn.hosts.public_prompts import gather_contexts, output_gain, public_queries
-from hf_dp_xattn.hosts.text import TextSide
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 

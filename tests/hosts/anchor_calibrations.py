@@ -11,10 +11,10 @@ import hf_dp_xattn as dpx
 from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibration
 from hf_dp_xattn.calibration.anchors.slots_fit import PublicContexts, SlotSettings, SlotTrainer
 from hf_dp_xattn.hosts.access import Access
-from hf_dp_xattn.hosts.architectures import find_layers
+from hf_dp_xattn.hosts.diffusers.architectures import find_layers
+from hf_dp_xattn.hosts.diffusers.text_side import TextSide
 from hf_dp_xattn.hosts.identity import host_identity
 from hf_dp_xattn.hosts.protect import handle_of
-from hf_dp_xattn.hosts.text import TextSide
 from hf_dp_xattn.mechanisms.anchors.cells import CellDecoder
 from hf_dp_xattn.mechanisms.anchors.plan import AnchorPlan, Decoders, Quality
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AttentionInterface
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.hosts.seq2seq.attention import NAME, dp_xattn
+from hf_dp_xattn.hosts.transformers.encoder_decoder.cross_attention import NAME, dp_xattn
 
 Run = Callable[[Any], tuple[torch.Tensor, torch.Tensor]]
 """A model -> tokens and scores, of the same private inputs each time."""

@@ -11,9 +11,9 @@ import torch
 import hf_dp_xattn as dpx
 
 from ..hosts_tiny import close, picture, tiny_sd
-from .decoder_only import tiny as decoder
-from .image_text import tiny as image_text
-from .seq2seq import tiny as seq2seq
+from .transformers.decoder_only import tiny as decoder
+from .transformers.encoder_decoder import tiny as seq2seq
+from .transformers.mllama import tiny as image_text
 
 CONFIG = dpx.DPXAttnConfig(mechanism="kernel_sum", epsilon=8.0, delta=1e-5, degree=1, projection_dim=4)
 

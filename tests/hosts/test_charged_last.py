@@ -12,8 +12,8 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipe
 import hf_dp_xattn as dpx
 
 from ..hosts_tiny import CHANNELS, LENGTH, latents, picture, tiny_sd, tiny_unet
-from .image_text import tiny as image_text
-from .seq2seq.tiny import documents, tiny
+from .transformers.encoder_decoder.tiny import documents, tiny
+from .transformers.mllama import tiny as image_text
 
 PROMPTS = ["a red circle", "a blue square"]
 

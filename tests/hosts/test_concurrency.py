@@ -22,8 +22,8 @@ from hf_dp_xattn.hosts.context import PrivateContext
 from hf_dp_xattn.hosts.making import LayerRecipe
 
 from ..hosts_tiny import picture, tiny_img2img, tiny_scheduler, tiny_sd
-from .decoder_only import tiny as decoder
 from .kinds import CONFIG, KINDS
+from .transformers.decoder_only import tiny as decoder
 
 EACH = pytest.mark.parametrize("name", KINDS)
 THREADS = 4

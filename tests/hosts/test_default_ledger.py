@@ -17,11 +17,11 @@ from hf_dp_xattn.privacy.default_ledger import VARIABLE
 from hf_dp_xattn.privacy.noise import SeededEntropy
 
 from ..hosts_tiny import tiny_sd
-from .decoder_only.tiny import tiny as decoder_tiny
-from .image_text.tiny import images
-from .image_text.tiny import tiny as image_tiny
-from .seq2seq.tiny import documents
-from .seq2seq.tiny import tiny as seq2seq_tiny
+from .transformers.decoder_only.tiny import tiny as decoder_tiny
+from .transformers.encoder_decoder.tiny import documents
+from .transformers.encoder_decoder.tiny import tiny as seq2seq_tiny
+from .transformers.mllama.tiny import images
+from .transformers.mllama.tiny import tiny as image_tiny
 
 TEXT = "a red circle"
 HOSTS: dict[str, tuple[Any, Any]] = {

@@ -15,10 +15,10 @@ from hf_dp_xattn import BudgetExceededError, ConfigError
 from hf_dp_xattn.hosts.grouping import canonical, partition, whole
 
 from ..hosts_tiny import LENGTH, tiny_sd
-from .decoder_only.tiny import tiny as decoder_tiny
-from .image_text.tiny import images
-from .image_text.tiny import tiny as image_tiny
-from .seq2seq.tiny import tiny as seq2seq_tiny
+from .transformers.decoder_only.tiny import tiny as decoder_tiny
+from .transformers.encoder_decoder.tiny import tiny as seq2seq_tiny
+from .transformers.mllama.tiny import images
+from .transformers.mllama.tiny import tiny as image_tiny
 
 GROUPED = dpx.DPXAttnConfig(unit="group", projection_dim=4, degree=1)
 ROOM = dpx.Budget(1000.0, 1e-2)  # budget is not what stops them

@@ -17,9 +17,9 @@ from hf_dp_xattn.hosts.making import LayerRecipe
 from hf_dp_xattn.mechanisms.kernel_sum import kernel_sum
 
 from ..hosts_tiny import CHANNELS, LENGTH, tiny_sd
-from .decoder_only import tiny as decoders
-from .image_text import tiny as images
-from .seq2seq import tiny as seq2seq
+from .transformers.decoder_only import tiny as decoders
+from .transformers.encoder_decoder import tiny as seq2seq
+from .transformers.mllama import tiny as images
 
 GROUPED = dpx.DPXAttnConfig(
     mechanism="kernel_sum", unit="group", epsilon=8.0, delta=1e-5, degree=1, projection_dim=4

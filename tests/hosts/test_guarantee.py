@@ -17,7 +17,7 @@ from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from ..hosts_tiny import CHANNELS, LENGTH, picture, tiny_sd, tiny_unet
 from .anchor_calibrations import BOTH, protect
-from .seq2seq.tiny import tiny
+from .transformers.encoder_decoder.tiny import tiny
 
 PROMPT = "a red circle"
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_dp_xattn.hosts.named_lengths import BEYOND, MOST, SEVERAL, probed_length, unprobed_length
+from hf_dp_xattn.hosts.transformers.named_lengths import BEYOND, MOST, SEVERAL, probed_length, unprobed_length
 
 
 class Config:

@@ -11,11 +11,11 @@ import hf_dp_xattn as dpx
 from hf_dp_xattn import BudgetExceededError, ConfigError, ContextError
 from hf_dp_xattn.hosts.context import from_phrases
 from hf_dp_xattn.hosts.rehearsal import Trial
-from hf_dp_xattn.hosts.seq2seq.contexts import name_inputs
+from hf_dp_xattn.hosts.transformers.encoder_decoder.document_contexts import name_inputs
 
 from ..hosts_tiny import tiny_sd
 from .anchor_calibrations import protect
-from .seq2seq.tiny import tiny
+from .transformers.encoder_decoder.tiny import tiny
 
 TEXT = "a red circle"
 GROUPED = dpx.DPXAttnConfig(unit="group", projection_dim=4, degree=1)

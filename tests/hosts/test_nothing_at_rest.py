@@ -16,10 +16,10 @@ from hf_dp_xattn.errors import DPXAttnError
 
 from ..hosts_tiny import CHANNELS, picture, tiny_sd
 from .anchor_calibrations import BOTH, protect
-from .image_text import protecting
-from .image_text.tiny import generate as describe
-from .image_text.tiny import images, texts
-from .image_text.tiny import tiny as image_tiny
+from .transformers.mllama import protecting
+from .transformers.mllama.tiny import generate as describe
+from .transformers.mllama.tiny import images, texts
+from .transformers.mllama.tiny import tiny as image_tiny
 
 SECRET = "zebra quartz"
 

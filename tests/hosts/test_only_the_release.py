@@ -10,8 +10,8 @@ import torch
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.hosts import handle as handle_module
+from hf_dp_xattn.hosts.diffusers.processor import DPAttnProcessor
 from hf_dp_xattn.hosts.placeholder import CODE_CHANNELS
-from hf_dp_xattn.hosts.processor import DPAttnProcessor
 
 from ..hosts_tiny import CHANNELS, latents, picture, tiny_img2img, tiny_inpaint, tiny_sd
 from .anchor_calibrations import BOTH, protect

@@ -16,12 +16,12 @@ from hf_dp_xattn.mechanisms.anchors.plan import Decoders
 
 from ..hosts_tiny import CHANNELS, tiny_unet
 from . import anchor_calibrations
-from .decoder_only import calibrations as prefix_calibrations
-from .decoder_only import tiny as decoders
-from .image_text import protecting as image_calibrations
-from .image_text import tiny as images
-from .seq2seq import calibrations as seq2seq_calibrations
-from .seq2seq import tiny as seq2seq
+from .transformers.decoder_only import calibrations as prefix_calibrations
+from .transformers.decoder_only import tiny as decoders
+from .transformers.encoder_decoder import calibrations as seq2seq_calibrations
+from .transformers.encoder_decoder import tiny as seq2seq
+from .transformers.mllama import protecting as image_calibrations
+from .transformers.mllama import tiny as images
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DTYPES = (HALF, BRAIN, SINGLE, DOUBLE)

@@ -13,9 +13,9 @@ import hf_dp_xattn as dpx
 
 from ..hosts_tiny import picture
 from .anchor_calibrations import BOTH, protect
-from .decoder_only.tiny import tiny as decoder
-from .seq2seq.tiny import generate
-from .seq2seq.tiny import tiny as seq2seq
+from .transformers.decoder_only.tiny import tiny as decoder
+from .transformers.encoder_decoder.tiny import generate
+from .transformers.encoder_decoder.tiny import tiny as seq2seq
 
 SMALL = {
     "vocab_size": 20,

@@ -17,7 +17,7 @@ from hf_dp_xattn.privacy.noise import SeededEntropy
 
 from ..hosts_tiny import tiny_sd
 from .anchor_calibrations import protect
-from .decoder_only.tiny import tiny as decoder_tiny
+from .transformers.decoder_only.tiny import tiny as decoder_tiny
 
 BOTH = pytest.mark.parametrize("private", ["kernel_sum", "dptree", "anchors"], indirect=True)
 

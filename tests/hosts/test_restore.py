@@ -10,7 +10,7 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipe
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.hosts import handle as handle_module
-from hf_dp_xattn.hosts.processor import DPAttnProcessor
+from hf_dp_xattn.hosts.diffusers.processor import DPAttnProcessor
 
 from ..hosts_tiny import CHANNELS, picture, quiet, tiny_sd
 from .anchor_calibrations import BOTH, protect

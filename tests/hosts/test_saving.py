@@ -22,8 +22,8 @@ from hf_dp_xattn.hosts.saving import FOLDER, PROTECTION_NAME
 from ..hosts_tiny import CHANNELS, close, picture, quiet, tiny_sd, tiny_unet
 from ..sealed import write_sealed
 from .anchor_calibrations import BOTH, protect
-from .seq2seq import calibrations
-from .seq2seq.tiny import documents, generate, tiny
+from .transformers.encoder_decoder import calibrations
+from .transformers.encoder_decoder.tiny import documents, generate, tiny
 
 PROMPT = "a red circle"
 

@@ -18,10 +18,10 @@ from hf_dp_xattn.hosts.encoders import Encoders
 from hf_dp_xattn.hosts.fingerprint import stamp
 
 from ..hosts_tiny import CHANNELS, tiny_sd
-from .decoder_only.tiny import tiny as decoder_tiny
-from .image_text.tiny import images
-from .image_text.tiny import tiny as image_tiny
-from .seq2seq.tiny import tiny as seq2seq_tiny
+from .transformers.decoder_only.tiny import tiny as decoder_tiny
+from .transformers.encoder_decoder.tiny import tiny as seq2seq_tiny
+from .transformers.mllama.tiny import images
+from .transformers.mllama.tiny import tiny as image_tiny
 
 ROOM = dpx.Budget(1000.0, 1e-2)
 TEXT = "a red circle"

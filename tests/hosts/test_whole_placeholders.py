@@ -12,8 +12,8 @@ import hf_dp_xattn as dpx
 from hf_dp_xattn.hosts.placeholder import CODE_CHANNELS, is_marked, make_placeholder, new_tag, read_tags
 
 from ..hosts_tiny import CHANNELS, LENGTH, picture, tiny_sd
-from .image_text import tiny as images
-from .seq2seq import tiny as seq2seq
+from .transformers.encoder_decoder import tiny as seq2seq
+from .transformers.mllama import tiny as images
 
 
 def _replaced(states: torch.Tensor, row: int, channel: int, value: float) -> torch.Tensor:

@@ -14,13 +14,13 @@ import torch
 import hf_dp_xattn as dpx
 
 from ..hosts import anchor_calibrations
-from ..hosts.decoder_only.tiny import tiny as decoder_tiny
-from ..hosts.image_text import protecting
-from ..hosts.image_text.tiny import generate as describe
-from ..hosts.image_text.tiny import images, texts
-from ..hosts.image_text.tiny import tiny as image_tiny
-from ..hosts.seq2seq import calibrations
-from ..hosts.seq2seq.tiny import generate, one, tiny
+from ..hosts.transformers.decoder_only.tiny import tiny as decoder_tiny
+from ..hosts.transformers.encoder_decoder import calibrations
+from ..hosts.transformers.encoder_decoder.tiny import generate, one, tiny
+from ..hosts.transformers.mllama import protecting
+from ..hosts.transformers.mllama.tiny import generate as describe
+from ..hosts.transformers.mllama.tiny import images, texts
+from ..hosts.transformers.mllama.tiny import tiny as image_tiny
 from ..hosts_tiny import CHANNELS, picture, tiny_sd
 from ..private_content import PrivateContent
 

@@ -15,7 +15,7 @@ import hf_dp_xattn as dpx
 from hf_dp_xattn.artefacts.card import MARKER
 
 from ..hosts.anchor_calibrations import protect
-from ..hosts.seq2seq.tiny import tiny
+from ..hosts.transformers.encoder_decoder.tiny import tiny
 from ..hosts_tiny import close, picture, tiny_sd
 from .artefacts import CONFIG, KINDS, content, drawn, files, load, make
 from .server import FakeHub

@@ -22,13 +22,13 @@ from hf_dp_xattn.privacy.bits import SeededEntropy
 from hf_dp_xattn.privacy.ledger import Budget
 
 from ..hosts import anchor_calibrations
-from ..hosts.decoder_only.calibrations import calibration_for as for_decoder
-from ..hosts.decoder_only.tiny import tiny as decoder_tiny
-from ..hosts.image_text.protecting import anchors_for
-from ..hosts.image_text.tiny import images, texts
-from ..hosts.image_text.tiny import tiny as image_tiny
-from ..hosts.seq2seq.calibrations import calibration_for as for_documents
-from ..hosts.seq2seq.tiny import tiny
+from ..hosts.transformers.decoder_only.calibrations import calibration_for as for_decoder
+from ..hosts.transformers.decoder_only.tiny import tiny as decoder_tiny
+from ..hosts.transformers.encoder_decoder.calibrations import calibration_for as for_documents
+from ..hosts.transformers.encoder_decoder.tiny import tiny
+from ..hosts.transformers.mllama.protecting import anchors_for
+from ..hosts.transformers.mllama.tiny import images, texts
+from ..hosts.transformers.mllama.tiny import tiny as image_tiny
 from ..hosts_tiny import CHANNELS, picture, tiny_sd
 from .hosts import files
 from .server import FakeHub

@@ -12,9 +12,9 @@ import hf_dp_xattn as dpx
 from hf_dp_xattn.mechanisms.groups import as_groups
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
-from ..hosts.decoder_only.tiny import tiny as decoder_tiny
-from ..hosts.image_text.tiny import tiny as image_tiny
-from ..hosts.seq2seq.tiny import tiny
+from ..hosts.transformers.decoder_only.tiny import tiny as decoder_tiny
+from ..hosts.transformers.encoder_decoder.tiny import tiny
+from ..hosts.transformers.mllama.tiny import tiny as image_tiny
 from ..hosts_tiny import CHANNELS, tiny_sd
 
 NUMBERS = [4, 4, 0, 0, 0, 9]

@@ -1,0 +1,238 @@
+"""`hf-dp-xattn calibrate`: a calibration of a model from a file of PUBLIC texts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..records import plain_text, read_records
+from .models import SETTINGS, load_plain, parse_dtype
+from .public_numbers import check_numbers
+from .texts import add_text_options, load_tokenizer, plain_ids, read_documents, read_prefix, read_question
+
+NAME = "calibrate"
+_DESCRIPTION = """\
+Fits everything data-dependent that a release will read (codebooks, clipping maps, priors, decoders) to PUBLIC texts, and writes it to a
+folder, with a card. No budget is spent, and the calibration may be shared.
+
+The texts must be public: a calibration is neither noised nor counted, and it tells what it was made from. Use texts that anybody may read
+and that resemble the private ones; about 100 are the least that works, thousands do better.
+
+For --unit group of a transformers model a text is made of segments (decoder-only) or documents (encoder-decoder), each encoded apart: each
+line is then JSON, a list of strings, such as ["be polite", "close at five"].
+"""
+_EXAMPLES = """\
+examples:
+  a Stable Diffusion pipeline, one public prompt a line:
+    hf-dp-xattn calibrate ./my-pipeline --public prompts.txt --unit context --out ./my-calibration
+  phrases as units (a line is split at commas, semicolons and "and"), for chosen epsilons:
+    hf-dp-xattn calibrate ./my-pipeline --public prompts.txt --unit group --epsilons 4 8 16 --out ./by-phrase
+  an encoder-decoder model, from documents of 128 tokens; a decoder-only model, with public questions:
+    hf-dp-xattn calibrate ./my-bart --public documents.txt --length 128 --out ./my-calibration
+    hf-dp-xattn calibrate ./my-llama --public prefixes.txt --questions questions.txt --out ./my-calibration
+  system prompts of a chat model in segments, and corpora of documents, as JSON lines:
+    hf-dp-xattn calibrate examples/chat/model --public prompts.jsonl --unit group --chat --prefix-bucket 64 --questions questions.txt \\
+      --releases sum --out ./my-calibration
+    hf-dp-xattn calibrate examples/rag/model --public corpora.jsonl --unit group --questions questions.txt --releases histogram \\
+      --anchors 1024 --out ./my-calibration
+  then:
+    hf-dp-xattn plan ./my-calibration
+
+exit codes: 0 done; 2 bad input (the message is on stderr).
+"""
+
+
+def add(subparsers: Any) -> None:
+    """Registers the subcommand."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        NAME,
+        help="fit a calibration to public texts; spends nothing",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="folder or Hub id of a diffusers pipeline or a transformers model")
+    parser.add_argument(
+        "--public",
+        required=True,
+        metavar="FILE",
+        help="text file in UTF-8 with one PUBLIC text a line, or JSON lines (see above)",
+    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the calibration")
+    parser.add_argument(
+        "--mechanism",
+        choices=("anchors", "kernel_sum"),
+        default="anchors",
+        help="what will be released (default: anchors)",
+    )
+    parser.add_argument(
+        "--unit",
+        choices=("row", "group", "context"),
+        help="what one neighbouring step changes (default: row)",
+    )
+    parser.add_argument(
+        "--neighboring",
+        choices=("replace_one", "add_or_remove_one"),
+        help="how it changes (default: replace_one)",
+    )
+    parser.add_argument("--delta", type=float, metavar="D", help="failure probability (default: 1e-5)")
+    parser.add_argument(
+        "--epsilons", type=float, nargs="+", metavar="E", help="one plan for each (default: 0.5 to 64)"
+    )
+    parser.add_argument(
+        "--anchors", type=int, metavar="M", help="cells of the histogram's codebook (default: 4096)"
+    )
+    parser.add_argument(
+        "--releases",
+        nargs="+",
+        choices=("sum", "response", "histogram", "mixed"),
+        help="candidates among which each epsilon chooses (default: all)",
+    )
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="training steps of the decoder (default: some minutes)"
+    )
+    parser.add_argument(
+        "--length",
+        type=int,
+        metavar="N",
+        help="encoder-decoder models: texts are cut to N tokens, shorter ones left out",
+    )
+    parser.add_argument(
+        "--questions",
+        metavar="FILE",
+        help="models of text: public users' turns (what an encoder-decoder model's decoder starts with), one a line",
+    )
+    parser.add_argument(
+        "--replies",
+        type=int,
+        metavar="N",
+        help="decoder-only models: train the decoder on the model's own replies to N questions behind each public prefix as well; "
+        "slower, and what a user sees gains most",
+    )
+    add_text_options(parser)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the fit; public (default: 0)")
+    parser.add_argument("--dtype", default="float32", help="type of the weights (default: float32)")
+    parser.add_argument("--license", help="license id of the Hub for the card, such as apache-2.0")
+    parser.add_argument("--json", action="store_true", help="print JSON, and no progress")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the calibration and says what each of its plans is expected to give."""
+    from ..artefacts import CardOptions
+    from ..config import DPXAttnConfig
+    from ..hosts.calibrate import calibrate
+
+    check_numbers(args)
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out.name!r} exists and is not an empty folder; choose a new one.")
+    texts = read_records(args.public, "--public")
+    questions = None if args.questions is None else read_records(args.questions, "--questions")
+    settings = {name: getattr(args, name, None) for name in SETTINGS if name != "epsilon"}
+    config = DPXAttnConfig(**{k: v for k, v in settings.items() if v is not None})
+    model = load_plain(args.model, parse_dtype(args.dtype))
+    named = {name: getattr(args, name) for name in ("epsilons", "anchors", "releases", "steps", "replies")}
+    options: dict[str, Any] = {k: v for k, v in named.items() if v is not None}
+    public, more = _public(model, args, texts, questions)
+    made = calibrate(model, public, config, seed=args.seed, progress=not args.json, **more, **options)
+    card: CardOptions = {} if args.license is None else {"license": args.license}
+    made.save_pretrained(out, **card)
+    if args.json:
+        plans = [{"epsilon": p.epsilon, "delta": config.delta, **_told(p)} for p in made.plans]
+        print(json.dumps({"folder": str(out), "contexts": len(public), "unit": config.unit, "plans": plans}))
+        return 0
+    for plan in made.plans:
+        told = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else str(v) for k, v in _told(plan).items())
+        print(f"epsilon {plan.epsilon:g}: {told}")
+    print(f"wrote {out}; see: hf-dp-xattn report {out}")
+    return 0
+
+
+def _told(plan: Any) -> dict[str, Any]:
+    """What a plan releases (anchors), and the fraction of unexplained variance that it predicts."""
+    if hasattr(plan, "release"):
+        return {"release": plan.release, "fvu": float(plan.quality.fvu)}
+    return {"fvu": float(plan.predicted_fvu)}
+
+
+def read_lists(lines: list[str]) -> list[list[str]]:
+    """Public contexts of segments or documents, from JSON lines.
+
+    Raises:
+        ConfigError: a line is not a list of strings, or an empty one.
+    """
+    found = []
+    for i, line in enumerate(lines, 1):
+        try:
+            parts = json.loads(line)
+        except (ValueError, RecursionError):
+            parts = None
+        if (
+            not isinstance(parts, list)
+            or not parts
+            or not all(isinstance(p, str) and p.strip() for p in parts)
+        ):
+            raise ConfigError(
+                f"For --unit group each line of --public is JSON, a list of the context's segments or documents; text {i} is not."
+            )
+        found.append([" ".join(plain_text(p).split()) for p in parts])
+    return found
+
+
+def _public(
+    model: Any, args: argparse.Namespace, texts: list[str], questions: list[str] | None
+) -> tuple[Any, dict[str, Any]]:
+    """(public contexts, further options) as `calibrate` takes them for this kind of host."""
+    from ..hosts.transformers.decoder_only.prefix_probing import is_decoder_only
+    from ..hosts.transformers.encoder_decoder.cross_probing import is_seq2seq
+    from ..hosts.transformers.mllama.mllama_probing import is_image_text
+
+    if is_image_text(model):
+        raise ConfigError(
+            "This model reads images, which the command line does not: dpx.calibrate in Python."
+        )
+    decoder, seq2seq, apart = is_decoder_only(model), is_seq2seq(model), args.unit == "group"
+    if args.length is not None and (not seq2seq or apart):
+        raise ConfigError("--length is for encoder-decoder models, of which a text is one document.")
+    if questions is not None and not (decoder or seq2seq):
+        raise ConfigError("--questions is for models of text, encoder-decoder or decoder-only.")
+    if not decoder and (args.chat or args.prefix_bucket is not None):
+        raise ConfigError("--chat and --prefix-bucket are for decoder-only models.")
+    if decoder:
+        prefixes = [
+            read_prefix(args.model, t, chat=args.chat) for t in (read_lists(texts) if apart else texts)
+        ]
+        more: dict[str, Any] = {"public_head": prefixes[0].head, "prefix_bucket": args.prefix_bucket}
+        if questions is not None:
+            more["questions"] = [read_question(args.model, q, chat=args.chat)[0] for q in questions]
+        return [p.context for p in prefixes], more
+    if not seq2seq:
+        return texts, {}
+    more = {} if questions is None else {"questions": [plain_ids(args.model, q) for q in questions]}
+    if apart:
+        return [read_documents(args.model, documents) for documents in read_lists(texts)], more
+    if args.length is None:
+        raise ConfigError(
+            "Public texts of an encoder-decoder model have one length: --length N cuts them to N tokens."
+        )
+    return _one_length(args, texts), more
+
+
+def _one_length(args: argparse.Namespace, texts: list[str]) -> Any:
+    """[N, length] ids; a longer text is cut before its end token."""
+    import torch
+
+    tokenizer = load_tokenizer(args.model)
+    read = [tokenizer(text, truncation=True, max_length=args.length).input_ids for text in texts]
+    kept = [ids for ids in read if len(ids) == args.length]
+    if not kept:
+        raise ConfigError(f"No text has {args.length} tokens; lower --length.")
+    if len(kept) < len(texts) and not args.json:
+        left = len(texts) - len(kept)
+        print(f"{left} of {len(texts)} texts are shorter than --length and left out", file=sys.stderr)
+    return torch.tensor(kept)

@@ -1,0 +1,105 @@
+"""The gate of a protected UNet: before each forward it decides what the layers may read, behind it it looks for NaN."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...errors import ProtectionLostError
+from ..bindings import unique
+from ..fingerprint import stamp
+from ..nan import main_output, refuse_nan
+from ..placeholder import read_tags
+from .forward_inputs import check_forward, read_states, refuse_beside
+from .processor import Forward, Forwards, LayerTable, Layout
+
+if TYPE_CHECKING:
+    from ..handle import ProtectedPipeline
+
+REMOVED = "The protection is no longer in place: the gate of the UNet was removed. Call dpx.unprotect(pipe) and protect again."
+
+
+class ForwardGate:
+    """Hooks around the UNet's forward. What they decide is held by thread: nothing of it is seen by another call."""
+
+    def __init__(self, unet: Any, handle: ProtectedPipeline) -> None:
+        self._unet, self._handle = unet, handle
+        self.forwards = Forwards()
+        self._hooks: list[Any] = []
+
+    def install(self) -> None:
+        self._hooks = [
+            self._unet.register_forward_pre_hook(self._before, with_kwargs=True),
+            self._unet.register_forward_hook(self._behind, always_call=True),
+        ]
+
+    def installed(self) -> bool:
+        known = (self._unet._forward_pre_hooks, self._unet._forward_hooks)
+        return bool(self._hooks) and all(h.id in k for h, k in zip(self._hooks, known, strict=True))
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @contextmanager
+    def inside_pipeline(self) -> Iterator[None]:
+        """A pipeline's call, which looks for NaN once, at its end."""
+        self.forwards.pipelines += 1
+        try:
+            yield
+        finally:
+            self.forwards.pipelines -= 1
+
+    def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A trace cannot read markers; there, what is not proven fit becomes NaN in the processors.
+        if not torch.compiler.is_compiling():
+            self.forwards.current = None
+            self.forwards.current = self.read(args, kwargs)
+
+    def _behind(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        forward, self.forwards.current = self.forwards.current, None
+        if output is None:  # it failed
+            return
+        if forward is None:
+            raise ProtectionLostError(REMOVED)
+        if forward.layout is not None and not self.forwards.pipelines:  # a pipeline looks once, at its end
+            refuse_nan(main_output(output))
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward:
+        """What the layers may read; compiled ones of this thread find it as well. Raises before anything runs, and before a release that is
+        due is charged."""
+        handle = self._handle
+        handle.check()
+        states = read_states(args, kwargs)
+        seen = self.forwards.seen
+        if seen is not None and seen[0]() is states and seen[1] == self._state_of(states):
+            handle.hand_out(seen[2].tables)
+            return seen[2]  # the same tensor at every step: parsed already
+        found = read_tags(states)
+        tags = unique(found)
+        if not tags:
+            if not handle.access.public:
+                raise ProtectionLostError(
+                    "This UNet is protected and was called with embeddings of which none is a placeholder. Pass release.inputs(), or "
+                    "declare the text public with `with protected.public():`."
+                )
+            return Forward(dict.fromkeys(handle.layers, LayerTable()))
+        refuse_beside(kwargs)
+        if handle.promises.due(tags):
+            check_forward(self._unet, args, kwargs, states)
+            handle.promises.keep(tags)
+        tables = handle.activate(tags, states.device)
+        forward = Forward(tables, Layout.of(states, found, tags))
+        if not states.is_inference():
+            self.forwards.seen = weakref.ref(states), self._state_of(states), forward
+        return forward
+
+    def _state_of(self, states: torch.Tensor) -> object:
+        layers = self._handle.layers.values()
+        return states._version, stamp(p for a in layers for p in (a.to_k, a.to_v))

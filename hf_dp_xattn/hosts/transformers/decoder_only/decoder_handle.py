@@ -1,0 +1,269 @@
+"""`ProtectedDecoder`: the handle of a protected decoder-only model."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ....errors import ConfigError, ProtectionLostError, ReleaseError
+from ....mechanisms.groups import as_groups
+from ....report import PrivacyReport
+from ...bindings import bind
+from ...context import PrivateContext
+from ...diffusers.processor import LayerTable
+from ...fingerprint import Fingerprint, Sketched
+from ...locks import locked
+from ...making import Recipe
+from ...release import Release
+from ...released import ReleasedContext
+from ..routed import RoutedHandle
+from ..routing import Routing, evaluating
+from .prefix_attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, check_window, dp_xattn_prefix
+from .prefix_cache import PrefixCache
+from .prefix_contexts import check_groups, name_prefix, read_prefixes
+from .prefix_encoder import PrefixEncoder
+from .prefix_generation import NO_INPUTS, REFUSED, REFUSED_IN_CALLS, GenerateShadow, infer_mask
+from .prefix_layers import PrefixLayer, device_of, prefix_fingerprint
+from .prefix_probing import ON_META, find_layers
+from .prefix_reporting import prefix_report
+
+OTHER_TOKENS = (
+    "generate was given {expected} own tokens and would run the model on {given} of them: something between the two changes its inputs. "
+    "Call generate of the protected model itself."
+)
+
+
+class ProtectedDecoder(RoutedHandle):
+    """A protected decoder-only model. Made by `dpx.protect`; a context manager that unprotects.
+
+    A private prefix (a system prompt, documents, examples) is released once; `generate` then runs with `release.inputs(input_ids=...)`:
+    the prefix's tokens, keys and values never enter it. Every layer, beam, sample, step and turn reads the release.
+
+    *Formal guarantee.* Everything that leaves the model about a private prefix is post-processing of its `Release` and of public lengths,
+    see `report()`.
+    """
+
+    routing = Routing(NAME, LAYER_ATTRIBUTE, dp_xattn_prefix)
+    projects_rows = False  # a row IS keys and values, of the weights that it was made with
+
+    def __init__(self, model: Any, *settings: Any, **options: Any) -> None:
+        self._sketched = Sketched()
+        super().__init__(model, *settings, **options)
+        self._encoder = PrefixEncoder(model, self.decoder_layers)
+        self._calls = Calls()
+        self._generate = GenerateShadow(model, self)
+
+    def _find_layers(self) -> dict[str, Any]:
+        self.decoder_layers: dict[str, PrefixLayer] = find_layers(self.model)
+        return dict(self.decoder_layers)
+
+    def _layer_state(self, name: str) -> LayerState:
+        return LayerState(name, self._calls, self._configs[name])
+
+    @property
+    def channels(self) -> int:
+        return next(iter(self.decoder_layers.values())).cross_attention_dim
+
+    @property
+    def limit(self) -> int | None:
+        """How many positions the model's layers see at once; None: as many as there are."""
+        return self._encoder.limit
+
+    @property
+    def calls(self) -> Calls:
+        """The forward that each thread is in."""
+        return self._calls
+
+    # ---- gates -------------------------------------------------------------------------------------------------------------
+
+    def check_thoroughly(self) -> None:
+        """`check`; what a layer reads is decided in one place, so there is nothing more to look at."""
+        self.check()
+
+    def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model's gate. Raises before anything runs."""
+        if torch.compiler.is_compiling():
+            raise ProtectionLostError(
+                "The gate of a protected decoder-only model is never traced: torch.compile runs it with fullgraph=False only."
+            )
+        self._calls.current = None
+        self.check()
+        self.refuse_checkpointing(module)
+        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        given = {**bound, **bound.pop("kwargs", {})}
+        cache = given.get("past_key_values")
+        if not isinstance(cache, PrefixCache):
+            if not self.access.public:
+                raise ProtectionLostError(NO_INPUTS)
+            self._calls.current = Call({}, torch.zeros(0, dtype=torch.int64), public=True)
+            return
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        if ids is None or given.get("use_cache") is False:
+            raise ConfigError(
+                "A protected model takes input_ids and the cache of release.inputs(), not inputs_embeds or use_cache=False."
+            )
+        for name in () if self._calls.generating else REFUSED_IN_CALLS:
+            if given.get(name) is not None:
+                raise ConfigError(f"{name} is not supported on a protected model: {REFUSED[name]}.")
+        batch, queries = ids.shape
+        if cache.expected not in (None, queries):
+            raise ProtectionLostError(OTHER_TOKENS.format(given=queries, expected=cache.expected))
+        cache.expected = None
+        cache.fit(batch)
+        own = cache.own + queries
+        total = cache.offset + own
+        if len(cache.index) != batch:
+            raise ProtectionLostError(
+                f"A batch of {batch} was passed with the inputs of {len(cache.index)} release(s). Call release.inputs(input_ids=ids) "
+                "for each batch."
+            )
+        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != (batch, total)):
+            raise ConfigError(
+                f"attention_mask must be [{batch}, {total}] as release.inputs(...) gives it: public head, padded prefix, own tokens."
+            )
+        check_window(self.limit, total)
+        visible = None if mask is None else mask[:, cache.offset :].to(torch.bool)
+        tables = self._read(cache, ids.device)
+        self._calls.current = Call(tables, cache.index.to(ids.device), cache.offset, own, visible)
+
+    def _read(self, cache: PrefixCache, device: torch.device) -> dict[str, LayerTable]:
+        """The tables that `serve` made for this cache last, or new ones: in a direct call, for the first tokens of a cache."""
+        served, begun = self._calls.served, cache.own > 0 or self._calls.generating
+        if begun and served is not None and served[0] == (cache.tags, device, self.model.dtype):
+            return served[1]
+        return self.serve(cache)
+
+    @locked
+    @torch.inference_mode(False)  # what is kept must serve other modes too
+    @torch.no_grad()
+    def serve(self, cache: PrefixCache) -> dict[str, LayerTable]:
+        """Makes what a cache names readable by the layers.
+
+        Raises:
+            ReleaseError: unknown releases, ones that cannot stand in one batch, or ones that the weights do not fit.
+        """
+        bindings = self._bindings.find(cache.tags)
+        current = self.verify([b.context for b in bindings])
+        device = device_of(self.model)
+        tables = self._tables.build(bindings, device, self.model.dtype, current)
+        self._calls.served = (cache.tags, device, self.model.dtype), tables
+        return tables
+
+    @locked
+    def _current_fingerprint(self) -> Fingerprint:
+        """Taken anew only where a weight or an adapter has changed since (or is offloaded: then at each use): it costs a short run of the
+        model. Raises ConfigError where there are no weights to run."""
+
+        def take() -> Fingerprint:
+            if device_of(self.model).type == "meta":
+                raise ConfigError(
+                    f"The model's weights are gone ({ON_META}). Load them again; nothing was spent."
+                )
+            with evaluating(self.model):
+                return prefix_fingerprint(self.model, self.decoder_layers)
+
+        return self._sketched.current(self.model.dtype, [self.model.base_model], take)
+
+    # ---- releases ----------------------------------------------------------------------------------------------------------
+
+    @locked
+    def release(
+        self,
+        context: Any,
+        *,
+        groups: Any = None,
+        public_head: Any = 0,
+        prefix_bucket: int | None = None,
+        fresh: bool = False,
+        horizon: int | None = None,
+    ) -> Release:
+        """Releases private prefixes, one budget each. A prefix that this handle released before is reused and not charged again.
+
+        Args:
+            context: token ids [n] or [B, n] (lists, tensors, or what a chat template gives); with groups="segments", ONE prefix as a list
+                of token id lists.
+            groups: for `unit="group"`, public: "segments": each list is encoded apart from the others, after the public head, at
+                positions that start behind it (parallel context windows), and is a group; or integers [n] that name each private
+                token's group in one sequence, whose tokens know of each other.
+            public_head: how many tokens at the start are PUBLIC (BOS, a chat template's fixed words), or their ids, which then stand
+                before those of `context`. They stay exact.
+            prefix_bucket: positions that the prefix (or each segment) takes, public; by default the next multiple of 64. A user's tokens
+                start behind head and bucket.
+            fresh: release again with new noise; charged again.
+
+        Raises:
+            ContextError, ConfigError: not valid; nothing was spent.
+            BudgetExceededError: the ledger refuses; nothing was spent or computed, for no prefix of the batch.
+        """
+        if horizon is not None:
+            raise ConfigError("A prefix that grows is not supported on a decoder-only model.")
+        groups = as_groups(groups)
+        size = self.model.get_input_embeddings().num_embeddings
+        prefixes = read_prefixes(context, groups, public_head, prefix_bucket, size)
+        own = check_groups(groups, prefixes)
+        apart = isinstance(groups, str)
+        named = [name_prefix(p, self._encoder, self.config.unit, apart=apart) for p in prefixes]
+        contexts = [dataclasses.replace(c, encoder=(self.model.base_model,)) for c in named]
+        return Release(self.release_contexts(contexts, groups=own, fresh=fresh), self.config, self)
+
+    def _run(
+        self, recipe: Recipe, context: PrivateContext, groups: torch.Tensor | None, current: Fingerprint
+    ) -> ReleasedContext:
+        released = super()._run(recipe, context, groups, current)
+        guarantee = released.guarantee
+        if self.config.unit != "row":  # the padded length is public, the number of tokens need not be
+            guarantee = dataclasses.replace(guarantee, rows=None)
+        return dataclasses.replace(released, guarantee=guarantee)
+
+    # ---- inputs ------------------------------------------------------------------------------------------------------------
+
+    @locked
+    @torch.no_grad()
+    def inputs(
+        self, release: Release, prompt: str | Sequence[str] | None = None, **public: Any
+    ) -> dict[str, Any]:
+        """See `Release.inputs`. input_ids [B, m] (and attention_mask [B, m]): the user's own PUBLIC tokens, all of the conversation after
+        the system prompt; one release serves all of them, or there is one for each. Anything else is passed on.
+
+        Without an attention_mask, pads are left out where the unprotected model's `generate` would: its pad_token_id is set (in `public`,
+        or in the generation config) and none of its eos_token_id. Where these two are one, padded texts need their mask.
+
+        Returns:
+            input_ids, attention_mask (which counts head and padded prefix), past_key_values (a `PrefixCache`: the release's name).
+        """
+        self.check_thoroughly()
+        if prompt is not None:
+            raise ConfigError(
+                "A model has no tokenizer: pass the user's text as input_ids (and attention_mask)."
+            )
+        ids, mask = public.pop("input_ids", None), public.pop("attention_mask", None)
+        if not isinstance(ids, torch.Tensor) or ids.ndim not in (1, 2) or ids.shape[-1] == 0:
+            raise ConfigError("Pass the user's tokens: release.inputs(input_ids=ids) with ids [B, m] or [m].")
+        ids = ids.unsqueeze(0) if ids.ndim == 1 else ids
+        mask = infer_mask(self.model, ids, public) if mask is None else torch.atleast_2d(mask).to(ids)
+        if mask.shape != ids.shape:
+            raise ConfigError(f"attention_mask must be {list(ids.shape)}, got {list(mask.shape)}.")
+        if len(release.contexts) not in (1, len(ids)):
+            raise ConfigError(f"Got {len(ids)} texts for {len(release.contexts)} prefixes.")
+        offsets = {len(c.public_rows) + c.rows for c in release.contexts}
+        if len(offsets) != 1:
+            raise ReleaseError(
+                "Prefixes of different padded lengths cannot be batched: release them with the same public head and prefix_bucket."
+            )
+        offset = offsets.pop()
+        check_window(self.limit, offset + ids.shape[1])
+        tags = [self._bindings.add(bind(c, None, c.tag)) for c in release.contexts]
+        cache = PrefixCache(tags * (len(ids) if len(tags) == 1 else 1), offset, len(self.decoder_layers))
+        self.serve(cache)
+        full = torch.cat([mask.new_ones(len(ids), offset), mask], dim=1)
+        return {**public, "input_ids": ids, "attention_mask": full, "past_key_values": cache}
+
+    # ---- report ------------------------------------------------------------------------------------------------------------
+
+    def report(self) -> PrivacyReport:
+        """What was promised, spent and left open. Holds no private content; str(), to_dict(), to_json()."""
+        return prefix_report(self, self._spent, self._maker.warnings(self._current_fingerprint()))

@@ -1,0 +1,136 @@
+"""Replies of a decoder-only model to public questions behind public prefixes, and its logits behind decoded rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ....calibration.anchors.reply_divergence import Replies, keep_likeliest
+from ...placeholder import new_tag
+from ..routing import evaluating
+from .prefix_attention import Call, Calls
+from .prefix_cache import PrefixCache
+from .prefix_layers import PrefixLayer
+from .prefix_probing import serving, tables_of
+
+
+@contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """Weights of a model in evaluation mode take no gradients while it lasts; both are restored afterwards."""
+    asked = [p for p in model.parameters() if p.requires_grad]
+    for parameter in asked:
+        parameter.requires_grad_(False)
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(True)
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixLogits:
+    """The model behind a public head and decoded rows: ids [B, T], rows [B, R, C], log weights [B, R] -> logits [B, T, V].
+
+    head: rows [h, C]; offset: positions before the first own token. Called inside `still` and `serving` (whose calls these are).
+    """
+
+    model: Any
+    layers: dict[str, PrefixLayer]
+    calls: Calls
+    head: torch.Tensor
+    offset: int
+
+    def __call__(self, ids: torch.Tensor, rows: torch.Tensor, log_weights: torch.Tensor) -> torch.Tensor:
+        return self.behind(rows, log_weights, len(ids))(ids)
+
+    def behind(
+        self, rows: torch.Tensor, log_weights: torch.Tensor, batch: int
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Reads text [batch, T] by and by: each call takes the tokens that follow. A single prefix (B = 1) serves the whole batch."""
+        device = self.model.device
+        head = self.head.to(rows).expand(len(rows), -1, -1)
+        whole = torch.cat([head, rows], 1).to(device, self.model.dtype)
+        bias = torch.cat([log_weights.new_zeros(len(rows), head.shape[1]), log_weights], 1).to(device)
+        tables = tables_of(self.layers, whole, bias)
+        index = torch.arange(batch, device=device) % len(rows)
+        cache = PrefixCache([new_tag()], self.offset, len(self.layers))
+
+        def read(ids: torch.Tensor) -> torch.Tensor:
+            self.calls.current = Call(tables, index, self.offset, cache.own + ids.shape[1])
+            out = self.model(input_ids=ids.to(device), past_key_values=cache, use_cache=True)
+            logits: torch.Tensor = out.logits.to(rows.device)
+            return logits
+
+        return read
+
+
+@dataclass(frozen=True)
+class Asking:
+    """questions: public token ids of users' turns; count: how many a prefix is asked; steps: the longest reply; end: ids that end one."""
+
+    questions: Sequence[torch.Tensor]
+    count: int
+    steps: int
+    end: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        return max(map(len, self.questions)) + self.steps
+
+    def draw(self, generator: torch.Generator) -> torch.Tensor:
+        """[count, L]: questions of one length, so that they need no padding and a cache serves them."""
+        first = self.questions[int(torch.randint(len(self.questions), (1,), generator=generator))]
+        alike = [q for q in self.questions if len(q) == len(first)]
+        picked = torch.randint(len(alike), (self.count,), generator=generator).tolist()
+        return torch.stack([alike[i] for i in picked]).cpu()
+
+
+@torch.no_grad()
+def ask(logits: PrefixLogits, rows: torch.Tensor, asking: Asking, generator: torch.Generator) -> Replies:
+    """`Replies` of one context: sampled from the model behind ONE exact prefix's rows [n, C] (without the head)."""
+    ids = asking.draw(generator)
+    begin = ids.shape[1]
+    read = logits.behind(rows.unsqueeze(0), rows.new_zeros(1, len(rows), dtype=torch.float32), len(ids))
+    going = torch.ones(len(ids), dtype=torch.bool)
+    kept, weights, part = [], [], ids
+    for _ in range(asking.steps):
+        last = read(part)[:, -1].float()
+        kept.append(keep_likeliest(last))
+        weights.append(going.float())
+        part = torch.multinomial(last.softmax(-1), 1, generator=generator)
+        ids = torch.cat([ids, part], 1)
+        going = going & ~torch.isin(part[:, 0], torch.tensor(asking.end, dtype=part.dtype))
+        if not bool(going.any()):
+            break
+    after = asking.length - begin + 1 - len(kept)
+
+    def placed(x: torch.Tensor) -> torch.Tensor:
+        """[r, steps, ...] from the question's last token on, in [1, r, T, ...]."""
+        return nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (begin - 1, after)).unsqueeze(0)
+
+    tops, logs = (torch.stack(x, 1) for x in zip(*kept, strict=True))
+    whole = nn.functional.pad(ids, (0, asking.length - ids.shape[1])).int().unsqueeze(0)
+    return Replies(whole, placed(torch.stack(weights, 1)), placed(tops), placed(logs))
+
+
+def end_ids(model: Any) -> tuple[int, ...]:
+    """Token ids that end a reply, by the model's generation config."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if found is None:
+        found = getattr(model.config.get_text_config(decoder=True), "eos_token_id", None)
+    return tuple(found) if isinstance(found, (list, tuple)) else () if found is None else (int(found),)
+
+
+@contextmanager
+def replying(
+    model: Any, layers: dict[str, PrefixLayer], head: torch.Tensor, offset: int
+) -> Iterator[PrefixLogits]:
+    """While it lasts, the model can be asked."""
+    with still(model), serving(model, layers) as calls:
+        yield PrefixLogits(model, layers, calls, head, offset)

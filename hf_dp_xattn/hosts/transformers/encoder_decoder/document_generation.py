@@ -1,0 +1,138 @@
+"""`generate` of a protected model, shadowed by an instance attribute: what is private is released before transformers sees it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ....errors import ConfigError, ContextError
+from ...bindings import unique
+from ...placeholder import read_tags
+from .. import generating
+from ..generating import named_arguments, refuse_arguments, while_protected
+from .document_contexts import ENCODER_INPUTS, MAIN_INPUTS, MASK, STATES, TYPES
+from .dry_run import dry_run
+from .encoder_outputs import PlaceholderOutputs, last_hidden_state
+
+if TYPE_CHECKING:
+    from .encoder_decoder_handle import ProtectedSeq2Seq
+
+_DOCUMENT = "it reads the document's tokens past the release"
+REFUSED: dict[str, str] = {
+    **generating.REFUSED,
+    "past_key_values": "a cache made elsewhere may hold keys and values of a private context",
+    "encoder_repetition_penalty": _DOCUMENT,
+    "encoder_no_repeat_ngram_size": _DOCUMENT,
+    "return_token_timestamps": "it reads cross-attention weights, which a release does not give",
+}
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    **generating.HARMLESS,
+    "encoder_repetition_penalty": (1, 1.0),
+    "encoder_no_repeat_ngram_size": (0,),
+    "return_token_timestamps": (False,),
+}
+SWITCHED_OFF = ("encoder_no_repeat_ngram_size",)  # where a model's own settings ask for it (Blenderbot's do)
+
+
+class GenerateShadow:
+    """Stands in for `model.generate` while the model is protected."""
+
+    def __init__(self, model: Any, handle: ProtectedSeq2Seq) -> None:
+        self._model, self._handle = model, handle
+        self._shadow: Callable[..., Any] | None = None
+
+    def install(self) -> None:
+        original = self._model.generate
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            return self._generate(original, signature.bind(*args, **kwargs))
+
+        self._shadow = generate
+        self._model.__dict__["generate"] = generate
+
+    def installed(self) -> bool:
+        return self._shadow is not None and self._model.__dict__.get("generate") is self._shadow
+
+    def remove(self) -> None:
+        if self.installed():
+            del self._model.__dict__["generate"]
+
+    def _generate(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        self._handle.check_thoroughly()
+        if self._handle.access.public:
+            return original(*bound.args, **bound.kwargs)
+        arguments = named_arguments(bound)
+        config = arguments.get("generation_config") or self._model.generation_config
+        self._check(arguments, config)
+        given = self._encoder_inputs(arguments)
+        self._handle.refuse_others(arguments)
+        if getattr(config, "encoder_no_repeat_ngram_size", None):
+            arguments["encoder_no_repeat_ngram_size"] = 0
+        copies = 1
+        if hasattr(self._model, "_expand_variables_for_generation"):  # Whisper's way: the batch is repeated
+            asked = arguments.get("num_return_sequences") or getattr(config, "num_return_sequences", None)
+            copies, arguments["num_return_sequences"] = asked or 1, 1
+        inputs = self._handle.serve(given, copies)
+        states = inputs[STATES].last_hidden_state
+        if self._handle.promises.due(unique(read_tags(states))):
+            zeros = as_inputs(torch.zeros_like(states), MASK in inputs)
+            dry_run(self._handle, original, arguments, zeros)
+        with while_protected(self._handle):
+            return original(**arguments, **inputs)
+
+    @staticmethod
+    def _check(arguments: dict[str, Any], config: Any) -> None:
+        """Raises ConfigError for ways of generating that would go past the release, or that are not supported."""
+        refuse_arguments(arguments, config, REFUSED, HARMLESS, SWITCHED_OFF)
+
+    def _encoder_inputs(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Takes the encoder's inputs out of `arguments`."""
+        given = {n: arguments.pop(n) for n in ENCODER_INPUTS if arguments.get(n) is not None}
+        for name in (*ENCODER_INPUTS, "inputs"):
+            value = arguments.pop(name, None)
+            if name == "inputs" and value is not None:
+                given[self._model.main_input_name] = value
+        if not any(n in given for n in (*MAIN_INPUTS, STATES)):
+            raise ContextError(
+                "generate needs a private document: pass release.inputs(), or the encoder's inputs, which are released first."
+            )
+        return given
+
+
+def read_placeholder(given: dict[str, Any]) -> torch.Tensor | None:
+    """The placeholder among encoder inputs, or None where they are a private context."""
+    states = last_hidden_state(given.get(STATES))
+    if states is None or states.ndim != 3 or not any(tag is not None for tag in read_tags(states)):
+        return None
+    if any(n in given for n in (*MAIN_INPUTS, TYPES)):
+        raise ConfigError("Pass either release.inputs() or a document, not both.")
+    check_mask(given.get(MASK), states)
+    return states
+
+
+def check_mask(mask: Any, placeholder: torch.Tensor) -> None:
+    """Raises ConfigError for a mask over a release: it would have no effect."""
+    if mask is None:
+        return
+    if (
+        not isinstance(mask, torch.Tensor)
+        or mask.shape != placeholder.shape[:2]
+        or not bool((mask == 1).all())
+    ):
+        raise ConfigError(
+            f"A release is read whole: `{MASK}` must be the one that release.inputs() gives, or left out."
+        )
+
+
+def as_inputs(placeholder: torch.Tensor, takes_mask: bool) -> dict[str, Any]:
+    """What a model is given in place of its encoder's inputs; new objects, because generate expands them in place."""
+    inputs: dict[str, Any] = {STATES: PlaceholderOutputs(last_hidden_state=placeholder)}
+    if takes_mask:
+        inputs[MASK] = placeholder.new_ones(placeholder.shape[:2], dtype=torch.int64)
+    return inputs

@@ -1,0 +1,113 @@
+"""The first two steps of a `generate` on zeros in the place of a context that is to be released: what fails whatever the context holds
+fails before the charge.
+
+Transformers checks most arguments before its first forward. Not token ids that the decoder does not know, nor what logits processors do
+with the first scores.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ....errors import ConfigError, DPXAttnError
+from .cross_attention import DryRunOver
+
+if TYPE_CHECKING:
+    from .encoder_decoder_handle import ProtectedSeq2Seq
+
+STEPS = 2  # Whisper's first is the detection of a language
+_OWN = {
+    "logits_processor": 2,
+    "stopping_criteria": 2,
+}  # the caller's own code, and how many arguments it is given
+
+
+class _Silent:
+    """A streamer to nowhere."""
+
+    def put(self, value: Any) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+def dry_run(
+    handle: ProtectedSeq2Seq,
+    original: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    stand_in: Mapping[str, Any],
+    steps: int = STEPS,
+) -> None:
+    """Runs `original` for so many steps, and what comes before the next one. Code of the caller's own is looked at and not run: it
+    may count its calls.
+
+    stand_in: zeros, as the encoder's output or what else takes the context's place. The random state is left as it was.
+
+    Raises:
+        ConfigError: these arguments fail. Nothing was spent.
+    """
+    own = dict(arguments)
+    for name, count in _OWN.items():
+        _check_callables(name, own.get(name), count)
+        own.pop(name, None)
+    _check_stepwise(own)
+    own.pop("prefix_allowed_tokens_fn", None)
+    if own.get("streamer") is not None:
+        own["streamer"] = _Silent()
+    device = torch.device(handle.model.device)
+    try:
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            handle.public(),
+            handle.calls.at_most(steps),
+        ):
+            original(**own, **stand_in)
+    except DryRunOver:
+        pass
+    except DPXAttnError:
+        raise
+    except Exception as error:  # its words are of public arguments and zeros
+        raise ConfigError(
+            f"generate cannot run with these arguments ({type(error).__name__}: {error}). Nothing was released or spent."
+        ) from error
+
+
+def _check_stepwise(arguments: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a streamer or a function of allowed tokens could not be called."""
+    streamer, allowed = arguments.get("streamer"), arguments.get("prefix_allowed_tokens_fn")
+    if streamer is not None and not all(callable(getattr(streamer, n, None)) for n in ("put", "end")):
+        raise ConfigError(
+            "`streamer` must have put and end, as transformers' streamers do; nothing was spent."
+        )
+    if allowed is not None:
+        _check_callables("prefix_allowed_tokens_fn", [allowed], 2)
+
+
+def _check_callables(name: str, given: Any, count: int) -> None:
+    """Raises ConfigError unless it is None or a list of functions of so many arguments."""
+    if given is None:
+        return
+    if not isinstance(given, Iterable):
+        raise ConfigError(f"`{name}` must be a list; nothing was spent.")
+    for function in given:
+        if not callable(function) or not _takes(function, count):
+            raise ConfigError(
+                f"`{name}` holds a {type(function).__name__}, which cannot be called with {count} arguments; nothing was spent."
+            )
+
+
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return True  # of compiled code
+    try:
+        signature.bind_partial(*[None] * count)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,80 @@
+"""Arguments of `generate` that no protected model takes, and how they are found."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ...errors import ConfigError, DPXAttnError
+
+if TYPE_CHECKING:
+    from ..handle import ProtectedPipeline
+
+_ASSISTED = "assisted decoding calls the model's parts in ways of its own"
+_WITHOUT = "it runs the model without its private context"
+REFUSED: dict[str, str] = {
+    "assistant_model": _ASSISTED,
+    "prompt_lookup_num_tokens": _ASSISTED,
+    "assistant_early_exit": _ASSISTED,
+    "use_mtp": _ASSISTED,
+    "custom_generate": "its code is not known",
+    "guidance_scale": _WITHOUT,
+    "negative_prompt_ids": _WITHOUT,
+    "compile_config": "compiled generation is not supported yet",
+    "cache_implementation": "only the dynamic cache is supported yet",
+    "prefill_chunk_size": "it cuts inputs in ways of its own",
+    "dola_layers": "it reads layers in ways of its own",
+}
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "guidance_scale": (1, 1.0),
+    "cache_implementation": (
+        "dynamic",
+        "hybrid",
+    ),  # transformers unsets the second, which Gemma 2 and 3 carry on the Hub
+    "use_mtp": (False,),
+}
+
+
+@contextmanager
+def while_protected(handle: ProtectedPipeline) -> Iterator[None]:
+    """A run of `generate` that counts only if the model was protected to its end: one that was unprotected on the way went on with a
+    placeholder, or without its private context. Raises ProtectionLostError then."""
+    try:
+        yield
+    except DPXAttnError:
+        raise
+    except Exception:
+        handle.check()
+        raise
+    handle.check()
+
+
+def named_arguments(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """All arguments of a call by name, those of `**kwargs` among them."""
+    arguments = dict(bound.arguments)
+    for kind in bound.signature.parameters.values():
+        if kind.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(kind.name, {})
+    return arguments
+
+
+def refuse_arguments(
+    arguments: Mapping[str, Any],
+    config: Any,
+    refused: Mapping[str, str],
+    harmless: Mapping[str, tuple[Any, ...]],
+    switched_off: Collection[str] = (),
+) -> None:
+    """Raises ConfigError for ways of generating that would go past the release, or that are not supported.
+
+    An argument counts before the generation config. refused: names and reasons. harmless: values that ask for nothing. switched_off: names
+    whose value in the generation config is overruled, and not refused.
+    """
+    for name, reason in refused.items():
+        value = arguments.get(name)
+        if name not in arguments and name not in switched_off:
+            value = getattr(config, name, None)
+        if value is not None and value not in harmless.get(name, ()):
+            raise ConfigError(f"{name} is not supported on a protected model: {reason}.")

@@ -1,0 +1,111 @@
+"""Writes docs/hosts.md from what the probe finds; a test compares the two.
+
+`python -m tests.hosts.transformers.encoder_decoder.table > docs/hosts.md`"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_dp_xattn.errors import UnsupportedModelError
+from hf_dp_xattn.hosts.diffusers.architectures import PIPELINES
+from hf_dp_xattn.hosts.transformers.encoder_decoder.cross_layers import CrossLayer
+from hf_dp_xattn.hosts.transformers.encoder_decoder.cross_probing import find_layers
+
+from ..decoder_only.table import section
+from ..mllama.table import section as image_section
+from .tiny import BUILDERS, REFUSED, tiny
+
+INPUTS = {
+    "input_ids": "text",
+    "input_features": "speech",
+    "input_values": "speech",
+    "pixel_values": "pictures",
+}
+HEAD = """# Hosts
+
+## diffusers
+
+{pipelines}, and their `UNet2DConditionModel`. All mechanisms.
+
+## Encoder-decoder models of transformers
+
+Supported is what a probe proves, not what stands in a list: `dpx.protect(model, config)` runs the model on public random numbers, finds
+the modules whose attention function sees the encoder's output, and checks that the logits stay the same (with and without the cache)
+after that output was replaced by NaN. Any other model is refused with `UnsupportedModelError` and left as it was. This table is what the
+probe finds on a tiny model of each architecture (written by `tests/hosts/transformers/encoder_decoder/table.py`); each is tested for
+every mechanism: `kernel_sum`, `anchors` (with a calibration), `dptree`, `none`.
+
+| model | context | a cross-attention layer | notes |
+|---|---|---|---|
+"""
+TAIL = """
+Refused, because their cross-attention is computed in code of their own: {refused}. Refused too: encoders that need more than token ids
+(`UdopForConditionalGeneration`: boxes), that a text changes for those after it (`BigBirdPegasusForConditionalGeneration`: a short one
+switches it to full attention), and cross-attention that changes with the number of rows (probed at several hundred).
+
+A private document in `generate` is charged when all that is public has passed: the arguments, and two steps on zeros in the document's
+place (a model's forward hooks see these two, once for each release). Logits processors, criteria and streamers of your own are looked at,
+not run.
+
+What works: `generate` with greedy search, beams, sampling, `num_return_sequences`, padded batches (masked rows are no rows); the
+`automatic-speech-recognition` pipeline (transformers has none left for text: its text2text, summarization and translation pipelines are
+gone); `model(**release.inputs(), labels=...)`; `torch.compile` with graph breaks (`fullgraph=False`); `release.inputs(input_ids=...)` puts
+a PUBLIC document beside the private one; `protected.release(**tokenizer(documents, ...), groups="documents")` with `unit="group"` encodes
+each document apart (Fusion-in-Decoder), so the guarantee for one document is real end to end.
+
+Calibrations (`anchors` needs one, `kernel_sum` gains by one): `dpx.calibrate(model, ids, config)` with public token ids [N, n] cut to one
+length (long public texts in pieces), for unit="row" or "context".
+
+What is refused: assisted decoding and prompt lookup, `encoder_no_repeat_ngram_size` and `encoder_repetition_penalty` (they read the
+document past the release; where a model's own settings ask for the first, as Blenderbot's do, it is switched off and the report says
+so), guidance, static caches and compiled generation (`compile_config`), caches made elsewhere, Whisper's token timestamps, quantised
+projections.
+"""
+
+
+def _notes(model: Any, layer: CrossLayer) -> str:
+    notes = []
+    if layer.scale == 1.0:
+        notes.append(
+            "logits are not scaled" if model.config.model_type != "whisper" else "queries are scaled before"
+        )
+    if layer.query_heads != layer.heads:
+        notes.append("query heads share key heads")
+    if layer.softcap is not None:
+        notes.append("capped logits: `kernel_sum` and `dptree` ignore the cap")
+    if layer.padding:
+        notes.append("padded heads: the padding is not released")
+    if layer.bridge is not None:
+        notes.append("the encoder's output is projected first (`enc_to_dec_proj`)")
+    return "; ".join(notes)
+
+
+def _row(name: str) -> str:
+    model = tiny(name)
+    where, layer = next(iter(find_layers(model).items()))
+    title = type(model).__name__
+    if hasattr(model.config, "decoder") and hasattr(model, "encoder"):
+        parts = (type(model.encoder).__name__, type(model.decoder).__name__)
+        title += f" ({' to '.join(p.removesuffix('Model').removesuffix('LMHead') for p in parts)})"
+    return f"| {title} | {INPUTS[model.main_input_name]} | `{where}` | {_notes(model, layer)} |"
+
+
+def _refused(name: str) -> str:
+    model = tiny(name)
+    try:
+        find_layers(model)
+    except UnsupportedModelError:
+        return type(model).__name__
+    raise AssertionError(f"{name} is not refused any more")
+
+
+def table() -> str:
+    rows = "\n".join(_row(name) for name in BUILDERS)
+    pipelines = ", ".join(f"`{p}`" for p in PIPELINES)
+    refused = ", ".join(f"`{_refused(name)}`" for name in REFUSED)
+    encoder_decoder = HEAD.format(pipelines=pipelines) + rows + "\n" + TAIL.format(refused=refused)
+    return encoder_decoder + image_section() + section()
+
+
+if __name__ == "__main__":
+    print(table(), end="")
