@@ -9,22 +9,16 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
-from .artefacts import (
-    CardOptions,
-    HubOptions,
-    PushOptions,
-    card_file,
-    dump_document,
-    find_files,
-    push_with_card,
-    read_document,
-    write_files,
-)
+from .artefacts import CardOptions, HubOptions, Shareable, dump_document, locate, read_document, write_files
+from .config_card import config_card
 from .errors import ConfigError
 from .known_mechanisms import KNOWN
 from .privacy.units import NeighboringRelation, Unit
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
 
 CONFIG_NAME = "dp_xattn_config.json"
 SCHEMA_VERSION = 1
@@ -47,13 +41,15 @@ def _require_integer(name: str, value: Any, *, low: int, high: int) -> None:
 
 
 @dataclass(frozen=True)
-class DPXAttnConfig:
+class DPXAttnConfig(Shareable):
     """What is released, and at which price.
 
     Raises:
         ConfigError: a field is out of range, or a value is unknown. Unknown keys of a file, a dict or `replace` are refused, never dropped:
             a dropped key may weaken a guarantee. (An unknown argument of the class itself is Python's own TypeError.)
     """
+
+    WORD = "config"
 
     mechanism: str = field(
         default="kernel_sum",
@@ -157,27 +153,24 @@ class DPXAttnConfig:
             )
         return cls(**values)
 
+    def files(self) -> dict[str, bytes]:
+        """`dp_xattn_config.json`, as it is written."""
+        return {CONFIG_NAME: dump_document(self.to_dict())}
+
+    def card(self, options: CardOptions) -> ModelCard:
+        """Its card: what a release under it promises.
+
+        Args:
+            options: license, base_model, utility, repo_id.
+        """
+        meanings = {f.name: f.metadata["help"] for f in dataclasses.fields(self)}
+        return config_card(self.to_dict(), meanings, options)
+
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
         """Writes `dp_xattn_config.json`; returns its path."""
         folder = Path(directory)
-        write_files(folder, {CONFIG_NAME: dump_document(self.to_dict())})
+        write_files(folder, self.files())
         return folder / CONFIG_NAME
-
-    def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
-        """Uploads `dp_xattn_config.json` and a card to a Hub repository; returns the commit's address.
-
-        A repository's README.md that somebody else wrote stays as it is.
-
-        Raises:
-            HubError: the upload failed, and the repository is as it was. ConfigError: unknown options.
-        """
-        from .cards import config_card
-
-        def save(directory: str, card: CardOptions) -> None:
-            self.save_pretrained(directory)
-            write_files(Path(directory), card_file(Path(directory), config_card(self, card)))
-
-        return push_with_card(save, repo_id, options, "Upload a DP attention config")
 
     @classmethod
     def from_pretrained(
@@ -189,7 +182,7 @@ class DPXAttnConfig:
             ConfigError: missing, damaged, of another schema; an unknown key, or a missing one, because a default may be weaker than what
                 was meant.
         """
-        return cls.from_file(find_files(name_or_path, (CONFIG_NAME,), error=ConfigError, **options))
+        return cls.from_file(locate(name_or_path, (CONFIG_NAME,), error=ConfigError, **options).folder)
 
     @classmethod
     def from_file(cls, folder: Path) -> DPXAttnConfig:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
 from ..errors import ConfigError, DPXAttnError, HubError
-from .card import MARKER, README, CardOptions, card_options
+from .card import MARKER, README
 
 WANTED = (
     "*.safetensors",
@@ -165,17 +165,6 @@ def _is_hub_error(cause: Exception) -> bool:
     return isinstance(cause, (errors.EntryNotFoundError, http, OSError, ValueError))
 
 
-def find_files(
-    name_or_path: str | os.PathLike[str],
-    names: Sequence[str],
-    *,
-    error: type[DPXAttnError],
-    **options: Any,
-) -> Path:
-    """`locate`, where only the folder matters."""
-    return locate(name_or_path, names, error=error, **options).folder
-
-
 def push_files(
     save: Callable[[str], Any],
     repo_id: str,
@@ -230,22 +219,6 @@ def push_files(
                 f"The upload failed ({type(cause).__name__}{'' if status is None else f', HTTP {status}'}). The commit was not made: the "
                 "repository holds what it held before. Check the name, the token and the network, then push again."
             ) from None
-
-
-def push_with_card(
-    save: Callable[[str, CardOptions], Any],
-    repo_id: str,
-    options: PushOptions,
-    message: str,
-) -> str:
-    """`push_files` for `push_to_hub`: `save(folder, card options)` writes the files and the card. Raises as that does, and ConfigError for
-    options that are unknown or not valid."""
-    check_options(options, PushOptions, "push_to_hub")
-    upload: dict[str, Any] = dict(options)
-    card = card_options(
-        {**{name: upload.pop(name, None) for name in ("license", "base_model")}, "repo_id": repo_id}
-    )
-    return push_files(lambda folder: save(folder, card), repo_id, message=message, **upload)
 
 
 def _has_foreign_card(api: Any, repo_id: str, parts: Sequence[str], revision: str | None) -> bool:

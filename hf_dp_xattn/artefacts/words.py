@@ -1,8 +1,14 @@
-"""Words that several kinds of card use."""
+"""Words that several kinds of card use, as functions of plain values. `config`: a config's fields by name, as its `to_dict` gives them."""
 
 from __future__ import annotations
 
-from .card import HERE, CardOptions
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ..known_mechanisms import KNOWN
+from ..report import Guarantee
+from .card import HERE, CardOptions, table
 
 UNITS = {
     "row": "one row (embedding) of the context; a text encoder mixes its rows, so this is not a word",
@@ -23,3 +29,40 @@ def name_of(options: CardOptions) -> str:
 def code(*lines: str) -> str:
     """Lines of Python that use the package."""
     return "\n".join(("import hf_dp_xattn as dpx", "", *lines))
+
+
+def unit_rows(unit: str, neighboring: str) -> list[tuple[str, str]]:
+    """The two lines of a table that say what a neighbouring step changes."""
+    return [("unit", f"`{unit}`: {UNITS[unit]}"), ("neighbouring relation", f"`{neighboring}`")]
+
+
+def promise(config: Mapping[str, Any]) -> str:
+    """What a release under a config promises, in the words of its guarantee."""
+    private = KNOWN[config["mechanism"]].private
+    return Guarantee(
+        mechanism=config["mechanism"],
+        epsilon=config["epsilon"] if private else math.inf,
+        delta=config["delta"],
+        unit=config["unit"],
+        neighboring=config["neighboring"],
+        rows=None,
+        units=None,
+        clip_norm=0.0,
+        sensitivity=0.0,
+        sigma=0.0,
+        sampling_distance=0.0,
+        private_noise=private,
+        calibrated=False,
+    ).sentence()
+
+
+def price_table(config: Mapping[str, Any]) -> str:
+    """Mechanism, epsilon, delta, unit and relation of a config, as a table."""
+    private = KNOWN[config["mechanism"]].private
+    rows = [
+        ("mechanism", f"`{config['mechanism']}`"),
+        ("epsilon", f"{config['epsilon']:g}" if private else "none (not private)"),
+        ("delta", f"{config['delta']:g}"),
+        *unit_rows(config["unit"], config["neighboring"]),
+    ]
+    return table(("", ""), rows)

@@ -11,8 +11,9 @@ from typing import Any, Unpack
 
 import torch
 
-from ..artefacts import HubOptions, find_files, read_document
+from ..artefacts import HubOptions, locate
 from ..artefacts.card import table
+from ..artefacts.codec import Tensors
 from ..config import FEATURES, DPXAttnConfig
 from ..errors import ConfigError
 from ..mechanisms.base import LayerSpec
@@ -21,8 +22,7 @@ from ..mechanisms.kernel_sum.sketch import SketchBasis, SketchPlan
 from ..privacy.lattice import lattice_exponent
 from .anchors.anchors_calibration import AnchorCalibration
 from .calibration_card import Described
-from .checks import Sizes, check_keys, integer, number, refuse
-from .stored import JSON_NAME, TENSORS_NAME, Stored, Tensors
+from .stored import CHECKS, CODEC, Stored
 
 # A calibration is made for these fields of the config; epsilon may differ (the nearest plan is used).
 BOUND_FIELDS = ("features", "degree", "num_features", "feature_seed", "logit_bound", "unit")
@@ -75,7 +75,7 @@ class Calibration(Stored):
     """
 
     mechanism = "kernel_sum"
-    HEADER = frozenset({"layers", "scales", "has_basis", "plans", *_FIELDS})
+    KEYS = frozenset({"layers", "scales", "has_basis", "plans", *_FIELDS})
 
     layers: tuple[str, ...]
     geometries: tuple[HeadGeometry, ...]
@@ -139,7 +139,7 @@ class Calibration(Stored):
         layers = tuple(str(name) for name in header["layers"])
         geometries = tuple(
             HeadGeometry(
-                scale=number(scale, "a layer's scale", low=0.0),
+                scale=CHECKS.number(scale, "a layer's scale", low=0.0),
                 **{n: tensors[f"geometry.{i}.{n}"] for n in _GEOMETRY},
             )
             for i, scale in enumerate(header["scales"])
@@ -159,17 +159,17 @@ class Calibration(Stored):
         )
 
     def verify(self) -> None:
-        check_keys(self.settings, set(BOUND_FIELDS), "the settings of the calibration")
+        CHECKS.keys(self.settings, set(BOUND_FIELDS), "the settings of the calibration")
         DPXAttnConfig(**self.settings)  # each in its range
         if self.settings["features"] not in FEATURES:
-            refuse("features")
-        number(self.clip_norm, "clip_norm", low=1e-300)
-        integer(self.contexts, "contexts")
-        integer(self.units, "units")
+            CHECKS.refuse("features")
+        CHECKS.number(self.clip_norm, "clip_norm", low=1e-300)
+        CHECKS.integer(self.contexts, "contexts")
+        CHECKS.integer(self.units, "units")
         if not self.layers or len(self.layers) != len(self.geometries):
-            refuse("its layers")
+            CHECKS.refuse("its layers")
         for name, g in zip(self.layers, self.geometries, strict=True):
-            sizes = Sizes()
+            sizes = CHECKS.sizes()
             sizes.fit(f"{name}: key_center", g.key_center, "H", "d")
             sizes.fit(f"{name}: query_center", g.query_center, "H", "d")
             sizes.fit(f"{name}: key_map", g.key_map, "H", "p", "d")
@@ -179,7 +179,7 @@ class Calibration(Stored):
             for part in ("key_radius", "query_radius", "value_scale", "normalizer_weight", "key_range"):
                 sizes.fit(f"{name}: {part}", getattr(g, part), "H")
         if self.basis is None and self.plans:
-            refuse("plans without a basis")
+            CHECKS.refuse("plans without a basis")
         rank = _verify_basis(self.basis, self.geometries) if self.basis is not None else 0
         for plan in self.plans:
             _verify_plan(plan, rank)
@@ -205,37 +205,36 @@ class Calibration(Stored):
     ) -> Calibration | AnchorCalibration:
         """Reads a folder or a Hub repository (`HubOptions`), of whichever mechanism; raises ConfigError on anything missing, unknown,
         damaged or of another schema."""
-        folder = find_files(name_or_path, (JSON_NAME, TENSORS_NAME), error=ConfigError, **options)
-        return load_calibration(folder)
+        return load_calibration(locate(name_or_path, CODEC.names, error=ConfigError, **options).folder)
 
 
 def load_calibration(folder: Path) -> Calibration | AnchorCalibration:
     """Reads and checks the files in a local folder, of whichever mechanism; raises ConfigError."""
-    kind = read_document(folder / JSON_NAME, ConfigError).get("kind")
+    kind = CODEC.read_document(folder).get("kind")
     return AnchorCalibration.load(folder) if kind == AnchorCalibration.KIND else Calibration.load(folder)
 
 
 def _verify_basis(basis: SketchBasis, geometries: Sequence[HeadGeometry]) -> int:
     """The rank."""
-    sizes = Sizes()
+    sizes = CHECKS.sizes()
     for i, g in enumerate(geometries):
         rows, columns = f"r{i}", g.value_dim + 1
         sizes.fit(f"basis {i}: analysis", basis.analysis[i], g.heads, rows, columns, "R")
         sizes.fit(f"basis {i}: synthesis", basis.synthesis[i], g.heads, rows, columns, "R")
         sizes.fit(f"basis {i}: mean_sums", basis.mean_sums[i], g.heads, rows, columns)
-    return sizes.get("R")
+    return sizes["R"]
 
 
 def _verify_plan(plan: PlanEntry, rank: int) -> None:
     where = f"plan for epsilon {plan.epsilon!r}"
-    number(plan.epsilon, f"{where}: epsilon", low=1e-9)
-    number(plan.delta, f"{where}: delta", low=0.0, high=1.0)
-    number(plan.clip_norm, f"{where}: clip_norm", low=1e-300)
-    number(plan.predicted_fvu, f"{where}: predicted_fvu")
-    sizes = Sizes()  # a plan keeps the first K of R directions
+    CHECKS.number(plan.epsilon, f"{where}: epsilon", low=1e-9)
+    CHECKS.number(plan.delta, f"{where}: delta", low=0.0, high=1.0)
+    CHECKS.number(plan.clip_norm, f"{where}: clip_norm", low=1e-300)
+    CHECKS.number(plan.predicted_fvu, f"{where}: predicted_fvu")
+    sizes = CHECKS.sizes()  # a plan keeps the first K of R directions
     for name in ("weight", "center", "mean_a"):
         sizes.fit(f"{where}: {name}", getattr(plan, name), "K")
     sizes.fit(f"{where}: cov_y", plan.cov_y, "K", "K")
     sizes.fit(f"{where}: cov_zy", plan.cov_zy, rank, "K")
-    if sizes.get("K") > rank:
-        refuse(f"{where}: more directions than the basis has")
+    if sizes["K"] > rank:
+        CHECKS.refuse(f"{where}: more directions than the basis has")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..artefacts import CardOptions
 from ..artefacts.card import Parts, render, table
-from ..artefacts.words import UNITS, code, name_of
+from ..artefacts.words import code, name_of, unit_rows
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -58,8 +58,7 @@ def calibration_card(described: Described, options: CardOptions) -> ModelCard:
                     ("", ""),
                     [
                         ("mechanism", f"`{described.mechanism}`"),
-                        ("unit", f"`{described.unit}`: {UNITS[described.unit]}"),
-                        ("neighbouring relation", f"`{described.neighboring}`"),
+                        *unit_rows(described.unit, described.neighboring),
                     ],
                 )
             ),

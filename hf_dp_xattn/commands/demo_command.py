@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _settle(args: argparse.Namespace) -> tuple[float, ...]:
     """Fills in what was left out; the epsilons."""
-    from ..hosts.saving import FOLDER
+    from ..hosts.protection import FOLDER
 
     check_numbers(args)
     if not Path(args.out).is_dir():

@@ -16,12 +16,10 @@ def find_artefact(name: str, **options: Any) -> tuple[str, Path]:
         ConfigError: none of them is there.
     """
     from ..artefacts import locate
-    from ..calibration.stored import JSON_NAME as CALIBRATION_JSON
-    from ..calibration.stored import TENSORS_NAME as CALIBRATION_TENSORS
+    from ..calibration.stored import CODEC as CALIBRATION
     from ..config import CONFIG_NAME
-    from ..hosts.restoring import locate_protection
-    from ..hosts.saving import FOLDER
-    from ..hosts.storage import JSON_NAME, TENSORS_NAME
+    from ..hosts.protection import FOLDER, locate_protection
+    from ..hosts.storage import CODEC as RELEASE
 
     if (Path(name) / (options.get("subfolder") or "") / FOLDER).is_dir():
         return "protection", locate_protection(name, **options).folder
@@ -32,8 +30,8 @@ def find_artefact(name: str, **options: Any) -> tuple[str, Path]:
         except ConfigError as error:
             problem = error
     for kind, names in (
-        ("release", (JSON_NAME, TENSORS_NAME)),
-        ("calibration", (CALIBRATION_JSON, CALIBRATION_TENSORS)),
+        ("release", RELEASE.names),
+        ("calibration", CALIBRATION.names),
         ("config", (CONFIG_NAME,)),
     ):
         try:
@@ -51,9 +49,15 @@ def find_artefact(name: str, **options: Any) -> tuple[str, Path]:
 
 
 def readers() -> dict[str, Callable[[Path], Any]]:
-    """How each kind that stands by itself is read, strictly."""
+    """How each kind is read, strictly."""
     from ..calibration.calibration import load_calibration
     from ..config import DPXAttnConfig
-    from ..hosts.storage import load_file
+    from ..hosts.protection import read_protection
+    from ..hosts.storage import ReleaseFile
 
-    return {"release": load_file, "config": DPXAttnConfig.from_file, "calibration": load_calibration}
+    return {
+        "protection": read_protection,
+        "release": ReleaseFile.load,
+        "config": DPXAttnConfig.from_file,
+        "calibration": load_calibration,
+    }

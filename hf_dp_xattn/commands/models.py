@@ -67,8 +67,8 @@ def protected_model(args: argparse.Namespace, ledger: Ledger) -> Any:
             UnsupportedModelError: see `protect`.
     """
     from ..hosts.protect import handle_of, protect
+    from ..hosts.protection import FOLDER
     from ..hosts.restoring import from_pretrained
-    from ..hosts.saving import FOLDER
 
     dtype = parse_dtype(args.dtype)
     given = [name for name in ("config", *SETTINGS, "calibration") if getattr(args, name) is not None]

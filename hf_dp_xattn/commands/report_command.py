@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,22 +54,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _report(kind: str, folder: Path, name: str) -> tuple[bool, dict[str, Any], str]:
     """Whether something is promised, for programs, for people."""
-    from ..cards import config_card, protection_card
-    from ..hosts.restoring import read_protection
-
-    if kind == "protection":
-        found = read_protection(folder)
-        public, not_covered = (tuple(found.document[k]) for k in ("public", "not_covered"))
-        card = protection_card(
-            found.config, found.budget, found.calibration, public, not_covered, {"repo_id": name}
-        )
-        values = {"config": found.config.to_dict(), "public": public, "not_covered": not_covered}
-        return found.config.is_private, {**values, "budget": found.document["budget"]}, card.text.strip()
     thing = readers()[kind](folder)
     if kind == "release":
         report = thing.report()
         return True, {"report": report.to_dict()}, str(report)
+    text = thing.card({"repo_id": name}).text.strip()
+    if kind == "calibration":
+        return True, {}, text
     if kind == "config":
-        text = config_card(thing, {"repo_id": name}).text.strip()
         return thing.is_private, {"config": thing.to_dict()}, text
-    return True, {}, thing.card({"repo_id": name}).text.strip()
+    values = {"public": thing.public, "not_covered": thing.not_covered, "budget": asdict(thing.budget)}
+    return thing.config.is_private, {"config": thing.config.to_dict(), **values}, text

@@ -6,24 +6,41 @@ import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Unpack
 
 import torch
 
-from ..artefacts import CardOptions, HubOptions, PushOptions, find_files, push_with_card
+from ..artefacts import CardOptions, HubOptions, PushOptions, locate
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, DPXAttnError, ReleaseError
-from ..report import Guarantee
+from ..report import Guarantee, PrivacyReport
 from .accounts import STAYS
 from .released import ReleasedContext
+from .storage import CODEC, ReleaseFile
 from .terms import Terms, terms_of
 
 if TYPE_CHECKING:
     from ..privacy.ledger import Ledger
-    from .growing import GrowingContext
-    from .handle import ProtectedPipeline
 
-PUSH_MESSAGE = "Upload a DP attention release"
+
+class Releasing(Protocol):
+    """What a release asks of the handle that made or loaded it. unet: the model; text: the pipeline's text side, if there is one."""
+
+    unet: Any
+
+    @property
+    def text(self) -> Any: ...
+    @property
+    def active(self) -> bool: ...
+    def report(self) -> PrivacyReport: ...
+    def inputs(self, release: Release, prompt: Any, **public: Any) -> dict[str, Any]: ...
+    def append(self, growing: Any, context: Any, groups: Any) -> ReleasedContext: ...
+
+
+def _terms_of(handle: Releasing) -> Terms:
+    """The host's terms as they are now."""
+    hosts = [handle.unet if handle.text is None else handle.text.pipe, handle.unet]
+    return terms_of(handle.report(), hosts)
 
 
 class Release:
@@ -37,8 +54,8 @@ class Release:
         self,
         contexts: Sequence[ReleasedContext],
         config: DPXAttnConfig,
-        handle: ProtectedPipeline,
-        growing: GrowingContext | None = None,
+        handle: Releasing,
+        growing: object | None = None,
         *,
         terms: Terms | None = None,
     ) -> None:
@@ -47,7 +64,7 @@ class Release:
         self._handle = weakref.ref(handle)
         self._growing = growing
         self._loaded = terms is not None
-        self._terms = terms_of(handle) if terms is None else terms
+        self._terms = _terms_of(handle) if terms is None else terms
 
     def __len__(self) -> int:
         return len(self._contexts)
@@ -75,7 +92,7 @@ class Release:
         """What is public and what is not covered, in the words of the report of the host that made it."""
         handle = self._handle()
         if handle is not None and not self._loaded:
-            self._terms = terms_of(handle)
+            self._terms = _terms_of(handle)
         return self._terms
 
     def inputs(self, prompt: str | Sequence[str] | None = None, **public: Any) -> dict[str, Any]:
@@ -98,7 +115,7 @@ class Release:
         """
         return self._active_handle().inputs(self, prompt, **public)
 
-    def _active_handle(self) -> ProtectedPipeline:
+    def _active_handle(self) -> Releasing:
         handle = self._handle()
         if handle is None or not handle.active:
             raise ReleaseError(
@@ -145,15 +162,13 @@ class Release:
         somebody else wrote stays as it is.
 
         Args:
-            card: license, base_model, utility (`cards.CardOptions`).
+            card: license, base_model, utility (`artefacts.CardOptions`).
 
         Raises:
             ReleaseError: mechanism "none" holds the private rows themselves, and seeded noise can be taken off again; such a release is
                 never written.
         """
-        from .storage import save_with_card
-
-        return save_with_card(self, Path(directory), card)
+        return self._file().save_pretrained(directory, **card)
 
     @classmethod
     def from_pretrained(
@@ -178,25 +193,23 @@ class Release:
             ReleaseError: damaged, truncated, of another schema, or made for another model. The host is as it was.
         """
         from .protect import handle_of, protect_to_serve
-        from .storage import JSON_NAME, TENSORS_NAME, load_release
 
-        contexts, config, terms = load_release(
-            find_files(name_or_path, (JSON_NAME, TENSORS_NAME), error=ReleaseError, **options)
-        )
+        file = ReleaseFile.load(locate(name_or_path, CODEC.names, error=ReleaseError, **options).folder)
         existing = handle_of(host)
         if existing is not None and ledger not in (None, existing.ledger):
             raise ConfigError(
                 "This host is protected with another ledger, or with none, already. Load the release without `ledger`; or call "
                 f"dpx.unprotect(host) and load it with this one ({STAYS})."
             )
-        handle = protect_to_serve(host, config, ledger=ledger) if existing is None else existing
+        handle = protect_to_serve(host, file.config, ledger=ledger) if existing is None else existing
         try:
-            if type(handle.unet).__name__ != terms.host:
+            if type(handle.unet).__name__ != file.terms.host:
+                made_for, present = file.terms.host, type(handle.unet).__name__
                 raise ReleaseError(
-                    f"The release does not fit this model: it was made for a {terms.host}, and this is a {type(handle.unet).__name__}. "
-                    "Load the model that it was made with."
+                    f"The release does not fit this model: it was made for a {made_for}, and this is a {present}. Load the model that it "
+                    "was made with."
                 )
-            release = cls(contexts, config, handle, terms=terms)
+            release = cls(file.contexts, file.config, handle, terms=file.terms)
             handle.adopt(release.contexts)
         except DPXAttnError:
             if existing is None:
@@ -210,12 +223,10 @@ class Release:
         Raises:
             HubError: the upload failed, and the repository is as it was. ReleaseError: see `save_pretrained`. ConfigError: unknown options.
         """
-        return push_with_card(
-            lambda folder, card: self.save_pretrained(folder, **card),
-            repo_id,
-            options,
-            PUSH_MESSAGE,
-        )
+        return self._file().push_to_hub(repo_id, **options)
+
+    def _file(self) -> ReleaseFile:
+        return ReleaseFile(self.contexts, self.config, self.terms)
 
     def beside(self, prompt: str | Sequence[str] | None) -> list[tuple[ReleasedContext, str | None]]:
         """Each context with the public text that joins it: one text for all, one for each, or ONE context for several texts."""

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
-from ..artefacts import Found, HubOptions, download_folder, locate, read_document, unseal
-from ..calibration.anchors.anchors_calibration import AnchorCalibration
-from ..calibration.calibration import Calibration, load_calibration
-from ..calibration.stored import JSON_NAME
-from ..config import CONFIG_NAME, DPXAttnConfig
+from ..artefacts import HubOptions, download_folder
 from ..errors import ConfigError
-from ..privacy.ledger import Budget, Ledger
+from ..privacy.ledger import Ledger
 from .protect import protect, protect_to_serve
-from .saving import CALIBRATION_NAMES, FOLDER, PROTECTION_NAME, SCHEMA, sha256_of
+from .protection import Protection, locate_protection, read_protection
 
-_KEYS = {"schema", "host", "pipeline", "budget", "public", "not_covered", "files"}
 _REFUSED = ("trust_remote_code", "custom_pipeline", "custom_revision", "use_safetensors", "state_dict")
 
 
@@ -49,10 +43,10 @@ def from_pretrained(name_or_path: str | Path, *, ledger: Ledger | None = None, *
     found = locate_protection(name_or_path, subfolder=subfolder, **where)
     protection = read_protection(found.folder)
     if found.commit is None:
-        host = _load(protection.document, str(found.folder.parent), None, options)
+        host = _load(protection, str(found.folder.parent), None, options)
     else:
         where |= {"revision": found.commit}  # everything from one commit
-        host = _load(protection.document, str(name_or_path), subfolder, {**where, **options})
+        host = _load(protection, str(name_or_path), subfolder, {**where, **options})
     config, calibration = protection.config, protection.calibration
     if calibration is None and config.mechanism == "anchors":
         protect_to_serve(host, config, ledger=ledger, budget=protection.budget)
@@ -61,77 +55,9 @@ def from_pretrained(name_or_path: str | Path, *, ledger: Ledger | None = None, *
     return host
 
 
-@dataclass(frozen=True)
-class Protection:
-    """What stands in `dp_xattn/`. document: the JSON."""
-
-    document: dict[str, Any]
-    config: DPXAttnConfig
-    calibration: Calibration | AnchorCalibration | None
-    budget: Budget
-
-
-def locate_protection(name_or_path: str | Path, **where: Unpack[HubOptions]) -> Found:
-    """The folder with a protection's files, all of one commit. Raises ConfigError where there is none."""
-    subfolder = where.pop("subfolder", None)
-    own = FOLDER if subfolder is None else f"{subfolder}/{FOLDER}"
-    try:
-        found = locate(
-            name_or_path, (PROTECTION_NAME, CONFIG_NAME), error=ConfigError, subfolder=own, **where
-        )
-        document = _read(found.folder)
-    except ConfigError as error:
-        raise ConfigError(
-            f"{error} A protected host's save_pretrained writes a folder {FOLDER}/ beside the model; protect a plain one with dpx.protect."
-        ) from None
-    if found.commit is not None and JSON_NAME in document["files"]:
-        where["revision"] = found.commit
-        locate(name_or_path, CALIBRATION_NAMES, error=ConfigError, subfolder=own, **where)
-    return found
-
-
-def read_protection(folder: Path) -> Protection:
-    """Reads and checks all of it; raises ConfigError."""
-    document = _read(folder)
-    for name, digest in document["files"].items():
-        path = folder / name
-        if not path.is_file() or sha256_of(path) != digest:
-            raise ConfigError(
-                f"{name} is missing or does not have the checksum that {PROTECTION_NAME} states. Download or save the folder again."
-            )
-    config = DPXAttnConfig.from_file(folder)
-    calibration = load_calibration(folder) if JSON_NAME in document["files"] else None
-    return Protection(document, config, calibration, Budget(**document["budget"]))
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    document = read_document(folder / PROTECTION_NAME, ConfigError)
-    if document.get("schema") != SCHEMA:
-        raise ConfigError(
-            f"This protection has schema {document.get('schema')!r}, this package reads {SCHEMA!r}. Upgrade hf_dp_xattn, or save it anew."
-        )
-    document = unseal(document, PROTECTION_NAME, ConfigError)
-    files, budget = document.get("files"), document.get("budget")
-    fit = (
-        set(document) == _KEYS
-        and isinstance(files, dict)
-        and set(files) in ({CONFIG_NAME}, {CONFIG_NAME, *CALIBRATION_NAMES})
-        and isinstance(budget, dict)
-        and set(budget) == {"epsilon", "delta", "unit", "neighboring"}
-        and isinstance(document["host"], str)
-        and all(isinstance(document[name], list) for name in ("public", "not_covered"))
-        and isinstance(document["pipeline"], (str, type(None)))
-    )
-    if not fit:
-        raise ConfigError(
-            f"Unknown or missing keys in {PROTECTION_NAME}; it was edited, or upgrade hf_dp_xattn."
-        )
-    return document
-
-
-def _load(document: dict[str, Any], name: str, subfolder: str | None, options: dict[str, Any]) -> Any:
+def _load(protection: Protection, name: str, subfolder: str | None, options: dict[str, Any]) -> Any:
     """The plain host, by its own library. Raises ConfigError where it is of another class than was saved."""
-    if document["pipeline"] is not None:
+    if protection.pipeline is not None:
         from diffusers import DiffusionPipeline
 
         if subfolder is not None:  # diffusers takes none for a pipeline
@@ -139,13 +65,13 @@ def _load(document: dict[str, Any], name: str, subfolder: str | None, options: d
             name = str(download_folder(name, subfolder, error=ConfigError, **where))
         host: Any = DiffusionPipeline.from_pretrained(name, use_safetensors=True, **options)
         classes = [type(host).__name__, type(getattr(host, "unet", None)).__name__]
-        expected = [document["pipeline"], document["host"]]
+        expected = [protection.pipeline, protection.host]
     else:
-        cls = _model_class(document["host"])
+        cls = _model_class(protection.host)
         if subfolder is not None:
             options = {**options, "subfolder": subfolder}
         host = cls.from_pretrained(name, use_safetensors=True, **options)
-        classes, expected = [type(host).__name__], [document["host"]]
+        classes, expected = [type(host).__name__], [protection.host]
     if classes != expected:
         raise ConfigError(
             f"The folder holds a {' with '.join(classes)}, its protection is for a {' with '.join(expected)}."

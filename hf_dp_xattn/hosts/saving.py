@@ -12,34 +12,41 @@ is written once, at the top.
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import nn
 
-from ..artefacts import card_file, card_options, dump_document, seal, write_files
-from ..calibration.stored import JSON_NAME, TENSORS_NAME
-from ..config import CONFIG_NAME
+from ..calibration.anchors.anchors_calibration import AnchorCalibration
+from ..calibration.calibration import Calibration
+from ..config import DPXAttnConfig
 from ..errors import ConfigError
+from ..privacy.ledger import Budget
+from ..report import PrivacyReport
+from .protection import Protection
 
-if TYPE_CHECKING:
-    from .handle import ProtectedPipeline
 
-FOLDER = "dp_xattn"
-PROTECTION_NAME = "dp_xattn_protection.json"
-SCHEMA = "hf_dp_xattn.protection/2"  # 1 had no checksum of its own, and the budget stands in it
-CALIBRATION_NAMES = (JSON_NAME, TENSORS_NAME)
+class Saved(Protocol):
+    """What saving asks of a host's handle. unet: the model; saving: of the model, which a pipeline has as a part."""
+
+    config: DPXAttnConfig
+    unet: Any
+    saving: SaveShadow
+
+    @property
+    def calibration(self) -> Calibration | AnchorCalibration | None: ...
+    @property
+    def budget(self) -> Budget: ...
+    def report(self) -> PrivacyReport: ...
 
 
 class SaveShadow:
     """Stands in for `save_pretrained` of a protected pipeline, UNet or model. Their `push_to_hub` calls it."""
 
-    def __init__(self, host: Any, handle: ProtectedPipeline) -> None:
+    def __init__(self, host: Any, handle: Saved) -> None:
         self._host, self._handle = host, handle
         self._shadow: Callable[..., Any] | None = None
         self._quiet = False
@@ -61,10 +68,23 @@ class SaveShadow:
             with self._handle.saving.quiet():
                 result = original(*args, **kwargs)
             if arguments.get("is_main_process", True):
-                save_protection(self._handle, self._host, Path(arguments["save_directory"]))
+                self._protection().save(Path(arguments["save_directory"]))
             return result
 
         self._shadow = vars(self._host)["save_pretrained"] = save_pretrained
+
+    def _protection(self) -> Protection:
+        handle = self._handle
+        report = handle.report()
+        return Protection(
+            config=handle.config,
+            calibration=handle.calibration,
+            budget=handle.budget,
+            host=type(handle.unet).__name__,
+            pipeline=None if self._host is handle.unet else type(self._host).__name__,
+            public=report.public,
+            not_covered=report.not_covered,
+        )
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -90,43 +110,3 @@ def _refuse_adapters(host: Any) -> None:
                 "unload them (pipe.fuse_lora(); pipe.unload_lora_weights()), or unload them and save the adapter by itself. Nothing was "
                 "written."
             )
-
-
-def save_protection(handle: ProtectedPipeline, host: Any, directory: Path) -> Path:
-    """Writes `dp_xattn/` into a host's folder; returns it."""
-    from ..cards import protection_card
-
-    folder = directory / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (PROTECTION_NAME, *CALIBRATION_NAMES):  # of an earlier save
-        (folder / name).unlink(missing_ok=True)
-    handle.config.save_pretrained(folder)
-    report = handle.report()
-    card = protection_card(
-        handle.config,
-        handle.budget,
-        handle.calibration,
-        report.public,
-        report.not_covered,
-        card_options({}),
-    )
-    text = card_file(folder, card)
-    names = [CONFIG_NAME]
-    if handle.calibration is not None:
-        handle.calibration.save_pretrained(folder)
-        names += CALIBRATION_NAMES
-    document = {
-        "schema": SCHEMA,
-        "host": type(handle.unet).__name__,
-        "pipeline": None if host is handle.unet else type(host).__name__,
-        "budget": asdict(handle.budget),
-        "public": list(report.public),
-        "not_covered": list(report.not_covered),
-        "files": {name: sha256_of(folder / name) for name in names},
-    }
-    write_files(folder, {**text, PROTECTION_NAME: dump_document(seal(document))})
-    return folder
-
-
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .handle import ProtectedPipeline
+from ..artefacts.card import is_hub_id
+from ..report import PrivacyReport
 
 
 @dataclass(frozen=True)
@@ -22,17 +23,13 @@ class Terms:
 
 def base_model_of(host: Any) -> str | None:
     """The Hub id that a pipeline or model was loaded from. A local path says nothing to others, and may say too much."""
-    from ..artefacts.card import is_hub_id
-
     config = getattr(host, "config", None)
     name = getattr(host, "name_or_path", None) or getattr(config, "_name_or_path", None)
     return name if is_hub_id(name) else None
 
 
-def terms_of(handle: ProtectedPipeline) -> Terms:
-    """The host's terms as they are now."""
-    report = handle.report()
-    hosts = [handle.unet if handle.text is None else handle.text.pipe, handle.unet]
+def terms_of(report: PrivacyReport, hosts: Iterable[Any]) -> Terms:
+    """The terms that a report states. hosts: the pipeline or model, and its parts, of which one may know its Hub id."""
     return Terms(
         host=report.host,
         base_model=next((name for host in hosts if (name := base_model_of(host)) is not None), None),
@@ -42,7 +39,7 @@ def terms_of(handle: ProtectedPipeline) -> Terms:
     )
 
 
-def read_terms(values: dict[str, Any]) -> Terms:
+def read_terms(values: Mapping[str, Any]) -> Terms:
     """Raises TypeError or ValueError for unknown, missing or malformed parts."""
 
     def texts(value: Any) -> tuple[str, ...]:

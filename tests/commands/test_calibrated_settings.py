@@ -10,7 +10,7 @@ import pytest
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.cli import main
-from hf_dp_xattn.hosts.storage import load_file
+from hf_dp_xattn.hosts.storage import ReleaseFile
 
 from ..hosts_tiny import tiny_sd
 from .test_calibrate import PAIRS
@@ -61,11 +61,11 @@ def test_release_and_generate(
     start += [prompt, "--ledger"]
     out = tmp_path / "release"
     assert main(["release", *start, str(tmp_path / "l"), "--out", str(out), "--json"]) == 0
-    check_config(load_file(out).config.to_dict(), name)
+    check_config(ReleaseFile.load(out).config.to_dict(), name)
     kept = tmp_path / "kept"
     more = ["--keep", str(kept), "--out", str(tmp_path / "a.png"), "--steps", "1", "--json"]
     assert main(["generate", *start, str(tmp_path / "m"), *more]) == 0
-    check_config(load_file(kept).config.to_dict(), name)
+    check_config(ReleaseFile.load(kept).config.to_dict(), name)
 
 
 @pytest.mark.parametrize("name", ["anchors", "kernel_sum"])

@@ -18,7 +18,7 @@ import hf_dp_xattn as dpx
 from hf_dp_xattn.cli import main
 from hf_dp_xattn.commands.models import load_plain
 from hf_dp_xattn.commands.texts import read_prefix
-from hf_dp_xattn.hosts.storage import load_file
+from hf_dp_xattn.hosts.storage import ReleaseFile
 
 from ..hub.hosts import SECRET, files
 from ..private_content import PrivateContent, check_clean
@@ -78,7 +78,7 @@ def test_each_kind_of_host(
     shown = capfd.readouterr()
     values = json.loads(shown.out)
     assert values["folder"] == str(out) and values["report"]["releases"][0]["charges"] == 1
-    release = load_file(out)
+    release = ReleaseFile.load(out)
     assert release.contexts[0].guarantee.is_private
     blobs = {**files(out.parent), "stdout": shown.out.encode(), "stderr": shown.err.encode()}
     check_clean(blobs, PrivateContent(texts=(SECRET,)))
@@ -213,7 +213,7 @@ def test_lines_are_units(model: str, models_folder: Path, out: Path, tmp_path: P
     more = ["--chat"] if model == "chat" else []
     start = arguments(models_folder, out, model, *GROUP, *more, "--prompt-file", str(file), "--json")
     assert main(start) == 0
-    assert load_file(out).contexts[0].guarantee.unit == "group"
+    assert ReleaseFile.load(out).contexts[0].guarantee.unit == "group"
     ledger = dpx.Ledger(out.parent / "ledger.json")
     config = dpx.DPXAttnConfig(mechanism="kernel_sum", epsilon=4.0, unit="group")
     host = load_plain(str(models_folder / model), torch.float32)

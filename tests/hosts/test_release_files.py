@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.errors import ReleaseError
-from hf_dp_xattn.hosts.storage import JSON_NAME, TENSORS_NAME
-from hf_dp_xattn.hosts.storage import load_file as load_saved
+from hf_dp_xattn.hosts.storage import JSON_NAME, TENSORS_NAME, ReleaseFile
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from ..hosts_tiny import CHANNELS, picture, tiny_sd, tiny_unet
@@ -83,7 +82,7 @@ def test_what_older_releases_told_is_dropped(saved: tuple[Path, torch.Tensor], t
     other = tiny_sd()
     loaded = dpx.Release.from_pretrained(saved[0], host=other)
     assert torch.equal(saved[1], picture(other, **loaded.inputs()))
-    load_saved(saved[0]).save_pretrained(str(tmp_path / "file"))
+    ReleaseFile.load(saved[0]).save_pretrained(str(tmp_path / "file"))
     loaded.save_pretrained(tmp_path / "again")
     for folder in ("file", "again"):
         texts = (tmp_path / folder / JSON_NAME).read_text() + (tmp_path / folder / "README.md").read_text()

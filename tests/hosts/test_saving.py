@@ -17,7 +17,7 @@ from transformers import BartForConditionalGeneration
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.config import CONFIG_NAME
-from hf_dp_xattn.hosts.saving import FOLDER, PROTECTION_NAME
+from hf_dp_xattn.hosts.protection import FOLDER, PROTECTION_NAME
 
 from ..hosts_tiny import CHANNELS, close, picture, quiet, tiny_sd, tiny_unet
 from ..sealed import write_sealed

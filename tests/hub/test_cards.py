@@ -25,9 +25,8 @@ def card_of(kind: str, folder: Path, **options: Any) -> str:
     thing = make(kind)
     if kind == "config":
         from hf_dp_xattn.artefacts import card_options
-        from hf_dp_xattn.cards import config_card
 
-        return str(config_card(thing, card_options(options)))
+        return str(thing.card(card_options(options)))
     thing.save_pretrained(folder, **options)
     return (folder / "README.md").read_text()
 
@@ -118,9 +117,7 @@ def test_a_release_outlives_its_handle(tmp_path: Path) -> None:
 
 
 def test_a_config_that_is_not_private_says_so(tmp_path: Path) -> None:
-    from hf_dp_xattn.cards import config_card
-
-    text = str(config_card(CONFIG.replace(mechanism="none"), {}))
+    text = str(CONFIG.replace(mechanism="none").card({}))
     assert "NOT PRIVATE" in text and "differentially private when" not in text
 
 

@@ -18,7 +18,7 @@ import hf_dp_xattn as dpx
 from hf_dp_xattn.artefacts.documents import write_files
 from hf_dp_xattn.calibration.calibration import load_calibration
 from hf_dp_xattn.errors import DPXAttnError
-from hf_dp_xattn.hosts.storage import load_file as load_release_file
+from hf_dp_xattn.hosts.storage import ReleaseFile
 
 from ..sealed import write_sealed
 from .artefacts import KINDS, content, make
@@ -27,7 +27,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "config": dpx.DPXAttnConfig.from_file,
     "calibration": load_calibration,
     "anchors calibration": load_calibration,
-    "release": load_release_file,
+    "release": ReleaseFile.load,
 }
 JSON = "dp_xattn_calibration.json"
 TENSORS = "dp_xattn_calibration.safetensors"

@@ -289,7 +289,7 @@ def published(
     host: Host, own: Any, handle: Any, release: Any, folder: Path, hub: FakeHub
 ) -> dict[str, bytes]:
     """All that may be given away: files, pushes, repr, guarantees, terms, what a reader of the files sees, and answers."""
-    from hf_dp_xattn.hosts.storage import load_file
+    from hf_dp_xattn.hosts.storage import ReleaseFile
 
     things = {"release": release, "contexts": release.contexts, "terms": release.terms}
     things |= {"guarantees": release.guarantees, "config": handle.config}
@@ -299,7 +299,7 @@ def published(
         [tuple(v.shape) for v in release.inputs(**_asked(own)).values() if isinstance(v, torch.Tensor)]
     ).encode()
     release.save_pretrained(folder / "release")
-    read = load_file(folder / "release")
+    read = ReleaseFile.load(folder / "release")
     read.save_pretrained(str(folder / "again"))
     blobs["report of the files"] = (str(read.report()) + read.report().to_json()).encode()
     release.push_to_hub("me/release")

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 import torch
 
+from ...artefacts.checks import Sizes
 from ...errors import ConfigError
 from ...mechanisms.anchors.plan import RELEASES, AnchorPlan, Decoders
-from ..checks import Sizes, integer, number, refuse
+from ..stored import CHECKS
 
 
 def verify_plans(plans: Sequence[AnchorPlan], decoders: Decoders, channels: int) -> None:
     """Raises ConfigError for shapes, NaN, numbers out of range, unknown releases and cells that repeat."""
-    shared = Sizes(C=channels)
+    shared = CHECKS.sizes(C=channels)
     _verify_decoders(decoders, plans, shared)
     for plan in plans:
         _verify_plan(plan, decoders, shared, channels)
@@ -29,66 +30,66 @@ def _verify_decoders(decoders: Decoders, plans: Sequence[AnchorPlan], shared: Si
         shared.fit("slots.weight_map", slots.weight_map, "R", "H + K")
         shared.fit("slots.log_weights", slots.log_weights, "R")
     if cells is not None:
-        integer(cells.rows, "cells.rows")
+        CHECKS.integer(cells.rows, "cells.rows")
         shared.fit("cells.anchors", cells.anchors, "m", "a", "C")
         shared.fit("cells.coarse", cells.coarse, "m")
         shared.fit("cells.support", cells.support, "J")
         if cells.coarse.is_floating_point() or bool((cells.coarse < 0).any()):
-            refuse("cells.coarse are no groups")
+            CHECKS.refuse("cells.coarse are no groups")
         # a count that no public context had has no mass
         shared.fit("cells.log_prior", cells.log_prior.exp(), "m", "J")
     if move is not None:
         if cells is None or all(p.release != "mixed" for p in plans):
-            refuse("a move of anchors that no plan uses")
+            CHECKS.refuse("a move of anchors that no plan uses")
         shared.fit("move.codes", move.codes, "m", "k")
         shared.fit("move.cross", move.cross, "C", "k")
         shared.fit("move.moment", move.moment, "k", "k")
         shared.fit("move.scale", move.scale)
         if float(move.scale) <= 0 or bool((torch.linalg.eigvalsh(move.moment.double()) <= 0).any()):
-            refuse("move.scale or move.moment is not positive")
+            CHECKS.refuse("move.scale or move.moment is not positive")
 
 
 def _verify_plan(plan: AnchorPlan, decoders: Decoders, shared: Sizes, channels: int) -> None:
     where = f"plan for epsilon {plan.epsilon!r}"
-    number(plan.epsilon, f"{where}: epsilon", low=1e-9)
-    number(plan.bound, f"{where}: bound", low=1e-9)
-    number(plan.share_plus, f"{where}: share_plus", low=1e-6, high=1 - 1e-6)
-    number(plan.noise, f"{where}: noise", low=0.0)
+    CHECKS.number(plan.epsilon, f"{where}: epsilon", low=1e-9)
+    CHECKS.number(plan.bound, f"{where}: bound", low=1e-9)
+    CHECKS.number(plan.share_plus, f"{where}: share_plus", low=1e-6, high=1 - 1e-6)
+    CHECKS.number(plan.noise, f"{where}: noise", low=0.0)
     for name in ("fvu", "low", "high"):
-        number(getattr(plan.quality, name), f"{where}: {name}")
-    integer(plan.quality.contexts, f"{where}: contexts")
+        CHECKS.number(getattr(plan.quality, name), f"{where}: {name}")
+    CHECKS.integer(plan.quality.contexts, f"{where}: contexts")
     if plan.release not in RELEASES:
-        refuse(f"{where}: release {plan.release!r} is unknown")
-    sizes = Sizes(C=channels)
+        CHECKS.refuse(f"{where}: release {plan.release!r} is unknown")
+    sizes = CHECKS.sizes(C=channels)
     sizes.fit(f"{where}: matrix", plan.matrix, "K", "C")
     sizes.fit(f"{where}: bias", plan.bias, "K")
     sizes.fit(f"{where}: center", plan.center, "C")
     sizes.fit(f"{where}: reach", plan.reach, "C")
     sizes.fit(f"{where}: codes", plan.codes, "S", "m", "K")
     if bool((plan.reach < 0).any()):
-        refuse(f"{where}: reach is negative")
-    stages = sizes.get("S")
+        CHECKS.refuse(f"{where}: reach is negative")
+    stages = sizes["S"]
     by_cells = plan.release in ("histogram", "mixed")
     if (by_cells and stages != 1) or (plan.release == "response" and stages < 1):
-        refuse(f"{where}: {stages} codebooks")
+        CHECKS.refuse(f"{where}: {stages} codebooks")
     if any(len(torch.unique(codes, dim=0)) < len(codes) for codes in plan.codes):
         raise ConfigError(
             f"The codebook for epsilon = {plan.epsilon:g} has repeated cells, of which one is always empty. Calibrate again."
         )
     slots, cells, head = decoders.slots, decoders.cells, plan.head
-    if by_cells and (cells is None or len(cells.anchors) != sizes.get("m")):
-        refuse(f"{where}: its cells have no decoder")
+    if by_cells and (cells is None or len(cells.anchors) != sizes["m"]):
+        CHECKS.refuse(f"{where}: its cells have no decoder")
     if not by_cells and (slots is None or head is None):
-        refuse(f"{where}: its code has no decoder")
+        CHECKS.refuse(f"{where}: its code has no decoder")
     move = decoders.move
-    if plan.release == "mixed" and (move is None or move.codes.shape[1] != sizes.get("K")):
-        refuse(f"{where}: its mean code has no move")
+    if plan.release == "mixed" and (move is None or move.codes.shape[1] != sizes["K"]):
+        CHECKS.refuse(f"{where}: its mean code has no move")
     if head is not None:
-        if slots is None or shared.get("H + K") != shared.get("H") + sizes.get("K"):
-            refuse(f"{where}: the decoder reads other codes")
-        sizes.fit(f"{where}: head.weight", head.weight, shared.get("H"), "K")
+        if slots is None or shared["H + K"] != shared["H"] + sizes["K"]:
+            CHECKS.refuse(f"{where}: the decoder reads other codes")
+        sizes.fit(f"{where}: head.weight", head.weight, shared["H"], "K")
         for name in ("bias", "second_bias"):
-            sizes.fit(f"{where}: head.{name}", getattr(head, name), shared.get("H"))
+            sizes.fit(f"{where}: head.{name}", getattr(head, name), shared["H"])
         for name in ("gain", "center"):
             sizes.fit(f"{where}: head.{name}", getattr(head, name), "K")
         sizes.fit(f"{where}: head.scale", head.scale)

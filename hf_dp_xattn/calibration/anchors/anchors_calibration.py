@@ -10,8 +10,9 @@ from typing import Any, Unpack
 
 import torch
 
-from ...artefacts import HubOptions, find_files
+from ...artefacts import HubOptions, locate
 from ...artefacts.card import table
+from ...artefacts.codec import Tensors
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
 from ...mechanisms.anchors.anchors import PreparedAnchors, prepare_anchors
@@ -21,8 +22,7 @@ from ...mechanisms.anchors.plan import AnchorPlan, Decoders, Quality
 from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
 from ...privacy.units import NeighboringRelation
 from ..calibration_card import Described
-from ..checks import Sizes, check_keys, integer, number, refuse
-from ..stored import JSON_NAME, TENSORS_NAME, Stored, Tensors
+from ..stored import CHECKS, CODEC, Stored
 from .anchor_checks import verify_plans
 
 GROUPINGS = {"row": ("rows",), "group": ("rows", "phrases", "segments"), "context": ("context",)}
@@ -64,7 +64,7 @@ class AnchorCalibration(Stored):
     publisher measured on public contexts, for the planner.
     """
 
-    HEADER = frozenset({"kind", "host", "plans", "scores", "has_slots", "cells", *_FIELDS})
+    KEYS = frozenset({"kind", "host", "plans", "scores", "has_slots", "cells", *_FIELDS})
     KIND = mechanism = "anchors"
 
     unit: str
@@ -143,9 +143,9 @@ class AnchorCalibration(Stored):
     def from_parts(cls, header: Mapping[str, Any], tensors: Tensors) -> AnchorCalibration:
         cells = header["cells"]
         tensors = {k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()}
-        check_keys(header["host"], {"layers", "dtype"}, "the host of the calibration")
+        CHECKS.keys(header["host"], {"layers", "dtype"}, "the host of the calibration")
         if cells is not None:
-            check_keys(cells, {"rows"}, "the cells of the calibration")
+            CHECKS.keys(cells, {"rows"}, "the cells of the calibration")
         layers = tuple((str(n), int(h), int(c), int(o)) for n, h, c, o in header["host"]["layers"])
         return cls(
             **{n: header[n] for n in _FIELDS},
@@ -169,32 +169,32 @@ class AnchorCalibration(Stored):
 
     def verify(self) -> None:
         if self.unit not in GROUPINGS:
-            refuse(f"unit is {self.unit!r}")
+            CHECKS.refuse(f"unit is {self.unit!r}")
         if self.grouping not in GROUPINGS[self.unit]:
             raise ConfigError(
                 f"The calibration says grouping={self.grouping!r} for unit={self.unit!r}, expected one of "
                 f"{GROUPINGS[self.unit]}."
             )
         if self.neighboring not in {r.value for r in NeighboringRelation}:
-            refuse(f"neighboring is {self.neighboring!r}")
+            CHECKS.refuse(f"neighboring is {self.neighboring!r}")
         for name in ("channels", "contexts", "units"):
-            integer(getattr(self, name), name)
+            CHECKS.integer(getattr(self, name), name)
         if not isinstance(self.settings, dict):
-            refuse("settings is no object")
+            CHECKS.refuse("settings is no object")
         if not self.plans:
             raise ConfigError("The calibration holds no plan; calibrate again.")
         host = self.host
         if not host.layers or any(min(heads, out) < 1 for _, heads, _, out in host.layers):
-            refuse("its layers")
+            CHECKS.refuse("its layers")
         if any(channels != self.channels for _, _, channels, _ in host.layers):
-            refuse("its layers read other contexts than it is for")
-        Sizes().fit("host.sketch", host.sketch, len(host.layers), 2, "s", "s")
-        Sizes().fit("host.probe", host.probe, "n", self.channels)
+            CHECKS.refuse("its layers read other contexts than it is for")
+        CHECKS.sizes().fit("host.sketch", host.sketch, len(host.layers), 2, "s", "s")
+        CHECKS.sizes().fit("host.probe", host.probe, "n", self.channels)
         verify_plans(self.plans, self.decoders, self.channels)
         for score in self.scores:
             for name in ("epsilon", "score", "low", "high"):
-                number(getattr(score, name), f"a score's {name}")
-            integer(score.contexts, "a score's contexts")
+                CHECKS.number(getattr(score, name), f"a score's {name}")
+            CHECKS.integer(score.contexts, "a score's contexts")
 
     def described(self) -> Described:
         rows = [
@@ -238,7 +238,7 @@ class AnchorCalibration(Stored):
     ) -> AnchorCalibration:
         """Reads a folder or a Hub repository (`HubOptions`); raises ConfigError on anything missing, unknown, damaged or of another
         schema."""
-        return cls.load(find_files(name_or_path, (JSON_NAME, TENSORS_NAME), error=ConfigError, **options))
+        return cls.load(locate(name_or_path, CODEC.names, error=ConfigError, **options).folder)
 
 
 def _part(kind: Any, prefix: str, tensors: Tensors, **extra: Any) -> Any:
@@ -246,7 +246,7 @@ def _part(kind: Any, prefix: str, tensors: Tensors, **extra: Any) -> Any:
 
 
 def _read_plan(i: int, entry: Mapping[str, Any], tensors: Tensors) -> AnchorPlan:
-    check_keys(entry, _PLAN_KEYS, f"plan {i} of {JSON_NAME}")
+    CHECKS.keys(entry, _PLAN_KEYS, f"plan {i} of {CODEC.json_name}")
     prefix = f"plan.{i}"
     parts: dict[str, Any] = {n: tensors[f"{prefix}.{n}"] for n in AnchorPlan.TENSORS}
     return AnchorPlan(
