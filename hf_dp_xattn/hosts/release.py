@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from ..privacy.ledger import Ledger
 
 
+class Growing(Protocol):
+    """What a release sees of its growing side. latest: what queries read."""
+
+    latest: ReleasedContext
+
+
 class Releasing(Protocol):
     """What a release asks of the handle that made or loaded it. unet: the model; text: the pipeline's text side, if there is one."""
 
@@ -55,7 +61,7 @@ class Release:
         contexts: Sequence[ReleasedContext],
         config: DPXAttnConfig,
         handle: Releasing,
-        growing: object | None = None,
+        growing: Growing | None = None,
         *,
         terms: Terms | None = None,
     ) -> None:

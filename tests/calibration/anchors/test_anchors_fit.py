@@ -192,6 +192,6 @@ def test_candidates_by_unit_and_relation() -> None:
     assert candidates(config(unit="group", neighboring="add_or_remove_one"), SETTINGS) == ("sum",)
     with pytest.raises(ConfigError, match="possible: sum"):
         candidates(
-            config(unit="context", neighboring="add_or_remove_one"),
+            config(unit="group", neighboring="add_or_remove_one"),
             dataclasses.replace(SETTINGS, releases=("response",)),
         )
