@@ -32,6 +32,7 @@ def calibrations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             dpx.DPXAttnConfig(mechanism="anchors", unit="row", neighboring="add_or_remove_one"),
             {"steps": 4, "anchors": 64, "releases": ("histogram",)},
         ),
+        "row": (dpx.DPXAttnConfig(mechanism="anchors", unit="row"), {"steps": 4, "anchors": 64}),
     }
     for name, (config, more) in asked.items():
         dpx.calibrate(tiny_sd(), PAIRS, config, **fast, **more).save_pretrained(root / name)
@@ -91,7 +92,12 @@ def test_audit_bench_and_demo(
     [
         ("anchors", ["--mechanism", "kernel_sum"], "This calibration is for mechanism='anchors'"),
         ("anchors", ["--unit", "row"], "The calibration was made with unit='context'"),
-        ("anchors", ["--neighboring", "add_or_remove_one"], "was made with neighboring='replace_one'"),
+        (
+            "anchors",
+            ["--neighboring", "add_or_remove_one"],
+            "unit='context' with neighboring='add_or_remove_one'",
+        ),
+        ("row", ["--neighboring", "add_or_remove_one"], "was made with neighboring='replace_one'"),
         ("kernel_sum", ["--mechanism", "anchors"], "This calibration is for mechanism='kernel_sum'"),
         ("kernel_sum", ["--unit", "row"], "The calibration was made with unit='context'"),
         ("add", ["--neighboring", "replace_one"], "was made with neighboring='add_or_remove_one'"),

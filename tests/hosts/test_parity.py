@@ -35,6 +35,10 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "prompt_embeds [1,16,32]": (None, {"prompt_embeds": embeddings(1)}),
     "prompt_embeds [2,16,32]": (None, {"prompt_embeds": embeddings(2), "num_images_per_prompt": 2}),
     "prompt_embeds [1,9,32]": (None, {"prompt_embeds": embeddings(1, 9)}),
+    "prompt_embeds [1,9,32] beside a negative text": (
+        None,
+        {"prompt_embeds": embeddings(1, 9), "negative_prompt": "ugly"},
+    ),
     "both embeds": (None, {"prompt_embeds": embeddings(1), "negative_prompt_embeds": embeddings(1) * 0.5}),
     "negative embeds": ("a red circle", {"negative_prompt_embeds": embeddings(1)}),
     "decoded": ("a red circle", {"output_type": "pt"}),

@@ -259,11 +259,13 @@ class PipelinePatch:
             raise ConfigError(
                 "This pipeline has no text encoder for the negative prompt: pass negative_prompt_embeds, or guidance_scale=1."
             )
-        elif rows != self.text.length:
+        elif (
+            self.text.limit is not None and rows > self.text.limit
+        ):  # diffusers encodes the text at the prompt's length
             raise ConfigError(
-                f"The private context's placeholder has {rows} rows, and a negative prompt as text has {self.text.length}: pass "
-                f"negative_prompt_embeds {[batch, rows, self._handle.channels]} (also for the empty one, which is the default), or "
-                "guidance_scale=1. Nothing was spent."
+                f"The private context's placeholder has {rows} rows, and the text encoder of the negative prompt takes {self.text.limit} "
+                f"tokens: pass negative_prompt_embeds {[batch, rows, self._handle.channels]} (also for the empty one, which is the "
+                "default), or guidance_scale=1. Nothing was spent."
             )
 
     def _name(self, context: Any) -> list[PrivateContext]:

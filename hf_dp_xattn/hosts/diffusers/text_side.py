@@ -58,9 +58,14 @@ class TextSide:
     def length(self) -> int:
         return int(self.tokenizer.model_max_length)
 
+    @property
+    def limit(self) -> int | None:
+        """How many tokens the encoder takes; None if it names no limit."""
+        return getattr(self.encoder.config, "max_position_embeddings", None)
+
     def _check_tokenizer(self) -> None:
         """Raises ConfigError unless every text can be padded to one length that the text encoder takes."""
-        limit = getattr(self.encoder.config, "max_position_embeddings", None)
+        limit = self.limit
         takes = f"the text encoder takes {limit} tokens" if limit else "choose how many tokens a prompt has"
         if self.length > (limit or NO_LENGTH):
             has = "no maximal length" if self.length > NO_LENGTH else f"model_max_length = {self.length}"
