@@ -19,7 +19,6 @@ from ..mechanisms.inputs import Private
 from .charging import charge, names_of
 from .context import PrivateContext
 from .fingerprint import Fingerprint
-from .lengths import public_length
 from .making import Recipe
 from .rehearsal import rehearse
 from .released import ReleasedContext
@@ -98,7 +97,7 @@ def open_growing(
     rows, public = context.load()
     release = prepared.open(handle.entropy)
     private = recipe.private(rows, own)
-    length = public_length(context, handle.config, handle.hidden_length)
+    length = context.public_length(handle.config, handle.hidden_length)
     latest = _append(release, private, own, public.detach().clone(), length, current)
     return GrowingContext(release, recipe, latest, Spent(names, release.guarantee()), encoder)
 

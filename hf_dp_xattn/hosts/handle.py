@@ -14,23 +14,24 @@ from ..errors import ConfigError, DPXAttnError, ProtectionLostError, ReleaseErro
 from ..mechanisms.groups import as_groups
 from ..privacy.ledger import Budget, Ledger, Name
 from ..report import PrivacyReport
-from .access import Access, TextGate
+from .access import NO_COPY, Access, TextGate
 from .accounts import PROTECT_AGAIN, ledger_for
 from .bindings import Bindings, bind, unique
 from .charging import charge, keys_of, may_charge, names_of
-from .context import PrivateContext, name_contexts, name_phrases
+from .context import PrivateContext
 from .diffusers.architectures import changed_reason, find_layers, unwrap
 from .diffusers.by_hand import EncodesByHand
 from .diffusers.copies import CopyGuard
 from .diffusers.harmless import HarmlessCalls
 from .diffusers.pipelines import PipelinePatch
-from .diffusers.processor import NO_COPY, DPAttnProcessor, LayerTable
+from .diffusers.processor import DPAttnProcessor
+from .diffusers.prompt_contexts import name_contexts, name_phrases
 from .diffusers.text_side import TextSide
 from .diffusers.unet_forward import ForwardGate
 from .encoders import OTHER_STATE, Encoders
 from .fingerprint import Fingerprint, fingerprint
 from .growing import GrowingContext, append_to, only, open_growing
-from .lengths import HIDDEN, public_length
+from .lengths import HIDDEN
 from .locks import Lock, locked
 from .making import Recipe, choose_maker
 from .placeholder import Tag, make_placeholder, new_tag
@@ -41,7 +42,7 @@ from .released import ReleasedContext, require_fit
 from .released_cache import Key, ReleasedCache
 from .reporting import Spent, build_report
 from .saving import SaveShadow
-from .tables import Tables
+from .tables import LayerTable, Tables
 
 if TYPE_CHECKING:
     from ..privacy.bits import Entropy
@@ -390,7 +391,7 @@ class ProtectedPipeline(EncodesByHand):
             structures=made.structures,
             guarantee=made.guarantee,
             public_rows=public.detach().clone(),
-            rows=public_length(context, self.config, self.hidden_length),
+            rows=context.public_length(self.config, self.hidden_length),
             fingerprint=current,
             context=made.context,
         )

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Iterable
 
-import torch
-
+from ..config import DPXAttnConfig
 from ..errors import ContextError, DPXAttnError
 from ..privacy.units import public_counts
-
-if TYPE_CHECKING:
-    from ..config import DPXAttnConfig
-    from .context import PrivateContext
-
-
-@dataclass(frozen=True)
-class Trial:
-    """An encoding of something public. size: what tells it from others, public. run: gives rows [n, C]."""
-
-    size: Hashable
-    run: Callable[[], torch.Tensor]
+from .context import PrivateContext
 
 
 def rehearse(contexts: Iterable[PrivateContext], channels: int, config: DPXAttnConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,6 @@ import torch
 from ..errors import ReleaseError
 from ..mechanisms.rows_structure import RowsStructure, stack_rows
 from ..mechanisms.structure import AttentionStructure, stack
-from .diffusers.processor import LayerTable
 from .fingerprint import Fingerprint
 from .placeholder import Tag
 from .released import Binding
@@ -19,6 +19,23 @@ from .rows import project_rows
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """What one layer may read in the current call. A is the number of active bindings; all of it is released or public.
+
+    tags: float32 [A, TAG_DIGITS]. structure: the released structures, batch A; None when nothing is active.
+    public_key, public_value: [A, H, P, d] exact public rows of each binding, public_bias [A, 1, 1, P]; None where there are none, or
+        where they are rows of the structure itself.
+    """
+
+    tags: torch.Tensor | None = None
+    structure: AttentionStructure | None = None
+    public_key: torch.Tensor | None = None
+    public_value: torch.Tensor | None = None
+    public_bias: torch.Tensor | None = None
+
 
 MAX_CACHED_ROWS = (
     8  # bindings whose keys and values are kept: about 8 MB each at Stable Diffusion 1.5's sizes

@@ -9,8 +9,8 @@ import torch
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn import BudgetExceededError, ConfigError, ContextError
-from hf_dp_xattn.hosts.context import from_phrases
-from hf_dp_xattn.hosts.rehearsal import Trial
+from hf_dp_xattn.hosts.context import Trial
+from hf_dp_xattn.hosts.diffusers.prompt_contexts import from_phrases
 from hf_dp_xattn.hosts.transformers.encoder_decoder.document_contexts import name_inputs
 
 from ..hosts_tiny import tiny_sd

@@ -14,13 +14,13 @@ from ...errors import ConfigError, ProtectionLostError
 from ...privacy.units import public_counts
 from ..accounts import PROTECT_AGAIN
 from ..bindings import unique
-from ..context import PrivateContext, name_contexts
-from ..lengths import public_length
+from ..context import PrivateContext
 from ..nan import refuse_nan
 from ..placeholder import Tag, read_tags
 from ..saving import SaveShadow
 from .architectures import unwrap
 from .forward_inputs import NO_SCALE
+from .prompt_contexts import name_contexts
 from .text_side import TextSide, as_texts
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class PipelinePatch:
                     "`prompt_embeds` mixes placeholders with embeddings; release the embeddings first."
                 )
             contexts = self._name(embeds)
-        rows = public_length(contexts[0], self._handle.config, self._handle.hidden_length)
+        rows = contexts[0].public_length(self._handle.config, self._handle.hidden_length)
         return self._handle.promises.make(contexts), rows
 
     def _make_ready(

@@ -14,30 +14,14 @@ import torch.nn.functional as F
 from ...errors import DPXAttnError, ProtectionLostError
 from ...mechanisms.merge import exact_partial, merge
 from ...mechanisms.rows_structure import RowsStructure, stack_rows
-from ...mechanisms.structure import AttentionStructure
 from ..access import NO_COPY, Access, public_allowed
 from ..accounts import PROTECT_AGAIN
 from ..placeholder import Tag, is_marked, match_tags
 from ..rows import project, split_heads
+from ..tables import LayerTable
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
-
-
-@dataclass(frozen=True)
-class LayerTable:
-    """What one layer may read in the current call. A is the number of active bindings; all of it is released or public.
-
-    tags: float32 [A, TAG_DIGITS]. structure: the released structures, batch A; None when nothing is active.
-    public_key, public_value: [A, H, P, d] exact public rows of each binding, public_bias [A, 1, 1, P]; None where there are none, or
-        where they are rows of the structure itself.
-    """
-
-    tags: torch.Tensor | None = None
-    structure: AttentionStructure | None = None
-    public_key: torch.Tensor | None = None
-    public_value: torch.Tensor | None = None
-    public_bias: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch
 from ...errors import ConfigError, ContextError, TruncatedPromptWarning
 from ...records import plain_text
 from ..access import Access
+from ..context import Trial
 from ..lengths import dimensions
-from ..rehearsal import Trial
 from .architectures import unwrap
 
 # Two public texts; a row that is the same for both does not depend on the prompt.

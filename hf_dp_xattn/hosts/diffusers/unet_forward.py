@@ -14,8 +14,9 @@ from ..bindings import unique
 from ..fingerprint import stamp
 from ..nan import main_output, refuse_nan
 from ..placeholder import read_tags
+from ..tables import LayerTable
 from .forward_inputs import check_forward, read_states, refuse_beside
-from .processor import Forward, Forwards, LayerTable, Layout
+from .processor import Forward, Forwards, Layout
 
 if TYPE_CHECKING:
     from ..handle import ProtectedPipeline

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ...mechanisms.merge import exact_partial, merge
 from ...mechanisms.rows_structure import RowsStructure
 from ...mechanisms.structure import AttentionStructure
-from ..diffusers.processor import LayerTable
+from ..tables import LayerTable
 
 Public = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Keys [B, H, P, d], values [B, H, P, dv] and bias [B, 1, 1, P] of exact public rows."""

@@ -14,12 +14,12 @@ from ....mechanisms.groups import as_groups
 from ....report import PrivacyReport
 from ...bindings import bind
 from ...context import PrivateContext
-from ...diffusers.processor import LayerTable
 from ...fingerprint import Fingerprint, Sketched
 from ...locks import locked
 from ...making import Recipe
 from ...release import Release
 from ...released import ReleasedContext
+from ...tables import LayerTable
 from ..routed import RoutedHandle
 from ..routing import Routing, evaluating
 from .prefix_attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, check_window, dp_xattn_prefix

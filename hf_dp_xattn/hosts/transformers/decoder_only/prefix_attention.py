@@ -18,7 +18,8 @@ from transformers import AttentionInterface
 
 from ....errors import ConfigError, DPXAttnError, ProtectionLostError
 from ....mechanisms.merge import exact_partial, merge
-from ...diffusers.processor import NO_COPY, LayerTable
+from ...access import NO_COPY
+from ...tables import LayerTable
 from ..reading import group_queries, host_attention, read_partial, ungroup
 
 NAME = "dp_xattn_prefix"

@@ -21,8 +21,8 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from ....errors import DPXAttnError, UnsupportedModelError
 from ....mechanisms.merge import exact_partial
 from ....mechanisms.rows_structure import RowsStructure
-from ...diffusers.processor import LayerTable
 from ...placeholder import new_tag
+from ...tables import LayerTable
 from ..named_lengths import MOST, affordable, probed_length, unprobed_length
 from ..reading import group_queries, ungroup
 from ..routing import evaluating, routed

@@ -20,7 +20,8 @@ from transformers import AttentionInterface
 
 from ....errors import DPXAttnError, ProtectionLostError
 from ....mechanisms.merge import exact_partial
-from ...diffusers.processor import NO_COPY, LayerTable
+from ...access import NO_COPY
+from ...tables import LayerTable
 from ..reading import group_queries, host_attention, read, ungroup
 
 if TYPE_CHECKING:

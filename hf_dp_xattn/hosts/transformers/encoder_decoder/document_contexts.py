@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from ....errors import ConfigError, ContextError
-from ...context import Part, PrivateContext, Rows, from_embeddings, plain_bytes
+from ...context import Part, PrivateContext, Rows, Trial, from_embeddings, plain_bytes
 from ...grouping import whole
 from ...lengths import dimensions
 from ...placeholder import holds_placeholder
-from ...rehearsal import Trial
 from .encoder_outputs import last_hidden_state
 
 MAIN_INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values")

@@ -11,9 +11,8 @@ from torch import nn
 
 from ....errors import ConfigError, ContextError
 from ...access import Access
-from ...context import plain_bytes
+from ...context import Trial, plain_bytes
 from ...lengths import dimensions
-from ...rehearsal import Trial
 from .document_contexts import ENCODER_INPUTS, MAIN_INPUTS, MASK, STATES, TYPES
 
 _OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "use_cache")  # of a decoder as well

@@ -16,13 +16,13 @@ from ...access import TextGate
 from ...accounts import PROTECT_AGAIN
 from ...bindings import bind, unique
 from ...context import PrivateContext
-from ...diffusers.processor import LayerTable
 from ...fingerprint import Fingerprint, Sketched
 from ...locks import locked
 from ...making import Recipe
 from ...placeholder import Tag, make_placeholder, new_tag, read_tags
 from ...release import Release
 from ...released import Binding, ReleasedContext
+from ...tables import LayerTable
 from ..routed import RoutedHandle
 from ..routing import Routing
 from .cross_attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, dp_xattn

@@ -15,10 +15,10 @@ from ....mechanisms.rows_structure import RowsStructure
 from ....report import PrivacyReport
 from ...bindings import bind, unique
 from ...context import PrivateContext
-from ...diffusers.processor import LayerTable
 from ...locks import locked
 from ...placeholder import make_placeholder
 from ...release import Release
+from ...tables import LayerTable
 from ..encoder_decoder.cross_attention import Call
 from ..encoder_decoder.encoder_decoder_handle import PUBLIC_CALL, ProtectedSeq2Seq
 from ..generating import named_arguments

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ....errors import ConfigError, ContextError
-from ...rehearsal import Trial
+from ...context import Trial
 from ..encoder_decoder.document_encoder import EncoderSide
 from .image_contexts import ONE_IMAGE, PIXELS, RATIO_IDS, RATIO_MASK
 from .mllama_probing import vision_parts
