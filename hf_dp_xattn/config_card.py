@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .artefacts import CardOptions
 from .artefacts.card import Parts, render, table
-from .artefacts.words import ONE_RELEASE, code, name_of, price_table, promise
+from .artefacts.words import ONE_RELEASE, code, config_promise, name_of, price_table
 from .known_mechanisms import KNOWN
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ def config_card(config: Mapping[str, Any], meanings: Mapping[str, str], options:
                 f'config = dpx.DPXAttnConfig.from_pretrained("{name_of(options)}")',
                 f"protected = dpx.protect(pipe, config{calibration})",
             ),
-            guarantee=f"A release under this config is {promise(config)}\n\n{price}\n\n{ONE_RELEASE}"
+            guarantee=f"A release under this config is {config_promise(config)}\n\n{price}\n\n{ONE_RELEASE}"
             if known.private
-            else f"**{promise(config)}**\n\n{price}",
+            else f"**{config_promise(config)}**\n\n{price}",
             public=_public(config),
             not_covered=NOT_COVERED,
             details=table(

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 ELSEWHERE = "as charged where it was made"  # what a context has spent, where its ledger is not at hand
+NOT_PRIVATE = "NOT PRIVATE: mechanism='none' is exact attention; nothing is promised."
 
 
 @dataclass(frozen=True)
@@ -55,21 +56,24 @@ class Guarantee:
 
     def sentence(self) -> str:
         if self.mechanism == "none":
-            return "NOT PRIVATE: mechanism='none' is exact attention; nothing is promised."
+            return NOT_PRIVATE
         if not self.private_noise:
             return "NOT PRIVATE: the noise came from a seeded generator (for tests); nothing is promised."
-        unit = {"row": "one row (embedding)", "group": "one group of rows", "context": "the whole context"}[
-            self.unit
-        ]
-        change = (
-            "replaced by any other"
-            if self.neighboring == "replace_one"
-            else "added or removed (its slot filled or left empty)"
-        )
-        return (
-            f"({self.epsilon:g}, {self.delta:g})-differentially private when {unit} of the private context is {change}; "
-            "every query, layer, step and output reads only this release."
-        )
+        return promise(self.epsilon, self.delta, self.unit, self.neighboring)
+
+
+def promise(epsilon: float, delta: float, unit: str, neighboring: str) -> str:
+    """What a private release promises, in one sentence."""
+    changed = {"row": "one row (embedding)", "group": "one group of rows", "context": "the whole context"}
+    change = (
+        "replaced by any other"
+        if neighboring == "replace_one"
+        else "added or removed (its slot filled or left empty)"
+    )
+    return (
+        f"({epsilon:g}, {delta:g})-differentially private when {changed[unit]} of the private context is {change}; "
+        "every query, layer, step and output reads only this release."
+    )
 
 
 def release_entry(

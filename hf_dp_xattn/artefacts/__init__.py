@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from .card import CardOptions, card_file, card_options
-from .documents import dump_document, read_document, seal, unseal, write_files
+from .documents import dump_document, read_document, write_files
 from .shareable import Shareable
-from .transfer import Found, HubOptions, PushOptions, download_folder, locate, push_files
+from .transfer import Found, HubOptions, PushOptions, download_folder, locate
 
 __all__ = [
     "CardOptions",
@@ -21,9 +21,6 @@ __all__ = [
     "download_folder",
     "dump_document",
     "locate",
-    "push_files",
     "read_document",
-    "seal",
-    "unseal",
     "write_files",
 ]

@@ -107,7 +107,11 @@ def card_file(folder: Path, card: ModelCard) -> dict[str, bytes]:
     path = folder / README
     if path.exists() and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
         return {}
-    return {README: (str(card).rstrip("\n") + "\n").encode()}
+    return {README: card_bytes(card)}
+
+
+def card_bytes(card: ModelCard) -> bytes:
+    return (str(card).rstrip("\n") + "\n").encode()
 
 
 def bullets(items: Sequence[str]) -> str:

@@ -54,6 +54,18 @@ class Checks:
             self.refuse(f"{where} is {value!r}")
         return value
 
+    def texts(self, value: Any, where: str) -> tuple[str, ...]:
+        """A list of texts."""
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            self.refuse(f"{where} is no list of texts")
+        return tuple(value)
+
+    def name(self, value: Any, where: str) -> str:
+        """A text, such as the name of a class."""
+        if not isinstance(value, str):
+            self.refuse(f"{where} is no text")
+        return value
+
     def sizes(self, **known: int) -> Sizes:
         """Checks of shapes that share the sizes of their dimensions."""
         return Sizes(self, known)

@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from ..errors import DPXAttnError
-from .card import CardOptions, card_options
+from .card import CardOptions, card_file, card_options
 from .checks import Checks
-from .documents import dump_document, read_document, seal, unseal
+from .documents import dump_document, read_document, seal, unseal, write_files
 from .shareable import Shareable
 
 Tensors = dict[str, torch.Tensor]
@@ -170,4 +170,7 @@ class Encoded(Shareable):
         Returns:
             The folder.
         """
-        return self.write(Path(directory), card_options(card))
+        folder = Path(directory)
+        files = self.files()
+        write_files(folder, {**files, **card_file(folder, self.card(card_options(card)))})
+        return folder

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Unpack
+from typing import TYPE_CHECKING, ClassVar, Unpack
 
-from .card import CardOptions, card_file, card_options
-from .documents import write_files
+from .card import README, CardOptions, card_bytes, card_options
 from .transfer import PushOptions, check_options, push_files
 
 if TYPE_CHECKING:
@@ -44,15 +42,7 @@ class Shareable(ABC):
             ConfigError: unknown options, or a license or base_model that the Hub would refuse.
         """
         check_options(options, PushOptions, "push_to_hub")
-        upload: dict[str, Any] = dict(options)
-        told = {name: upload.pop(name, None) for name in ("license", "base_model")}
-        card = card_options({**told, "repo_id": repo_id})
-        message = f"Upload a DP attention {self.WORD}"
-        return push_files(lambda folder: self.write(Path(folder), card), repo_id, message=message, **upload)
-
-    def write(self, folder: Path, options: CardOptions) -> Path:
-        """Writes the files and the card, unless somebody else's README.md stands there; returns the folder."""
-        files = self.files()
-        card = self.card(options)
-        write_files(folder, {**files, **card_file(folder, card)})
-        return folder
+        license_, base_model = options.get("license"), options.get("base_model")
+        card = card_options({"license": license_, "base_model": base_model, "repo_id": repo_id})
+        files = {**self.files(), README: card_bytes(self.card(card))}
+        return push_files(files, repo_id, f"Upload a DP attention {self.WORD}", options)

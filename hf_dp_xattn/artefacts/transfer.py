@@ -5,13 +5,14 @@ from __future__ import annotations
 import glob
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
 from ..errors import ConfigError, DPXAttnError, HubError
 from .card import MARKER, README
+from .documents import write_files
 
 WANTED = (
     "*.safetensors",
@@ -165,48 +166,40 @@ def _is_hub_error(cause: Exception) -> bool:
     return isinstance(cause, (errors.EntryNotFoundError, http, OSError, ValueError))
 
 
-def push_files(
-    save: Callable[[str], Any],
-    repo_id: str,
-    *,
-    message: str,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    subfolder: str | None = None,
-    commit_message: str | None = None,
-) -> str:
-    """Writes the files to a temporary folder with `save(folder)`, creates the repository if needed, uploads the folder in one commit.
+def push_files(files: Mapping[str, bytes], repo_id: str, message: str, options: Mapping[str, Any]) -> str:
+    """Creates the repository if needed, and uploads the files in one commit. A README.md that somebody else wrote stays as it is.
 
-    A README.md that somebody else wrote stays as it is.
+    Args:
+        files: content by name.
+        repo_id: "owner/name".
+        message: of the commit, unless the options have one.
+        options: `PushOptions`.
 
     Returns:
         The commit's address.
 
     Raises:
         HubError: the Hub refused, failed or cannot be reached. A commit is made whole or not at all.
-        Nothing is uploaded when `save` raises.
     """
-    parts = _parts(subfolder, ConfigError)
+    parts = _parts(options.get("subfolder"), ConfigError)
     from huggingface_hub import HfApi
 
-    api = HfApi(token=token)
+    api = HfApi(token=options.get("token"))
+    revision, create_pr = options.get("revision"), options.get("create_pr", False)
     with tempfile.TemporaryDirectory() as folder:
-        save(folder)
+        write_files(Path(folder), files)
         try:
-            api.create_repo(repo_id, private=private, exist_ok=True)
+            api.create_repo(repo_id, private=options.get("private"), exist_ok=True)
             if revision is not None and not create_pr:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            card = Path(folder) / README
-            if card.exists() and _has_foreign_card(api, repo_id, parts, revision):
-                card.unlink()
+            if README in files and _has_foreign_card(api, repo_id, parts, revision):
+                (Path(folder) / README).unlink()
             return str(
                 api.upload_folder(
                     repo_id=repo_id,
                     folder_path=folder,
                     path_in_repo="/".join(parts) or None,
-                    commit_message=commit_message or message,
+                    commit_message=options.get("commit_message") or message,
                     revision=revision,
                     create_pr=create_pr,
                 )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from ..known_mechanisms import KNOWN
-from ..report import Guarantee
+from ..report import NOT_PRIVATE, promise
 from .card import HERE, CardOptions, table
 
 UNITS = {
@@ -36,24 +35,10 @@ def unit_rows(unit: str, neighboring: str) -> list[tuple[str, str]]:
     return [("unit", f"`{unit}`: {UNITS[unit]}"), ("neighbouring relation", f"`{neighboring}`")]
 
 
-def promise(config: Mapping[str, Any]) -> str:
+def config_promise(config: Mapping[str, Any]) -> str:
     """What a release under a config promises, in the words of its guarantee."""
-    private = KNOWN[config["mechanism"]].private
-    return Guarantee(
-        mechanism=config["mechanism"],
-        epsilon=config["epsilon"] if private else math.inf,
-        delta=config["delta"],
-        unit=config["unit"],
-        neighboring=config["neighboring"],
-        rows=None,
-        units=None,
-        clip_norm=0.0,
-        sensitivity=0.0,
-        sigma=0.0,
-        sampling_distance=0.0,
-        private_noise=private,
-        calibrated=False,
-    ).sentence()
+    names = ("epsilon", "delta", "unit", "neighboring")
+    return promise(*(config[n] for n in names)) if KNOWN[config["mechanism"]].private else NOT_PRIVATE
 
 
 def price_table(config: Mapping[str, Any]) -> str:

@@ -50,11 +50,6 @@ class PlanEntry:
     TENSORS = ("weight", "center", "mean_a", "cov_y", "cov_zy")
     NUMBERS = ("epsilon", "delta", "clip_norm", "predicted_fvu")
 
-    @classmethod
-    def from_parts(cls, numbers: dict[str, Any], tensors: dict[str, Any]) -> PlanEntry:
-        """Raises TypeError on a missing or unknown part."""
-        return cls(**numbers, **tensors)
-
 
 def sketch_plan(entry: PlanEntry, basis: SketchBasis, units: int) -> SketchPlan:
     """The sketch that a plan entry describes, for contexts of about `units` units."""
@@ -89,12 +84,7 @@ class Calibration(Stored):
 
     def check(self, config: DPXAttnConfig, specs: Sequence[LayerSpec]) -> None:
         """Raises ConfigError unless the calibration was made for these layers and these settings."""
-        for name in BOUND_FIELDS:
-            if getattr(config, name) != self.settings[name]:
-                raise ConfigError(
-                    f"The calibration was made with {name}={self.settings[name]!r}, the config says {getattr(config, name)!r}. "
-                    "Calibrate again, or change the config."
-                )
+        self.check_settings(config, self.settings)
         shapes = [(s.name, s.heads, s.key_dim, s.value_dim) for s in specs]
         fitted = [
             (n, g.heads, g.key_dim, g.value_dim) for n, g in zip(self.layers, self.geometries, strict=True)
@@ -150,10 +140,7 @@ class Calibration(Stored):
                 n: tuple(tensors[f"basis.{i}.{n}"] for i in range(len(layers))) for n in _BASIS
             }
             basis = SketchBasis(**parts)
-        plans = tuple(
-            PlanEntry.from_parts(numbers, {n: tensors[f"plan.{i}.{n}"] for n in PlanEntry.TENSORS})
-            for i, numbers in enumerate(header["plans"])
-        )
+        plans = tuple(_read_plan(i, numbers, tensors) for i, numbers in enumerate(header["plans"]))
         return cls(
             layers=layers, geometries=geometries, basis=basis, plans=plans, **{n: header[n] for n in _FIELDS}
         )
@@ -212,6 +199,11 @@ def load_calibration(folder: Path) -> Calibration | AnchorCalibration:
     """Reads and checks the files in a local folder, of whichever mechanism; raises ConfigError."""
     kind = CODEC.read_document(folder).get("kind")
     return AnchorCalibration.load(folder) if kind == AnchorCalibration.KIND else Calibration.load(folder)
+
+
+def _read_plan(i: int, numbers: Mapping[str, Any], tensors: Tensors) -> PlanEntry:
+    CHECKS.keys(numbers, set(PlanEntry.NUMBERS), f"plan {i}")
+    return PlanEntry(**numbers, **{n: tensors[f"plan.{i}.{n}"] for n in PlanEntry.TENSORS})  # type: ignore[arg-type]
 
 
 def _verify_basis(basis: SketchBasis, geometries: Sequence[HeadGeometry]) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..artefacts import CardOptions
 from ..artefacts.checks import Checks
 from ..artefacts.codec import Codec, Encoded
+from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from .calibration_card import Described, calibration_card
 
@@ -25,6 +27,15 @@ class Stored(Encoded):
     WORD = CHECKS.word
     CODEC = CODEC
     mechanism: ClassVar[str]
+
+    def check_settings(self, config: DPXAttnConfig, settings: Mapping[str, Any]) -> None:
+        """Raises ConfigError where the config says other than what the calibration was made with."""
+        for name, value in settings.items():
+            if getattr(config, name) != value:
+                raise ConfigError(
+                    f"The calibration was made with {name}={value!r}, the config says {getattr(config, name)!r}. Calibrate again, or "
+                    "change the config."
+                )
 
     @abstractmethod
     def described(self) -> Described:

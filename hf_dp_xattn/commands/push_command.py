@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from ..errors import ConfigError
-from .find_artefact import find_artefact, readers
+from .read_artefact import read_artefact
 
 NAME = "push"
 _DESCRIPTION = """\
@@ -52,15 +52,14 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the commit's address."""
-    kind, folder = find_artefact(args.folder)
+    kind, artefact = read_artefact(args.folder)
     if kind == "protection":
         raise ConfigError(
             "This is a whole protected model: pipe = dpx.from_pretrained(folder); pipe.push_to_hub(repo_id) uploads it with its protection."
         )
-    thing = readers()[kind](folder)
     if not args.json:
         print(f"uploading the {kind} to {args.repo} ...", file=sys.stderr, flush=True)
-    address = thing.push_to_hub(
+    address = artefact.push_to_hub(
         args.repo,
         private=True if args.private else None,
         revision=args.revision,

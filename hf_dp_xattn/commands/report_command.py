@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from .find_artefact import find_artefact, readers
+from .read_artefact import read_artefact
 
 NAME = "report"
 NOT_PRIVATE = 1
@@ -46,22 +45,25 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report; 1 where nothing is promised."""
-    kind, folder = find_artefact(args.artefact, revision=args.revision, subfolder=args.subfolder)
-    private, values, text = _report(kind, folder, args.artefact)
+    kind, artefact = read_artefact(args.artefact, revision=args.revision, subfolder=args.subfolder)
+    private, values, text = _report(kind, artefact, args.artefact)
     print(json.dumps({"kind": kind, "is_private": private, **values}, sort_keys=True) if args.json else text)
     return 0 if private else NOT_PRIVATE
 
 
-def _report(kind: str, folder: Path, name: str) -> tuple[bool, dict[str, Any], str]:
+def _report(kind: str, artefact: Any, name: str) -> tuple[bool, dict[str, Any], str]:
     """Whether something is promised, for programs, for people."""
-    thing = readers()[kind](folder)
     if kind == "release":
-        report = thing.report()
+        report = artefact.report()
         return True, {"report": report.to_dict()}, str(report)
-    text = thing.card({"repo_id": name}).text.strip()
+    text = artefact.card({"repo_id": name}).text.strip()
     if kind == "calibration":
         return True, {}, text
     if kind == "config":
-        return thing.is_private, {"config": thing.to_dict()}, text
-    values = {"public": thing.public, "not_covered": thing.not_covered, "budget": asdict(thing.budget)}
-    return thing.config.is_private, {"config": thing.config.to_dict(), **values}, text
+        return artefact.is_private, {"config": artefact.to_dict()}, text
+    values = {
+        "public": artefact.public,
+        "not_covered": artefact.not_covered,
+        "budget": asdict(artefact.budget),
+    }
+    return artefact.config.is_private, {"config": artefact.config.to_dict(), **values}, text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -97,31 +97,24 @@ def read_protection(folder: Path) -> Protection:
                 f"{name} is missing or does not have the checksum that {PROTECTION_NAME} states. Download or save the folder again."
             )
     calibrated = CALIBRATION.json_name in document["files"]
+    pipeline = document["pipeline"]
     return Protection(
         config=DPXAttnConfig.from_file(folder),
         calibration=load_calibration(folder) if calibrated else None,
         budget=Budget(**document["budget"]),
-        host=document["host"],
-        pipeline=document["pipeline"],
-        public=tuple(document["public"]),
-        not_covered=tuple(document["not_covered"]),
+        host=CHECKS.name(document["host"], "the class of the host"),
+        pipeline=None if pipeline is None else CHECKS.name(pipeline, "the class of the pipeline"),
+        public=CHECKS.texts(document["public"], "what is public"),
+        not_covered=CHECKS.texts(document["not_covered"], "what is not covered"),
     )
 
 
 def _read(folder: Path) -> dict[str, Any]:
     document = CODEC.read_document(folder)
     CHECKS.keys(document, _KEYS, PROTECTION_NAME)
-    CHECKS.keys(document["budget"], {"epsilon", "delta", "unit", "neighboring"}, "the budget")
-    files = document["files"]
-    fit = (
-        isinstance(files, dict)
-        and set(files) in ({CONFIG_NAME}, {CONFIG_NAME, *CALIBRATION.names})
-        and isinstance(document["host"], str)
-        and all(isinstance(document[name], list) for name in ("public", "not_covered"))
-        and isinstance(document["pipeline"], (str, type(None)))
-    )
-    if not fit:
-        CHECKS.refuse(f"{PROTECTION_NAME} names other files, classes or lists than a protection has")
+    CHECKS.keys(document["budget"], {f.name for f in fields(Budget)}, "the budget")
+    calibrated = CALIBRATION.json_name in document["files"]
+    CHECKS.keys(document["files"], {CONFIG_NAME, *(CALIBRATION.names if calibrated else ())}, "its files")
     return document
 
 

@@ -28,7 +28,7 @@ def release_card(
     """
     sentences = [f"Context {i + 1}: {c.guarantee.sentence()}" for i, c in enumerate(contexts)]
     head = ("context", "mechanism", "epsilon", "delta", "unit", "neighbouring relation", "padded rows")
-    rows = [_context_row(i, c) for i, c in enumerate(contexts)]
+    rows = [_context_row(i + 1, c) for i, c in enumerate(contexts)]
     fingerprint = contexts[0].fingerprint
     host, use = _use(terms.host)
     fits = f"{terms.host} with {len(fingerprint.layers)} layers, checked by their names, shapes and weights (LoRA included)"
@@ -68,17 +68,10 @@ def release_card(
     )
 
 
-def _context_row(i: int, context: ReleasedContext) -> tuple[Any, ...]:
+def _context_row(number: int, context: ReleasedContext) -> tuple[Any, ...]:
     g = context.guarantee
-    return (
-        i + 1,
-        f"`{g.mechanism}`",
-        f"{g.epsilon:g}",
-        f"{g.delta:g}",
-        f"`{g.unit}`",
-        f"`{g.neighboring}`",
-        context.rows,
-    )
+    price = f"{g.epsilon:g}", f"{g.delta:g}"
+    return number, f"`{g.mechanism}`", *price, f"`{g.unit}`", f"`{g.neighboring}`", context.rows
 
 
 def _use(host: str) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from ..report import Guarantee, PrivacyReport, release_entry
 from .fingerprint import SIZE, Fingerprint
 from .release_card import release_card
 from .released import ReleasedContext
-from .terms import Terms, read_terms
+from .terms import Terms
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -98,12 +98,11 @@ class ReleaseFile(Encoded):
     def from_parts(cls, header: Mapping[str, Any], tensors: Tensors) -> ReleaseFile:
         config = DPXAttnConfig.from_dict(header["config"])
         CHECKS.keys(header["config"], set(config.to_dict()), "the config")
-        CHECKS.keys(header["host"], {f.name for f in fields(Terms)}, "the host")
         entries = header["contexts"]
         if header["schema"] == COUNTING:
             entries = [{k: v for k, v in entry.items() if k != "charges"} for entry in entries]
         contexts = tuple(_read_context(i, entry, _part(tensors, i)) for i, entry in enumerate(entries))
-        return cls(contexts, config, read_terms(header["host"]))
+        return cls(contexts, config, _read_terms(header["host"]))
 
     def verify(self) -> None:
         if not self.contexts:
@@ -128,6 +127,18 @@ class ReleaseFile(Encoded):
             ledger="with whoever made the release",
             warnings=self.terms.warnings,
         )
+
+
+def _read_terms(header: Mapping[str, Any]) -> Terms:
+    CHECKS.keys(header, {f.name for f in fields(Terms)}, "the host")
+    base = header["base_model"]
+    return Terms(
+        host=CHECKS.name(header["host"], "the class of the host"),
+        base_model=None if base is None else CHECKS.name(base, "the base model"),
+        public=CHECKS.texts(header["public"], "what is public"),
+        not_covered=CHECKS.texts(header["not_covered"], "what is not covered"),
+        warnings=CHECKS.texts(header["warnings"], "its warnings"),
+    )
 
 
 def _part(tensors: Tensors, number: int) -> Tensors:

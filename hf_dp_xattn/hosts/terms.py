@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,18 +37,3 @@ def terms_of(report: PrivacyReport, hosts: Iterable[Any]) -> Terms:
         not_covered=report.not_covered,
         warnings=report.warnings,
     )
-
-
-def read_terms(values: Mapping[str, Any]) -> Terms:
-    """Raises TypeError or ValueError for unknown, missing or malformed parts."""
-
-    def texts(value: Any) -> tuple[str, ...]:
-        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-            raise ValueError("a list of texts")
-        return tuple(value)
-
-    lists = {name: texts(values[name]) for name in ("public", "not_covered", "warnings")}
-    base = values["base_model"]
-    if not isinstance(values["host"], str) or not (base is None or isinstance(base, str)):
-        raise ValueError("a name")
-    return Terms(**{**values, **lists})

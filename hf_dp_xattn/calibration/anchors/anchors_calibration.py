@@ -81,12 +81,7 @@ class AnchorCalibration(Stored):
 
     def check(self, config: DPXAttnConfig, channels: int) -> None:
         """Raises ConfigError unless the calibration was made for this unit, relation and number of channels."""
-        for name in ("unit", "neighboring"):
-            if getattr(config, name) != getattr(self, name):
-                raise ConfigError(
-                    f"The calibration was made with {name}={getattr(self, name)!r}, the config says {getattr(config, name)!r}. "
-                    "Calibrate again, or change the config."
-                )
+        self.check_settings(config, {"unit": self.unit, "neighboring": self.neighboring})
         if channels != self.channels:
             raise ConfigError(
                 f"The calibration is for contexts of {self.channels} channels, this model's have {channels}: it is for another model."
