@@ -113,8 +113,9 @@ def _read(folder: Path) -> dict[str, Any]:
     document = CODEC.read_document(folder)
     CHECKS.keys(document, _KEYS, PROTECTION_NAME)
     CHECKS.keys(document["budget"], {f.name for f in fields(Budget)}, "the budget")
-    calibrated = CALIBRATION.json_name in document["files"]
-    CHECKS.keys(document["files"], {CONFIG_NAME, *(CALIBRATION.names if calibrated else ())}, "its files")
+    files = document["files"]
+    calibrated = isinstance(files, dict) and CALIBRATION.json_name in files
+    CHECKS.keys(files, {CONFIG_NAME, *(CALIBRATION.names if calibrated else ())}, "its files")
     return document
 
 
