@@ -310,7 +310,7 @@ def test_a_processor_set_by_hand_refuses_to_run(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, pickle.dumps], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("what", ["handle", "release", "processor", "unet"])
+@pytest.mark.parametrize("what", ["handle", "release", "processor", "unet", "pipeline"])
 def test_copies_are_refused(what: str, duplicate: Any, pipe: Any, private: Any) -> None:
     handle = protect(pipe, private)
     release = handle.release(PROMPT)
@@ -319,6 +319,7 @@ def test_copies_are_refused(what: str, duplicate: Any, pipe: Any, private: Any) 
         "release": release,
         "processor": next(iter(handle._processors.values())),
         "unet": pipe.unet,
+        "pipeline": pipe,
     }[what]
     if what == "unet" and duplicate is copy.copy:
         return  # a shallow copy of a module shares its layers, gates and handle

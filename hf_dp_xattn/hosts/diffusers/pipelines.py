@@ -6,12 +6,13 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from ...errors import ConfigError, ProtectionLostError
+from ...errors import ConfigError, DPXAttnError, ProtectionLostError
 from ...privacy.units import public_counts
+from ..access import NO_COPY
 from ..accounts import PROTECT_AGAIN
 from ..bindings import unique
 from ..context import PrivateContext
@@ -99,8 +100,12 @@ class PipelinePatch:
                     self._handle.check()  # what was unprotected on the way has read a placeholder
                 return result
 
+        def no_copy(pipe: Any, protocol: Any) -> NoReturn:
+            raise DPXAttnError(NO_COPY)
+
         like = {n: getattr(self._class, n) for n in ("__module__", "__qualname__", "__doc__")}
-        return type(self._class.__name__, (self._class,), {**like, "__call__": call})
+        own = {"__call__": call, "__reduce_ex__": no_copy}
+        return type(self._class.__name__, (self._class,), {**like, **own})
 
     def _shadow_postprocess(self) -> None:
         processor = self.pipe.image_processor

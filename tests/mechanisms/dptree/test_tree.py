@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hf_dp_xattn.errors import ConfigError, DPXAttnError
 from hf_dp_xattn.mechanisms.dptree import BudgetSplit, DPTree, Part
 from hf_dp_xattn.mechanisms.dptree.budget import noise_error
+from hf_dp_xattn.mechanisms.dptree.dptree import PreparedDPTree
 from hf_dp_xattn.mechanisms.dptree.tree import build_levels, range_sums
 from hf_dp_xattn.privacy import additive
 from hf_dp_xattn.privacy.accountant import epsilon_of
@@ -47,11 +48,18 @@ def captured() -> Iterator[list[tuple[BudgetSplit, dict[str, list[torch.Tensor]]
         seen.append((self, {k: [t.clone() for t in v] for k, v in sums.items()}))
         return original(self, sums, entropy)
 
-    BudgetSplit.noised = spy  # type: ignore[method-assign]
-    try:
+    def spy_mechanism(self: PreparedDPTree, exact: Any, entropy: Any) -> Any:
+        names, layers = [p.name for p in self.split.parts], len(self.encoders)
+        assert len(exact) == len(names) * layers
+        tensors = [t.clone() for t in exact]
+        seen.append((self.split, {n: tensors[i * layers : (i + 1) * layers] for i, n in enumerate(names)}))
+        return noise(self, exact, entropy)
+
+    noise = PreparedDPTree.noise
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BudgetSplit, "noised", spy)
+        patch.setattr(PreparedDPTree, "noise", spy_mechanism)
         yield seen
-    finally:
-        BudgetSplit.noised = original  # type: ignore[method-assign]
 
 
 def check_sensitivity(before: Any, after: Any) -> None:
