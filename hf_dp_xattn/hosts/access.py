@@ -3,15 +3,18 @@
 A permission belongs to the context (`contextvars`) that opened it and to those that were copied from it meanwhile: another task or thread
 does not see it, however the two take turns. It is an object that is marked as ended when its block is left, in whatever thread or
 task that happens, so that no copy outlives the block. A generator has no context of its own: what it opens would be seen by its caller
-while it is suspended. So the generators that run when a permission is opened must run when it is used.
+while it is suspended. So the generators that run when a permission is opened must run when it is used. A forked child
+inherits open blocks that it never leaves, so a permission serves the process that opened it alone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dis
 import inspect
 import itertools
+import os
 import sys
 import weakref
 from collections.abc import Iterator
@@ -43,13 +46,19 @@ _GENERATORS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 class _Permission:
     """One entered block. frames: the generators that must be running where it is used."""
 
-    __slots__ = ("frames", "kind", "live", "owner")
+    __slots__ = ("_process", "frames", "kind", "owner")
 
     def __init__(self, owner: Access, kind: str, frames: frozenset[FrameType]) -> None:
-        self.owner, self.kind, self.frames, self.live = owner, kind, frames, True
+        self.owner, self.kind, self.frames = owner, kind, frames
+        self._process: int | None = os.getpid()
+
+    @property
+    def live(self) -> bool:
+        """Not in a forked child: the block belongs to the parent, which tells nobody when it leaves it."""
+        return self._process == os.getpid()
 
     def end(self) -> None:
-        self.live, self.frames = False, frozenset()
+        self._process, self.frames = None, frozenset()
 
 
 _permissions: ContextVar[tuple[_Permission, ...]] = ContextVar("hf_dp_xattn_permissions", default=())
@@ -68,22 +77,48 @@ def _stack() -> list[FrameType]:
 def _suspendable() -> frozenset[FrameType]:
     """The frames on the stack that may be suspended while their caller goes on in this very context.
 
-    Not those that contextlib drives: their block is that of a `with` statement of whoever uses them. Coroutines count where no
-    task of asyncio gives them a context of their own.
+    Not those that contextlib drives: their block is that of a `with` statement of whoever uses them. Nor a task's coroutine and those that
+    it awaits, which have a context of their own; a coroutine that is stepped by hand has not, within a task or without.
     """
-    kinds = _GENERATORS if _in_task() else _GENERATORS | inspect.CO_COROUTINE
-    return frozenset(f for f in _stack() if f.f_code.co_flags & kinds and not _of_contextlib(f))
+    stack = _stack()
+    own = _of_task(stack)
+    return frozenset(
+        f
+        for f in stack
+        if (f.f_code.co_flags & _GENERATORS or (f.f_code.co_flags & inspect.CO_COROUTINE and f not in own))
+        and not _of_contextlib(f)
+    )
+
+
+def _of_task(stack: list[FrameType]) -> set[FrameType]:
+    """The coroutines on the stack that are suspended with the current task: its own, older ones, and those that await brought."""
+    root = _task_frame()
+    if root not in stack:
+        return set()
+    position = stack.index(root)
+    awaited = {f for f in stack[:position] if f.f_back is not None and _awaits(f.f_back)}
+    return awaited | set(stack[position:])
+
+
+def _awaits(frame: FrameType) -> bool:
+    """Whether it stands at an `await` (or `yield from`): what it called is suspended with it. Anything unknown is not."""
+    code, at = frame.f_code.co_code, frame.f_lasti
+    while at > 0 and dis.opname[code[at]] == "CACHE":  # inline caches belong to the instruction before them
+        at -= 2
+    return at >= 0 and dis.opname[code[at]] == "SEND"
 
 
 def _of_contextlib(frame: FrameType) -> bool:
     return contextlib.__file__ in (f.f_code.co_filename for f in (frame, frame.f_back) if f is not None)
 
 
-def _in_task() -> bool:
+def _task_frame() -> FrameType | None:
+    """Where the task of asyncio that runs in this thread has its own coroutine."""
     try:
-        return asyncio.current_task() is not None
+        task = asyncio.current_task()
     except RuntimeError:  # no running loop
-        return False
+        return None
+    return getattr(task.get_coro(), "cr_frame", None) if task is not None else None
 
 
 class Access:

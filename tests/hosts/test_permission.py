@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import multiprocessing
 import os
 import signal
+import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -138,6 +140,40 @@ def test_a_forked_child_is_closed_and_spends_nothing(setting: Setting) -> None:
         thread.join()
 
 
+@EACH
+@pytest.mark.parametrize("block", ["public", "encoding"])
+def test_a_child_forked_inside_a_block_is_closed(setting: Setting, block: str) -> None:
+    """It would never leave its copy of the block, as a worker of a pool that the block's first `submit` made."""
+    access = setting.handle.access
+    with access.enter(block):
+        assert in_child(lambda: not access.public and not access.encoding and not setting.leaks())
+
+        def own() -> bool:
+            with setting.handle.public():
+                return setting.open()
+
+        assert in_child(own)
+        assert getattr(access, block)
+
+
+def test_a_worker_that_a_block_made_serves_nothing_open_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    access = Access()
+    monkeypatch.setattr(
+        sys.modules[__name__], "_inherited", access
+    )  # no access is pickled: workers inherit it
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        with access.enter("public"):
+            assert not pool.submit(_open).result(60)  # forks here
+        assert not pool.submit(_open).result(60)
+
+
+_inherited: Access | None = None
+
+
+def _open() -> bool:
+    return _inherited is None or _inherited.public
+
+
 def in_child(run: Callable[[], bool]) -> bool:
     """What a forked child finds; False where it fails or hangs."""
     pid = os.fork()
@@ -221,24 +257,72 @@ def test_an_async_generator_opens_nothing_while_it_is_suspended() -> None:
     asyncio.run(main())
 
 
-def test_a_coroutine_that_is_stepped_by_hand_opens_nothing() -> None:
+class Pause:
+    def __await__(self) -> Iterator[None]:
+        yield
+
+
+async def baseline(access: Access, awaited: Awaitable[Any]) -> bool:
+    with access.enter("public"):
+        await awaited
+        return access.public
+
+
+async def outer(access: Access, awaited: Awaitable[Any]) -> bool:
+    return await baseline(access, awaited)
+
+
+@pytest.mark.parametrize("make", [baseline, outer])
+@pytest.mark.parametrize("in_task", [False, True])
+def test_a_coroutine_that_is_stepped_by_hand_opens_nothing(make: Any, in_task: bool) -> None:
     access = Access()
 
-    class Pause:
-        def __await__(self) -> Iterator[None]:
-            yield
-
-    async def baseline() -> bool:
-        with access.enter("public"):
-            await Pause()
-            return access.public
-
-    running = baseline()
-    running.send(None)
-    assert not access.public
-    with pytest.raises(StopIteration) as stopped:
+    def step() -> None:
+        running = make(access, Pause())
         running.send(None)
-    assert stopped.value.value and not access.public
+        assert not access.public
+        with pytest.raises(StopIteration) as stopped:
+            running.send(None)
+        assert stopped.value.value and not access.public
+
+    async def within() -> None:
+        await asyncio.sleep(0)
+        step()
+        await asyncio.sleep(0)
+
+    asyncio.run(within()) if in_task else step()
+
+
+def test_a_block_of_a_task_is_open_for_what_the_task_awaits_and_starts() -> None:
+    access = Access()
+
+    class Block:
+        """Entered by a coroutine that is gone while the block lasts."""
+
+        async def __aenter__(self) -> None:
+            await asyncio.sleep(0)
+            self.block = access.enter("public")
+            self.block.__enter__()
+
+        async def __aexit__(self, *raised: object) -> None:
+            self.block.__exit__(None, None, None)
+
+    async def look() -> bool:
+        await asyncio.sleep(0)
+        return access.public
+
+    async def inner() -> bool:
+        async with Block():
+            return access.public and await look() and await asyncio.create_task(look())
+
+    async def main() -> bool:
+        return await inner() and await outer(access, asyncio.to_thread(lambda: access.public))
+
+    async def threads() -> bool:
+        async with Block():
+            return await asyncio.to_thread(lambda: access.public)
+
+    assert asyncio.run(main()) and asyncio.run(threads()) and not access.public
 
 
 def test_a_dropped_generator_leaves_nothing() -> None:
