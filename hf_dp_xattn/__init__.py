@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from .hosts.calibrate import calibrate
     from .hosts.diffusers.phrases import split_phrases
     from .hosts.diffusers.processor import DPAttnProcessor
-    from .hosts.protect import handle_of, protect, unprotect
-    from .hosts.release import Release
+    from .hosts.protect import Release, handle_of, protect, unprotect
     from .hosts.restoring import from_pretrained
     from .hosts.transformers.decoder_only.chat import SplitChat, split_chat
     from .mechanisms.release_attention import release_attention
@@ -56,8 +55,7 @@ _HOMES = {
     "hosts.transformers.decoder_only.chat": ("SplitChat", "split_chat"),
     "hosts.diffusers.phrases": ("split_phrases",),
     "hosts.diffusers.processor": ("DPAttnProcessor",),
-    "hosts.protect": ("handle_of", "protect", "unprotect"),
-    "hosts.release": ("Release",),
+    "hosts.protect": ("Release", "handle_of", "protect", "unprotect"),
     "hosts.restoring": ("from_pretrained",),
     "mechanisms.release_attention": ("release_attention",),
     "privacy.ledger": ("Budget", "Ledger"),

@@ -164,9 +164,8 @@ def _check(args: argparse.Namespace) -> str | None:
 
 def _given(args: argparse.Namespace) -> tuple[Any, Any]:
     """The handle and a saved release; no budget is at hand, and none is spent."""
-    from ..hosts.protect import handle_of
+    from ..hosts.protect import Release, handle_of
     from ..hosts.protection import FOLDER
-    from ..hosts.release import Release
     from ..hosts.restoring import from_pretrained
 
     dtype = parse_dtype(args.dtype)

@@ -13,26 +13,29 @@ if TYPE_CHECKING:
     import torch
 
     from ..privacy.accountant import Event
+    from ..privacy.ledger import Budget, Ledger
     from .context import PrivateContext
-    from .handle import ProtectedPipeline
 
 
-def names_of(handle: ProtectedPipeline, context: PrivateContext, groups: torch.Tensor | None) -> list[Name]:
-    """All that is charged, as the handle's ledger names it; its own name first. groups: of the private rows."""
-    ledger = handle.ledger
+def names_of(ledger: Ledger, context: PrivateContext, groups: torch.Tensor | None) -> list[Name]:
+    """All that is charged, as the ledger names it; its own name first. groups: of the private rows."""
     return [
         Name(ledger.digest(name), None if units is None else ledger.grouping(units))
         for name, units in context.charged(groups)
     ]
 
 
-def keys_of(handle: ProtectedPipeline, name: Name, variant: bytes, states: Sequence[bytes]) -> list[Key]:
+def keys_of(ledger: Ledger, name: Name, variant: bytes, states: Sequence[bytes]) -> list[Key]:
     """Under which a release of a context may be found: as it was encoded by an encoder in one of these states."""
-    return [(name.digest, handle.ledger.digest([variant, state])) for state in states]
+    return [(name.digest, ledger.digest([variant, state])) for state in states]
 
 
 def may_charge(
-    handle: ProtectedPipeline, names: Sequence[Name], events: tuple[Event, ...], misfit: str | None = None
+    ledger: Ledger,
+    budget: Budget,
+    names: Sequence[Name],
+    events: tuple[Event, ...],
+    misfit: str | None = None,
 ) -> None:
     """Raises BudgetExceededError or ConfigError where the ledger would refuse releases of all of these; nothing is charged.
 
@@ -41,7 +44,7 @@ def may_charge(
     if not events or not names:  # what is served again needs no ledger
         return
     try:
-        handle.ledger.check_all(names, events, handle.budget)
+        ledger.check_all(names, events, budget)
     except BudgetExceededError as error:
         if misfit is None:
             raise
@@ -52,7 +55,9 @@ def may_charge(
         ) from None
 
 
-def charge(handle: ProtectedPipeline, names: Sequence[Name], events: tuple[Event, ...], **note: Any) -> None:
+def charge(
+    ledger: Ledger, budget: Budget, names: Sequence[Name], events: tuple[Event, ...], **note: Any
+) -> None:
     """Charges a release to all names, or to none. Raises BudgetExceededError or ConfigError where the ledger refuses."""
     if events:
-        handle.ledger.charge_all(names, events, handle.budget, note=note)
+        ledger.charge_all(names, events, budget, note=note)

@@ -9,25 +9,46 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
+from ..config import DPXAttnConfig
 from ..errors import ConfigError, ContextError, DPXAttnError, ReleaseError
 from ..mechanisms.growing_release import GrowingRelease, grow
 from ..mechanisms.inputs import Private
+from ..privacy.bits import Entropy
+from ..privacy.ledger import Budget, Ledger
 from .charging import charge, names_of
 from .context import PrivateContext
+from .encoders import Encoders
 from .fingerprint import Fingerprint
 from .making import Recipe
 from .rehearsal import rehearse
 from .released import ReleasedContext
 from .reporting import Spent
 
-if TYPE_CHECKING:
-    from .handle import ProtectedPipeline
-
 ONE = "A growing release is of ONE context, got {count}: release them one by one, and append to each."
+
+
+class Grows(Protocol):
+    """What a growing release asks of the handle that holds it: what a release is made and charged by."""
+
+    config: DPXAttnConfig
+    ledger: Ledger
+    budget: Budget
+    encoders: Encoders
+
+    @property
+    def calibration(self) -> Any: ...
+    @property
+    def entropy(self) -> Entropy | None: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def hidden_length(self) -> int: ...
+    def check_thoroughly(self) -> None: ...
+    def verify(self, contexts: Sequence[ReleasedContext]) -> Fingerprint: ...
 
 
 class GrowingContext:
@@ -74,7 +95,7 @@ def only(contexts: Sequence[PrivateContext]) -> PrivateContext:
 @torch.inference_mode(False)  # what is kept must serve other modes too
 @torch.no_grad()
 def open_growing(
-    handle: ProtectedPipeline,
+    handle: Grows,
     context: PrivateContext,
     groups: torch.Tensor | None,
     horizon: int,
@@ -90,10 +111,10 @@ def open_growing(
     own = context.groups(groups, handle.config.unit)
     encoder = handle.encoders.states(context.encoder)[0]
     prepared = grow(recipe.prepared, horizon, units=getattr(handle.calibration, "units", None))
-    charged = names_of(handle, context, own)
+    charged = names_of(handle.ledger, context, own)
     names = [n.digest for n in charged]
     rehearse([context], handle.channels, handle.config)
-    charge(handle, charged, prepared.events, horizon=horizon)
+    charge(handle.ledger, handle.budget, charged, prepared.events, horizon=horizon)
     rows, public = context.load()
     release = prepared.open(handle.entropy)
     private = recipe.private(rows, own)
@@ -105,7 +126,7 @@ def open_growing(
 @torch.inference_mode(False)
 @torch.no_grad()
 def append_to(
-    handle: ProtectedPipeline, growing: GrowingContext, context: PrivateContext, groups: torch.Tensor | None
+    handle: Grows, growing: GrowingContext, context: PrivateContext, groups: torch.Tensor | None
 ) -> ReleasedContext:
     """Charges a further content, encodes and adds it.
 
@@ -121,7 +142,7 @@ def append_to(
     own = context.groups(groups, handle.config.unit)
     if own is not None and groups is None:
         own = own + growing.release.next_group  # phrases: each append's are units of their own
-    charged = names_of(handle, context, own)
+    charged = names_of(handle.ledger, context, own)
     names = [n.digest for n in charged]
     if growing.names & set(names):
         raise ContextError(
@@ -134,7 +155,7 @@ def append_to(
         if not set(names) <= set(growing.spent.digests):  # else an append that failed is made again
             prepared = growing.release.prepared
             rehearse([context], handle.channels, handle.config)
-            charge(handle, charged, prepared.events, horizon=prepared.horizon)
+            charge(handle.ledger, handle.budget, charged, prepared.events, horizon=prepared.horizon)
             growing.spent.digests.extend(names)
         rows, _ = context.load()
         private = growing.recipe.private(rows, own)

@@ -23,6 +23,7 @@ from .diffusers.architectures import changed_reason, find_layers, unwrap
 from .diffusers.by_hand import EncodesByHand
 from .diffusers.copies import CopyGuard
 from .diffusers.harmless import HarmlessCalls
+from .diffusers.phrases import RULE
 from .diffusers.pipelines import PipelinePatch
 from .diffusers.processor import DPAttnProcessor
 from .diffusers.prompt_contexts import name_contexts, name_phrases
@@ -31,6 +32,7 @@ from .diffusers.unet_forward import ForwardGate
 from .encoders import OTHER_STATE, Encoders
 from .fingerprint import Fingerprint, fingerprint
 from .growing import GrowingContext, append_to, only, open_growing
+from .host_words import HostWords, Setting, prompt_words
 from .lengths import HIDDEN
 from .locks import Lock, locked
 from .making import Recipe, choose_maker
@@ -152,7 +154,7 @@ class ProtectedPipeline(EncodesByHand):
             encoder = unwrap(text.encoder)
             # the parts too: some libraries call them one by one
             self._gates += [TextGate(part, self.access) for part in (encoder, *encoder.children())]
-        patch = PipelinePatch(pipe, self, text)
+        patch = PipelinePatch(pipe, self, self.gate, text)
         self._patches.append(patch)
         patch.install()
 
@@ -344,20 +346,24 @@ class ProtectedPipeline(EncodesByHand):
         misfit: str | None = None
         for context in contexts:
             own = context.groups(groups, self.config.unit)
-            names = names_of(self, context, own)
+            names = names_of(self.ledger, context, own)
             variant, states = context.variant_of(own), self.encoders.states(context.encoder)
-            known = keys_of(self, names[0], variant, states)
+            known = keys_of(self.ledger, names[0], variant, states)
             keys.append(known[0])
             found = None if fresh else self._released.find(known)
             reason = None if found is None else found.misfit(current, projected=self.projects_rows)
             if found is not None and reason is None:
                 done[known[0]] = found
                 continue
-            if found is None and self._released.holds(keys_of(self, names[0], variant, self.encoders.met)):
+            if found is None and self._released.holds(
+                keys_of(self.ledger, names[0], variant, self.encoders.met)
+            ):
                 reason = OTHER_STATE
             misfit = misfit or reason
             todo[known[0]] = (context, own, names)
-        may_charge(self, [n for *_, names in todo.values() for n in names], recipe.events, misfit)
+        may_charge(
+            self.ledger, self.budget, [n for *_, names in todo.values() for n in names], recipe.events, misfit
+        )
         return keys, done, todo, recipe, current
 
     @locked
@@ -370,7 +376,7 @@ class ProtectedPipeline(EncodesByHand):
         keys, done, todo, recipe, current = self._due(contexts, groups, fresh)
         rehearse((context for context, _, _ in todo.values()), self.channels, self.config)
         for key, (context, own, names) in todo.items():
-            charge(self, names, recipe.events)
+            charge(self.ledger, self.budget, names, recipe.events)
             released = self._run(recipe, context, own, current)
             self._spent.append(Spent([n.digest for n in names], released.guarantee))
             self._released.put(key, released)
@@ -479,7 +485,15 @@ class ProtectedPipeline(EncodesByHand):
 
     def report(self) -> PrivacyReport:
         """What was promised, spent and left open. Holds no private content; str(), to_dict(), to_json()."""
-        return build_report(self, self._spent, self._maker.warnings(self._current_fingerprint()))
+        heads = [layer.heads for layer in self.layers.values()]
+        warned = self._maker.warnings(self._current_fingerprint())
+        return build_report(self.words(), self.config, heads, self.ledger, self.budget, self._spent, warned)
+
+    def words(self) -> HostWords:
+        """What is public and what is not covered here."""
+        text = self.text if self.text is not None and self.text.available else None
+        rows, first = (None, False) if text is None else (text.length, text.first_row_is_public)
+        return prompt_words(self.unet, Setting.of(self.config, self.calibration), rows, first, RULE)
 
 
 __all__ = ["HANDLE_ATTRIBUTE", "ProtectedPipeline"]

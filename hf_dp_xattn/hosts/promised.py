@@ -9,27 +9,34 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from .bindings import MAX_BINDINGS, Bindings, bind
+from .context import PrivateContext
 from .locks import Lock, locked
 from .placeholder import Tag, new_tag
+from .released import ReleasedContext
 
-if TYPE_CHECKING:
-    from .context import PrivateContext
-    from .handle import ProtectedPipeline
+
+class Releases(Protocol):
+    """Who makes the releases that are due."""
+
+    lock: Lock
+
+    def known(self, contexts: Sequence[PrivateContext]) -> list[ReleasedContext | None]: ...
+    def release_contexts(self, contexts: Sequence[PrivateContext]) -> list[ReleasedContext]: ...
 
 
 class Promises:
     """The private contexts whose placeholders are in circulation and whose release is due; in memory, the latest `MAX_BINDINGS`."""
 
-    def __init__(self, handle: ProtectedPipeline, bindings: Bindings) -> None:
-        self._handle, self._bindings = handle, bindings
+    def __init__(self, releases: Releases, bindings: Bindings) -> None:
+        self._releases, self._bindings = releases, bindings
         self._due: OrderedDict[Tag, PrivateContext] = OrderedDict()
 
     @property
     def lock(self) -> Lock:
-        return self._handle.lock
+        return self._releases.lock
 
     @locked
     def make(self, contexts: Sequence[PrivateContext]) -> tuple[Tag, ...]:
@@ -38,7 +45,7 @@ class Promises:
         Raises:
             ContextError, ConfigError, BudgetExceededError: no release could be made of one of them.
         """
-        known = self._handle.known(contexts)
+        known = self._releases.known(contexts)
         fresh = {c: new_tag() for c, release in zip(contexts, known, strict=True) if release is None}
         tags = []
         for context, release in zip(contexts, known, strict=True):
@@ -65,7 +72,7 @@ class Promises:
         due = {tag: context for tag in tags if (context := self._due.get(tag)) is not None}
         if not due:
             return
-        for tag, release in zip(due, self._handle.release_contexts(list(due.values())), strict=True):
+        for tag, release in zip(due, self._releases.release_contexts(list(due.values())), strict=True):
             self._bindings.add(bind(release, None, tag))
             self._due.pop(tag, None)
 

@@ -9,10 +9,11 @@ from ..calibration.calibration import Calibration
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..privacy.ledger import Budget, Ledger
-from .accounts import PROTECT_AGAIN
+from .accounts import PROTECT_AGAIN, STAYS
 from .diffusers.architectures import check_pipeline_class, refuse_host, unwrap
 from .handle import HANDLE_ATTRIBUTE, ProtectedPipeline
 from .locks import Lock
+from .release import Release
 
 if TYPE_CHECKING:
     from ..privacy.bits import Entropy
@@ -102,6 +103,22 @@ def protect_to_serve(
     """`protect` for a release that was loaded: without a calibration or a ledger, which only new releases need (`accounts.NoLedger`)."""
     with _installing:
         return _protect(host, config, ledger=ledger, budget=budget, serving_only=True)
+
+
+def _serve(host: Any, config: DPXAttnConfig, ledger: Ledger | None) -> tuple[ProtectedPipeline, bool]:
+    """See `Release.from_pretrained`."""
+    handle = handle_of(host)
+    if handle is None:
+        return protect_to_serve(host, config, ledger=ledger), True
+    if ledger not in (None, handle.ledger):
+        raise ConfigError(
+            "This host is protected with another ledger, or with none, already. Load the release without `ledger`; or call "
+            f"dpx.unprotect(host) and load it with this one ({STAYS})."
+        )
+    return handle, False
+
+
+Release.server = staticmethod(_serve)
 
 
 def _protect(

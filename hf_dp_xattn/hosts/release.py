@@ -6,21 +6,19 @@ import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Unpack
+from typing import Any, ClassVar, Literal, Protocol, Unpack
 
 import torch
 
 from ..artefacts import CardOptions, HubOptions, PushOptions, locate
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, DPXAttnError, ReleaseError
+from ..privacy.ledger import Ledger
 from ..report import Guarantee, PrivacyReport
 from .accounts import STAYS
 from .released import ReleasedContext
 from .storage import CODEC, ReleaseFile
 from .terms import Terms, terms_of
-
-if TYPE_CHECKING:
-    from ..privacy.ledger import Ledger
 
 
 class Growing(Protocol):
@@ -41,6 +39,14 @@ class Releasing(Protocol):
     def report(self) -> PrivacyReport: ...
     def inputs(self, release: Release, prompt: Any, **public: Any) -> dict[str, Any]: ...
     def append(self, growing: Any, context: Any, groups: Any) -> ReleasedContext: ...
+    def adopt(self, contexts: Sequence[ReleasedContext]) -> None: ...
+    def unprotect(self) -> None: ...
+
+
+class Server(Protocol):
+    """Gives the handle that serves a loaded release on a host, and whether the host was protected for it only now."""
+
+    def __call__(self, host: Any, config: DPXAttnConfig, ledger: Ledger | None) -> tuple[Releasing, bool]: ...
 
 
 def _terms_of(handle: Releasing) -> Terms:
@@ -55,6 +61,8 @@ class Release:
     *Formal guarantee.* `guarantees[i]` states what was released of context i; for `mechanism="none"` that is nothing private.
     Made by `protected.release(...)`, saved and loaded with `save_pretrained` / `from_pretrained`.
     """
+
+    server: ClassVar[Server]  # `protect.py` says it: `protect` stands above all that makes releases
 
     def __init__(
         self,
@@ -198,16 +206,8 @@ class Release:
             ConfigError: the host is protected already, with another ledger.
             ReleaseError: damaged, truncated, of another schema, or made for another model. The host is as it was.
         """
-        from .protect import handle_of, protect_to_serve
-
         file = ReleaseFile.load(locate(name_or_path, CODEC.names, error=ReleaseError, **options).folder)
-        existing = handle_of(host)
-        if existing is not None and ledger not in (None, existing.ledger):
-            raise ConfigError(
-                "This host is protected with another ledger, or with none, already. Load the release without `ledger`; or call "
-                f"dpx.unprotect(host) and load it with this one ({STAYS})."
-            )
-        handle = protect_to_serve(host, file.config, ledger=ledger) if existing is None else existing
+        handle, is_new = cls.server(host, file.config, ledger)
         try:
             if type(handle.unet).__name__ != file.terms.host:
                 made_for, present = file.terms.host, type(handle.unet).__name__
@@ -218,7 +218,7 @@ class Release:
             release = cls(file.contexts, file.config, handle, terms=file.terms)
             handle.adopt(release.contexts)
         except DPXAttnError:
-            if existing is None:
+            if is_new:
                 handle.unprotect()
             raise
         return release

@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -23,9 +23,8 @@ from .architectures import unwrap
 from .forward_inputs import NO_SCALE
 from .prompt_contexts import name_contexts
 from .text_side import TextSide, as_texts
-
-if TYPE_CHECKING:
-    from ..handle import ProtectedPipeline
+from .unet_forward import ForwardGate
+from .unet_guard import PipelineGuard
 
 NO_CLIP_SKIP = (
     "clip_skip is not supported on a protected pipeline (diffusers itself fails on it with current transformers). Encode the prompt as you "
@@ -37,10 +36,10 @@ class PipelinePatch:
     """Shadows the methods of one pipeline that see the prompt, what diffusers itself would check after the first step only, and what hands
     on the picture; its calls wait for each other."""
 
-    def __init__(self, pipe: Any, handle: ProtectedPipeline, text: TextSide) -> None:
+    def __init__(self, pipe: Any, handle: PipelineGuard, gate: ForwardGate, text: TextSide) -> None:
         self.pipe = pipe
         self.text = text
-        self._handle = handle
+        self._handle, self._gate_of_unet = handle, gate
         self._shadows: dict[str, Callable[..., Any]] = {}
         self._saving = SaveShadow(pipe, handle)
         self._outer: Any = None  # the hook on a compiled UNet
@@ -94,7 +93,7 @@ class PipelinePatch:
 
         @functools.wraps(original)
         def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
-            with self._handle.calling, self._handle.gate.inside_pipeline():
+            with self._handle.calling, self._gate_of_unet.inside_pipeline():
                 result = original(pipe, *args, **kwargs)
                 if not self._handle.access.public:
                     self._handle.check()  # what was unprotected on the way has read a placeholder
@@ -235,7 +234,7 @@ class PipelinePatch:
     def _gate(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Of a module around the UNet (`torch.compile`), which runs before anything is traced."""
         if self._handle.active:
-            self._handle.gate.read(args, kwargs)
+            self._gate_of_unet.read(args, kwargs)
 
     def _check_scales(self) -> None:
         for name in ("guidance_scale", "guidance_rescale"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,9 +17,7 @@ from ..placeholder import read_tags
 from ..tables import LayerTable
 from .forward_inputs import check_forward, read_states, refuse_beside
 from .processor import Forward, Forwards, Layout
-
-if TYPE_CHECKING:
-    from ..handle import ProtectedPipeline
+from .unet_guard import UNetGuard
 
 REMOVED = "The protection is no longer in place: the gate of the UNet was removed. Call dpx.unprotect(pipe) and protect again."
 
@@ -27,7 +25,7 @@ REMOVED = "The protection is no longer in place: the gate of the UNet was remove
 class ForwardGate:
     """Hooks around the UNet's forward. What they decide is held by thread: nothing of it is seen by another call."""
 
-    def __init__(self, unet: Any, handle: ProtectedPipeline) -> None:
+    def __init__(self, unet: Any, handle: UNetGuard) -> None:
         self._unet, self._handle = unet, handle
         self.forwards = Forwards()
         self._hooks: list[Any] = []

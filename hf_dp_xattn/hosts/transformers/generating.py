@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import ConfigError, DPXAttnError
-
-if TYPE_CHECKING:
-    from ..handle import ProtectedPipeline
 
 _ASSISTED = "assisted decoding calls the model's parts in ways of its own"
 _WITHOUT = "it runs the model without its private context"
@@ -38,17 +35,17 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
 
 
 @contextmanager
-def while_protected(handle: ProtectedPipeline) -> Iterator[None]:
+def while_protected(check: Callable[[], None]) -> Iterator[None]:
     """A run of `generate` that counts only if the model was protected to its end: one that was unprotected on the way went on with a
-    placeholder, or without its private context. Raises ProtectionLostError then."""
+    placeholder, or without its private context. Raises ProtectionLostError then. check: of the handle."""
     try:
         yield
     except DPXAttnError:
         raise
     except Exception:
-        handle.check()
+        check()
         raise
-    handle.check()
+    check()
 
 
 def named_arguments(bound: inspect.BoundArguments) -> dict[str, Any]:

@@ -11,10 +11,10 @@ import torch
 
 from ....errors import ConfigError, ProtectionLostError, ReleaseError
 from ....mechanisms.groups import as_groups
-from ....report import PrivacyReport
 from ...bindings import bind
 from ...context import PrivateContext
 from ...fingerprint import Fingerprint, Sketched
+from ...host_words import HostWords, Setting, prefix_words
 from ...locks import locked
 from ...making import Recipe
 from ...release import Release
@@ -29,7 +29,6 @@ from .prefix_encoder import PrefixEncoder
 from .prefix_generation import NO_INPUTS, REFUSED, REFUSED_IN_CALLS, GenerateShadow, infer_mask
 from .prefix_layers import PrefixLayer, device_of, prefix_fingerprint
 from .prefix_probing import ON_META, find_layers
-from .prefix_reporting import prefix_report
 
 OTHER_TOKENS = (
     "generate was given {expected} own tokens and would run the model on {given} of them: something between the two changes its inputs. "
@@ -264,6 +263,6 @@ class ProtectedDecoder(RoutedHandle):
 
     # ---- report ------------------------------------------------------------------------------------------------------------
 
-    def report(self) -> PrivacyReport:
-        """What was promised, spent and left open. Holds no private content; str(), to_dict(), to_json()."""
-        return prefix_report(self, self._spent, self._maker.warnings(self._current_fingerprint()))
+    def words(self) -> HostWords:
+        """What is public and what is not covered here."""
+        return prefix_words(self.model, Setting.of(self.config, self.calibration))

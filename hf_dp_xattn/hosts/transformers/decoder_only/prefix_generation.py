@@ -6,18 +6,16 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from ....errors import ConfigError, ProtectionLostError
+from ...access import Access
 from .. import generating
 from ..generating import named_arguments, refuse_arguments, while_protected
-from .prefix_attention import check_window
+from .prefix_attention import Calls, check_window
 from .prefix_cache import PrefixCache
-
-if TYPE_CHECKING:
-    from .decoder_handle import ProtectedDecoder
 
 NO_INPUTS = (
     "This model is protected and was called without a release. Call model.generate(**release.inputs(input_ids=ids)), or declare everything "
@@ -68,10 +66,24 @@ def infer_mask(model: Any, ids: torch.Tensor, options: Mapping[str, Any]) -> tor
     return ids.ne(pad[0]).to(ids)
 
 
+class GeneratesBehindPrefix(Protocol):
+    """What `generate` asks of the handle. limit: positions that the layers see at once. serve: makes a cache's release readable."""
+
+    access: Access
+
+    @property
+    def calls(self) -> Calls: ...
+    @property
+    def limit(self) -> int | None: ...
+    def check(self) -> None: ...
+    def check_thoroughly(self) -> None: ...
+    def serve(self, cache: PrefixCache) -> Any: ...
+
+
 class GenerateShadow:
     """Stands in for `model.generate` and `model.generate_batch` while the model is protected."""
 
-    def __init__(self, model: Any, handle: ProtectedDecoder) -> None:
+    def __init__(self, model: Any, handle: GeneratesBehindPrefix) -> None:
         self._model, self._handle = model, handle
         self._warned = False
         self._shadows: dict[str, Callable[..., Any]] = {}
@@ -130,7 +142,7 @@ class GenerateShadow:
         arguments["cache_implementation"] = (
             None  # a dynamic one, as here: transformers refuses its name beside a cache
         )
-        with while_protected(self._handle), self._handle.calls.inside_generate():
+        with while_protected(self._handle.check), self._handle.calls.inside_generate():
             return original(**{**arguments, "past_key_values": cache})
 
     def _warn_once(self, arguments: dict[str, Any], config: Any) -> None:

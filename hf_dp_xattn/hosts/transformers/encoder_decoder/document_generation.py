@@ -5,21 +5,22 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 
 from ....errors import ConfigError, ContextError
+from ...access import Access
 from ...bindings import unique
 from ...placeholder import read_tags
+from ...promised import Promises
 from .. import generating
 from ..generating import named_arguments, refuse_arguments, while_protected
+from .cross_attention import Calls
 from .document_contexts import ENCODER_INPUTS, MAIN_INPUTS, MASK, STATES, TYPES
 from .dry_run import dry_run
 from .encoder_outputs import PlaceholderOutputs, last_hidden_state
-
-if TYPE_CHECKING:
-    from .encoder_decoder_handle import ProtectedSeq2Seq
 
 _DOCUMENT = "it reads the document's tokens past the release"
 REFUSED: dict[str, str] = {
@@ -38,10 +39,28 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
 SWITCHED_OFF = ("encoder_no_repeat_ngram_size",)  # where a model's own settings ask for it (Blenderbot's do)
 
 
+STEPS = 2  # of a dry run; Whisper's first is the detection of a language
+
+
+class Generates(Protocol):
+    """What `generate` asks of the handle. serve: the inputs that stand in place of the encoder's."""
+
+    access: Access
+    promises: Promises
+
+    def check(self) -> None: ...
+    def check_thoroughly(self) -> None: ...
+    def refuse_others(self, given: dict[str, Any]) -> None: ...
+    def serve(self, given: dict[str, Any], copies: int) -> dict[str, Any]: ...
+    def public(self) -> AbstractContextManager[None]: ...
+    @property
+    def calls(self) -> Calls: ...
+
+
 class GenerateShadow:
     """Stands in for `model.generate` while the model is protected."""
 
-    def __init__(self, model: Any, handle: ProtectedSeq2Seq) -> None:
+    def __init__(self, model: Any, handle: Generates) -> None:
         self._model, self._handle = model, handle
         self._shadow: Callable[..., Any] | None = None
 
@@ -82,9 +101,15 @@ class GenerateShadow:
         states = inputs[STATES].last_hidden_state
         if self._handle.promises.due(unique(read_tags(states))):
             zeros = as_inputs(torch.zeros_like(states), MASK in inputs)
-            dry_run(self._handle, original, arguments, zeros)
-        with while_protected(self._handle):
+            self._dry_run(STEPS, original, arguments, zeros)
+        with while_protected(self._handle.check):
             return original(**arguments, **inputs)
+
+    def _dry_run(
+        self, steps: int, original: Callable[..., Any], arguments: dict[str, Any], stand_in: dict[str, Any]
+    ) -> None:
+        public, limit = self._handle.public(), self._handle.calls.at_most(steps)
+        dry_run(public, limit, torch.device(self._model.device), original, arguments, stand_in)
 
     @staticmethod
     def _check(arguments: dict[str, Any], config: Any) -> None:

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
 from ....errors import ConfigError, DPXAttnError
 from .cross_attention import DryRunOver
 
-if TYPE_CHECKING:
-    from .encoder_decoder_handle import ProtectedSeq2Seq
-
-STEPS = 2  # Whisper's first is the detection of a language
 _OWN = {
     "logits_processor": 2,
     "stopping_criteria": 2,
@@ -37,16 +34,21 @@ class _Silent:
 
 
 def dry_run(
-    handle: ProtectedSeq2Seq,
+    public: AbstractContextManager[None],
+    steps: AbstractContextManager[None],
+    device: torch.device,
     original: Callable[..., Any],
     arguments: Mapping[str, Any],
     stand_in: Mapping[str, Any],
-    steps: int = STEPS,
 ) -> None:
     """Runs `original` for so many steps, and what comes before the next one. Code of the caller's own is looked at and not run: it
     may count its calls.
 
-    stand_in: zeros, as the encoder's output or what else takes the context's place. The random state is left as it was.
+    Args:
+        public: permission to run without a release.
+        steps: what ends the run (`Calls.at_most`).
+        device: of the model, whose random state is left as it was.
+        stand_in: zeros, as the encoder's output or what else takes the context's place.
 
     Raises:
         ConfigError: these arguments fail. Nothing was spent.
@@ -59,12 +61,11 @@ def dry_run(
     own.pop("prefix_allowed_tokens_fn", None)
     if own.get("streamer") is not None:
         own["streamer"] = _Silent()
-    device = torch.device(handle.model.device)
     try:
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
-            handle.public(),
-            handle.calls.at_most(steps),
+            public,
+            steps,
         ):
             original(**own, **stand_in)
     except DryRunOver:

@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 
 from ....errors import ConfigError, ProtectionLostError, ReleaseError
-from ....report import PrivacyReport
 from ...access import TextGate
 from ...accounts import PROTECT_AGAIN
 from ...bindings import bind, unique
 from ...context import PrivateContext
 from ...fingerprint import Fingerprint, Sketched
+from ...host_words import HostWords, Setting, document_words
 from ...locks import locked
 from ...making import Recipe
 from ...placeholder import Tag, make_placeholder, new_tag, read_tags
@@ -31,7 +31,6 @@ from .cross_probing import context_channels, find_layers
 from .document_contexts import MASK, STATES, TYPES, gather, join_documents, name_inputs
 from .document_encoder import EncoderSide
 from .document_generation import GenerateShadow, as_inputs, check_mask, read_placeholder
-from .document_reporting import seq2seq_report
 from .encoder_outputs import last_hidden_state
 
 # the marker's row and one of NaN: layers project a placeholder's rows at the first token, which must not take longer for a long context
@@ -332,6 +331,10 @@ class ProtectedSeq2Seq(RoutedHandle):
 
     # ---- report ------------------------------------------------------------------------------------------------------------
 
-    def report(self) -> PrivacyReport:
-        """What was promised, spent and left open. Holds no private content; str(), to_dict(), to_json()."""
-        return seq2seq_report(self, self._spent, self._maker.warnings(self._current_fingerprint()))
+    def words(self) -> HostWords:
+        """What is public and what is not covered here."""
+        words = document_words(self.model, Setting.of(self.config, self.calibration))
+        if not getattr(self.model.generation_config, "encoder_no_repeat_ngram_size", None):
+            return words
+        off = "encoder_no_repeat_ngram_size is switched off: it would read the document past the release."
+        return dataclasses.replace(words, warnings=(off,))

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
+
+import torch
 
 from ...bindings import unique
 from ...placeholder import read_tags
-from ..encoder_decoder.document_generation import GenerateShadow
-from ..encoder_decoder.dry_run import dry_run
+from ..encoder_decoder.document_generation import Generates, GenerateShadow
 from ..generating import named_arguments, while_protected
 from .image_contexts import IMAGE_INPUTS
 from .mllama_probing import STATES
 
-if TYPE_CHECKING:
-    from .mllama_handle import ProtectedImageText
+
+class GeneratesFromImages(Generates, Protocol):
+    """stand_in: the placeholder of an image. zeros_for: rows of an image of zeros in its place."""
+
+    def stand_in(self, image: dict[str, Any], text: dict[str, Any]) -> torch.Tensor: ...
+    def zeros_for(self, states: torch.Tensor, text: dict[str, Any]) -> torch.Tensor: ...
 
 
 class ImageGenerateShadow(GenerateShadow):
     """As for encoder-decoder models; a call without an image is the host's own."""
 
-    _handle: ProtectedImageText
+    def __init__(self, model: Any, handle: GeneratesFromImages) -> None:
+        super().__init__(model, handle)
+        self._images = handle
 
     def _generate(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         self._handle.check_thoroughly()
@@ -33,9 +40,9 @@ class ImageGenerateShadow(GenerateShadow):
         self._check(arguments, config)
         for name in IMAGE_INPUTS:
             arguments.pop(name, None)
-        states = self._handle.stand_in(image, arguments)
+        states = self._images.stand_in(image, arguments)
         if self._handle.promises.due(unique(read_tags(states))):
-            zeros = self._handle.zeros_for(states, arguments)
-            dry_run(self._handle, original, arguments, {STATES: zeros}, steps=1)
-        with while_protected(self._handle):
+            zeros = self._images.zeros_for(states, arguments)
+            self._dry_run(1, original, arguments, {STATES: zeros})
+        with while_protected(self._handle.check):
             return original(**arguments, **{STATES: states})

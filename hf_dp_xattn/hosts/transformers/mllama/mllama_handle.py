@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 from ....errors import ConfigError, ProtectionLostError, ReleaseError
 from ....mechanisms.rows_structure import RowsStructure
-from ....report import PrivacyReport
 from ...bindings import bind, unique
 from ...context import PrivateContext
+from ...host_words import HostWords, Setting, image_words
 from ...locks import locked
 from ...placeholder import make_placeholder
 from ...release import Release
@@ -33,7 +33,6 @@ from .image_contexts import (
     visible_rows,
 )
 from .image_generation import ImageGenerateShadow
-from .image_reporting import image_report
 from .mllama_probing import PLACEHOLDER_ROWS, STATES, context_channels, find_layers, vision_parts
 from .vision import VisionSide
 
@@ -245,9 +244,9 @@ class ProtectedImageText(ProtectedSeq2Seq):
 
     # ---- report ------------------------------------------------------------------------------------------------------------
 
-    def report(self) -> PrivacyReport:
-        """What was promised, spent and left open. Holds no private content; str(), to_dict(), to_json()."""
-        return image_report(self, self._spent, self._maker.warnings(self._current_fingerprint()))
+    def words(self) -> HostWords:
+        """What is public and what is not covered here."""
+        return image_words(self.model, Setting.of(self.config, self.calibration))
 
 
 def _texts(given: dict[str, Any]) -> tuple[int, int] | None:
