@@ -41,7 +41,7 @@ def folder(pipe: Any, private: Any, tmp_path: Path) -> Path:
 def test_a_protected_pipeline_comes_back_protected(folder: Path, pipe: Any, private: Any) -> None:
     restored = quiet(dpx.from_pretrained(folder))
     before, after = dpx.handle_of(pipe), dpx.handle_of(restored)
-    assert after is not None and type(restored) is type(pipe)
+    assert after is not None and type(restored).__mro__[1:] == type(pipe).__mro__[1:]  # each has a stand-in
     assert (after.config, after.budget) == (before.config, before.budget)
     assert (after.calibration is None) == (before.calibration is None)
     picture(restored, PROMPT)
