@@ -34,10 +34,11 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", CALLS)
 def test_harmless_calls_are_harmless(name: str, pipe: Any, private: Any) -> None:
     handle = dpx.protect(pipe, private)
-    before = picture(pipe, PROMPT)
+    before, charged = picture(pipe, PROMPT), handle.ledger.entries()
+    assert [c.number_of_releases for c in charged] == [1, 1]  # the text as itself, and its token ids
     CALLS[name](pipe)
     handle.check_thoroughly()
-    assert close(before, picture(pipe, PROMPT)) and len(handle.ledger.entries()) == 1
+    assert close(before, picture(pipe, PROMPT)) and handle.ledger.entries() == charged
     dpx.unprotect(pipe)
     CALLS[name](pipe)
     picture(pipe, PROMPT)
