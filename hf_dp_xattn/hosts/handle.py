@@ -355,9 +355,8 @@ class ProtectedPipeline(EncodesByHand):
             if found is not None and reason is None:
                 done[known[0]] = found
                 continue
-            if found is None and self._released.holds(
-                keys_of(self.ledger, names[0], variant, self.encoders.met)
-            ):
+            others = keys_of(self.ledger, names[0], variant, self.encoders.met)
+            if found is None and not self._released.holds(known) and self._released.holds(others):
                 reason = OTHER_STATE
             misfit = misfit or reason
             todo[known[0]] = (context, own, names)
