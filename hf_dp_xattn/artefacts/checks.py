@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -11,6 +12,9 @@ from ..errors import DPXAttnError
 
 if TYPE_CHECKING:
     import torch
+
+
+_LARGEST = sys.float_info.max  # integers of JSON have no end
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,14 @@ class Checks:
 
     def number(self, value: Any, where: str, *, low: float = -math.inf, high: float = math.inf) -> float:
         """A finite number in [low, high]."""
-        bad = isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
+        bad = isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST
         if bad or not low <= value <= high:
             self.refuse(f"{where} is {value!r}")
         return float(value)
 
-    def integer(self, value: Any, where: str, *, low: int = 1) -> int:
-        """An integer from `low` on; True is none."""
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+    def integer(self, value: Any, where: str, *, low: int = 1, high: int = 2**53) -> int:
+        """An integer in [low, high]; True is none."""
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             self.refuse(f"{where} is {value!r}")
         return value
 

@@ -17,11 +17,13 @@ from ..artefacts.codec import Tensors
 from ..config import FEATURES, DPXAttnConfig
 from ..errors import ConfigError
 from ..mechanisms.base import LayerSpec
+from ..mechanisms.inputs import MAX_ROWS
 from ..mechanisms.kernel_sum.geometry import HeadGeometry
 from ..mechanisms.kernel_sum.sketch import SketchBasis, SketchPlan
 from ..privacy.lattice import lattice_exponent
 from .anchors.anchors_calibration import AnchorCalibration
 from .calibration_card import Described
+from .kernel_checks import verify_basis, verify_geometry, verify_norm, verify_plan
 from .stored import CHECKS, CODEC, Stored
 
 # A calibration is made for these fields of the config; epsilon may differ (the nearest plan is used).
@@ -83,7 +85,8 @@ class Calibration(Stored):
     _cache: dict[float, SketchPlan] = field(default_factory=dict, repr=False, compare=False)
 
     def check(self, config: DPXAttnConfig, specs: Sequence[LayerSpec]) -> None:
-        """Raises ConfigError unless the calibration was made for these layers and these settings."""
+        """Raises ConfigError unless its numbers are in their ranges, and it was made for these layers and these settings."""
+        self.verify()  # it need not come from a file
         self.check_settings(config, self.settings)
         shapes = [(s.name, s.heads, s.key_dim, s.value_dim) for s in specs]
         fitted = [
@@ -150,26 +153,18 @@ class Calibration(Stored):
         DPXAttnConfig(**self.settings)  # each in its range
         if self.settings["features"] not in FEATURES:
             CHECKS.refuse("features")
-        CHECKS.number(self.clip_norm, "clip_norm", low=1e-300)
+        verify_norm(self.clip_norm, "clip_norm")
         CHECKS.integer(self.contexts, "contexts")
-        CHECKS.integer(self.units, "units")
+        CHECKS.integer(self.units, "units", high=MAX_ROWS)
         if not self.layers or len(self.layers) != len(self.geometries):
             CHECKS.refuse("its layers")
         for name, g in zip(self.layers, self.geometries, strict=True):
-            sizes = CHECKS.sizes()
-            sizes.fit(f"{name}: key_center", g.key_center, "H", "d")
-            sizes.fit(f"{name}: query_center", g.query_center, "H", "d")
-            sizes.fit(f"{name}: key_map", g.key_map, "H", "p", "d")
-            sizes.fit(f"{name}: query_map", g.query_map, "H", "p", "d")
-            sizes.fit(f"{name}: weight_map", g.weight_map, "H", "d")
-            sizes.fit(f"{name}: value_center", g.value_center, "H", "dv")
-            for part in ("key_radius", "query_radius", "value_scale", "normalizer_weight", "key_range"):
-                sizes.fit(f"{name}: {part}", getattr(g, part), "H")
+            verify_geometry(name, g)
         if self.basis is None and self.plans:
             CHECKS.refuse("plans without a basis")
-        rank = _verify_basis(self.basis, self.geometries) if self.basis is not None else 0
+        rank = verify_basis(self.basis, self.geometries) if self.basis is not None else 0
         for plan in self.plans:
-            _verify_plan(plan, rank)
+            verify_plan(plan, rank)
 
     def described(self) -> Described:
         fvu = [(f"{p.epsilon:g}", f"{p.predicted_fvu:.3f}") for p in self.plans]
@@ -204,29 +199,3 @@ def load_calibration(folder: Path) -> Calibration | AnchorCalibration:
 def _read_plan(i: int, numbers: Mapping[str, Any], tensors: Tensors) -> PlanEntry:
     CHECKS.keys(numbers, set(PlanEntry.NUMBERS), f"plan {i}")
     return PlanEntry(**numbers, **{n: tensors[f"plan.{i}.{n}"] for n in PlanEntry.TENSORS})  # type: ignore[arg-type]
-
-
-def _verify_basis(basis: SketchBasis, geometries: Sequence[HeadGeometry]) -> int:
-    """The rank."""
-    sizes = CHECKS.sizes()
-    for i, g in enumerate(geometries):
-        rows, columns = f"r{i}", g.value_dim + 1
-        sizes.fit(f"basis {i}: analysis", basis.analysis[i], g.heads, rows, columns, "R")
-        sizes.fit(f"basis {i}: synthesis", basis.synthesis[i], g.heads, rows, columns, "R")
-        sizes.fit(f"basis {i}: mean_sums", basis.mean_sums[i], g.heads, rows, columns)
-    return sizes["R"]
-
-
-def _verify_plan(plan: PlanEntry, rank: int) -> None:
-    where = f"plan for epsilon {plan.epsilon!r}"
-    CHECKS.number(plan.epsilon, f"{where}: epsilon", low=1e-9)
-    CHECKS.number(plan.delta, f"{where}: delta", low=0.0, high=1.0)
-    CHECKS.number(plan.clip_norm, f"{where}: clip_norm", low=1e-300)
-    CHECKS.number(plan.predicted_fvu, f"{where}: predicted_fvu")
-    sizes = CHECKS.sizes()  # a plan keeps the first K of R directions
-    for name in ("weight", "center", "mean_a"):
-        sizes.fit(f"{where}: {name}", getattr(plan, name), "K")
-    sizes.fit(f"{where}: cov_y", plan.cov_y, "K", "K")
-    sizes.fit(f"{where}: cov_zy", plan.cov_zy, rank, "K")
-    if sizes["K"] > rank:
-        CHECKS.refuse(f"{where}: more directions than the basis has")

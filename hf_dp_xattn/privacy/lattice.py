@@ -36,8 +36,11 @@ def power_of_two(exponents: Sequence[int], device: torch.device | None = None) -
 
 
 def quantize(x: torch.Tensor, scale: float | torch.Tensor, limit: int = ENTRY_LIMIT) -> torch.Tensor:
-    """Integers round(x * scale), clamped to [-limit, limit], held in float64. Elementwise, hence row by row."""
-    return torch.round(x.to(torch.float64) * scale).clamp_(-limit, limit)
+    """Integers round(x * scale), clamped to [-limit, limit], held in float64. Elementwise, hence row by row.
+
+    NaN becomes 0: whatever public numbers make of a row, the result is an integer, and no later check fails because of the row.
+    """
+    return torch.round(x.to(torch.float64) * scale).nan_to_num_(0.0, limit, -limit).clamp_(-limit, limit)
 
 
 def exact_matmul(a: torch.Tensor, b: torch.Tensor, bound: float) -> torch.Tensor:
@@ -54,12 +57,12 @@ def exact_matmul(a: torch.Tensor, b: torch.Tensor, bound: float) -> torch.Tensor
 
 
 def exact_exp(x: torch.Tensor, limit: float = 8.0) -> torch.Tensor:
-    """exp(clamp(x, -limit, limit)) by products and sums only, to a relative 1e-13.
+    """exp(clamp(x, -limit, limit)) by products and sums only, to a relative 1e-13; NaN counts as 0.
 
     A library's vectorised exp and its scalar remainder may differ in the last bit, so the value of a row would depend on its
     position in memory. Additions and multiplications are correctly rounded everywhere.
     """
-    y = x.to(torch.float64).clamp(-limit, limit) * 2.0**-6
+    y = x.to(torch.float64).nan_to_num(0.0, limit, -limit).clamp(-limit, limit) * 2.0**-6
     total = torch.ones_like(y)
     for k in range(
         13, 0, -1

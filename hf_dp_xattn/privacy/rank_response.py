@@ -27,7 +27,7 @@ import numpy.typing as npt
 from ..errors import ConfigError
 from .accountant import PureEvent
 from .bits import Entropy, uniform_below
-from .response import MAX_ALPHABET, RandomizedResponse
+from .response import MAX_ALPHABET, RandomizedResponse, check_odds
 
 _LIMIT = 1 << 48  # of `uniform_below`
 
@@ -39,6 +39,9 @@ class RankResponse:
     counts: how many ranks each level has, the nearest entries first.
     weights: the integer weight of each rank of a level, falling from level to level.
     epsilon: what is charged.
+
+    Raises:
+        ConfigError: no profile, too large a one, or w_1 / w_K above e^epsilon.
     """
 
     counts: tuple[int, ...]
@@ -56,6 +59,7 @@ class RankResponse:
             raise ConfigError(
                 f"The profile is too large: at most {MAX_ALPHABET} entries, and weights that sum to 2^48 or less. Take fewer near entries."
             )
+        check_odds(self.weights[0], self.weights[-1], self.epsilon)
 
     @classmethod
     def of(cls, epsilon: float | Fraction, size: int, nearest: int = 1) -> RankResponse:

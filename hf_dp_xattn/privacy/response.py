@@ -31,13 +31,38 @@ _CAP = 28 * Fraction(
 )  # above 28 log 2: odds are capped at 2^28, which still misleads k times in 2^28
 
 
+def check_odds(odds: int, unit: int, epsilon: Fraction) -> None:
+    """Raises ConfigError unless epsilon is a positive Fraction and odds / unit <= e^epsilon, decided exactly.
+
+    high 2^-256 >= e^-epsilon, so odds high <= unit 2^256 is enough. Above 64, all odds that fit are allowed.
+    """
+    if not isinstance(epsilon, Fraction) or not epsilon > 0:
+        raise ConfigError(f"epsilon must be a positive Fraction, got {epsilon!r}.")
+    _, high = exp_neg_bounds(min(epsilon, Fraction(64)), 256)
+    if odds * high > unit << 256:
+        raise ConfigError(
+            f"The odds {odds} to {unit} are above e^{float(epsilon):g}: more would be told than is charged. Use `of`."
+        )
+
+
 @dataclass(frozen=True)
 class RandomizedResponse:
-    """k-ary randomised response over `alphabet` symbols; made by `of`. epsilon: what is charged; odds: W."""
+    """k-ary randomised response over `alphabet` symbols; made by `of`. epsilon: what is charged; odds: W.
+
+    Raises:
+        ConfigError: W / D is below 1 or above e^epsilon, or a parameter is out of range.
+    """
 
     alphabet: int
     epsilon: Fraction
     odds: int
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.alphabet <= MAX_ALPHABET:
+            raise ConfigError(f"Randomised response needs 2 to {MAX_ALPHABET} symbols, got {self.alphabet}.")
+        if not _UNIT <= self.odds <= _UNIT << 28:
+            raise ConfigError(f"The odds must lie between 1 and 2^28 in units of 1/{_UNIT}, got {self.odds}.")
+        check_odds(self.odds, _UNIT, self.epsilon)
 
     @classmethod
     def of(cls, epsilon: float | Fraction, alphabet: int) -> RandomizedResponse:

@@ -58,7 +58,7 @@ def test_a_calibration_beats_declared_bounds_and_never_the_public_mean_by_less()
 
 
 def test_without_a_sketch_large_epsilon_is_limited_by_the_features_only() -> None:
-    full = dataclasses.replace(CALIBRATION, basis=None, clip_norm=10 * CALIBRATION.clip_norm)
+    full = dataclasses.replace(CALIBRATION, basis=None, plans=(), clip_norm=10 * CALIBRATION.clip_norm)
     assert fvu(CONFIG.replace(epsilon=1e9, degree=2), full) < 0.02
 
 

@@ -24,7 +24,7 @@ FALSE_ALARM = 1e-6
 
 
 def small(counts: tuple[int, ...], weights: tuple[int, ...]) -> RankResponse:
-    return RankResponse(counts, weights, Fraction(1))
+    return RankResponse(counts, weights, Fraction(64))  # any small odds
 
 
 def law(response: RankResponse, monkeypatch: pytest.MonkeyPatch) -> list[Fraction]:
@@ -60,7 +60,7 @@ def worst_ratio(by_rank: list[Fraction]) -> Fraction:
 def test_ratio_over_all_permutations(nearest: int, epsilon: float, monkeypatch: pytest.MonkeyPatch) -> None:
     response = RankResponse.of(epsilon, 4, nearest)
     ratio = worst_ratio(
-        law(RankResponse((nearest, 4 - nearest), _coarse(response), Fraction(1)), monkeypatch)
+        law(RankResponse((nearest, 4 - nearest), _coarse(response), Fraction(3)), monkeypatch)
     )
     low, _ = exp_neg_bounds(Fraction(epsilon), 200)
     assert Fraction(*response.weights) * low <= 1 << 200  # w_1 / w_K <= e^epsilon, exactly
@@ -76,10 +76,19 @@ def test_a_planted_bug_is_caught() -> None:
     """Odds 3 % above what epsilon allows pass the bound that the exact check states."""
     response = RankResponse.of(1.0, 8, 2)
     low, _ = exp_neg_bounds(Fraction(1), 200)
-    planted = RankResponse(
-        response.counts, (response.weights[0] * 103 // 100, response.weights[1]), Fraction(1)
-    )
-    assert Fraction(*response.weights) * low <= 1 << 200 < Fraction(*planted.weights) * low
+    planted = (response.weights[0] * 103 // 100, response.weights[1])
+    assert Fraction(*response.weights) * low <= 1 << 200 < Fraction(*planted) * low
+    with pytest.raises(ConfigError, match="more would be told"):
+        RankResponse(response.counts, planted, Fraction(1))
+
+
+@given(st.fractions(Fraction(1, 1000), 16), st.integers(1, 1 << 20))
+def test_one_step_above_epsilon_is_refused(epsilon: Fraction, unit: int) -> None:
+    """The largest odds that epsilon allows pass, the next do not."""
+    odds = math.floor(unit * Fraction(1 << 300, exp_neg_bounds(epsilon, 300)[1]))
+    RankResponse((1, 1), (odds, unit), epsilon)
+    with pytest.raises(ConfigError, match="more would be told"):
+        RankResponse((1, 1), (odds + 1, unit), epsilon)
 
 
 @given(st.floats(1e-6, 64.0), st.integers(2, 1 << 20), st.data())
@@ -133,6 +142,10 @@ def test_expectation() -> None:
         (lambda: RankResponse.of(1.0, 4, True), "nearest"),
         (lambda: RankResponse.of(30.0, 1 << 20, 1 << 19), "too large"),
         (lambda: small((1, 1), (1, 2)), "rise"),
+        (lambda: RankResponse((1, 15), (10**6, 1), Fraction(1, 10)), "more would be told"),
+        (lambda: RankResponse((1, 1), (1, 1), Fraction(0)), "epsilon"),
+        (lambda: RankResponse((1, 1), (1, 1), Fraction(-1)), "epsilon"),
+        (lambda: RankResponse((1, 1), (1, 1), math.nan), "epsilon"),
         (lambda: small((1, 0), (2, 1)), "positive"),
         (lambda: small((), ()), "at least one"),
         (lambda: small((1, 1), (1, 1)).probability(3), "Ranks"),

@@ -45,10 +45,30 @@ def test_law_by_enumeration(alphabet: int, epsilon: float, monkeypatch: pytest.M
 
 
 def test_a_planted_bug_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Odds rounded up by one step break the bound that the enumeration checks."""
+    """Odds rounded up by one step break the bound that the enumeration checks, and are refused."""
     honest = RandomizedResponse.of(1.0, 3)
-    planted = RandomizedResponse(3, honest.epsilon, honest.odds + 1)
+    with pytest.raises(ConfigError, match="more would be told"):
+        RandomizedResponse(3, honest.epsilon, honest.odds + 1)
+    planted = RandomizedResponse(3, Fraction(2), honest.odds + 1)
     assert math.log(worst_ratio([law(planted, c, monkeypatch) for c in range(3)])) > 1.0
+
+
+@pytest.mark.parametrize(
+    ("alphabet", "epsilon", "odds", "message"),
+    [
+        (4, Fraction(1, 10), 1 << 30, "more would be told"),
+        (4, Fraction(1), module._UNIT - 1, "odds"),
+        (4, Fraction(100), module._UNIT << 29, "odds"),
+        (1, Fraction(1), module._UNIT, "symbols"),
+        (4, Fraction(0), module._UNIT, "epsilon"),
+        (4, 1.0, module._UNIT, "epsilon"),
+    ],
+)
+def test_a_response_that_is_not_what_it_charges_is_refused(
+    alphabet: int, epsilon: Fraction, odds: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RandomizedResponse(alphabet, epsilon, odds)
 
 
 @given(st.floats(1e-6, 64.0), st.integers(2, 1 << 20))

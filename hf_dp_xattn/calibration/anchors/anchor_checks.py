@@ -34,7 +34,8 @@ def _verify_decoders(decoders: Decoders, plans: Sequence[AnchorPlan], shared: Si
         shared.fit("cells.anchors", cells.anchors, "m", "a", "C")
         shared.fit("cells.coarse", cells.coarse, "m")
         shared.fit("cells.support", cells.support, "J")
-        if cells.coarse.is_floating_point() or bool((cells.coarse < 0).any()):
+        coarse = cells.coarse  # fewer groups than cells: a merged row is made for each
+        if coarse.dtype != torch.int64 or bool(((coarse < 0) | (coarse >= len(coarse))).any()):
             CHECKS.refuse("cells.coarse are no groups")
         # a count that no public context had has no mass
         shared.fit("cells.log_prior", cells.log_prior.exp(), "m", "J")

@@ -137,7 +137,11 @@ class AnchorCalibration(Stored):
     @classmethod
     def from_parts(cls, header: Mapping[str, Any], tensors: Tensors) -> AnchorCalibration:
         cells = header["cells"]
-        tensors = {k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()}
+        # decoders multiply them by each other; `move` works in float64
+        tensors = {
+            k: v.float() if v.is_floating_point() and not k.startswith("move.") else v
+            for k, v in tensors.items()
+        }
         CHECKS.keys(header["host"], {"layers", "dtype"}, "the host of the calibration")
         if cells is not None:
             CHECKS.keys(cells, {"rows"}, "the cells of the calibration")

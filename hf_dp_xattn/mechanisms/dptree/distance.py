@@ -21,8 +21,9 @@ _WEIGHT_BITS, _FACTOR_BITS = ENTRY_BITS - 1, ENTRY_BITS - 2
 def bin_of(
     x: torch.Tensor, low: torch.Tensor | float, width: torch.Tensor | float, leaves: int
 ) -> torch.Tensor:
-    """Index of the bin that holds x, of `leaves` bins of that width from `low` on; elementwise."""
-    return ((x.to(torch.float64) - low) / width).floor().clamp(0, leaves - 1).to(torch.int64)
+    """Index of the bin that holds x, of `leaves` bins of that width from `low` on; elementwise. NaN has the first: no row may fail."""
+    at = ((x.to(torch.float64) - low) / width).floor().nan_to_num_(0.0)
+    return at.clamp_(0, leaves - 1).to(torch.int64)
 
 
 class DPTreeDistance:

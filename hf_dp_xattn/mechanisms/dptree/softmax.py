@@ -123,6 +123,8 @@ def plan_softmax(
     rank = max(f.size - 1 for f in features)
     if rank == 0:
         raise ConfigError("Trees need coordinates: a degree of at least 1.")
+    if not (0 < largest_x < math.inf and 0 < largest_y < math.inf):
+        raise ConfigError("The logit bound is too small or too large for trees; change `logit_bound`.")
     leaves = number_of_leaves(bins)
     square = largest_x / math.sqrt(1 + largest_x)
     reach = {

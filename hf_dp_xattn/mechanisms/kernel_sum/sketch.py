@@ -77,10 +77,13 @@ class SketchPlan:
         ratio = (units / self.units) ** 2
         device = y.device
         cov_y = self.cov_y.to(device) * ratio
-        gain = torch.linalg.solve(
+        # solve_ex: a singular system is no error now that the release is charged; without a gain, the public mean is left
+        gain = torch.linalg.solve_ex(
             cov_y + sigma**2 * torch.eye(self.rank, dtype=torch.float64, device=device),
             self.cov_zy.to(device).mT * ratio,
-        ).mT
+        )[0].mT
+        if not bool(gain.isfinite().all()):
+            gain = torch.zeros_like(gain)
         shift = (gain @ (y - units * self.mean_a.to(device))).to(torch.float32)
         return [
             (mean.to(device) * units + synthesis.to(device) @ shift).to(torch.float64)

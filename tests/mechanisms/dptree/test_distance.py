@@ -194,3 +194,10 @@ def test_so_many_trees_that_the_noise_drowns_the_lattice_are_refused() -> None:
         DPTreeHighDim.init(x, w, bins=2, **RANGE, epsilon=1e-9, delta=1e-12)
     coarse = DPTreeHighDim.init(x, w, bins=2, **RANGE, epsilon=1e-3, delta=1e-5)  # a coarser lattice does it
     assert coarse.split.event.scale < 2**40
+
+
+def test_every_number_has_a_bin() -> None:
+    """NaN as well: a row that public numbers turn into one must not fail the release."""
+    x = torch.tensor([math.nan, math.inf, -math.inf, 0.0, 1e300], dtype=torch.float64)
+    assert bin_of(x, -1.0, 0.5, 4).tolist() == [0, 3, 0, 2, 3]
+    assert bin_of(x, -1.0, 0.0, 4).tolist() == [0, 3, 0, 3, 3]
