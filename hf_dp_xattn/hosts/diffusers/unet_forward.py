@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...errors import ProtectionLostError
+from ..accounts import PROTECT_AGAIN
 from ..bindings import unique
 from ..fingerprint import stamp
 from ..nan import main_output, refuse_nan
@@ -19,7 +20,10 @@ from .forward_inputs import check_forward, read_states, refuse_beside
 from .processor import Forward, Forwards, Layout
 from .unet_guard import UNetGuard
 
-REMOVED = "The protection is no longer in place: the gate of the UNet was removed. Call dpx.unprotect(pipe) and protect again."
+REMOVED = (
+    "The protection is no longer in place: the gate of the UNet was removed. Call dpx.unprotect(pipe) and "
+    f"{PROTECT_AGAIN}."
+)
 
 
 class ForwardGate:
