@@ -24,6 +24,14 @@ __all__ = [
 ]
 
 
+# of diffusers there are two: of a pipeline, and of a bare UNet
+SUBJECTS: dict[str, type[Subject]] = {
+    "encoder-decoder": Seq2SeqSubject,
+    "image-text": ImageTextSubject,
+    "decoder-only": DecoderSubject,
+}
+
+
 def subject_of(host: Any, config: DPXAttnConfig, calibration: Any = None, tokenizer: Any = None) -> Subject:
     """The subject for a host that is not protected.
 
@@ -34,10 +42,8 @@ def subject_of(host: Any, config: DPXAttnConfig, calibration: Any = None, tokeni
 
     from ..hosts.accounts import STAYS
     from ..hosts.diffusers.architectures import refuse_host
+    from ..hosts.host_registry import kind_of
     from ..hosts.protect import handle_of
-    from ..hosts.transformers.decoder_only.prefix_probing import is_decoder_only
-    from ..hosts.transformers.encoder_decoder.cross_probing import is_seq2seq
-    from ..hosts.transformers.mllama.mllama_probing import is_image_text
 
     if handle_of(host) is not None:
         raise ConfigError(
@@ -48,12 +54,8 @@ def subject_of(host: Any, config: DPXAttnConfig, calibration: Any = None, tokeni
         kind: type[Subject] = PipelineSubject
     elif isinstance(host, UNet2DConditionModel):
         kind = UNetSubject
-    elif is_seq2seq(host):
-        kind = Seq2SeqSubject
-    elif is_image_text(host):
-        kind = ImageTextSubject
-    elif is_decoder_only(host):
-        kind = DecoderSubject
+    elif (family := kind_of(host).family) in SUBJECTS:
+        kind = SUBJECTS[family]
     else:
         raise refuse_host(host)
     return kind(host, config, calibration, tokenizer)

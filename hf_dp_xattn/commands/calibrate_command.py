@@ -188,15 +188,14 @@ def _public(
     model: Any, args: argparse.Namespace, texts: list[str], questions: list[str] | None
 ) -> tuple[Any, dict[str, Any]]:
     """(public contexts, further options) as `calibrate` takes them for this kind of host."""
-    from ..hosts.transformers.decoder_only.prefix_probing import is_decoder_only
-    from ..hosts.transformers.encoder_decoder.cross_probing import is_seq2seq
-    from ..hosts.transformers.mllama.mllama_probing import is_image_text
+    from ..hosts.host_registry import kind_of
 
-    if is_image_text(model):
+    family = kind_of(model).family
+    if family == "image-text":
         raise ConfigError(
             "This model reads images, which the command line does not: dpx.calibrate in Python."
         )
-    decoder, seq2seq, apart = is_decoder_only(model), is_seq2seq(model), args.unit == "group"
+    decoder, seq2seq, apart = family == "decoder-only", family == "encoder-decoder", args.unit == "group"
     if args.length is not None and (not seq2seq or apart):
         raise ConfigError("--length is for encoder-decoder models, of which a text is one document.")
     if questions is not None and not (decoder or seq2seq):

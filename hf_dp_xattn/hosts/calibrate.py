@@ -3,55 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ..calibration.anchors.anchors_calibration import AnchorCalibration
 from ..calibration.calibration import Calibration
 from ..calibration.calibration_options import EPSILONS, CalibrationOptions
 from ..calibration.fit import check, fit
-from ..calibration.public_data import PublicData
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from .accounts import STAYS
-from .diffusers.public_prompts import Public, public_prompts
+from .diffusers.public_prompts import Public
+from .host_registry import kind_of
 from .protect import handle_of
-from .transformers.decoder_only.prefix_probing import is_decoder_only
-from .transformers.decoder_only.public_prefixes import public_prefixes
-from .transformers.encoder_decoder.cross_probing import is_seq2seq
-from .transformers.encoder_decoder.public_documents import public_documents
-from .transformers.mllama.mllama_probing import is_image_text
-from .transformers.mllama.public_images import public_images
 
-_OF_TEXTS = {"questions": "questions are for models that generate text."}
-_OF_PREFIXES = dict.fromkeys(
-    ("public_head", "prefix_bucket", "replies"),
-    "public_head, prefix_bucket and replies are for decoder-only models.",
-)
-
-
-@dataclass(frozen=True)
-class HostKind:
-    """A kind of host: which ones it is, what its public contexts give, and the options that it alone takes.
-
-    public_data: (host, public contexts, config, options) -> what a calibration is fitted to; the host is ready for that while it lasts.
-    """
-
-    matches: Callable[[Any], bool]
-    public_data: Callable[[Any, Any, DPXAttnConfig, CalibrationOptions], AbstractContextManager[PublicData]]
-    takes: frozenset[str] = frozenset(_OF_TEXTS)
-    documents: bool = False
-
-
-# the first that matches
-KINDS = (
-    HostKind(is_seq2seq, public_documents, documents=True),
-    HostKind(is_image_text, public_images),
-    HostKind(is_decoder_only, public_prefixes, frozenset({*_OF_TEXTS, *_OF_PREFIXES})),
-    HostKind(lambda host: True, public_prompts, frozenset()),  # pipelines, and what is refused there
-)
+_REFUSED = {
+    **dict.fromkeys(
+        ("public_head", "prefix_bucket", "replies"),
+        "public_head, prefix_bucket and replies are for decoder-only models.",
+    ),
+    "questions": "questions are for models that generate text.",
+}
 
 
 def _epsilons(given: Any) -> tuple[float, ...]:
@@ -148,8 +120,8 @@ def calibrate(
         )
     if isinstance(public_contexts, Iterator):
         public_contexts = list(public_contexts)
-    kind = next(k for k in KINDS if k.matches(pipe))
-    for name, message in {**_OF_PREFIXES, **_OF_TEXTS}.items():
+    kind = kind_of(pipe)
+    for name, message in _REFUSED.items():
         asked = getattr(options, name)
         if name not in kind.takes and not (asked is None or (isinstance(asked, int) and asked == 0)):
             raise ConfigError(message)

@@ -10,8 +10,9 @@ from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..privacy.ledger import Budget, Ledger
 from .accounts import PROTECT_AGAIN, STAYS
-from .diffusers.architectures import check_pipeline_class, refuse_host, unwrap
+from .diffusers.architectures import check_pipeline_class, refuse_host
 from .handle import HANDLE_ATTRIBUTE, ProtectedPipeline
+from .host_registry import DIFFUSERS, kind_of, model_of
 from .locks import Lock
 from .release import Release
 
@@ -27,35 +28,18 @@ def _dispatch(host: Any) -> tuple[Any, Any, type[ProtectedPipeline]]:
     """(UNet or model, diffusers pipeline or None, kind of handle). Raises UnsupportedModelError for what cannot be protected."""
     from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-    from .transformers.decoder_only.decoder_handle import ProtectedDecoder
-    from .transformers.decoder_only.prefix_probing import is_decoder_only
-    from .transformers.encoder_decoder.cross_probing import is_seq2seq
-    from .transformers.encoder_decoder.encoder_decoder_handle import ProtectedSeq2Seq
-    from .transformers.mllama.mllama_handle import ProtectedImageText
-    from .transformers.mllama.mllama_probing import is_image_text
-
-    model = _model_of(host)
-    if is_seq2seq(model):
-        return model, None, ProtectedSeq2Seq
-    if is_image_text(model):
-        return model, None, ProtectedImageText
-    if is_decoder_only(model):
-        return model, None, ProtectedDecoder
+    model = model_of(host)
+    kind = kind_of(model)
+    if kind is not DIFFUSERS:
+        return model, None, kind.handle
     if type(model) is not UNet2DConditionModel:
         raise refuse_host(host)
-    return model, host if isinstance(host, DiffusionPipeline) else None, ProtectedPipeline
-
-
-def _model_of(host: Any) -> Any:
-    """The UNet or model of a host: of a diffusers or transformers pipeline, or the host itself."""
-    from transformers import Pipeline
-
-    return unwrap(host.model if isinstance(host, Pipeline) else getattr(host, "unet", host))
+    return model, host if isinstance(host, DiffusionPipeline) else None, kind.handle
 
 
 def handle_of(host: Any) -> ProtectedPipeline | None:
     """The handle of a protected pipeline, UNet or model, or None."""
-    return getattr(_model_of(host), "__dict__", {}).get(HANDLE_ATTRIBUTE)
+    return getattr(model_of(host), "__dict__", {}).get(HANDLE_ATTRIBUTE)
 
 
 def protect(

@@ -1,0 +1,66 @@
+"""Which kinds of host there are: the one place to add another. `protect`, `calibrate`, the audit and the command line ask here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..calibration.calibration_options import CalibrationOptions
+from ..calibration.public_data import PublicData
+from ..config import DPXAttnConfig
+from .diffusers.architectures import unwrap
+from .diffusers.public_prompts import public_prompts
+from .handle import ProtectedPipeline
+from .transformers.decoder_only.decoder_handle import ProtectedDecoder
+from .transformers.decoder_only.prefix_probing import is_decoder_only
+from .transformers.decoder_only.public_prefixes import public_prefixes
+from .transformers.encoder_decoder.cross_probing import is_seq2seq
+from .transformers.encoder_decoder.encoder_decoder_handle import ProtectedSeq2Seq
+from .transformers.encoder_decoder.public_documents import public_documents
+from .transformers.mllama.mllama_handle import ProtectedImageText
+from .transformers.mllama.mllama_probing import is_image_text
+from .transformers.mllama.public_images import public_images
+
+Family = Literal["diffusers", "encoder-decoder", "decoder-only", "image-text"]
+
+
+@dataclass(frozen=True)
+class HostKind:
+    """A kind of host: which ones it is, what protects it, what its public contexts give, and the options that it alone takes.
+
+    public_data: (host, public contexts, config, options) -> what a calibration is fitted to; the host is ready for that while it lasts.
+    takes: of the options of `calibrate` that not all kinds take. documents: whether groups are documents that are encoded apart.
+    """
+
+    family: Family
+    matches: Callable[[Any], bool]
+    handle: type[ProtectedPipeline]
+    public_data: Callable[[Any, Any, DPXAttnConfig, CalibrationOptions], AbstractContextManager[PublicData]]
+    takes: frozenset[str] = frozenset()
+    documents: bool = False
+
+
+QUESTIONS = frozenset({"questions"})
+PREFIXES = frozenset({"public_head", "prefix_bucket", "replies"})
+DIFFUSERS = HostKind("diffusers", lambda host: True, ProtectedPipeline, public_prompts)
+# the first that matches; the last takes what no other takes, and refuses what it does not know
+KINDS = (
+    HostKind("encoder-decoder", is_seq2seq, ProtectedSeq2Seq, public_documents, QUESTIONS, documents=True),
+    HostKind("image-text", is_image_text, ProtectedImageText, public_images, QUESTIONS),
+    HostKind("decoder-only", is_decoder_only, ProtectedDecoder, public_prefixes, QUESTIONS | PREFIXES),
+    DIFFUSERS,
+)
+
+
+def kind_of(model: Any) -> HostKind:
+    """The kind of a model, or of a diffusers pipeline; not of a pipeline of transformers (`model_of` gives its model)."""
+    return next(kind for kind in KINDS if kind.matches(model))
+
+
+def model_of(host: Any) -> Any:
+    """The UNet or model of a host: of a diffusers or transformers pipeline, or the host itself."""
+    from transformers import Pipeline
+
+    return unwrap(host.model if isinstance(host, Pipeline) else getattr(host, "unet", host))
