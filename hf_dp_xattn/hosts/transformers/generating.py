@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+from transformers import GenerationConfig
 
 from ...errors import ConfigError, DPXAttnError
 
@@ -55,6 +58,25 @@ def named_arguments(bound: inspect.BoundArguments) -> dict[str, Any]:
         if kind.kind is inspect.Parameter.VAR_KEYWORD:
             arguments |= arguments.pop(kind.name, {})
     return arguments
+
+
+def generation_settings(model: Any, arguments: Mapping[str, Any]) -> Any:
+    """The generation config that a call runs with, its own arguments aside: what a config that is passed leaves open, transformers takes
+    from the model's.
+
+    Raises:
+        ConfigError: what was passed is no generation config.
+    """
+    passed = arguments.get("generation_config")
+    if passed is None:
+        return model.generation_config
+    if not isinstance(passed, GenerationConfig):
+        raise ConfigError("`generation_config` must be a transformers.GenerationConfig; nothing was spent.")
+    settings = copy.deepcopy(passed)
+    for name, value in model.generation_config.to_dict().items():
+        if getattr(settings, name, None) is None:
+            setattr(settings, name, value)
+    return settings
 
 
 def refuse_arguments(

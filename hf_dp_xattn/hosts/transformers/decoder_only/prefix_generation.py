@@ -13,7 +13,7 @@ import torch
 from ....errors import ConfigError, ProtectionLostError
 from ...access import Access
 from .. import generating
-from ..generating import named_arguments, refuse_arguments, while_protected
+from ..generating import generation_settings, named_arguments, refuse_arguments, while_protected
 from .prefix_attention import Calls, check_window
 from .prefix_cache import PrefixCache
 
@@ -116,7 +116,7 @@ class GenerateShadow:
         if self._handle.access.public:
             return original(*bound.args, **bound.kwargs)
         arguments = named_arguments(bound)
-        config = arguments.get("generation_config") or self._model.generation_config
+        config = generation_settings(self._model, arguments)
         cache = arguments.get("past_key_values")
         if not isinstance(cache, PrefixCache):
             raise ProtectionLostError(NO_INPUTS)

@@ -78,11 +78,12 @@ class Calls(threading.local):
 
 @dataclass(frozen=True)
 class LayerState:
-    """What the attention function finds on a module. implementation: the host's own; padding: zero channels of a head."""
+    """What the attention function finds on a module. config: the host's own, which names the host's own attention; padding: zero
+    channels of a head."""
 
     name: str
     calls: Calls
-    implementation: str
+    config: Any
     padding: int = 0
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -197,7 +198,7 @@ def dp_xattn(
     if state is None or call is None:
         raise ProtectionLostError(NO_RELEASE)
     if call.public:
-        original = host_attention(module, state.implementation)
+        original = host_attention(module, state.config._attn_implementation)
         capped = {} if softcap is None else {"softcap": softcap}
         return original(module, query, key, value, attention_mask, scaling=scaling, **capped, **kwargs)
     table = call.tables[state.name]

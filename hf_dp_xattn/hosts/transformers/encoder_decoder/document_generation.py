@@ -16,7 +16,8 @@ from ...bindings import unique
 from ...placeholder import read_tags
 from ...promised import Promises
 from .. import generating
-from ..generating import named_arguments, refuse_arguments, while_protected
+from ..generating import generation_settings, named_arguments, refuse_arguments, while_protected
+from .audio_lengths import refuse_lengths, transcribes
 from .cross_attention import Calls
 from .document_contexts import ENCODER_INPUTS, MAIN_INPUTS, MASK, STATES, TYPES
 from .dry_run import dry_run
@@ -87,14 +88,16 @@ class GenerateShadow:
         if self._handle.access.public:
             return original(*bound.args, **bound.kwargs)
         arguments = named_arguments(bound)
-        config = arguments.get("generation_config") or self._model.generation_config
+        config = generation_settings(self._model, arguments)
         self._check(arguments, config)
+        if transcribes(self._model):
+            refuse_lengths(arguments, config)
         given = self._encoder_inputs(arguments)
         self._handle.refuse_others(arguments)
         if getattr(config, "encoder_no_repeat_ngram_size", None):
             arguments["encoder_no_repeat_ngram_size"] = 0
         copies = 1
-        if hasattr(self._model, "_expand_variables_for_generation"):  # Whisper's way: the batch is repeated
+        if transcribes(self._model):  # repeats the batch by itself
             asked = arguments.get("num_return_sequences") or getattr(config, "num_return_sequences", None)
             copies, arguments["num_return_sequences"] = asked or 1, 1
         inputs = self._handle.serve(given, copies)

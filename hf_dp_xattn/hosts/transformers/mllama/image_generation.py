@@ -11,7 +11,7 @@ import torch
 from ...bindings import unique
 from ...placeholder import read_tags
 from ..encoder_decoder.document_generation import Generates, GenerateShadow
-from ..generating import named_arguments, while_protected
+from ..generating import generation_settings, named_arguments, while_protected
 from .image_contexts import IMAGE_INPUTS
 from .mllama_probing import STATES
 
@@ -36,7 +36,7 @@ class ImageGenerateShadow(GenerateShadow):
         image = {n: arguments[n] for n in IMAGE_INPUTS if arguments.get(n) is not None}
         if self._handle.access.public or not image:
             return original(*bound.args, **bound.kwargs)
-        config = arguments.get("generation_config") or self._model.generation_config
+        config = generation_settings(self._model, arguments)
         self._check(arguments, config)
         for name in IMAGE_INPUTS:
             arguments.pop(name, None)

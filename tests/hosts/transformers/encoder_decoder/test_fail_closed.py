@@ -66,6 +66,20 @@ def test_set_attn_implementation_leaves_the_protection(model: Any, private: dpx.
     fail_closed.check_implementation(model, lambda m: generate(m, release.inputs()))
 
 
+@pytest.mark.parametrize("name", ["bart", "t5", "bert2gpt2"])
+def test_public_documents_follow_set_attn_implementation(name: str, private: dpx.DPXAttnConfig) -> None:
+    plain, protected = tiny(name), tiny(name)
+    for model in (plain, protected):
+        model.set_attn_implementation("eager")
+    handle = dpx.protect(protected, private)
+    for model in (plain, protected):
+        model.set_attn_implementation("sdpa")
+    want = generate(plain, documents(name))
+    with handle.public():
+        got = generate(protected, documents(name))
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
 def test_parts_of_a_protected_model_do_not_run(model: Any, private: dpx.DPXAttnConfig) -> None:
     handle = dpx.protect(model, private)
     states = torch.randn(1, 5, 16)
