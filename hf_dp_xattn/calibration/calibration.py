@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
-
 from ..artefacts import HubOptions, locate
 from ..artefacts.card import table
 from ..artefacts.codec import Tensors
@@ -20,10 +18,10 @@ from ..mechanisms.base import LayerSpec
 from ..mechanisms.inputs import MAX_ROWS
 from ..mechanisms.kernel_sum.geometry import HeadGeometry
 from ..mechanisms.kernel_sum.sketch import SketchBasis, SketchPlan
-from ..privacy.lattice import lattice_exponent
 from .anchors.anchors_calibration import AnchorCalibration
 from .calibration_card import Described
 from .kernel_checks import verify_basis, verify_geometry, verify_norm, verify_plan
+from .plan_entry import PlanEntry, sketch_plan
 from .stored import CHECKS, CODEC, Stored
 
 # A calibration is made for these fields of the config; epsilon may differ (the nearest plan is used).
@@ -33,35 +31,6 @@ BOUND_FIELDS = ("features", "degree", "num_features", "feature_seed", "logit_bou
 _FIELDS = ("clip_norm", "contexts", "units", "settings")
 _GEOMETRY = tuple(f.name for f in fields(HeadGeometry) if f.name != "scale")
 _BASIS = tuple(f.name for f in fields(SketchBasis))
-
-
-@dataclass(frozen=True)
-class PlanEntry:
-    """The part of a `SketchPlan` that depends on epsilon, and the FVU predicted for it on public contexts."""
-
-    epsilon: float
-    delta: float
-    clip_norm: float
-    weight: torch.Tensor
-    center: torch.Tensor
-    mean_a: torch.Tensor
-    cov_y: torch.Tensor
-    cov_zy: torch.Tensor
-    predicted_fvu: float
-
-    TENSORS = ("weight", "center", "mean_a", "cov_y", "cov_zy")
-    NUMBERS = ("epsilon", "delta", "clip_norm", "predicted_fvu")
-
-
-def sketch_plan(entry: PlanEntry, basis: SketchBasis, units: int) -> SketchPlan:
-    """The sketch that a plan entry describes, for contexts of about `units` units."""
-    return SketchPlan(
-        basis=basis,
-        exponent=lattice_exponent(entry.clip_norm),
-        clip_norm=entry.clip_norm,
-        units=units,
-        **{name: getattr(entry, name) for name in PlanEntry.TENSORS},
-    )
 
 
 @dataclass(frozen=True)

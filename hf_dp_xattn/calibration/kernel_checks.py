@@ -7,17 +7,14 @@ whether the release succeeds tells which. Within these ranges every product and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..artefacts.checks import Sizes
 from ..mechanisms.kernel_sum.geometry import HeadGeometry
 from ..mechanisms.kernel_sum.sketch import SketchBasis
+from .plan_entry import PlanEntry
 from .stored import CHECKS
-
-if TYPE_CHECKING:
-    from .calibration import PlanEntry
 
 LEAST, LARGEST = 2.0**-64, 2.0**64
 LARGEST_RADIUS = 2.0**20  # its powers up to the degree stay finite

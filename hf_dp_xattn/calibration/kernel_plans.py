@@ -19,7 +19,7 @@ from ..mechanisms.kernel_sum.kernel_sum import layer_structure
 from ..mechanisms.kernel_sum.sketch import SketchBasis, clip_sketch
 from ..privacy.accountant import gaussian_sigma_squared
 from ..privacy.units import NeighboringRelation, sensitivity_factor
-from .calibration import PlanEntry, sketch_plan
+from .plan_entry import PlanEntry, sketch_plan
 
 SCALES = (1.0, 0.7, 0.4, 0.1)
 
