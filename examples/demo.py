@@ -70,7 +70,12 @@ def main() -> None:
     jobs = [(unit, epsilon) for unit in UNITS for epsilon in EPSILONS]
     for unit, epsilon in tqdm(jobs, desc=f"drawing and scoring {args.n} private prompts", disable=args.json):
         images, _ = generate_private(
-            pipeline, prompts(examples, unit, 7), config(epsilon, unit=unit), calibrations[unit], seed=7
+            pipeline,
+            prompts(examples, unit, 7),
+            config(epsilon, unit=unit),
+            calibrations[unit],
+            seed=7,
+            ledger=dpx.Ledger(),
         )
         lines.append(line(unit, name(epsilon), score(images, scenes, reader), scenes))
     for unit in UNITS:

@@ -69,7 +69,9 @@ def pictures(
     drawn = {}
     for plan in tqdm(calibration.plans, desc=f"scores, unit = {calibration.unit}"):
         settings = config(plan.epsilon, unit=calibration.unit)
-        drawn[plan.epsilon] = generate_private(pipeline, captions, settings, calibration, seed=seed)[0]
+        drawn[plan.epsilon] = generate_private(
+            pipeline, captions, settings, calibration, seed=seed, ledger=dpx.Ledger()
+        )[0]
     return drawn, [e.scene for e in examples]
 
 

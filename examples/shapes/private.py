@@ -88,11 +88,13 @@ def generate_private(
     calibration: Any = None,
     *,
     seed: int = 0,
-    ledger: dpx.Ledger | None = None,
-    budget: dpx.Budget | None = None,
+    ledger: dpx.Ledger,
 ) -> tuple[np.ndarray, dpx.PrivacyReport]:
-    """Pictures [n, 32, 32, 3] of private captions, one release and budget each, and the report. Restores the pipeline."""
+    """Pictures [n, 32, 32, 3] of private captions, one release and budget each, and the report. Restores the pipeline.
+
+    ledger: a study, whose captions are public and drawn again and again, has a new one in memory for each call.
+    """
     public = calibration if settings.is_private else None
-    with dpx.protect(pipeline, settings, calibration=public, ledger=ledger, budget=budget) as protected:
+    with dpx.protect(pipeline, settings, calibration=public, ledger=ledger) as protected:
         images = generate(pipeline, captions, seed=seed)
         return images, protected.report()

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import hf_dp_xattn as dpx
 from shapes.evaluate import generate, load_pipeline
 from shapes.private import (
     DELTA,
@@ -68,7 +69,9 @@ def strip(pipeline: Any, calibrations: dict[str, Any], epsilons: Sequence[float]
         text = prompts([example], unit)
         pictures = [("public\nprompt only", generate(pipeline, [""], seed=0)[0])]
         for epsilon in epsilons:
-            picture, _ = generate_private(pipeline, text, config(epsilon, unit=unit), calibration)
+            picture, _ = generate_private(
+                pipeline, text, config(epsilon, unit=unit), calibration, ledger=dpx.Ledger()
+            )
             pictures.append((strip_label(epsilon), picture[0]))
         pictures.append((strip_label(float("inf")), generate(pipeline, text, seed=0)[0]))
         rows.append((TITLES[unit].replace(" (", "\n("), pictures))
@@ -92,7 +95,9 @@ def measure(
         changes = TREE_SETTINGS if what == "dptree" else {}
         settings = config(epsilon, unit=unit, mechanism="anchors" if what in UNITS else what, **changes)
         captions = prompts(examples, unit, seed)
-        images, _ = generate_private(pipeline, captions, settings, calibrations[what], seed=seed)
+        images, _ = generate_private(
+            pipeline, captions, settings, calibrations[what], seed=seed, ledger=dpx.Ledger()
+        )
         lines.append(line(what, name(epsilon), score(images, scenes, reader), scenes))
     for unit in units:
         images = generate(pipeline, prompts(examples, unit, seed), seed=seed)

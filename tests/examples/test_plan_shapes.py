@@ -66,7 +66,9 @@ def test_predicted_score_is_what_pictures_give(pipeline: Any, unit: str, heldout
     plan = dpx.plan(calibration, epsilons=(4.0, 8.0, 16.0), score=name, measure=False)
     for point in plan.points:
         settings = config(point.epsilon, unit=unit)
-        images, _ = generate_private(pipeline, prompts(examples, unit, 5), settings, calibration, seed=5)
+        images, _ = generate_private(
+            pipeline, prompts(examples, unit, 5), settings, calibration, seed=5, ledger=dpx.Ledger()
+        )
         measured = score(images, [e.scene for e in examples], load_reader()).accuracy
         assert point.score is not None
         assert measured == pytest.approx(point.score.value, rel=TOLERANCE), (unit, point.epsilon)
