@@ -23,6 +23,7 @@ from torch import nn
 from ..errors import ConfigError, ReleaseError
 from .fingerprint import DEFAULT_TOLERANCE, TOLERANCE, signs, sketch_of, stamp
 from .transformers.routing import evaluating
+from .weight_changes import checksum, is_away
 
 SIGNS = 4  # random projections of each row of a weight
 CHUNK = 4096  # rows of a weight that are projected at once
@@ -105,16 +106,16 @@ class Encoders:
     def states(self, encoder: Sequence[nn.Module]) -> tuple[bytes, ...]:
         """The numbers of the states whose releases are what this encoder gives now, its own first; one empty one for no encoder.
 
-        Weights are read only where they changed since.
+        Weights are summed at each call, and read only where they changed since.
 
         Raises:
             ConfigError: they are nowhere to be read. Nothing was spent.
         """
         if not encoder:
             return (b"",)
-        now = stamp(encoder)
+        now = stamp(encoder), checksum(encoder)
         seen = self._seen.get(encoder[0])
-        if seen is None or seen[0] != now:
+        if seen is None or seen[0] != now or is_away(encoder):
             seen = now, self._number(_read(encoder))
             self._seen[encoder[0]] = seen
         return seen[1]

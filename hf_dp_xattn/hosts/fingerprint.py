@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .weight_changes import is_away, steps_of
+
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
@@ -137,8 +139,8 @@ class _Same:
 
 
 def stamp(roots: Iterable[nn.Module]) -> tuple[object, ...]:
-    """Changes whenever these modules' weights do by ordinary means: another parameter, a write to one, an adapter's scale, switch or merge.
-    (A write to a parameter's `.data` in place is not counted by torch, and not seen.)
+    """Changes whenever these modules' weights do by ordinary means: another parameter, a write to one, an optimiser's step, an adapter's
+    scale, switch or merge. (A write to a parameter's `.data` in place is not seen: `weight_changes.checksum` shows it.)
 
     Without arithmetic or synchronisation, so that it can be taken at every step, where `fingerprint` cannot.
     """
@@ -146,7 +148,7 @@ def stamp(roots: Iterable[nn.Module]) -> tuple[object, ...]:
     weights = [w for m in modules for w in m._parameters.values() if w is not None]
     adapters = [m.__dict__ for m in modules if isinstance(m.__dict__.get("scaling"), dict)]
     return (
-        *((_Same(w), w.data_ptr(), w._version) for w in weights),
+        *((_Same(w), w.data_ptr(), w._version, steps_of(w)) for w in weights),
         *(
             (
                 tuple(a["scaling"].items()),
@@ -160,19 +162,18 @@ def stamp(roots: Iterable[nn.Module]) -> tuple[object, ...]:
 
 
 class Sketched:
-    """The latest fingerprint of some modules: taken anew only where `stamp` shows a change, or where weights are offloaded, which no stamp
-    shows; it costs calls of their parts, which users' hooks and profilers see."""
+    """The latest fingerprint of some modules: taken anew only where `stamp` or a look at the weights themselves shows a change, or where
+    they are offloaded, which neither shows; it costs calls of their parts, which users' hooks and profilers see."""
 
     def __init__(self) -> None:
         self._known: tuple[object, Fingerprint] | None = None
 
     def current(
-        self, dtype: torch.dtype, roots: Iterable[nn.Module], take: Callable[[], Fingerprint]
+        self, dtype: torch.dtype, roots: Iterable[nn.Module], changes: int, take: Callable[[], Fingerprint]
     ) -> Fingerprint:
-        """take: makes it."""
+        """changes: as a `WeightWatch` has counted them. take: makes it."""
         roots = list(roots)
-        now = (str(dtype), *stamp(roots))
-        away = any(w.device.type == "meta" for root in roots for w in root.parameters())
-        if self._known is None or self._known[0] != now or away:
+        now = (str(dtype), changes, *stamp(roots))
+        if self._known is None or self._known[0] != now or is_away(roots):
             self._known = now, take()
         return self._known[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ from .released_cache import Key, ReleasedCache
 from .reporting import Spent, build_report
 from .saving import SaveShadow
 from .tables import LayerTable, Tables
+from .weight_changes import WeightWatch
 
 if TYPE_CHECKING:
     from ..privacy.bits import Entropy
@@ -96,6 +98,7 @@ class ProtectedPipeline(EncodesByHand):
         self.promises = Promises(self, self._bindings)
         self._released = ReleasedCache()
         self.encoders = Encoders()
+        self.watch = WeightWatch()
         self._spent: list[Spent] = []
         self.lock = Lock()  # held while anything of this handle is changed, never while a host runs
         self.calling = Lock()  # held while a pipeline runs; taken before `lock`
@@ -233,6 +236,12 @@ class ProtectedPipeline(EncodesByHand):
             raise ProtectionLostError(
                 f"The UNet was changed after it was protected: {reason}. Call dpx.unprotect(pipe), undo the change, {PROTECT_AGAIN}."
             )
+        self.watch.look(self.watched)
+
+    @property
+    def watched(self) -> list[torch.nn.Module]:
+        """The modules whose weights a release must fit."""
+        return [m for layer in self.layers.values() for m in (layer.to_k, layer.to_v)]
 
     @contextmanager
     def public(self) -> Iterator[None]:
@@ -344,10 +353,11 @@ class ProtectedPipeline(EncodesByHand):
         done: dict[Key, ReleasedContext] = {}
         todo: Todo = {}
         misfit: str | None = None
+        states_of = functools.cache(self.encoders.states)  # one look at the weights for all of them
         for context in contexts:
             own = context.groups(groups, self.config.unit)
             names = names_of(self.ledger, context, own)
-            variant, states = context.variant_of(own), self.encoders.states(context.encoder)
+            variant, states = context.variant_of(own), states_of(context.encoder)
             known = keys_of(self.ledger, names[0], variant, states)
             keys.append(known[0])
             found = None if fresh else self._released.find(known)

@@ -104,5 +104,4 @@ class ForwardGate:
         return forward
 
     def _state_of(self, states: torch.Tensor) -> object:
-        layers = self._handle.layers.values()
-        return states._version, stamp(p for a in layers for p in (a.to_k, a.to_v))
+        return states._version, self._handle.watch.changes, stamp(self._handle.watched)

@@ -80,8 +80,14 @@ class ProtectedDecoder(RoutedHandle):
     # ---- gates -------------------------------------------------------------------------------------------------------------
 
     def check_thoroughly(self) -> None:
-        """`check`; what a layer reads is decided in one place, so there is nothing more to look at."""
+        """`check`, and whether a weight has changed; what a layer reads is decided in one place."""
         self.check()
+        self.watch.look(self.watched)
+
+    @property
+    def watched(self) -> list[torch.nn.Module]:
+        """A prefix's keys and values come from all of the model's body."""
+        return [self.model.base_model]
 
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model's gate. Raises before anything runs."""
@@ -165,7 +171,7 @@ class ProtectedDecoder(RoutedHandle):
             with evaluating(self.model):
                 return prefix_fingerprint(self.model, self.decoder_layers)
 
-        return self._sketched.current(self.model.dtype, [self.model.base_model], take)
+        return self._sketched.current(self.model.dtype, self.watched, self.watch.changes, take)
 
     # ---- releases ----------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from ...access import TextGate
 from ...accounts import PROTECT_AGAIN
 from ...bindings import bind, unique
 from ...context import PrivateContext
-from ...fingerprint import Fingerprint, Sketched
+from ...fingerprint import Fingerprint, Sketched, stamp
 from ...host_words import HostWords, Setting, document_words
 from ...locks import locked
 from ...making import Recipe
@@ -110,6 +110,12 @@ class ProtectedSeq2Seq(RoutedHandle):
                     f"The model was changed after it was protected ({name}): {reason}. Call dpx.unprotect(model), undo the change, "
                     f"{PROTECT_AGAIN}."
                 )
+        self.watch.look(self.watched)
+
+    @property
+    def watched(self) -> list[torch.nn.Module]:
+        """The layers, and what makes their context from the encoder's output."""
+        return [m for c in self.cross.values() for m in (c.module, c.bridge) if m is not None]
 
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model's gate. Raises before anything runs."""
@@ -158,7 +164,7 @@ class ProtectedSeq2Seq(RoutedHandle):
         if states is None:
             return None
         seen = self._calls.seen
-        if seen is not None and seen[0]() is states and seen[1] == states._version:
+        if seen is not None and seen[0]() is states and seen[1] == self._state_of(states):
             return seen[2]  # the same tensor at every step: parsed already
         found = read_tags(states)
         tags = unique(found)
@@ -172,8 +178,14 @@ class ProtectedSeq2Seq(RoutedHandle):
         self.promises.keep(tags)
         contexts = tuple(b.context for b in self._bindings.find(tags))
         call = Call(self._build(tags, states.device), index, contexts=contexts)
-        self._calls.seen = None if states.is_inference() else (weakref.ref(states), states._version, call)
+        if states.is_inference():
+            self._calls.seen = None
+        else:
+            self._calls.seen = weakref.ref(states), self._state_of(states), call
         return call
+
+    def _state_of(self, states: torch.Tensor) -> object:
+        return states._version, self.watch.changes, stamp(self.watched)
 
     @locked
     @torch.inference_mode(False)  # what is kept must serve other modes too
@@ -195,8 +207,8 @@ class ProtectedSeq2Seq(RoutedHandle):
 
     @locked
     def _current_fingerprint(self) -> Fingerprint:
-        roots = [m for c in self.cross.values() for m in (c.module, c.bridge) if m is not None]
-        return self._sketched.current(self.model.dtype, roots, super()._current_fingerprint)
+        take = super()._current_fingerprint
+        return self._sketched.current(self.model.dtype, self.watched, self.watch.changes, take)
 
     def _restore(self) -> None:
         super()._restore()
