@@ -14,16 +14,20 @@ from ..placeholder import Tag
 from ..promised import Promises
 from ..saving import Saved
 from ..tables import LayerTable
+from ..weight_changes import WeightWatch
 
 
 class UNetGuard(Protocol):
-    """layers: the protected ones, by name. promises: releases that are due."""
+    """layers: the protected ones, by name. promises: releases that are due. watch, watched: the weights that a release must fit."""
 
     access: Access
     promises: Promises
+    watch: WeightWatch
 
     @property
     def layers(self) -> Mapping[str, Any]: ...
+    @property
+    def watched(self) -> list[torch.nn.Module]: ...
     def check(self) -> None: ...
     def activate(self, tags: Sequence[Tag], device: torch.device | str) -> dict[str, LayerTable]: ...
     def hand_out(self, tables: dict[str, LayerTable]) -> None: ...
