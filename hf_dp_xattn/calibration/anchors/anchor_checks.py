@@ -94,9 +94,13 @@ def _verify_plan(plan: AnchorPlan, decoders: Decoders, shared: Sizes, channels: 
         for name in ("gain", "center"):
             sizes.fit(f"{where}: head.{name}", getattr(head, name), "K")
         sizes.fit(f"{where}: head.scale", head.scale)
+        if float(head.scale) <= 0:
+            CHECKS.refuse(f"{where}: head.scale is not positive")
     if plan.tilt is not None:
         sizes.fit(f"{where}: tilt.inner", plan.tilt.inner, "G", "K")
         sizes.fit(f"{where}: tilt.inner_bias", plan.tilt.inner_bias, "G")
         sizes.fit(f"{where}: tilt.outer", plan.tilt.outer, "r", "G")
         sizes.fit(f"{where}: tilt.cells", plan.tilt.cells, "m", "r")
         sizes.fit(f"{where}: tilt.scale", plan.tilt.scale)
+        if float(plan.tilt.scale) <= 0:
+            CHECKS.refuse(f"{where}: tilt.scale is not positive")
