@@ -2,7 +2,8 @@
 
 *Cut.* At the line feed alone. `str.splitlines` also cuts at form feeds, NEL, U+2028 and others, which stand within one record of many a
 corpus: it would be two units, and a guarantee for one of them covers half of what was meant.
-*Name.* A byte order mark at the start of a text or of one of its lines is left out: with it, one text had two names and two budgets.
+*Name.* A byte order mark at the start of a text or of one of its lines is left out, and of CR LF the CR: with them, one text had two
+names and two budgets.
 Otherwise a text is read as it is. Composed and decomposed letters (NFC, NFD) stay what they are: most tokenizers give them other tokens.
 """
 
@@ -17,17 +18,17 @@ _MARKS = re.compile("^\ufeff+", re.MULTILINE)  # after a line feed only, as ^ is
 
 
 def plain_text(text: str) -> str:
-    """The text without byte order marks at the start of its lines."""
-    return _MARKS.sub("", text)
+    """The text without byte order marks at the start of its lines; CR LF is one line end, CR alone is none."""
+    return _MARKS.sub("", text.replace("\r\n", "\n"))
 
 
 def decode_text(data: bytes) -> str:
-    """The text of a file or of standard input: UTF-8, whatever the locale; CR LF is one line end, CR alone is none.
+    """The text of a file or of standard input: UTF-8, whatever the locale; as `plain_text` reads it.
 
     Raises:
         UnicodeDecodeError: no UTF-8. It holds the bytes: catch it, and raise from None.
     """
-    return plain_text(data.decode("utf-8").replace("\r\n", "\n"))
+    return plain_text(data.decode("utf-8"))
 
 
 def records_of(text: str) -> list[str]:

@@ -200,8 +200,9 @@ def release_text(handle: Any, args: argparse.Namespace, text: str) -> Any:
             groups="segments" if apart else None,
             public_head=prefix.head,
             prefix_bucket=args.prefix_bucket,
+            text=text,
         )
     if isinstance(handle, ProtectedSeq2Seq):
         documents = read_documents(args.model, lines_of(text) if apart else [text])
-        return handle.release(documents, groups="documents" if apart else None)
+        return handle.release(documents, groups="documents" if apart else None, text=text)
     return handle.release(text, groups="phrases" if apart else None)

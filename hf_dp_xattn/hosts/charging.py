@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def names_of(ledger: Ledger, context: PrivateContext, groups: torch.Tensor | None) -> list[Name]:
     """All that is charged, as the ledger names it; its own name first. groups: of the private rows."""
     return [
-        Name(ledger.digest(name), None if units is None else ledger.grouping(units))
-        for name, units in context.charged(groups)
+        Name(ledger.digest(p.name), None if p.units is None else ledger.grouping(p.units), p.former)
+        for p in context.charged(groups)
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, ContextError, DPXAttnError
 from ..privacy.units import public_counts
+from ..report import Guarantee
 from .grouping import Grouping, canonical, partition
 from .lengths import dimensions
 
@@ -18,10 +20,13 @@ Rows = tuple[torch.Tensor, torch.Tensor]  # private [n, C], exact public [p, C]
 
 
 class Part(NamedTuple):
-    """A name that is charged. units: what is a unit of it, where groups are units; None: the context's own groups."""
+    """A name that is charged. units: what is a unit of it, where groups are units; None: the context's own groups, of those private rows
+    that are named in `rows` (None: of all). former: an earlier version's name, charged where the ledger holds charges of it."""
 
     name: tuple[bytes, ...]
     units: Grouping | None = None
+    rows: tuple[int, ...] | None = None
+    former: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,16 @@ class PrivateContext:
 
     def charged(self, groups: torch.Tensor | None) -> tuple[Part, ...]:
         """All that is charged, and which rows of it are a unit; groups: as `groups` gave them."""
-        if groups is None:
-            return tuple(Part(p.name) for p in (Part(self.name), *self.parts))
-        own = partition(groups, apart=self.phrases is not None)
-        return Part(self.name, own), *(Part(p.name, own if p.units is None else p.units) for p in self.parts)
+        apart = self.phrases is not None
+
+        def units(part: Part) -> Grouping | None:
+            if groups is None or part.units is not None:
+                return None if groups is None else part.units
+            return partition(groups if part.rows is None else groups[list(part.rows)], apart=apart)
+
+        found = [Part(p.name, units(p), former=p.former) for p in (Part(self.name), *self.parts)]
+        own = {p.name for p in found if not p.former}
+        return tuple(dict.fromkeys(p for p in found if not (p.former and p.name in own)))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise DPXAttnError("A private context cannot be pickled or copied.")
@@ -110,7 +121,16 @@ class PrivateContext:
         """Length of the placeholder of its release: its rows where they are padded to a public number or where the neighbouring relation
         makes their number public; else `hidden`, whatever the context."""
         counts = public_counts(config.unit, config.neighboring, self.rows, 0)
-        return self.rows if self.padded or counts["rows"] is not None else hidden
+        return self.rows if self.padded or (counts["rows"] is not None and not self.hides_rows) else hidden
+
+    @property
+    def hides_rows(self) -> bool:
+        """Whether its groups are units of a length that neighbours need not share: encoded apart, and not padded to one length."""
+        return self.phrases is not None and not self.padded
+
+    def shown(self, guarantee: Guarantee) -> Guarantee:
+        """The guarantee of its release without a number that it hides."""
+        return dataclasses.replace(guarantee, rows=None) if self.hides_rows else guarantee
 
     def variant_of(self, groups: torch.Tensor | None) -> bytes:
         """What tells a release from another one of the same context: how it was encoded and grouped."""

@@ -7,6 +7,7 @@ Content that has spent its budget elsewhere is refused, and so is what is in alr
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -16,9 +17,8 @@ import torch
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, ContextError, DPXAttnError, ReleaseError
 from ..mechanisms.growing_release import GrowingRelease, grow
-from ..mechanisms.inputs import Private
 from ..privacy.bits import Entropy
-from ..privacy.ledger import Budget, Ledger
+from ..privacy.ledger import Budget, Ledger, Name
 from .charging import charge, names_of
 from .context import PrivateContext
 from .encoders import Encoders
@@ -62,9 +62,11 @@ class GrowingContext:
         latest: ReleasedContext,
         spent: Spent,
         encoder: bytes,
+        charged: Sequence[Name],
     ) -> None:
         self.release, self.recipe, self.latest, self.spent = release, recipe, latest, spent
         self.names = set(spent.digests)  # of all that is in, or on its way in
+        self.charged = set(charged)  # under which grouping, too
         self.encoder = encoder
         self._process = os.getpid()
 
@@ -119,8 +121,12 @@ def open_growing(
     release = prepared.open(handle.entropy)
     private = recipe.private(rows, own)
     length = context.public_length(handle.config, handle.hidden_length)
-    latest = _append(release, private, own, public.detach().clone(), length, current)
-    return GrowingContext(release, recipe, latest, Spent(names, release.guarantee()), encoder)
+    state = release.append(private, groups=own)
+    exact = public.detach().clone()
+    latest = ReleasedContext(
+        state.structures, context.shown(state.guarantee), exact, length, current, state.context
+    )
+    return GrowingContext(release, recipe, latest, Spent(names, latest.guarantee), encoder, charged)
 
 
 @torch.inference_mode(False)
@@ -152,30 +158,27 @@ def append_to(
     entering = False
     growing.names |= set(names)  # before anything is computed: whatever happens then, it does not enter twice
     try:
-        if not set(names) <= set(growing.spent.digests):  # else an append that failed is made again
+        if (
+            not set(charged) <= growing.charged
+        ):  # else an append that failed is made again, under the same groups
             prepared = growing.release.prepared
             rehearse([context], handle.channels, handle.config)
             charge(handle.ledger, handle.budget, charged, prepared.events, horizon=prepared.horizon)
             growing.spent.digests.extend(names)
+            growing.charged |= set(charged)
         rows, _ = context.load()
         private = growing.recipe.private(rows, own)
         entering = True
         before = growing.latest
-        growing.latest = _append(growing.release, private, own, before.public_rows, before.rows, current)
+        state = growing.release.append(private, groups=own)
+        promised = context.shown(state.guarantee)
+        if before.guarantee.rows is None:  # what hid its length is in the sum
+            promised = dataclasses.replace(promised, rows=None)
+        growing.latest = ReleasedContext(
+            state.structures, promised, before.public_rows, before.rows, current, state.context
+        )
     except BaseException as error:
         if not entering or isinstance(error, (ConfigError, ContextError)):
             growing.names -= set(names)  # it is not in
         raise
     return growing.latest
-
-
-def _append(
-    release: GrowingRelease,
-    private: Private,
-    groups: torch.Tensor | None,
-    public: torch.Tensor,
-    length: int,
-    current: Fingerprint,
-) -> ReleasedContext:
-    state = release.append(private, groups=groups)
-    return ReleasedContext(state.structures, state.guarantee, public, length, current, state.context)

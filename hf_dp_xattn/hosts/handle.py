@@ -404,7 +404,7 @@ class ProtectedPipeline(EncodesByHand):
         made = recipe.run(private, groups, self.entropy)
         return ReleasedContext(
             structures=made.structures,
-            guarantee=made.guarantee,
+            guarantee=context.shown(made.guarantee),
             public_rows=public.detach().clone(),
             rows=context.public_length(self.config, self.hidden_length),
             fingerprint=current,

@@ -292,7 +292,7 @@ class GrowingRelease:
         """What is promised about all states together, up to the horizon."""
         config, numbers = self.prepared.config, self.prepared.totals.numbers
         counted = config.neighboring == NeighboringRelation.REPLACE_ONE.value
-        sizes = ", and the number of its rows," if counted else ""
+        sizes = f", and the number of its {config.unit}s," if counted else ""
         clipping = (
             f"a context that grows by at most {self.prepared.horizon} appends; what enters is charged once, for all of them; each "
             f"{config.unit} enters at one append, whose time{sizes} is public; {numbers.clipping}"

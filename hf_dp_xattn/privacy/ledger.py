@@ -96,10 +96,12 @@ class Budget:
 
 
 class Name(NamedTuple):
-    """What is charged: a context by its digest; and, of unit="group", how its rows are grouped (`Ledger.grouping`)."""
+    """What is charged: a context by its digest; and, of unit="group", how its rows are grouped (`Ledger.grouping`). former: a name of
+    before, charged only where the ledger holds charges of it."""
 
     digest: str
     grouping: str | None = None
+    former: bool = False
 
 
 @dataclass(frozen=True)
@@ -438,6 +440,8 @@ class Ledger:
 
         made = []
         for name in names:
+            if name.former and not of[name.digest]:
+                continue
             made.append(self._assess(of[name.digest], name, new, budget, note, epsilon))
             of[name.digest].append(made[-1])
         return tuple(made)

@@ -209,3 +209,25 @@ def test_a_budget_is_in_the_unit_and_relation_of_what_is_released(pipe: Any, oth
     later = protect(pipe, config.replace(**other), ledger=handle.ledger, budget=dpx.Budget(99.0, 1e-2))
     with pytest.raises(ConfigError, match="another unit"):
         later.release(TEXT)
+
+
+def test_an_append_that_failed_is_not_made_again_under_other_groups(private: Any) -> None:
+    """It was charged as ONE unit; as six, the release would hold other units than the ledger knows."""
+    config = private.replace(unit="group", neighboring="replace_one")
+    generator = torch.Generator().manual_seed(0)
+    first, more = (torch.randn(6, 16, generator=generator) for _ in range(2))
+    with dpx.protect(tiny("bart"), config, budget=dpx.Budget(1000.0, 1e-2)) as handle:
+        release = handle.release(first, groups=torch.zeros(6).long(), horizon=4)
+
+        def fails(*given: Any) -> Any:
+            raise MemoryError
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(release._growing.recipe), "private", fails)
+            with pytest.raises(MemoryError):
+                release.append(more, groups=torch.ones(6).long())
+        charged = handle.ledger.entries()
+        with pytest.raises(ConfigError, match="grouping"):
+            release.append(more, groups=torch.arange(6) + 10)
+        release.append(more, groups=torch.ones(6).long())
+        assert handle.ledger.entries() == charged and release.guarantees[0].units == 2

@@ -154,11 +154,24 @@ def _of_documents() -> Host:
     mask = torch.ones(3, 7, dtype=torch.int64)
     corpus = {"input_ids": ids, "attention_mask": mask, "groups": "documents"}
     fewer = {"input_ids": ids[:2], "attention_mask": mask[:2], "groups": "documents"}
+    shorter = {
+        **corpus,
+        "attention_mask": mask.index_put((torch.tensor(2), torch.arange(4, 7)), torch.tensor(0)),
+    }
+    more = ids.flip(1)[:2]
     longer = torch.cat([ids, ids[:, :2]], dim=1)
     pairs = {
         **_row_pairs(16),
         **_growing(16),
         "a document more": Pair("group", ADD, corpus, fewer),
+        "another document of the corpus, shorter": Pair("group", REPLACE, corpus, shorter),
+        "an append of a document, shorter": Pair(
+            "group",
+            REPLACE,
+            {**corpus, "horizon": 2},
+            {**shorter, "horizon": 2},
+            ({"context": more[:1], "groups": "documents"}, {"context": more[1:, :4], "groups": "documents"}),
+        ),
         "another corpus": Pair("context", REPLACE, corpus, {**fewer, "attention_mask": None}),
         "a token more": Pair("row", ADD, {"input_ids": ids[:1]}, {"input_ids": longer[:1, :8]}),
         "another document, longer": Pair(

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ...errors import ContextError
-from ...records import plain_text
+from ..content_names import id_parts, name_of_ids, name_of_text, units_of_text
 from ..context import Part, PrivateContext, Rows, from_embeddings, plain_bytes
 from ..lengths import dimensions
 from ..placeholder import holds_placeholder
 from .phrases import check_phrases, encode_tokens, split_phrases
 from .text_side import TextSide, as_texts
-
-
-def _name_of_ids(ids: torch.Tensor) -> tuple[bytes, ...]:
-    return b"token ids", plain_bytes(ids)
-
-
-def _name_of_text(text: str) -> tuple[bytes, ...]:
-    """The same under every tokenizer: two pipelines need not pad alike."""
-    return b"text", unicodedata.normalize("NFC", plain_text(text)).strip().encode("utf-8", "surrogatepass")
 
 
 def from_ids(
@@ -41,19 +31,28 @@ def from_ids(
         return text.private_rows(ids, mask)
 
     rows, first = ids.shape[0], int(text.first_row_is_public)
+    held = _unpadded(ids, mask, given)
+    parts = id_parts(ids[held], text.special_ids, [i - first for i in held])
     return PrivateContext(
         rows,
         rows - first,
-        _name_of_ids(ids),
+        name_of_ids(ids),
         load,
         variant=text.mask_seen(mask),
-        parts=() if whole is None else (Part(_name_of_text(whole)),),
+        parts=parts if whole is None else (*parts, Part(name_of_text(whole))),
         padded=True,
         trials=(text.trial(),),
         kept=torch.arange(rows) >= first,
         ambiguous=given,
         encoder=text.modules,
     )
+
+
+def _unpadded(ids: torch.Tensor, mask: torch.Tensor | None, given: int | None) -> list[int]:
+    """The positions that are no padding."""
+    if mask is not None:
+        return [int(i) for i in mask.nonzero().flatten()]
+    return list(range(len(ids) if given is None else given))
 
 
 def from_phrases(phrases: Sequence[object], text: TextSide, whole: str | None = None) -> PrivateContext:
@@ -66,7 +65,7 @@ def from_phrases(phrases: Sequence[object], text: TextSide, whole: str | None = 
     texts = check_phrases(phrases)
     tokens = [text.tokenize_private(phrase) for phrase in texts]
     given = ", ".join(texts) if whole is None else whole
-    ids, _ = text.tokenize(given)
+    ids, mask = text.tokenize(given)
 
     def load() -> Rows:
         return torch.cat(encode_tokens(text, tokens)), text.public_first_row()
@@ -74,8 +73,12 @@ def from_phrases(phrases: Sequence[object], text: TextSide, whole: str | None = 
     each = text.length - int(text.first_row_is_public)
     groups = torch.arange(len(tokens)).repeat_interleave(each)
     name = (b"phrases", *(plain_bytes(t) for t, _ in tokens))
-    spoken = (b"phrases of a text", *(part for phrase in texts for part in _name_of_text(phrase)))
-    parts = (Part(_name_of_ids(ids), name), Part(_name_of_text(given), spoken))
+    held = ids[_unpadded(ids, mask, None)]
+    parts = (
+        Part(name_of_ids(ids), name),
+        *id_parts(held, text.special_ids, None, name),
+        Part(name_of_text(given), units_of_text(texts)),
+    )
     trials = (text.trial(),)
     return PrivateContext(
         text.length,

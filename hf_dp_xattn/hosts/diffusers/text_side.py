@@ -88,6 +88,12 @@ class TextSide:
         used = mask is not None and getattr(self.encoder.config, "use_attention_mask", None)
         return bytes(mask.to(torch.uint8).tolist()) if mask is not None and used else b""
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the tokens that the tokenizer puts around a text."""
+        names = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id")
+        return frozenset(i for name in names if (i := getattr(self.tokenizer, name, None)) is not None)
+
     def require(self) -> None:
         if not self.available:
             raise ConfigError(

@@ -12,6 +12,7 @@ import torch
 from ....errors import ConfigError, ProtectionLostError, ReleaseError
 from ....mechanisms.groups import as_groups
 from ...bindings import bind
+from ...content_names import with_texts
 from ...context import PrivateContext
 from ...fingerprint import Fingerprint, Sketched
 from ...host_words import HostWords, Setting, prefix_words
@@ -185,6 +186,7 @@ class ProtectedDecoder(RoutedHandle):
         prefix_bucket: int | None = None,
         fresh: bool = False,
         horizon: int | None = None,
+        text: str | Sequence[str] | None = None,
     ) -> Release:
         """Releases private prefixes, one budget each. A prefix that this handle released before is reused and not charged again.
 
@@ -199,6 +201,8 @@ class ProtectedDecoder(RoutedHandle):
             prefix_bucket: positions that the prefix (or each segment) takes, public; by default the next multiple of 64. A user's tokens
                 start behind head and bucket.
             fresh: release again with new noise; charged again.
+            text: what the private tokens are of, where there is such a text: charged as well, so that it has one budget on all hosts. One
+                for each prefix; with "segments", one for each segment, or the whole with a segment on each line.
 
         Raises:
             ContextError, ConfigError: not valid; nothing was spent.
@@ -212,6 +216,7 @@ class ProtectedDecoder(RoutedHandle):
         own = check_groups(groups, prefixes)
         apart = isinstance(groups, str)
         named = [name_prefix(p, self._encoder, self.config.unit, apart=apart) for p in prefixes]
+        named = with_texts(named, text, len(prefixes[0].segments) if apart else None)
         contexts = [dataclasses.replace(c, encoder=(self.model.base_model,)) for c in named]
         return Release(self.release_contexts(contexts, groups=own, fresh=fresh), self.config, self)
 

@@ -1,7 +1,8 @@
 """Private prefixes: token ids, validated and named before they are encoded.
 
 *Name.* The ledger's name of a prefix is made of its private token ids: behind another public head (today's date), with another padded
-length or split into other segments it is the same prefix, and is charged to the same budget.
+length or split into other segments it is the same prefix, and is charged to the same budget. What other hosts may have been given is
+charged as well: the ids behind that head, and without special tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 
 from ....errors import ConfigError, ContextError
-from ...context import PrivateContext, plain_bytes
+from ...content_names import id_parts, name_of_ids
+from ...context import Part, PrivateContext, plain_bytes
 from .prefix_encoder import PrefixEncoder
 
 BUCKET = 64
@@ -141,8 +143,15 @@ def name_prefix(prefix: Prefix, encoder: PrefixEncoder, unit: str, *, apart: boo
     private = torch.cat(prefix.segments)
     splits = torch.tensor([prefix.slots, len(prefix.segments), *(len(s) for s in prefix.segments)])
     variant = plain_bytes(splits) + plain_bytes(prefix.head)
-    name = (b"prefix", plain_bytes(private))
-    return PrivateContext(prefix.slots, len(private), name, load, groups, variant, padded=True)
+    special, rows = encoder.special_ids, range(len(private))
+    parts = id_parts(private, special, rows)
+    if len(prefix.head):  # as another host may have been given it
+        parts += id_parts(torch.cat([prefix.head, private]), special, [-1] * len(prefix.head) + [*rows])
+    former = Part((b"prefix", plain_bytes(private)), former=True)
+    name = name_of_ids(private)
+    return PrivateContext(
+        prefix.slots, len(private), name, load, groups, variant, (*parts, former), padded=True
+    )
 
 
 def check_groups(groups: Any, prefixes: Sequence[Prefix]) -> torch.Tensor | None:

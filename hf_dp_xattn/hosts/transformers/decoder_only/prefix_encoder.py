@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ....errors import ContextError
+from ...content_names import special_ids
 from ..routing import evaluating
 from .prefix_layers import PrefixLayer, rows_of, run_recorded
 from .prefix_probing import FixedLimits, position_limit
@@ -18,6 +19,7 @@ class PrefixEncoder:
 
     def __init__(self, model: Any, layers: dict[str, PrefixLayer]) -> None:
         self._model, self._layers = model, layers
+        self.special_ids = special_ids(model)
         self._fixed = FixedLimits.of(model)
 
     @property

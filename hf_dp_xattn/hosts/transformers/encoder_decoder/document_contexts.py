@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ....errors import ConfigError, ContextError
+from ...content_names import id_parts, name_of_ids
 from ...context import Part, PrivateContext, Rows, Trial, from_embeddings, plain_bytes
 from ...grouping import whole
 from ...lengths import dimensions
@@ -56,9 +57,13 @@ def gather(context: Any) -> dict[str, torch.Tensor]:
 
 
 def name_inputs(
-    inputs: dict[str, Any], channels: int, encode: Encode, trial: MakeTrial
+    inputs: dict[str, Any],
+    channels: int,
+    encode: Encode,
+    trial: MakeTrial,
+    special: Collection[int] = (),
 ) -> list[PrivateContext]:
-    """One context per batch element.
+    """One context per batch element. special: ids of the host's special tokens.
 
     Raises:
         ContextError: a wrong rank, NaN, a mask that does not fit, no rows. Nothing was spent.
@@ -86,7 +91,7 @@ def name_inputs(
         raise ContextError(f"`{TYPES}` must have one number for each token; nothing was spent.")
     each = [None] * len(main) if types is None else list(types)
     return [
-        _element(name, row, m, t, channels, encode, trial)
+        _element(name, row, m, t, channels, encode, trial, special)
         for row, m, t in zip(main, masks, each, strict=True)
     ]
 
@@ -99,9 +104,10 @@ def _element(
     channels: int,
     encode: Encode,
     trial: MakeTrial,
+    special: Collection[int],
 ) -> PrivateContext:
-    """Masked rows are no rows and no part of the name, so one document has one name however it was padded. Padding at the end is cut off;
-    other padding may move positions, and makes another release of the same document."""
+    """Masked rows, frames and samples are no part of the name, so one document or recording has one name however it was padded. Padding of
+    rows at the end is cut off; other padding may move positions, and makes another release of the same content."""
     rows, positions = main.shape[0], mask
     if name in ("input_ids", "inputs_embeds", STATES) and mask is not None:
         if len(mask) != rows:
@@ -120,10 +126,7 @@ def _element(
         inputs[MASK] = mask.unsqueeze(0).to(torch.int64)
     features = name not in ("input_ids", "inputs_embeds")
     count = len(main) if mask is None else int(mask.sum())
-    seen = main if mask is None or features else main[mask]
-    # what a mask of features hides is known to the encoder only
-    hidden = b"" if mask is None or not features else plain_bytes(mask)
-    identity = (name.encode(), repr(tuple(seen.shape)).encode(), plain_bytes(seen), hidden)
+    identity, parts = _names(name, main, mask, special)
     # positions may be counted from the mask, or from the padding's own ids
     variant = b"" if mask is None else plain_bytes(mask) + plain_bytes(main)
     if types is not None:  # another encoding of the same tokens
@@ -137,8 +140,35 @@ def _element(
 
     trials = (trial(inputs),)
     if features:  # how many rows an encoder makes of them is known when they were encoded: a function of public shapes and masks
-        return PrivateContext(0, 0, identity, load, variant=variant, trials=trials)
-    return PrivateContext(rows, count, identity, load, variant=variant, trials=trials, kept=positions)
+        return PrivateContext(0, 0, identity, load, variant=variant, parts=parts, trials=trials)
+    return PrivateContext(
+        rows, count, identity, load, variant=variant, parts=parts, trials=trials, kept=positions
+    )
+
+
+def _names(
+    name: str, main: torch.Tensor, mask: torch.Tensor | None, special: Collection[int]
+) -> tuple[tuple[bytes, ...], tuple[Part, ...]]:
+    """Its name, made of what the mask shows, and what is charged as well: ids as other hosts may have been given them, and what an earlier
+    version called it. Where a mask may be one over several axes, it is known by what it shows along each."""
+    if name in ("input_ids", "inputs_embeds"):
+        seen = main if mask is None else main[mask]
+        own = _plain_name(name, seen)
+        if name == "inputs_embeds":
+            return own, ()
+        parts = id_parts(seen, special, range(len(seen)))
+        return name_of_ids(seen), (*parts, Part(own, former=True))
+    if mask is None:
+        return _plain_name(name, main), ()
+    axes = [axis for axis in range(main.ndim) if main.shape[axis] == len(mask)]
+    shown = [_plain_name(name, main.index_select(axis, mask.nonzero().flatten())) for axis in axes]
+    shown = shown or [_plain_name(name, main)]
+    former = (*_plain_name(name, main)[:-1], plain_bytes(mask))  # with what the mask hides
+    return shown[0], (*(Part(other) for other in shown[1:]), Part(former, former=True))
+
+
+def _plain_name(name: str, seen: torch.Tensor) -> tuple[bytes, ...]:
+    return name.encode(), repr(tuple(seen.shape)).encode(), plain_bytes(seen), b""
 
 
 def join_documents(documents: Sequence[PrivateContext], unit: str) -> PrivateContext:
@@ -163,9 +193,28 @@ def join_documents(documents: Sequence[PrivateContext], unit: str) -> PrivateCon
     trials = tuple(t for d in documents for t in d.trials)
     if len(documents) == 1:
         variant = documents[0].variant
-        return PrivateContext(total, total, names[0], load, own, variant, trials=trials, encoder=encoder)
+        parts = documents[0].parts
+        return PrivateContext(
+            total, total, names[0], load, own, variant, parts, trials=trials, encoder=encoder
+        )
     variants = [d.variant for d in documents]
     variant = b"".join(str(len(v)).encode() + b":" + v for v in variants) if any(variants) else b""
-    name = (b"documents", *(part for n in names for part in (str(len(n)).encode(), *n)))
-    parts = tuple(dict.fromkeys(Part(d.name, whole(d.private_rows)) for d in documents))
+    former = [next((p.name for p in d.parts if p.former), d.name) for d in documents]
+    parts = tuple(
+        dict.fromkeys((Part(_corpus(former), former=True), *(p for d in documents for p in _units(d))))
+    )
+    name = _corpus(names)
     return PrivateContext(total, total, name, load, own, variant, parts, trials=trials, encoder=encoder)
+
+
+def _corpus(names: Sequence[tuple[bytes, ...]]) -> tuple[bytes, ...]:
+    return (b"documents", *(part for n in names for part in (str(len(n)).encode(), *n)))
+
+
+def _units(document: PrivateContext) -> list[Part]:
+    """What is charged of a document of a corpus: it is one unit."""
+    own = Part(document.name, whole(document.private_rows))
+    return [own] + [
+        Part(p.name, whole(document.private_rows if p.rows is None else len(p.rows)), former=p.former)
+        for p in document.parts
+    ]

@@ -11,9 +11,11 @@ from typing import Any, Literal
 import torch
 
 from ....errors import ConfigError, ProtectionLostError, ReleaseError
+from ....mechanisms.groups import as_groups
 from ...access import TextGate
 from ...accounts import PROTECT_AGAIN
 from ...bindings import bind, unique
+from ...content_names import special_ids, with_texts
 from ...context import PrivateContext
 from ...fingerprint import Fingerprint, Sketched, stamp
 from ...host_words import HostWords, Setting, document_words
@@ -216,6 +218,7 @@ class ProtectedSeq2Seq(RoutedHandle):
 
     # ---- releases ----------------------------------------------------------------------------------------------------------
 
+    @locked
     def release(
         self,
         context: Any = None,
@@ -223,6 +226,7 @@ class ProtectedSeq2Seq(RoutedHandle):
         groups: torch.Tensor | Literal["documents"] | str | None = None,
         fresh: bool = False,
         horizon: int | None = None,
+        text: str | Sequence[str] | None = None,
         **encoder_inputs: Any,
     ) -> Release:
         """Releases private contexts, one budget each. A context that this handle released before is reused and not charged again.
@@ -236,6 +240,8 @@ class ProtectedSeq2Seq(RoutedHandle):
             fresh: release again with new noise; charged again.
             horizon: ONE context that grows, by at most so many appends, this one included: `Release.append`. Each is charged when it
                 comes.
+            text: what the contexts are tokens of, where there is such a text: charged as well, so that it has one budget on all hosts. One
+                for each context; with "documents", one for each document, or the whole with a document on each line.
 
         Raises:
             ContextError, ConfigError: not valid; nothing was spent.
@@ -244,15 +250,26 @@ class ProtectedSeq2Seq(RoutedHandle):
         if encoder_inputs and context is not None:
             raise ConfigError("Pass the context either by itself or by name, not both.")
         given: Any = encoder_inputs or context
-        given_groups: Any = groups
-        return super().release(given, groups=given_groups, fresh=fresh, horizon=horizon)
+        contexts, own = self._named(given, as_groups(groups))
+        contexts = with_texts(contexts, text, self._batch(given) if isinstance(groups, str) else None)
+        if horizon is not None:
+            return self._open(contexts, own, horizon)
+        return Release(self.release_contexts(contexts, groups=own, fresh=fresh), self.config, self)
+
+    @staticmethod
+    def _batch(given: Any) -> int:
+        """How many documents a batch holds, of one that `_named` took."""
+        inputs = gather(given)
+        name, main = next((k, v) for k, v in inputs.items() if k not in (MASK, TYPES))
+        return 1 if main.ndim == {"input_ids": 1}.get(name, 2) else len(main)
 
     def _named(self, context: Any, groups: Any) -> tuple[list[PrivateContext], torch.Tensor | None]:
         """Contexts, and the groups that are not documents."""
         inputs = gather(context)
         self._encoder.check(inputs)
         encoder = () if STATES in inputs else (self._encoder.module,)
-        named = name_inputs(inputs, self.channels, self._encoder.encode, self._encoder.trial)
+        side = self._encoder
+        named = name_inputs(inputs, self.channels, side.encode, side.trial, special_ids(self.model))
         contexts = [dataclasses.replace(context, encoder=encoder) for context in named]
         if not isinstance(groups, str):
             return contexts, groups

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 import torch
 
 from ....errors import ConfigError, ContextError
-from ...context import PrivateContext, Rows, from_embeddings, plain_bytes
+from ...context import Part, PrivateContext, Rows, from_embeddings, plain_bytes
 from ...lengths import dimensions
 from ...placeholder import holds_placeholder, read_tags
 from ..encoder_decoder.document_contexts import MakeTrial
@@ -104,7 +104,8 @@ def name_images(
 def _image(
     inputs: dict[str, torch.Tensor], patches: int, encode: Encode, trial: MakeTrial, keep_padding: bool
 ) -> PrivateContext:
-    """The ledger knows an image by its pixels, whatever aspect ratio it was said to have."""
+    """The ledger knows an image by the pixels of its tiles, whatever aspect ratio it was said to have. Tiles of padding are no part of it;
+    what stands in them may change how the others are encoded, and makes another release of the same image."""
 
     def load() -> Rows:
         rows, kept = encode(inputs)
@@ -113,12 +114,27 @@ def _image(
 
     count = int(inputs[RATIO_MASK].sum()) * patches
     pixels = inputs[PIXELS]
-    name = (PIXELS.encode(), repr(tuple(pixels.shape)).encode(), plain_bytes(pixels))
+    shown = inputs[RATIO_MASK].flatten().bool()
+    former = Part(_name(pixels), former=True)  # with the tiles of padding
     variant = repr([inputs[n].flatten().tolist() for n in (RATIO_IDS, RATIO_MASK)]).encode()
+    if not bool(shown.all()):
+        variant += plain_bytes(pixels[:, :, ~shown])
     kept = inputs[RATIO_MASK].flatten().bool().repeat_interleave(patches)
     return PrivateContext(
-        count, count, name, load, variant=variant, padded=True, trials=(trial(inputs),), kept=kept
+        count,
+        count,
+        _name(pixels[:, :, shown]),
+        load,
+        variant=variant,
+        parts=(former,),
+        padded=True,
+        trials=(trial(inputs),),
+        kept=kept,
     )
+
+
+def _name(pixels: torch.Tensor) -> tuple[bytes, ...]:
+    return PIXELS.encode(), repr(tuple(pixels.shape)).encode(), plain_bytes(pixels)
 
 
 def check_mask(mask: Any, rows: Sequence[int], patches: int) -> None:

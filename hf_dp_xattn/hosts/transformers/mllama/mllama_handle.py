@@ -178,6 +178,8 @@ class ProtectedImageText(ProtectedSeq2Seq):
             ContextError, ConfigError: not valid; nothing was spent.
             BudgetExceededError: the ledger refuses; nothing was spent or computed, for no image of the batch.
         """
+        if "text" in image_inputs:
+            raise ConfigError("An image has no `text`: what is public goes to release.inputs(...).")
         return super().release(context, groups=groups, fresh=fresh, horizon=horizon, **image_inputs)
 
     def _named(self, context: Any, groups: Any) -> tuple[list[PrivateContext], torch.Tensor | None]:

@@ -1,0 +1,115 @@
+"""What the ledger knows contents by, the same on every kind of host: token ids and the texts that they are of.
+
+*Conservative.* Hosts wrap one text in special tokens of their own, so ids are charged as they were given and as what stands between special
+tokens. That may take two contexts for one (refused too early), never one for two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+from ..records import plain_text, records_of
+from .context import Part, PrivateContext, plain_bytes
+from .grouping import Grouping
+
+_SPECIAL = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "sep_token_id",
+    "cls_token_id",
+    "decoder_start_token_id",
+)
+TEXTS = (
+    "`text` is the text that the token ids are of: a string, or a list with a string for each context; with units that are encoded apart, "
+    "one for each of them (or a line). Nothing was spent."
+)
+
+
+def name_of_ids(ids: torch.Tensor) -> tuple[bytes, ...]:
+    """Of token ids [n], whatever their integer type."""
+    return b"token ids", plain_bytes(ids)
+
+
+def name_of_text(text: str) -> tuple[bytes, ...]:
+    """The same under every tokenizer: two hosts need not tokenize or pad alike."""
+    return b"text", unicodedata.normalize("NFC", plain_text(text)).strip().encode("utf-8", "surrogatepass")
+
+
+def special_ids(model: Any) -> frozenset[int]:
+    """The special token ids that a model of transformers names in its configurations."""
+    own = getattr(model, "config", None)
+    found: set[int] = set()
+    for config in (own, getattr(own, "text_config", None), getattr(model, "generation_config", None)):
+        for name in _SPECIAL:
+            value = getattr(config, name, None)
+            found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+    return frozenset(found)
+
+
+def content_of(ids: torch.Tensor, special: Collection[int]) -> slice | None:
+    """Where in ids [n] the content stands: all but special tokens at both ends; None where there is no other token."""
+    others = [i for i, token in enumerate(ids.tolist()) if token not in special]
+    return slice(others[0], others[-1] + 1) if others else None
+
+
+def id_parts(
+    ids: torch.Tensor, special: Collection[int], rows: Sequence[int] | None, units: Grouping | None = None
+) -> tuple[Part, ...]:
+    """Token ids [n] as they were given, and their content. rows: which private row each id is, negative where it is none; or units: see
+    `Part`."""
+
+    def part(where: slice) -> Part:
+        held = None if rows is None else tuple(r for r in rows[where] if r >= 0)
+        return Part(name_of_ids(ids[where]), units, held)
+
+    content = content_of(ids, special)
+    found = [slice(0, len(ids))] if content is None else [slice(0, len(ids)), content]
+    return tuple(dict.fromkeys(part(where) for where in found))
+
+
+def units_of_text(texts: Iterable[str]) -> Grouping:
+    """The grouping of a text whose units are these texts, each encoded apart from the others."""
+    return (b"phrases of a text", *(part for text in texts for part in name_of_text(text)))
+
+
+def with_texts(contexts: Sequence[PrivateContext], text: Any, units: int | None) -> list[PrivateContext]:
+    """The contexts, charged under the names of their texts as well. units: of how many ONE context consists that are encoded apart.
+
+    Args:
+        text: None; a text for each context; or a text for each unit, or the whole with a unit on each line. Each unit's is charged too.
+
+    Raises:
+        ConfigError: not so many texts; nothing was spent.
+    """
+    if text is None:
+        return list(contexts)
+    if units is None:
+        texts = _texts(text, len(contexts))
+        return [_more(c, [Part(name_of_text(t))]) for c, t in zip(contexts, texts, strict=True)]
+    texts = _texts(records_of(text) if isinstance(text, str) else text, units)
+    whole = text if isinstance(text, str) else "\n".join(texts)
+    parts = [Part(name_of_text(whole), units_of_text(texts))]
+    parts += [Part(name_of_text(t), units_of_text([t])) for t in texts]
+    return [_more(c, parts) for c in contexts]
+
+
+def _more(context: PrivateContext, parts: Sequence[Part]) -> PrivateContext:
+    return dataclasses.replace(context, parts=(*context.parts, *parts))
+
+
+def _texts(text: Any, count: int) -> list[str]:
+    texts = [text] if isinstance(text, str) else text
+    if (
+        not isinstance(texts, (list, tuple))
+        or not all(isinstance(t, str) for t in texts)
+        or len(texts) != count
+    ):
+        raise ConfigError(TEXTS)
+    return list(texts)
