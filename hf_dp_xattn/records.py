@@ -14,12 +14,13 @@ from pathlib import Path
 
 from .errors import ConfigError
 
+_LINE_ENDS = re.compile("\r+\n")  # all of them at once: what was read so is read so again
 _MARKS = re.compile("^\ufeff+", re.MULTILINE)  # after a line feed only, as ^ is
 
 
 def plain_text(text: str) -> str:
     """The text without byte order marks at the start of its lines; CR LF is one line end, CR alone is none."""
-    return _MARKS.sub("", text.replace("\r\n", "\n"))
+    return _MARKS.sub("", _LINE_ENDS.sub("\n", text))
 
 
 def decode_text(data: bytes) -> str:

@@ -29,6 +29,13 @@ def test_splitlines_would_cut_it(separator: str) -> None:
     assert len(record.splitlines()) == 2 and records_of(record) == [record]
 
 
+@given(st.text("a\r\n\ufeff ", max_size=12))
+def test_a_plain_text_stays_what_it_is(text: str) -> None:
+    found = plain_text(text)
+    assert plain_text(found) == found and "\r\n" not in found
+    assert plain_text(text.replace("\n", "\r\n")) == found
+
+
 @given(st.lists(words, min_size=1, max_size=5))
 def test_a_byte_order_mark_gives_no_second_name(records: list[str]) -> None:
     text = "\n".join(records)

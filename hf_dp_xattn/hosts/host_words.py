@@ -45,7 +45,8 @@ DOCUMENT = (
     "handle and a ledger of their own",
     "decoder inputs: prompts of the decoder, forced tokens, labels, public documents, and anything inside protected.public()",
     ADAPTERS,
-    "the release under another name: the ledger counts token ids, embeddings and hidden states of one document as different contexts",
+    "the release under another name: the ledger counts token ids, embeddings and hidden states of one document as different contexts, and "
+    "ids of two vocabularies unless it is given their text",
     TIMING,
     LOGGED.format(private="documents", code=PROCESSORS),
 )
@@ -141,11 +142,15 @@ def prompt_words(unet: object, s: Setting, rows: int | None, first_is_public: bo
 def document_words(model: object, s: Setting) -> HostWords:
     """Of an encoder-decoder model."""
     public = [WEIGHTS]
-    if s.counted and s.unit != "context":
+    if s.counted and s.unit == "row":
         public.append("the number of rows of a context, with padding and without")
     if s.unit == "group":
-        many = ", how many groups there are, and how many rows each has"
-        public.append("which rows form a group" + s.if_counted(many))
+        public.append(
+            "with groups='documents', how many there are (not how long each is)"
+            if s.counted
+            else "with groups='documents', nothing more: their number is private too"
+        )
+        public.append("with groups=[...], which rows form a group")
     return s.words(model, public, ("decoder inputs and public documents", CHOICES), DOCUMENT, DOCUMENTS)
 
 

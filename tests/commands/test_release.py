@@ -124,6 +124,19 @@ def test_a_byte_order_mark_gives_no_second_budget(models_folder: Path, prompt: s
     assert main([*again, "--prompt-file", str(marked)]) == 1
 
 
+@pytest.mark.parametrize("unit", ["context", "group"])
+@pytest.mark.parametrize("order", [("llama", "bart", "plain"), ("plain", "chat"), ("bart", "llama")], ids=str)
+def test_a_text_has_one_budget_on_all_models(
+    order: tuple[str, ...], unit: str, models_folder: Path, prompt: str, out: Path
+) -> None:
+    """It is charged as the text that it is, beside its token ids: these are others for each tokenizer and template."""
+    for number, model in enumerate(order):
+        more = [*KERNEL, "--unit", unit, *(["--chat"] if model == "chat" else [])]
+        start = arguments(models_folder, out.with_name(model), model, *more)
+        assert main([*start, "--prompt-file", prompt]) == (1 if number else 0)
+    assert {c.number_of_releases for c in dpx.Ledger(out.parent / "ledger.json").entries()} == {1}
+
+
 @pytest.mark.parametrize("data", [b"the caf\xe9 is zebra", SECRET.encode("utf-16")])
 def test_bytes_that_are_no_text(
     data: bytes, models_folder: Path, out: Path, monkeypatch: Any, capsys: Any
