@@ -72,7 +72,7 @@ class NoisePart:
 class State:
     """What is public about released integers.
 
-    rows, units: of how many they are; None where the neighbouring relation makes that private.
+    rows, units: of how many they are; None where the relation or the unit makes that private.
     deviation: of the noise in a running total, in lattice steps; None: the mechanism's own.
     """
 
@@ -231,9 +231,10 @@ class Mechanism(Exact[PrivateT]):
         return Released(content, guarantee)
 
     def state(self, rows: int, units: int, deviation: float | None = None) -> State:
-        """What is public about so many rows and units."""
+        """What is public about so many rows and units; of groups no number of rows, which documents that are encoded apart hide."""
         counts = public_counts(self.config.unit, self.config.neighboring, rows, units)
-        return State(**counts, deviation=deviation)
+        known = counts["rows"] if self.config.unit == "row" else None
+        return State(known, counts["units"], deviation=deviation)
 
     def growing(self, units: int | None) -> Summand | Answers[Any]:
         """How it is released as a context grows. units: how many the public contexts of its calibration had.

@@ -67,7 +67,9 @@ def test_each_content_is_charged_once_for_the_whole_horizon(
     for more in contents[1:]:
         assert release.append(more) is release
         pictures.append(picture(pipe, **release.inputs()))
-    names = 2 if kind == "text" else 1  # a text's ids, and itself
+    names = {"text": 4, "ids": 3, "embeddings": 1}[
+        kind
+    ]  # ids padded, not padded, without special tokens; a text's own
     assert [c.note for c in ledger.entries()] == names * 3 * [{"horizon": 3}]
     assert len({c.digest for c in ledger.entries()}) == names * 3  # each content, once
     for content in contents:

@@ -165,11 +165,18 @@ def _of_documents() -> Host:
         **_growing(16),
         "a document more": Pair("group", ADD, corpus, fewer),
         "another document of the corpus, shorter": Pair("group", REPLACE, corpus, shorter),
-        "an append of a document, shorter": Pair(
+        "an opening of a document, shorter": Pair(
             "group",
             REPLACE,
             {**corpus, "horizon": 2},
             {**shorter, "horizon": 2},
+            ({"context": more[:1], "groups": "documents"}, {"context": more[:1], "groups": "documents"}),
+        ),
+        "an append of a document, shorter": Pair(
+            "group",
+            REPLACE,
+            {**corpus, "horizon": 2},
+            {**corpus, "horizon": 2},
             ({"context": more[:1], "groups": "documents"}, {"context": more[1:, :4], "groups": "documents"}),
         ),
         "another corpus": Pair("context", REPLACE, corpus, {**fewer, "attention_mask": None}),

@@ -82,8 +82,7 @@ class PreparedDPTree(Mechanism[LayerRows]):
             for i, part in enumerate(self.split.parts)
         }
         moments = moments_of(released, self.plan.moments)
-        rows = state.rows if self.config.unit == "row" else None
-        return tuple(map(structure_of, attention_of(self.plan, self.config, moments, rows)))
+        return tuple(map(structure_of, attention_of(self.plan, self.config, moments, state.rows)))
 
     @property
     def numbers(self) -> GuaranteeNumbers:

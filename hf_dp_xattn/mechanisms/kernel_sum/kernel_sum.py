@@ -125,9 +125,8 @@ class PreparedKernelSum(Mechanism[LayerRows]):
                 raise ConfigError(SKETCH_NEEDS_UNITS)
             deviation = math.sqrt(self.sigma_squared) if state.deviation is None else state.deviation
             sums = self.sketch.reconstruct(sums[0], state.units, deviation * scale)
-        rows = state.rows if self.config.unit == "row" else None
         return tuple(
-            layer_structure(encoder, part, rows, self.config.normalizer_floor)
+            layer_structure(encoder, part, state.rows, self.config.normalizer_floor)
             for encoder, part in zip(self.encoders, sums, strict=True)
         )
 
