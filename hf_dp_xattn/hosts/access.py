@@ -156,6 +156,13 @@ class Access:
             _permissions.set(_live())  # of the context that leaves, which need not be the one that entered
 
 
+@torch.compiler.disable
+def permitted(access: Access) -> bool:
+    """Whether `public` is open as a layer runs. Its gate may have been told so by a call that was interrupted since: torch runs no hook
+    after a KeyboardInterrupt, and what the gate noted stays in the thread."""
+    return access.public
+
+
 def _live() -> tuple[_Permission, ...]:
     return tuple(p for p in _permissions.get() if p.live)
 

@@ -62,7 +62,7 @@ class ProtectedDecoder(RoutedHandle):
         return dict(self.decoder_layers)
 
     def _layer_state(self, name: str) -> LayerState:
-        return LayerState(name, self._calls, self._configs[name])
+        return LayerState(name, self._calls, self._configs[name], self.access)
 
     @property
     def channels(self) -> int:

@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 
 from ....errors import ConfigError, DPXAttnError, ProtectionLostError
 from ....mechanisms.merge import exact_partial, merge
-from ...access import NO_COPY
+from ...access import NO_COPY, Access, permitted
 from ...tables import LayerTable
 from ..reading import group_queries, host_attention, read_partial, ungroup
 
@@ -82,11 +82,13 @@ class Calls(threading.local):
 
 @dataclass(frozen=True)
 class LayerState:
-    """What the attention function finds on a module. config: the host's own, which names the host's own attention."""
+    """What the attention function finds on a module. config: the host's own, which names the host's own attention; access: whether what
+    is public may pass, never without."""
 
     name: str
     calls: Calls
     config: Any
+    access: Access | None = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise DPXAttnError(NO_COPY)
@@ -167,6 +169,8 @@ def dp_xattn_prefix(
     if layer is None or call is None:
         raise ProtectionLostError(NO_RELEASE)
     if call.public:
+        if layer.access is None or not permitted(layer.access):
+            raise ProtectionLostError(NO_RELEASE)
         original = host_attention(module, layer.config._attn_implementation)
         public: tuple[torch.Tensor, Any] = original(module, query, key, value, attention_mask, **kwargs)
         return public

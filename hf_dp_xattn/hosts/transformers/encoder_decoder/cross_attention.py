@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 
 from ....errors import DPXAttnError, ProtectionLostError
 from ....mechanisms.merge import exact_partial
-from ...access import NO_COPY
+from ...access import NO_COPY, Access, permitted
 from ...tables import LayerTable
 from ..reading import group_queries, host_attention, read, ungroup
 
@@ -78,12 +78,13 @@ class Calls(threading.local):
 
 @dataclass(frozen=True)
 class LayerState:
-    """What the attention function finds on a module. config: the host's own, which names the host's own attention; padding: zero
-    channels of a head."""
+    """What the attention function finds on a module. config: the host's own, which names the host's own attention; access: whether what is
+    public may pass; padding: zero channels of a head."""
 
     name: str
     calls: Calls
     config: Any
+    access: Access
     padding: int = 0
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -198,6 +199,8 @@ def dp_xattn(
     if state is None or call is None:
         raise ProtectionLostError(NO_RELEASE)
     if call.public:
+        if not permitted(state.access):
+            raise ProtectionLostError(NO_RELEASE)
         original = host_attention(module, state.config._attn_implementation)
         capped = {} if softcap is None else {"softcap": softcap}
         return original(module, query, key, value, attention_mask, scaling=scaling, **capped, **kwargs)

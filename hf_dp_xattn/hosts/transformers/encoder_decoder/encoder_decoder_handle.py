@@ -83,7 +83,7 @@ class ProtectedSeq2Seq(RoutedHandle):
 
     def _layer_state(self, name: str) -> LayerState:
         layer = self.cross[name]
-        return LayerState(name, self._calls, self._configs[name], layer.padding)
+        return LayerState(name, self._calls, self._configs[name], self.access, layer.padding)
 
     def _close(self) -> None:
         self._gates = [TextGate(self._encoder.module, self.access, self.closed)]
