@@ -113,13 +113,13 @@ class GenerateShadow:
 
     def _generate(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         self._handle.check_thoroughly()
-        if self._handle.access.public:
-            return original(*bound.args, **bound.kwargs)
         arguments = named_arguments(bound)
-        config = generation_settings(self._model, arguments)
         cache = arguments.get("past_key_values")
         if not isinstance(cache, PrefixCache):
+            if self._handle.access.public:
+                return original(*bound.args, **bound.kwargs)
             raise ProtectionLostError(NO_INPUTS)
+        config = generation_settings(self._model, arguments)
         self._check(arguments, config)
         prepare = self._model.__dict__.get(
             "prepare_inputs_for_generation"

@@ -134,3 +134,17 @@ def test_models_that_also_read_pictures_are_refused(private: dpx.DPXAttnConfig) 
     with pytest.raises(dpx.UnsupportedModelError, match="pixel_values"):
         dpx.protect(model, private)
     assert dpx.handle_of(model) is None
+
+
+def test_a_release_is_read_inside_public_too(private: dpx.DPXAttnConfig) -> None:
+    model = tiny("llama")
+    handle = protect(model, private)
+    release = handle.release(tokens(9))
+    want = generate(model, release.inputs(input_ids=OWN))
+    with handle.public():
+        inputs = release.inputs(input_ids=OWN)
+        for _ in range(2):  # the same inputs serve again
+            got = generate(model, inputs)
+            assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+        with pytest.raises(dpx.ConfigError, match="guidance_scale"):
+            generate(model, inputs, guidance_scale=2.0)
