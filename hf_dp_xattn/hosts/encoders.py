@@ -201,8 +201,16 @@ def _at_hand(module: nn.Module) -> Iterator[None]:
 def _product(module: nn.Module, base: nn.Linear) -> _Weight:
     weight = base.weight
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
-    found = sketch_of(module, dtype)
+    found = sketch_of(module, _computes_in(base) or dtype)
     return _Weight(True, found, found.new_zeros(0), dtype, weight.device.type)
+
+
+def _computes_in(base: Any) -> torch.dtype | None:
+    """Where diffusers keeps weights in a smaller dtype than it computes in (`apply_layerwise_casting`)."""
+    registry = getattr(base, "_diffusers_hook", None)
+    hook = None if registry is None else registry.get_hook("layerwise_casting")
+    found: torch.dtype | None = getattr(hook, "compute_dtype", None)
+    return found
 
 
 def _rows(tensor: torch.Tensor) -> _Weight:

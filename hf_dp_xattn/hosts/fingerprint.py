@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..errors import ConfigError
 from .weight_changes import is_away, steps_of
 
 if TYPE_CHECKING:
@@ -104,6 +105,8 @@ def sketch_of(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     """[SIZE, SIZE] float32 CPU: a linear layer as it acts, its adapters included."""
     base: Any = getattr(module, "base_layer", module)
     device = next(module.parameters()).device
+    if device.type == "meta" and not any(hasattr(part, "_hf_hook") for part in module.modules()):
+        raise ConfigError("The host's weights are gone (on meta). Load them again; nothing was spent.")
     probe = signs("in", base.in_features).to(torch.device("cpu") if device.type == "meta" else device, dtype)
     with torch.autocast(probe.device.type, enabled=False):
         # without the module's own hooks: users watch their model by them, and this is no call of it

@@ -54,6 +54,18 @@ def refuse_beside(kwargs: Mapping[str, Any]) -> None:
             )
 
 
+def refuse_checkpointing(unet: torch.nn.Module) -> None:
+    """Raises ConfigError where a forward would be run again for its gradient, when nothing says any more what it may read."""
+    if torch.is_grad_enabled() and any(
+        getattr(part, "gradient_checkpointing", False) for part in unet.modules()
+    ):
+        raise ConfigError(
+            "Gradient checkpointing is not supported on a protected UNet: the backward pass would run its layers again, outside of the "
+            "call that names the release. Call unet.disable_gradient_checkpointing() and train with smaller batches, or train the UNet "
+            "before it is protected."
+        )
+
+
 def check_forward(unet: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], states: torch.Tensor) -> None:
     """Whether the UNet can be run with these public inputs; asked before a release is charged for the call.
 

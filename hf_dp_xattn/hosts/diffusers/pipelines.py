@@ -22,6 +22,7 @@ from ..saving import SaveShadow
 from .architectures import unwrap
 from .forward_inputs import NO_SCALE
 from .prompt_contexts import name_contexts
+from .public_arguments import check_arguments
 from .text_side import TextSide, as_texts
 from .unet_forward import ForwardGate
 from .unet_guard import PipelineGuard
@@ -30,6 +31,7 @@ NO_CLIP_SKIP = (
     "clip_skip is not supported on a protected pipeline (diffusers itself fails on it with current transformers). Encode the prompt as you "
     "need it inside `with protected.encoding():`, and pass it as prompt_embeds, which are private too."
 )
+LOOKS = "_dp_xattn_looks_for_nan"  # marks what hands on pictures
 
 
 class PipelinePatch:
@@ -90,12 +92,16 @@ class PipelinePatch:
         """A class of the same name whose calls wait for each other: a call is looked up on the class, and a pipeline keeps its scheduler's
         and its own state of a call on itself."""
         original: Any = self._class.__call__
+        signature = inspect.signature(original)
 
         @functools.wraps(original)
         def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
             with self._handle.calling, self._gate_of_unet.inside_pipeline():
+                if not self._handle.access.public:
+                    check_arguments(pipe, signature.bind(pipe, *args, **kwargs).arguments)
                 result = original(pipe, *args, **kwargs)
                 if not self._handle.access.public:
+                    self._check_parts()
                     self._handle.check()  # what was unprotected on the way has read a placeholder
                 return result
 
@@ -116,12 +122,16 @@ class PipelinePatch:
                 refuse_nan(image)  # once, behind all steps: NaN in one of them stays in all that follow
             return original(image, *args, **kwargs)
 
+        setattr(postprocess, LOOKS, True)
         self._postprocess = processor, postprocess
         vars(processor)["postprocess"] = postprocess
 
     def check(self) -> None:
         """Raises ProtectionLostError unless the pipeline still consists of what was protected."""
         self._handle.check_thoroughly()
+        self._check_parts()
+
+    def _check_parts(self) -> None:
         lost = None
         if unwrap(self.pipe.unet) is not self._handle.unet:
             lost = "its UNet"
@@ -133,11 +143,19 @@ class PipelinePatch:
             lost = "its tokenizer"
         elif any(vars(self.pipe).get(name) is not shadow for name, shadow in self._shadows.items()):
             lost = "its encode_prompt"
+        elif not self._looks_at_pictures():
+            lost = "its image_processor"
         if lost is not None:
             raise ProtectionLostError(
                 f"{type(self.pipe).__name__} was protected and then {lost} was replaced. Nothing was run. Call dpx.unprotect(pipe) and "
                 f"{PROTECT_AGAIN}."
             )
+
+    def _looks_at_pictures(self) -> bool:
+        """Whether NaN is still looked for in what is handed on. A pipeline that shares the processor may have wrapped it once more."""
+        processor = self.pipe.image_processor
+        own = self._postprocess is not None and self._postprocess[0] is processor
+        return own and hasattr(vars(processor).get("postprocess"), LOOKS)
 
     def _check_inputs(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """diffusers' own check, without the prompt: its messages quote it."""

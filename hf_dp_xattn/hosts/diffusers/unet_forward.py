@@ -16,7 +16,7 @@ from ..fingerprint import stamp
 from ..nan import main_output, refuse_nan
 from ..placeholder import read_tags
 from ..tables import LayerTable
-from .forward_inputs import check_forward, read_states, refuse_beside
+from .forward_inputs import check_forward, read_states, refuse_beside, refuse_checkpointing
 from .processor import Forward, Forwards, Layout
 from .unet_guard import UNetGuard
 
@@ -79,6 +79,7 @@ class ForwardGate:
         due is charged."""
         handle = self._handle
         handle.check()
+        refuse_checkpointing(self._unet)
         states = read_states(args, kwargs)
         seen = self.forwards.seen
         if seen is not None and seen[0]() is states and seen[1] == self._state_of(states):

@@ -1,0 +1,55 @@
+"""Public arguments of a pipeline's call that diffusers itself would stumble over after the first step: checked before anything is charged."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ...errors import ConfigError
+
+TENSORS = ("latents", "image", "mask_image", "masked_image_latents", "negative_prompt_embeds")
+
+
+def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """Of a call of a protected pipeline, by name.
+
+    Raises:
+        ConfigError: a callback that cannot be called with what diffusers passes it, steps that are no integer, a tensor that holds NaN or
+            Inf, GLIGEN, or no VAE for a picture. Nothing was spent.
+    """
+    callback = arguments.get("callback_on_step_end")
+    if callback is not None and not _takes_a_step(callback):
+        raise ConfigError(
+            "`callback_on_step_end` must be a function of (pipe, step, timestep, callback_kwargs). Nothing was spent."
+        )
+    steps = arguments.get("num_inference_steps")
+    if isinstance(steps, float):
+        raise ConfigError("`num_inference_steps` must be an integer, got float. Nothing was spent.")
+    for name in TENSORS:
+        given = arguments.get(name)
+        for tensor in given if isinstance(given, (list, tuple)) else [given]:
+            if isinstance(tensor, torch.Tensor) and not bool(torch.isfinite(tensor).all()):
+                raise ConfigError(f"`{name}` holds NaN or Inf. Nothing was spent.")
+    attention = arguments.get("cross_attention_kwargs")
+    if isinstance(attention, Mapping) and attention.get("gligen") is not None:
+        raise ConfigError("GLIGEN is not supported on a protected pipeline. Nothing was spent.")
+    if pipe.vae is None and arguments.get("output_type") != "latent":
+        raise ConfigError(
+            'This pipeline has no VAE to draw a picture with: pass output_type="latent". Nothing was spent.'
+        )
+
+
+def _takes_a_step(callback: Any) -> bool:
+    """Whether it can be called with the four arguments of a step; taken on trust where its signature cannot be read."""
+    if not callable(callback):
+        return False
+    try:
+        inspect.signature(callback).bind(None, 0, 0, {})
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
