@@ -1,4 +1,4 @@
-"""Public arguments of a pipeline's call that diffusers itself would stumble over after the first step: checked before anything is charged."""
+"""Public arguments of a pipeline's call at which diffusers would stumble after the first step: checked before a charge."""
 
 from __future__ import annotations
 
