@@ -56,8 +56,10 @@ questions behind each public prefix, and not on its attention alone, and plans a
 and backwards, and it decides how much of a behaviour is left (the chat example).
 
 LoRA through PEFT (`model.add_adapter`): an adapter takes part in what is released. A release holds keys and values of the weights that it
-was made with, so that a later change of them is refused (`ReleaseError`), until it is undone or the prefix is released anew. A cast is no
-such change: releases and calibrations of float32 serve a bfloat16 or float16 model, and the other way round. What tells the two apart are
+was made with, so that a later change of them is refused (`ReleaseError`), until it is undone or the prefix is released anew. A step of
+torch's optimisers shows at the next forward; what is written past torch's own count (an EMA that is copied in, `.data`) at the next
+`release`, `inputs` or `generate`, where all weights are summed. A cast is no such change: releases and calibrations of float32 serve a
+bfloat16 or float16 model, and the other way round. What tells the two apart are
 keys and values of 16 fixed public tokens. In layer l (from 1) they may move by 4 u sqrt(l), where u is the roundoff of the coarser dtype
 (2^-8 for bfloat16, 2^-11 for all others): 1.6 % in layer 1 and 6.3 % in layer 16 for bfloat16, an eighth of that for float16; the trained
 chat model moves by less than half as much. An adapter that moves no layer further than this is not noticed. Where dtypes differ and a layer

@@ -26,6 +26,7 @@ HEAD = """# Hosts
 ## diffusers
 
 {pipelines}, and their `UNet2DConditionModel`. All mechanisms.
+Gradient checkpointing is refused where gradients are taken, and so is a pipeline whose image processor was replaced.
 
 ## Encoder-decoder models of transformers
 
