@@ -19,8 +19,9 @@ class EncodesByHand:
 
         What it returns is exact and private, and in the caller's hands; nothing is charged yet. Pass it on as a private context:
         `pipe(prompt_embeds=...)`, `protected.release(embeds)`, `model.generate(encoder_outputs=...)`, which release and charge it under its
-        own name (not that of its text). A protected UNet or model refuses it in any other place; nothing else does, so keep to encoding
-        inside, and give the result to no other model.
+        own name (not that of its text). A protected UNet or model refuses it by itself in any other place; beside a placeholder
+        in one batch, or as a negative prompt, it counts as public, and nothing else refuses it: keep to encoding inside, and give the
+        result to nothing else.
         """
         with self.access.enter("encoding"):
             yield
