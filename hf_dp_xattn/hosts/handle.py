@@ -160,6 +160,7 @@ class ProtectedPipeline(EncodesByHand):
         patch = PipelinePatch(pipe, self, self.gate, text)
         self._patches.append(patch)
         patch.install()
+        vars(pipe)[HANDLE_ATTRIBUTE] = self  # to be found, whatever becomes of its UNet
 
     def unprotect(self) -> None:
         """Restores the host: the original processor objects, no hooks, no attributes. Releases stay valid on disk."""
@@ -175,7 +176,9 @@ class ProtectedPipeline(EncodesByHand):
         parts: tuple[Any, ...] = (self.gate, *self._gates, *self._patches, *self._guards, self.saving)
         for installed in parts:
             installed.remove()
-        self.unet.__dict__.pop(HANDLE_ATTRIBUTE, None)
+        for host in (self.unet, *(patch.pipe for patch in self._patches)):
+            if vars(host).get(HANDLE_ATTRIBUTE) is self:
+                del vars(host)[HANDLE_ATTRIBUTE]
         for processor in self._processors.values():
             processor.clear()
         self._tables.clear()

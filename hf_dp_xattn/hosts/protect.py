@@ -39,7 +39,8 @@ def _dispatch(host: Any) -> tuple[Any, Any, type[ProtectedPipeline]]:
 
 def handle_of(host: Any) -> ProtectedPipeline | None:
     """The handle of a protected pipeline, UNet or model, or None."""
-    return getattr(model_of(host), "__dict__", {}).get(HANDLE_ATTRIBUTE)
+    own = getattr(host, "__dict__", {}).get(HANDLE_ATTRIBUTE)  # a pipeline's, whatever became of its UNet
+    return getattr(model_of(host), "__dict__", {}).get(HANDLE_ATTRIBUTE, own)
 
 
 def protect(

@@ -418,3 +418,16 @@ def test_sdxl_really_leaks_past_cross_attention() -> None:
             torch.nn.init.zeros_(module.weight)
     a, b = (picture(pipe, p, height=16, width=16) for p in ("a red circle", "sixteen green stars"))
     assert float((a - b).abs().max()) > 1e-3
+
+
+def test_a_pipeline_is_unprotected_whatever_became_of_its_unet() -> None:
+    """The error advises `dpx.unprotect(pipe)`: it must find the handle by the pipeline."""
+    pipe = tiny_sd()
+    before = dict(vars(pipe))
+    dpx.protect(pipe, dpx.DPXAttnConfig(unit="row"))
+    pipe.unet = tiny_unet(1)
+    with pytest.raises(dpx.ProtectionLostError, match="unprotect"):
+        pipe("a red circle", num_inference_steps=1)
+    dpx.unprotect(pipe)
+    assert set(vars(pipe)) == set(before)
+    assert dpx.protect(pipe, dpx.DPXAttnConfig(unit="row")).active

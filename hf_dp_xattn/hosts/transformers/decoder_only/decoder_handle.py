@@ -14,10 +14,11 @@ from ....mechanisms.groups import as_groups
 from ...bindings import bind
 from ...content_names import with_texts
 from ...context import PrivateContext
-from ...fingerprint import Fingerprint, Sketched
+from ...fingerprint import Fingerprint, Sketched, stamp
 from ...host_words import HostWords, Setting, prefix_words
 from ...locks import locked
 from ...making import Recipe
+from ...placeholder import Tag
 from ...release import Release
 from ...released import ReleasedContext
 from ...tables import LayerTable
@@ -137,11 +138,15 @@ class ProtectedDecoder(RoutedHandle):
         self._calls.current = Call(tables, cache.index.to(ids.device), cache.offset, own, visible)
 
     def _read(self, cache: PrefixCache, device: torch.device) -> dict[str, LayerTable]:
-        """The tables that `serve` made for this cache last, or new ones: in a direct call, for the first tokens of a cache."""
+        """The tables that `serve` made for this cache last, as long as the weights are the same; or new ones: in a direct call, for the
+        first tokens of a cache."""
         served, begun = self._calls.served, cache.own > 0 or self._calls.generating
-        if begun and served is not None and served[0] == (cache.tags, device, self.model.dtype):
+        if begun and served is not None and served[0] == self._served_for(cache.tags, device):
             return served[1]
         return self.serve(cache)
+
+    def _served_for(self, tags: tuple[Tag, ...], device: torch.device) -> object:
+        return tags, device, self.model.dtype, self.watch.changes, stamp(self.watched)
 
     @locked
     @torch.inference_mode(False)  # what is kept must serve other modes too
@@ -156,7 +161,7 @@ class ProtectedDecoder(RoutedHandle):
         current = self.verify([b.context for b in bindings])
         device = device_of(self.model)
         tables = self._tables.build(bindings, device, self.model.dtype, current)
-        self._calls.served = (cache.tags, device, self.model.dtype), tables
+        self._calls.served = self._served_for(cache.tags, device), tables
         return tables
 
     @locked
@@ -267,7 +272,9 @@ class ProtectedDecoder(RoutedHandle):
         offset = offsets.pop()
         check_window(self.limit, offset + ids.shape[1])
         tags = [self._bindings.add(bind(c, None, c.tag)) for c in release.contexts]
-        cache = PrefixCache(tags * (len(ids) if len(tags) == 1 else 1), offset, len(self.decoder_layers))
+        cache = PrefixCache(
+            tags * (len(ids) if len(tags) == 1 else 1), offset, len(self.decoder_layers), self
+        )
         self.serve(cache)
         full = torch.cat([mask.new_ones(len(ids), offset), mask], dim=1)
         return {**public, "input_ids": ids, "attention_mask": full, "past_key_values": cache}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ....errors import ReleaseError
 from ...bindings import unique
 from ...placeholder import Tag
 
@@ -43,20 +45,39 @@ class OwnTokens(DynamicLayer):
             super().batch_select_indices(indices)
 
 
+class Reader(Protocol):
+    """Who reads what a cache names."""
+
+    active: bool
+
+
 class PrefixCache(Cache):
     """tags: the binding of each batch element; offset: positions of head and prefix, the same for all; layers: how many.
 
     elastic: set by `generate`, which repeats each batch element (beams, samples) without telling the cache. expected: how many tokens
-    the first forward must be given, set by `generate` too.
+    the first forward must be given, set by `generate` too. reader: of the releases; None in a trial that releases nothing.
     """
 
-    def __init__(self, tags: Sequence[Tag], offset: int, layers: int) -> None:
+    def __init__(self, tags: Sequence[Tag], offset: int, layers: int, reader: Reader | None = None) -> None:
         super().__init__(layers=[OwnTokens(offset) for _ in range(layers)])
         self.tags = unique(tags)
         self.index = torch.tensor([self.tags.index(tag) for tag in tags])
         self.offset = offset
         self.elastic = False
         self.expected: int | None = None
+        self._reader = None if reader is None else weakref.ref(reader)
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raises ReleaseError where nobody reads the releases any more: the model would answer as if there were no prefix."""
+        if self._reader is not None:
+            reader = self._reader()
+            if reader is None or not reader.active:
+                raise ReleaseError(
+                    "These inputs name a release of a model that was unprotected since, which would answer without its prefix. Protect the "
+                    "model and call release.inputs(input_ids=ids) again."
+                )
+        states: tuple[torch.Tensor, torch.Tensor] = super().update(*args, **kwargs)
+        return states
 
     def __repr__(self) -> str:
         return f"PrefixCache(batch={len(self.index)}, releases={len(self.tags)}, offset={self.offset}, own={self.own})"

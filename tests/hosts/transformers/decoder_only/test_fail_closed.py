@@ -339,3 +339,26 @@ def test_other_threads_see_no_release(model: Any, private: dpx.DPXAttnConfig) ->
     model.model.layers[0].mlp.register_forward_hook(inside)
     model(**release.inputs(input_ids=OWN))
     assert len(errors) == 1 and isinstance(errors[0], dpx.ProtectionLostError)
+
+
+def test_weights_that_change_before_a_cached_forward_are_noticed(
+    model: Any, private: dpx.DPXAttnConfig
+) -> None:
+    handle = protect(model, private)
+    release = handle.release(tokens(12), public_head=1)
+    first = model(**release.inputs(input_ids=OWN))
+    step = {"input_ids": torch.tensor([[9]]), "past_key_values": first.past_key_values}
+    assert bool(model(**step).logits.isfinite().all())
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
+    with pytest.raises(dpx.ReleaseError, match="fit this model"):
+        model(**step)
+
+
+def test_inputs_of_a_model_that_was_unprotected_are_refused(model: Any, private: dpx.DPXAttnConfig) -> None:
+    """It would answer as if it had no prefix, which looks healthy."""
+    handle = protect(model, private)
+    inputs = handle.release(tokens(12), public_head=1).inputs(input_ids=OWN)
+    dpx.unprotect(model)
+    with pytest.raises(dpx.ReleaseError, match="unprotected since"):
+        generate(model, inputs)
