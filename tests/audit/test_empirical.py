@@ -5,6 +5,7 @@ A sound release fails an audit with probability at most 10^-6 (the confidence us
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from fractions import Fraction
@@ -114,9 +115,9 @@ def _half(source: Any) -> Any:
         prepared = dataclasses.replace(source.prepared, noise=noise)
         return dataclasses.replace(source, prepared=prepared, noise=noise)
     response = RandomizedResponse.of(2 * source.response.epsilon, source.response.alphabet)
-    return dataclasses.replace(
-        source, response=dataclasses.replace(response, epsilon=source.response.epsilon)
-    )
+    planted = copy.copy(response)  # past the check of its odds
+    object.__setattr__(planted, "epsilon", source.response.epsilon)
+    return dataclasses.replace(source, response=planted)
 
 
 def _half_sum(prepared: Any) -> Any:

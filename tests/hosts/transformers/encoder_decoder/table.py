@@ -59,8 +59,15 @@ length (long public texts in pieces), for unit="row" or "context".
 
 What is refused: assisted decoding and prompt lookup, `encoder_no_repeat_ngram_size` and `encoder_repetition_penalty` (they read the
 document past the release; where a model's own settings ask for the first, as Blenderbot's do, it is switched off and the report says
-so), guidance, static caches and compiled generation (`compile_config`), caches made elsewhere, Whisper's token timestamps, quantised
-projections.
+so), guidance, static caches and compiled generation (`compile_config`), caches made elsewhere, quantised projections. Of Whisper, what
+reads the length of a recording or decodes it again: timestamps of segments and tokens, `return_segments`, `monitor_progress`, several
+temperatures and the thresholds that go with them; cut a recording into pieces of at most the model's window. A setting of
+`model.generation_config` counts beside a `generation_config` that is passed, as in transformers.
+Weights that accelerate offloads are not supported here yet (nor for Mllama; pipelines and decoder-only models are): `protect` or the
+release fails, and nothing is spent.
+
+`release(ids, text=...)` (encoder-decoder and decoder-only): the text that the ids are of. It is charged as well, so that the same text
+given to another model, or as a string to a pipeline, meets the same account.
 """
 
 
