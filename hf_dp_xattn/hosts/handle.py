@@ -103,6 +103,7 @@ class ProtectedPipeline(EncodesByHand):
         self.lock = Lock()  # held while anything of this handle is changed, never while a host runs
         self.calling = Lock()  # held while a pipeline runs; taken before `lock`
         self._active: tuple[tuple[Tag, ...], torch.device] = (), torch.device("cpu")
+        self.watch.look(self.watched)  # the first look is no change
         self._fingerprint = self._current_fingerprint()  # of the weights that the tables were built for
         self._tables = Tables(self.layers)
         self._serving: dict[str, LayerTable] = {}
