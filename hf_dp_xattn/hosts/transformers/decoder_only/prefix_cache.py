@@ -51,6 +51,25 @@ class Reader(Protocol):
     active: bool
 
 
+class ReaderLink:
+    """Which reader a cache was made for: kept by copies, not by what is pickled. None: a trial, which nobody leaves."""
+
+    def __init__(self, reader: Reader | None = None) -> None:
+        self._reader = None if reader is None else weakref.ref(reader)
+
+    @property
+    def gone(self) -> bool:
+        """The reader is no longer there, or no longer reads."""
+        reader = None if self._reader is None else self._reader()
+        return self._reader is not None and (reader is None or not reader.active)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReaderLink:
+        return self
+
+    def __reduce__(self) -> tuple[type[ReaderLink], tuple[()]]:
+        return ReaderLink, ()
+
+
 class PrefixCache(Cache):
     """tags: the binding of each batch element; offset: positions of head and prefix, the same for all; layers: how many.
 
@@ -65,17 +84,15 @@ class PrefixCache(Cache):
         self.offset = offset
         self.elastic = False
         self.expected: int | None = None
-        self._reader = None if reader is None else weakref.ref(reader)
+        self._reader = ReaderLink(reader)
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Raises ReleaseError where nobody reads the releases any more: the model would answer as if there were no prefix."""
-        if self._reader is not None:
-            reader = self._reader()
-            if reader is None or not reader.active:
-                raise ReleaseError(
-                    "These inputs name a release of a model that was unprotected since, which would answer without its prefix. Protect the "
-                    "model and call release.inputs(input_ids=ids) again."
-                )
+        if self._reader.gone:
+            raise ReleaseError(
+                "These inputs name a release of a model that was unprotected since, which would answer without its prefix. Protect the "
+                "model and call release.inputs(input_ids=ids) again."
+            )
         states: tuple[torch.Tensor, torch.Tensor] = super().update(*args, **kwargs)
         return states
 
