@@ -42,7 +42,12 @@ def _require_integer(name: str, value: Any, *, low: int, high: int) -> None:
 
 @dataclass(frozen=True)
 class DPXAttnConfig(Shareable):
-    """What is released, and at which price.
+    """What is released, and at which price. Each field says what it is in its metadata ("help"), which the card repeats.
+
+    Example:
+        >>> config = dpx.DPXAttnConfig(mechanism="anchors", epsilon=8.0, unit="group")
+        >>> config.replace(epsilon=4.0).epsilon
+        4.0
 
     Raises:
         ConfigError: a field is out of range, or a value is unknown. Unknown keys of a file, a dict or `replace` are refused, never dropped:
@@ -134,14 +139,30 @@ class DPXAttnConfig(Shareable):
         return KNOWN[self.mechanism].private
 
     def replace(self, **changes: Any) -> DPXAttnConfig:
-        """A copy with fields changed; unknown fields raise `ConfigError`."""
+        """A copy with fields changed.
+
+        Args:
+            changes: fields and their new values.
+
+        Raises:
+            ConfigError: an unknown field, or a value that is not valid.
+        """
         return self.from_dict({**self.to_dict(), **changes})
 
     def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON takes them."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DPXAttnConfig:
+        """The reverse of `to_dict`; fields that are left out have their defaults.
+
+        Args:
+            values: fields and their values.
+
+        Raises:
+            ConfigError: an unknown field, or a value that is not valid.
+        """
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -167,7 +188,11 @@ class DPXAttnConfig(Shareable):
         return config_card(self.to_dict(), meanings, options)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
-        """Writes `dp_xattn_config.json`; returns its path."""
+        """Writes `dp_xattn_config.json`; returns its path.
+
+        Args:
+            directory: a folder, made if it is not there.
+        """
         folder = Path(directory)
         write_files(folder, self.files())
         return folder / CONFIG_NAME
@@ -176,7 +201,11 @@ class DPXAttnConfig(Shareable):
     def from_pretrained(
         cls, name_or_path: str | os.PathLike[str], **options: Unpack[HubOptions]
     ) -> DPXAttnConfig:
-        """Reads a config from a folder, or from a Hub repository (`revision`, `token`, `subfolder`, ...: `artefacts.HubOptions`).
+        """Reads a config from a folder, or from a Hub repository.
+
+        Args:
+            name_or_path: folder or Hub id.
+            options: revision, token, subfolder, ... (`artefacts.HubOptions`).
 
         Raises:
             ConfigError: missing, damaged, of another schema; an unknown key, or a missing one, because a default may be weaker than what
@@ -186,7 +215,14 @@ class DPXAttnConfig(Shareable):
 
     @classmethod
     def from_file(cls, folder: Path) -> DPXAttnConfig:
-        """Reads and checks the file in a local folder; raises ConfigError."""
+        """Reads and checks the file in a local folder.
+
+        Args:
+            folder: holds `dp_xattn_config.json`.
+
+        Raises:
+            ConfigError: see `from_pretrained`.
+        """
         values = read_document(folder / CONFIG_NAME, ConfigError)
         config = cls.from_dict(values)
         missing = sorted({f.name for f in dataclasses.fields(cls)} - set(values))

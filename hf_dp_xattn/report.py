@@ -15,11 +15,26 @@ NOT_PRIVATE = "NOT PRIVATE: mechanism='none' is exact attention; nothing is prom
 class Guarantee:
     """What one release promises.
 
-    Attributes:
-        epsilon, delta: of this release (epsilon = inf for `mechanism="none"`).
-        sensitivity, sigma: l2 sensitivity of the summed contributions and noise, both in lattice units' common scale.
-        rows, units: how many; None where the neighbouring relation makes them private (add_or_remove_one).
+    Args:
+        mechanism: which one released.
+        epsilon: of this release; inf for mechanism="none".
+        delta: of this release.
+        unit: what one neighbouring step changes.
+        neighboring: how it changes.
+        rows: how many; None where the neighbouring relation makes that private (add_or_remove_one).
+        units: how many; None likewise.
+        clip_norm: clipping bound of one unit's contribution, in lattice units' common scale.
+        sensitivity: l2 sensitivity of the summed contributions, on the same scale.
+        sigma: deviation of the noise, on the same scale.
+        sampling_distance: statistical distance of the sampler from its law, which delta covers.
         private_noise: False when a seeded sampler was used (tests): then nothing is promised.
+        calibrated: whether public statistics took part.
+        clipping: what was clipped and how, in words.
+
+    Example:
+        >>> release = dpx.protect(pipe, dpx.DPXAttnConfig(epsilon=8.0)).release("a red circle")
+        >>> print(release.guarantees[0].sentence())
+        (8, 1e-05)-differentially private when one row (embedding) of the private context is replaced by any other; every query, ...
     """
 
     mechanism: str
@@ -42,12 +57,18 @@ class Guarantee:
         return self.mechanism != "none" and self.private_noise and math.isfinite(self.epsilon)
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON form; epsilon None where nothing is promised."""
         values = asdict(self)
         values["epsilon"] = self.epsilon if math.isfinite(self.epsilon) else None
         return {**values, "is_private": self.is_private}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Guarantee:
+        """The reverse of `to_dict`.
+
+        Args:
+            values: what it gave.
+        """
         known = dict(values)
         known.pop("is_private", None)
         if known.get("epsilon") is None:
@@ -55,6 +76,7 @@ class Guarantee:
         return cls(**known)
 
     def sentence(self) -> str:
+        """What is promised, in one sentence."""
         if self.mechanism == "none":
             return NOT_PRIVATE
         if not self.private_noise:
@@ -101,7 +123,24 @@ def _up(value: float | str) -> str:
 
 @dataclass(frozen=True)
 class PrivacyReport:
-    """What was promised, spent and left open by a protected host. str(), to_dict(), to_json()."""
+    """What was promised, spent and left open by a protected host. str(), to_dict(), to_json().
+
+    Args:
+        host: class of the model.
+        layers: how many read the context.
+        heads: of all these layers.
+        config: `DPXAttnConfig.to_dict`.
+        releases: one entry each (`release_entry`).
+        public: what is not protected because it is public.
+        not_covered: what the guarantee says nothing about.
+        ledger: where charges are kept.
+        warnings: what the operator must know, first.
+
+    Example:
+        >>> protected = dpx.protect(pipe, dpx.DPXAttnConfig(epsilon=8.0))
+        >>> print(protected.report())
+        Privacy report: UNet2DConditionModel, ...
+    """
 
     host: str
     layers: int
@@ -114,10 +153,16 @@ class PrivacyReport:
     warnings: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
         values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return values
 
     def to_json(self, **kwargs: Any) -> str:
+        """As JSON.
+
+        Args:
+            kwargs: for `json.dumps`.
+        """
         return json.dumps(self.to_dict(), **{"indent": 2, "sort_keys": True, **kwargs})
 
     def __str__(self) -> str:

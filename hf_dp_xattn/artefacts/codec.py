@@ -116,7 +116,12 @@ class Encoded(Shareable):
     @classmethod
     @abstractmethod
     def from_parts(cls, header: Mapping[str, Any], tensors: Tensors) -> Self:
-        """The artefact of a file's parts. Raises what a missing or odd part makes it raise."""
+        """The artefact of a file's parts. Raises what a missing or odd part makes it raise.
+
+        Args:
+            header: of the JSON file.
+            tensors: of the safetensors file, by name.
+        """
 
     @abstractmethod
     def verify(self) -> None:

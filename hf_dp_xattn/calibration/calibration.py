@@ -35,9 +35,24 @@ _BASIS = tuple(f.name for f in fields(SketchBasis))
 
 @dataclass(frozen=True)
 class Calibration(Stored):
-    """Public geometry, clipping bound, sketch basis and plans for one model's layers.
+    """Public geometry, clipping bound, sketch basis and plans for one model's layers (`kernel_sum`). Made by `dpx.calibrate`.
 
     Nothing in here may depend on a private context: it is not noised and is not counted.
+
+    Args:
+        layers: their names.
+        geometries: public maps and bounds of each layer's heads.
+        settings: the config's fields that it was made for (`BOUND_FIELDS`).
+        clip_norm: clipping bound of one unit's contribution.
+        contexts: public ones that it was fitted to.
+        units: in one context.
+        basis: directions in which the sums vary; None: everything is released.
+        plans: what is released at each epsilon, where there is a basis.
+
+    Example:
+        >>> dpx.Calibration.from_pretrained("no/such/folder")
+        Traceback (most recent call last):
+        hf_dp_xattn.errors.ConfigError: ...
     """
 
     mechanism = "kernel_sum"
@@ -54,7 +69,15 @@ class Calibration(Stored):
     _cache: dict[float, SketchPlan] = field(default_factory=dict, repr=False, compare=False)
 
     def check(self, config: DPXAttnConfig, specs: Sequence[LayerSpec]) -> None:
-        """Raises ConfigError unless its numbers are in their ranges, and it was made for these layers and these settings."""
+        """Whether it serves this host under this config.
+
+        Args:
+            config: what a release promises.
+            specs: shapes of the host's layers.
+
+        Raises:
+            ConfigError: a number is out of its range, or it was made for other layers or settings.
+        """
         self.verify()  # it need not come from a file
         self.check_settings(config, self.settings)
         shapes = [(s.name, s.heads, s.key_dim, s.value_dim) for s in specs]
@@ -67,7 +90,11 @@ class Calibration(Stored):
             )
 
     def plan(self, config: DPXAttnConfig) -> SketchPlan | None:
-        """The sketch to release at config.epsilon, or None where there is none (no basis, or n not public)."""
+        """The sketch to release, or None where there is none (no basis, or n not public).
+
+        Args:
+            config: at its epsilon.
+        """
         if self.basis is None or not self.plans or config.neighboring != "replace_one":
             return None
         # Any plan is private at any epsilon (the noise is always set for the config); the nearest one is the most useful.
@@ -154,8 +181,15 @@ class Calibration(Stored):
     def from_pretrained(
         cls, name_or_path: str | os.PathLike[str], **options: Unpack[HubOptions]
     ) -> Calibration | AnchorCalibration:
-        """Reads a folder or a Hub repository (`HubOptions`), of whichever mechanism; raises ConfigError on anything missing, unknown,
-        damaged or of another schema."""
+        """Reads a folder or a Hub repository, of whichever mechanism.
+
+        Args:
+            name_or_path: folder or Hub id.
+            options: revision, token, subfolder, ... (`artefacts.HubOptions`).
+
+        Raises:
+            ConfigError: missing, unknown, damaged or of another schema.
+        """
         return load_calibration(locate(name_or_path, CODEC.names, error=ConfigError, **options).folder)
 
 

@@ -42,7 +42,29 @@ class PlanPoint:
 class Plan:
     """What `dpx.plan` found. str() is a table; to_dict(), to_json(), plot(path).
 
-    units: in one context (rows, groups or 1). exact_kv_bytes: keys and values of exact attention, known for unit='row' only.
+    Args:
+        calibration: its folder or kind.
+        unit: what is protected.
+        neighboring: the relation.
+        grouping: how units are encoded.
+        units: in one context (rows, groups or 1).
+        delta: of the guarantee.
+        contexts: public ones that the calibration was fitted to.
+        layers: whose keys and values are counted.
+        heads: of these layers.
+        dtype: of keys and values.
+        exact_kv_bytes: keys and values of exact attention, known for unit="row" only.
+        measured_on: where times were taken; None: they were not.
+        points: one for each epsilon.
+        fvu_curve: predicted fraction of the output's variance that is left unexplained.
+        score_curve: predicted score; None where the publisher measured none.
+        wanted: the smallest epsilon for each quality that was asked for.
+        notes: what to know beside.
+
+    Example:
+        >>> found = dpx.plan(calibration, epsilons=[4.0, 8.0], measure=False)
+        >>> [point.epsilon for point in found.points]
+        [4.0, 8.0]
     """
 
     calibration: str
@@ -69,6 +91,7 @@ class Plan:
         return all(w.epsilon is not None for w in self.wanted)
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
         values = asdict(self)
         values["fvu_curve"] = self.fvu_curve.to_dict()
         values["score_curve"] = None if self.score_curve is None else self.score_curve.to_dict()
@@ -79,6 +102,11 @@ class Plan:
         return result
 
     def to_json(self, **kwargs: Any) -> str:
+        """As JSON.
+
+        Args:
+            kwargs: for `json.dumps`.
+        """
         return json.dumps(self.to_dict(), **{"indent": 2, "sort_keys": True, **kwargs})
 
     def __str__(self) -> str:
@@ -132,6 +160,9 @@ class Plan:
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """FVU and score against epsilon with their intervals and what is wanted; the suffix decides the format. Returns the path.
+
+        Args:
+            path: of the picture.
 
         Raises:
             ConfigError: matplotlib is not installed, the format is unknown, or the file cannot be written.

@@ -56,17 +56,25 @@ def plan(
 
     Args:
         calibration: an `AnchorCalibration`, a folder or Hub id, or several of them, of which the one that fits is used.
-        epsilons or epsilon: by default those that the calibration has plans for.
-        unit, neighboring, n: what to protect, and units in one context (rows for unit="row", groups for "group"); by default the
-            calibration's.
+        epsilons: by default those that the calibration has plans for.
+        epsilon: one, in the place of several.
+        unit: what to protect; by default the calibration's.
+        neighboring: the relation; by default the calibration's.
+        n: units in one context (rows for unit="row", groups for "group"); by default the calibration's.
         delta: by default the calibration's.
-        want_fvu, want_score: finds the smallest epsilon that is predicted to reach them.
+        want_fvu: finds the smallest epsilon that is predicted to reach it.
+        want_score: likewise, of a score.
         score: which of the publisher's scores; by default the first one.
-        layers, dtype: names of the layers whose keys and values are counted, and their type; by default the calibration's host's.
+        layers: names of the layers whose keys and values are counted; by default the calibration's host's.
+        dtype: of keys and values; by default the calibration's host's.
         measure: time releases on this machine.
 
     Raises:
         ConfigError: no calibration fits, several do, or a value is out of range.
+
+    Example:
+        >>> print(dpx.plan(calibration, epsilon=8.0, measure=False))
+        Plan for ...
     """
     asked = epsilons
     if epsilon is not None:

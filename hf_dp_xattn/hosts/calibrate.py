@@ -78,13 +78,20 @@ def calibrate(
             what its image processor gives for images of one number of tiles. For a
             decoder-only model: token ids [N, n] or a list of token id lists; for unit="group", a list of lists of segments.
         config: mechanism, unit and relation to fit for; by default `anchors` with unit="row".
-        anchors: cells of the histogram's codebook. releases: candidates of `anchors` ("sum", "response", "histogram", "mixed").
+        epsilons: for which there will be plans.
+        anchors: cells of the histogram's codebook.
+        releases: candidates of `anchors` ("sum", "response", "histogram", "mixed").
         steps: training steps of the decoder; by default what takes a few minutes on two cores. More do better.
         grouping: how units are encoded, "rows", "phrases" or "context"; by default what the unit says.
+        memory_mb: for encoded public contexts, in MiB.
         rank: kernel_sum only; 0 fits geometry and bounds only.
-        query_prompts, query_steps, queries_per_step: public denoising runs from which queries are taken; by default 8 prompts over 6
-            steps, or 2 over 4 on a host as large as Stable Diffusion's (16 sampled tokens for each of 8 documents or prefixes).
-        public_head, prefix_bucket: decoder-only models, as in `protected.release`.
+        query_prompts: public runs from which queries are taken; by default 8, or 2 on a host as large as Stable Diffusion's.
+        query_steps: of each run; by default 6 denoising steps, or 4 on a large host (16 sampled tokens for a document or prefix).
+        queries_per_step: kept of each step.
+        seed: of every random choice.
+        progress: shows bars.
+        public_head: decoder-only models, as in `protected.release`.
+        prefix_bucket: decoder-only models, as in `protected.release`.
         questions: token ids of public users' turns (of an encoder-decoder model: of what its decoder's texts start with), whose queries
             (and those of answers that are sampled) the calibration is fitted to; by default only sampled text.
         replies: decoder-only models, `anchors`: how many questions each public prefix is asked, so that the decoder is trained on the
@@ -92,7 +99,14 @@ def calibrate(
             forwards and backwards. What a user sees gains most from this.
 
     Raises:
-        ConfigError: too few contexts, wrong type. UnsupportedModelError: not a supported pipeline.
+        ConfigError: too few contexts, wrong type.
+        UnsupportedModelError: not a supported pipeline.
+
+    Example:
+        >>> public = [f"a {colour} {shape}" for colour in ("red", "blue", "green", "white") for shape in ("circle", "square")]
+        >>> config = dpx.DPXAttnConfig(mechanism="kernel_sum", epsilon=8.0)
+        >>> fitted = dpx.calibrate(pipe, public, config, epsilons=8.0, rank=0, query_steps=1, progress=False)
+        >>> protected = dpx.protect(pipe, config, calibration=fitted)
     """
     config = DPXAttnConfig(mechanism="anchors") if config is None else config
     options = CalibrationOptions(

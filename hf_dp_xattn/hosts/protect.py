@@ -38,7 +38,16 @@ def _dispatch(host: Any) -> tuple[Any, Any, type[ProtectedPipeline]]:
 
 
 def handle_of(host: Any) -> ProtectedPipeline | None:
-    """The handle of a protected pipeline, UNet or model, or None."""
+    """The handle of a protected pipeline, UNet or model, or None.
+
+    Args:
+        host: what was given to `protect`, or a part of it.
+
+    Example:
+        >>> protected = dpx.protect(pipe, dpx.DPXAttnConfig())
+        >>> dpx.handle_of(pipe.unet) is protected
+        True
+    """
     own = getattr(host, "__dict__", {}).get(HANDLE_ATTRIBUTE)  # a pipeline's, whatever became of its UNet
     return getattr(model_of(host), "__dict__", {}).get(HANDLE_ATTRIBUTE, own)
 
@@ -77,6 +86,12 @@ def protect(
         ProtectionLostError: the host is protected and something was replaced since.
         LedgerError: the process's ledger cannot be opened.
         In each case nothing was patched.
+
+    Example:
+        >>> protected = dpx.protect(pipe, dpx.DPXAttnConfig(epsilon=8.0))
+        >>> images = pipe("a red circle", num_inference_steps=2).images  # the prompt is private: released once, and charged
+        >>> print(protected.report())
+        Privacy report: ...
     """
     with _installing:
         return _protect(host, config, calibration, ledger, budget, entropy)
@@ -91,7 +106,13 @@ def protect_to_serve(
 
 
 def _serve(host: Any, config: DPXAttnConfig, ledger: Ledger | None) -> tuple[ProtectedPipeline, bool]:
-    """See `Release.from_pretrained`."""
+    """See `Release.from_pretrained`.
+
+    Args:
+        host: what is to be served.
+        config: the release's.
+        ledger: what has been spent so far, or None.
+    """
     handle = handle_of(host)
     if handle is None:
         return protect_to_serve(host, config, ledger=ledger), True
@@ -182,7 +203,17 @@ def _check_same(handle: ProtectedPipeline, config: DPXAttnConfig, *others: Any) 
 
 
 def unprotect(host: Any) -> None:
-    """Restores a protected host (and every pipeline that joined it) to what it was. Does nothing where there is no protection."""
+    """Restores a protected host (and every pipeline that joined it) to what it was. Does nothing where there is no protection.
+
+    Args:
+        host: what was given to `protect`, or a part of it.
+
+    Example:
+        >>> protected = dpx.protect(pipe, dpx.DPXAttnConfig())
+        >>> dpx.unprotect(pipe)
+        >>> protected.active
+        False
+    """
     handle = handle_of(host)
     if handle is not None:
         handle.unprotect()

@@ -59,7 +59,20 @@ class Release:
     """One release per context; every query, layer, step and output that uses it is post-processing.
 
     *Formal guarantee.* `guarantees[i]` states what was released of context i; for `mechanism="none"` that is nothing private.
-    Made by `protected.release(...)`, saved and loaded with `save_pretrained` / `from_pretrained`.
+    Made by `protected.release(...)`, saved and loaded with `save_pretrained` / `from_pretrained`; not by hand.
+
+    Args:
+        contexts: what was released of each.
+        config: under which.
+        handle: that made or loaded it; held weakly.
+        growing: its growing side, where there is one.
+        terms: what was public and not covered where it was made; None: here.
+
+    Example:
+        >>> release = dpx.protect(pipe, dpx.DPXAttnConfig(epsilon=8.0)).release("a red circle")
+        >>> images = pipe(**release.inputs(), num_inference_steps=2).images
+        >>> folder = release.save_pretrained("red-circle")
+        >>> again = dpx.Release.from_pretrained("red-circle", host=pipe)
     """
 
     server: ClassVar[Server]  # `protect.py` says it: `protect` stands above all that makes releases
@@ -151,7 +164,8 @@ class Release:
         comes, and (under replace_one) how many rows it has.
 
         Args:
-            context, groups: as in `protected.release`; ONE context. Groups have numbers that no earlier append used.
+            context: as in `protected.release`; ONE context.
+            groups: as in `protected.release`, with numbers that no earlier append used.
 
         Returns:
             This release.
@@ -176,6 +190,7 @@ class Release:
         somebody else wrote stays as it is.
 
         Args:
+            directory: a folder, made if it is not there.
             card: license, base_model, utility (`artefacts.CardOptions`).
 
         Raises:
@@ -200,6 +215,9 @@ class Release:
         and no `anchors` release at all (protect it first, with the calibration).
 
         Args:
+            name_or_path: folder or Hub id.
+            host: what it is to serve.
+            options: revision, token, subfolder, ... (`artefacts.HubOptions`).
             ledger: what has been spent so far, if the host is to make releases too. The variable HF_DP_XATTN_LEDGER gives one as well.
 
         Raises:
@@ -226,8 +244,14 @@ class Release:
     def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
         """Uploads the files of `save_pretrained` to a Hub repository; returns the commit's address.
 
+        Args:
+            repo_id: owner/name.
+            options: token, private, license, ... (`artefacts.PushOptions`).
+
         Raises:
-            HubError: the upload failed, and the repository is as it was. ReleaseError: see `save_pretrained`. ConfigError: unknown options.
+            HubError: the upload failed, and the repository is as it was.
+            ReleaseError: see `save_pretrained`.
+            ConfigError: unknown options.
         """
         return self._file().push_to_hub(repo_id, **options)
 
@@ -235,7 +259,11 @@ class Release:
         return ReleaseFile(self.contexts, self.config, self.terms)
 
     def beside(self, prompt: str | Sequence[str] | None) -> list[tuple[ReleasedContext, str | None]]:
-        """Each context with the public text that joins it: one text for all, one for each, or ONE context for several texts."""
+        """Each context with the public text that joins it.
+
+        Args:
+            prompt: one text for all, one for each, or several for ONE context.
+        """
         if prompt is None:
             return [(context, None) for context in self.contexts]
         from .diffusers.text_side import as_texts

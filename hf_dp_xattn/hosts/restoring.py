@@ -31,6 +31,13 @@ def from_pretrained(name_or_path: str | Path, *, ledger: Ledger | None = None, *
 
     Raises:
         ConfigError: there is no protection, or it is damaged, of another schema, or for another host. No host is returned then.
+
+    Example:
+        >>> protected = dpx.protect(pipe, dpx.DPXAttnConfig())
+        >>> pipe.save_pretrained("protected-pipeline")
+        >>> again = dpx.from_pretrained("protected-pipeline")
+        >>> dpx.handle_of(again).config == protected.config
+        True
     """
     refused = sorted(set(options) & set(_REFUSED))
     if refused:

@@ -67,7 +67,9 @@ def release_attention(
     The caller accounts for repeated releases of the same context (`privacy/ledger.py`; `protect` does it).
 
     Args:
-        key: [B, H, n, d] private keys. value: [B, H, n, dv] private values.
+        key: [B, H, n, d] private keys.
+        value: [B, H, n, dv] private values.
+        config: mechanism, budget, unit and relation.
         groups: [n] or [B, n] (a list, array or tensor) integer group of each row, for `unit="group"`; public.
         scale: logit scale, default 1/sqrt(d) (the paper scales by 1/d: pass it).
         calibration: public statistics from `dpx.calibrate`.
@@ -75,6 +77,12 @@ def release_attention(
 
     Raises:
         ContextError, ConfigError: bad shapes, NaN, no rows, unfit calibration. Nothing is released.
+
+    Example:
+        >>> key, value = torch.randn(1, 2, 50, 8), torch.randn(1, 2, 50, 8)
+        >>> released = dpx.release_attention(key, value, dpx.DPXAttnConfig(epsilon=8.0))
+        >>> released.attend(torch.randn(1, 2, 3, 8)).shape
+        torch.Size([1, 2, 3, 8])
     """
     _check_inputs(key, value)
     batch, heads, n, d = key.shape

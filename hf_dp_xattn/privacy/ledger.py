@@ -55,7 +55,20 @@ class Budget:
     """What a context may spend in total: epsilon at delta, and (optionally) for which unit and relation.
 
     Charges under different units or relations do not compose, so a ledger refuses to mix them on one digest.
-    Raises `ConfigError` unless 0 < epsilon < inf and 0 <= delta < 1.
+
+    Args:
+        epsilon: in total, in (0, inf).
+        delta: in total, in [0, 1).
+        unit: of the guarantee; by default the config's.
+        neighboring: its relation; by default the config's.
+
+    Raises:
+        ConfigError: a value is out of range, or unknown.
+
+    Example:
+        >>> protected = dpx.protect(pipe, dpx.DPXAttnConfig(epsilon=4.0), budget=dpx.Budget(8.0, 1e-5))
+        >>> first = protected.release("a red circle")
+        >>> second = protected.release("a red circle", fresh=True)  # both are paid from the one budget
     """
 
     epsilon: float
@@ -78,7 +91,15 @@ class Budget:
             raise ConfigError(f"Unknown unit or neighbouring relation: {error}.") from None
 
     def scoped(self, unit: str, neighboring: str) -> Budget:
-        """This budget for what is released in that unit and relation. Raises `ConfigError` where it is for others."""
+        """This budget for what is released in that unit and relation.
+
+        Args:
+            unit: of the releases.
+            neighboring: their relation.
+
+        Raises:
+            ConfigError: it is for others.
+        """
         own = dataclasses.replace(self, unit=unit, neighboring=neighboring)
         for name, given in (("unit", self.unit), ("neighboring", self.neighboring)):
             if given not in (None, getattr(own, name)):
@@ -241,7 +262,18 @@ class Ledger:
     1e-9), budget.delta)-DP in the budget's unit and relation. Budgets are per call; what was spent follows
     from the events alone.
 
-    Raises `LedgerError` for a damaged, foreign or unlockable file, a missing key, or a missing directory.
+    Args:
+        path: the file, made if it is not there; None: in memory.
+        timeout: seconds to wait for another process's lock.
+
+    Raises:
+        LedgerError: a damaged, foreign or unlockable file, a missing key, or a missing directory.
+
+    Example:
+        >>> ledger = dpx.Ledger("spent.json")
+        >>> release = dpx.protect(pipe, dpx.DPXAttnConfig(), ledger=ledger).release("a red circle")
+        >>> len(dpx.Ledger("spent.json").entries()) > 0  # it outlives the process
+        True
     """
 
     def __init__(self, path: str | Path | None = None, *, timeout: float = 60.0) -> None:
@@ -347,13 +379,25 @@ class Ledger:
         """Name of a context: keyed HMAC-SHA256 of the parts, each preceded by its length.
 
         Different lists of parts are different messages (the encoding is injective). The first 16 hex digits
-        name the ledger, so that a digest from another ledger is refused. Raises `ConfigError` for parts
-        that are not bytes.
+        name the ledger, so that a digest from another ledger is refused.
+
+        Args:
+            parts: what the context is told from others by.
+
+        Raises:
+            ConfigError: parts that are not bytes.
         """
         return self._keyed(b"context", parts)
 
     def grouping(self, parts: Iterable[bytes]) -> str:
-        """Name of a grouping: a keyed digest as of a context. Equal groupings must be given by equal parts. Raises as `digest` does."""
+        """Name of a grouping: a keyed digest as of a context.
+
+        Args:
+            parts: equal ones for equal groupings.
+
+        Raises:
+            ConfigError: parts that are not bytes.
+        """
         return self._keyed(b"grouping", parts)
 
     def _keyed(self, purpose: bytes, parts: Iterable[bytes]) -> str:
@@ -461,8 +505,16 @@ class Ledger:
         the charge may or may not have been recorded; compute nothing. Charges are never deleted or
         refunded, not even for a failed release.
 
-        Raises `BudgetExceededError` beyond the budget, `ConfigError` for invalid arguments, `LedgerError`
-        for files.
+        Args:
+            digest: names the context.
+            events: of one release.
+            budget: what the context may spend in total.
+            note: public; strings, numbers and booleans.
+
+        Raises:
+            BudgetExceededError: beyond the budget.
+            ConfigError: invalid arguments.
+            LedgerError: the file.
         """
         return self.charge_all([digest], events, budget, note=note)[0]
 
@@ -474,7 +526,17 @@ class Ledger:
         *,
         note: Mapping[str, Any] | None = None,
     ) -> tuple[Charge, ...]:
-        """`charge` of one release of several names: all of them, or none, in one write. A name that comes twice is charged twice."""
+        """`charge` of one release of several names: all of them, or none, in one write. A name that comes twice is charged twice.
+
+        Args:
+            digests: names of contexts.
+            events: of one release.
+            budget: what each may spend in total.
+            note: public, in each charge.
+
+        Raises:
+            BudgetExceededError, ConfigError, LedgerError: see `charge`.
+        """
         clean = _check_note(note or {})
         with self._locked():
             charges = self._read()
@@ -487,18 +549,35 @@ class Ledger:
             return made
 
     def check(self, digest: str | Name, events: Sequence[Event], budget: Budget) -> Charge:
-        """What `charge` would return (or raise) now, without recording it; it may not fit later."""
+        """What `charge` would return (or raise) now, without recording it; it may not fit later.
+
+        Args:
+            digest: names the context.
+            events: of one release.
+            budget: what the context may spend in total.
+        """
         return self.check_all([digest], events, budget)[0]
 
     def check_all(
         self, digests: Sequence[str | Name], events: Sequence[Event], budget: Budget
     ) -> tuple[Charge, ...]:
-        """What `charge_all` would return (or raise) now."""
+        """What `charge_all` would return (or raise) now.
+
+        Args:
+            digests: names of contexts.
+            events: of one release.
+            budget: what each may spend in total.
+        """
         with self._locked():
             return self._assess_all(self._read(), _names(digests), events, budget, {})
 
     def most(self, digests: Iterable[str], delta: float) -> tuple[int, float]:
-        """Of several names, the largest number of charges and the largest epsilon spent at `delta`; (0, 0) where none was charged."""
+        """Of several names, the largest number of charges and the largest epsilon spent; (0, 0) where none was charged.
+
+        Args:
+            digests: names of contexts.
+            delta: at which epsilon is stated.
+        """
         wanted = set(digests)
         events: dict[str, list[Event]] = {}
         numbers: dict[str, int] = {}
@@ -510,11 +589,20 @@ class Ledger:
         return max(numbers.values(), default=0), max((_epsilon(e, delta) for e in distinct), default=0.0)
 
     def spent(self, digest: str, delta: float) -> float:
-        """Epsilon spent at `delta`; 0 if never charged, inf at delta 0 after a release that needs a delta."""
+        """Epsilon spent; 0 if never charged, inf at delta 0 after a release that needs a delta.
+
+        Args:
+            digest: names the context.
+            delta: at which epsilon is stated.
+        """
         return _epsilon([e for c in self.charges(digest) for e in c.events], delta)
 
     def charges(self, digest: str) -> tuple[Charge, ...]:
-        """The charges of one context, oldest first."""
+        """The charges of one context, oldest first.
+
+        Args:
+            digest: names the context.
+        """
         self._check_digest(digest)
         return tuple(c for c in self.entries() if c.digest == digest)
 

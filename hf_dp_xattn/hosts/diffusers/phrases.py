@@ -25,6 +25,13 @@ def split_phrases(text: str) -> list[str]:
     between two digits splits nothing, nor does an "and" within a compound.
 
     The rule is public, and so is where it splits a prompt: the number of phrases is not protected.
+
+    Args:
+        text: a prompt.
+
+    Example:
+        >>> dpx.split_phrases("a red circle, 1,000 black-and-white cats and a dog")
+        ['a red circle', '1,000 black-and-white cats', 'a dog']
     """
     return [phrase for phrase in (part.strip() for part in _SPLIT.split(plain_text(text))) if phrase]
 

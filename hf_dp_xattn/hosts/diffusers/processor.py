@@ -85,6 +85,16 @@ class DPAttnProcessor:
     no private content, so nothing is spent here however often it runs.
 
     Set by hand, without `protect`, it has no release to read and raises `ProtectionLostError` at every call.
+
+    Args:
+        name: of its layer.
+        forwards: which forward each thread is in, and what it may read.
+        access: permissions of the handle.
+
+    Example:
+        >>> protected = dpx.protect(pipe, dpx.DPXAttnConfig())
+        >>> any(isinstance(p, dpx.DPAttnProcessor) for p in pipe.unet.attn_processors.values())
+        True
     """
 
     def __init__(
@@ -107,7 +117,11 @@ class DPAttnProcessor:
         self._served.table = self._latest = table
 
     def serve(self, table: LayerTable) -> None:
-        """To this thread only."""
+        """To this thread only.
+
+        Args:
+            table: what the layer reads.
+        """
         self._served.table = table
 
     def clear(self) -> None:

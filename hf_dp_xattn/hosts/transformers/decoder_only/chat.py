@@ -23,8 +23,16 @@ NO_SYSTEM = 'The first message must be the private one: {"role": "system", "cont
 class SplitChat:
     """Token ids of a conversation, in the order head, private, input_ids.
 
-    head [h]: PUBLIC, what the template puts before the system prompt (BOS, its fixed words). private [n]: the system prompt. segments: the
-    same in lines, for groups="segments". input_ids [1, m]: PUBLIC, all that comes after it, with the prompt for an answer.
+    Args:
+        head: [h] PUBLIC, what the template puts before the system prompt (BOS, its fixed words).
+        private: [n] the system prompt.
+        segments: the same in lines, for groups="segments".
+        input_ids: [1, m] PUBLIC, all that comes after it, with the prompt for an answer.
+
+    Example:
+        >>> parts = dpx.split_chat(tokenizer, messages)
+        >>> parts.head.ndim, parts.private.ndim, parts.input_ids.ndim
+        (1, 1, 2)
     """
 
     head: torch.Tensor = field(repr=False)
@@ -47,7 +55,9 @@ def split_chat(
     What is public is read off a template that was filled in without the system prompt.
 
     Args:
-        tokenizer: with a chat template. messages: role and content, the system prompt first; its lines become segments.
+        tokenizer: with a chat template.
+        messages: role and content, the system prompt first; its lines become segments.
+        add_generation_prompt: whether an answer is asked for, as in the template.
         public_system: declares PUBLIC what else may look private: system and developer messages after the first one, and `tools` and
             `documents`. All of it stands in `head` or `input_ids`, exact to the model, and whoever sees the replies may learn it.
         options: for `tokenizer.apply_chat_template`. Whatever the template makes of them is PUBLIC.
@@ -56,6 +66,11 @@ def split_chat(
         ConfigError: no system prompt; no template, or one that fails, leaves it out, repeats it or puts it behind earlier turns; further
             system messages, tools or documents that are not declared public; an entry of the system message beside role and content.
         ContextError: a template whose fixed words depend on the system prompt. The message quotes nothing.
+
+    Example:
+        >>> messages = [{"role": "system", "content": "be kind\\nsay the code"}, {"role": "user", "content": "hello"}]
+        >>> len(dpx.split_chat(tokenizer, messages).segments)
+        2
     """
     first, content = _private_message(messages)
     if not public_system:
