@@ -183,18 +183,31 @@ def _(like: torch.Tensor, key: int) -> torch.Tensor:
     return like.new_empty((), dtype=torch.bool)
 
 
+_gates: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[TextGate]] = weakref.WeakKeyDictionary()
+
+
+def gates_of(encoder: nn.Module) -> list[TextGate]:
+    """Those on an encoder and on its parts, of whichever hosts."""
+    return [gate for part in (encoder, *encoder.children()) for gate in _gates.get(part, ())]
+
+
 class TextGate:
-    """A forward pre-hook on a text encoder that raises `ProtectionLostError` unless `access` is open in this context."""
+    """A forward pre-hook on a text encoder that raises `ProtectionLostError` unless `access` is open in this context.
+
+    Protected hosts may share an encoder: what one of them may encode, the gates of the others let through.
+    """
 
     def __init__(self, encoder: nn.Module, access: Access, message: str = CLOSED) -> None:
         self.encoder = encoder
-        self._access, self._message = access, message
+        self.access, self._message = access, message
         self._hook = encoder.register_forward_pre_hook(self._gate)
+        self._sharing = _gates.setdefault(encoder, weakref.WeakSet())
+        self._sharing.add(self)
 
     # Never traced: under torch.compile it breaks the graph (or, with fullgraph, fails), so the gate stays closed.
     @torch.compiler.disable
     def _gate(self, module: nn.Module, args: Any) -> None:
-        if not (self._access.encoding or self._access.public):
+        if not any(gate.access.encoding or gate.access.public for gate in tuple(self._sharing)):
             raise ProtectionLostError(self._message)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -205,3 +218,4 @@ class TextGate:
 
     def remove(self) -> None:
         self._hook.remove()
+        self._sharing.discard(self)

@@ -147,7 +147,7 @@ class ProtectedPipeline(EncodesByHand):
 
     def text_side(self, pipe: Any) -> TextSide:
         """The text side of a pipeline that may join. Raises ConfigError where the calibration is for another text encoder."""
-        text = TextSide(pipe, self.access)
+        text = TextSide(pipe)
         self._maker.check_text(text)
         return text
 

@@ -15,7 +15,6 @@ import hf_dp_xattn as dpx
 from hf_dp_xattn.calibration.anchors.anchors_fit import simulate
 from hf_dp_xattn.calibration.anchors.objective import Objective, fvu
 from hf_dp_xattn.calibration.calibration_options import CalibrationOptions
-from hf_dp_xattn.hosts.access import Access
 from hf_dp_xattn.hosts.diffusers.architectures import find_layers
 from hf_dp_xattn.hosts.diffusers.public_prompts import gather_contexts, output_gain, public_queries
 from hf_dp_xattn.hosts.diffusers.text_side import TextSide
@@ -40,7 +39,7 @@ def pipeline() -> Any:
 @pytest.mark.parametrize("unit", UNITS)
 def test_predicted_fvu_is_what_fresh_public_contexts_give(pipeline: Any, unit: str) -> None:
     calibration = load_calibration(unit)
-    layers, text = find_layers(pipeline.unet), TextSide(pipeline, Access())
+    layers, text = find_layers(pipeline.unet), TextSide(pipeline)
     public = prompts(train_examples(150, 777), unit, 777)
     options = CalibrationOptions(memory_mb=512, query_steps=6, progress=False)
     contexts, rows = gather_contexts(text, public, unit, calibration.grouping, options)

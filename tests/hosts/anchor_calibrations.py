@@ -10,7 +10,6 @@ import torch
 import hf_dp_xattn as dpx
 from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibration
 from hf_dp_xattn.calibration.anchors.slots_fit import PublicContexts, SlotSettings, SlotTrainer
-from hf_dp_xattn.hosts.access import Access
 from hf_dp_xattn.hosts.diffusers.architectures import find_layers
 from hf_dp_xattn.hosts.diffusers.text_side import TextSide
 from hf_dp_xattn.hosts.identity import host_identity
@@ -70,7 +69,7 @@ def calibration_for(host: Any, release: str = "sum", **changes: Any) -> AnchorCa
         tilt=None,
         quality=Quality(0.5, 0.4, 0.6, 10),
     )
-    text = TextSide(host, Access()) if hasattr(host, "unet") else None
+    text = TextSide(host) if hasattr(host, "unet") else None
     fields: dict[str, Any] = {
         "unit": "row",
         "neighboring": "replace_one",

@@ -18,7 +18,6 @@ from ...calibration.public_data import PublicData, choose_contexts, equal_contex
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
 from ...mechanisms.anchors.sources import pool
-from ..access import Access
 from ..identity import host_identity
 from ..layer_probes import layer_probes, row_flops
 from ..rows import layer_specs, split_heads
@@ -41,7 +40,7 @@ def public_prompts(
     check_pipeline_class(pipe)
     layers = find_layers(pipe.unet)
     dtype = pipe.unet.dtype
-    text = TextSide(pipe, Access())
+    text = TextSide(pipe)
     flops = row_flops(layers)
     large = is_large(flops)
     prompts = (2 if large else 8) if options.query_prompts is None else options.query_prompts

@@ -14,9 +14,9 @@ import torch
 
 from ...errors import ConfigError, ContextError, TruncatedPromptWarning
 from ...records import plain_text
-from ..access import Access
 from ..context import Trial
 from ..lengths import dimensions
+from ..private_run import private_run
 from .architectures import unwrap
 
 # Two public texts; a row that is the same for both does not depend on the prompt.
@@ -36,11 +36,10 @@ class TextSide:
     Found out by a probe with two public texts.
     """
 
-    def __init__(self, pipe: Any, access: Access) -> None:
+    def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.encoder = pipe.text_encoder
         self.tokenizer = pipe.tokenizer
-        self._access = access
         self.first_row_is_public = False
         if self.available:
             self._check_tokenizer()
@@ -156,7 +155,7 @@ class TextSide:
         device = self.pipe._execution_device
         use_mask = getattr(self.encoder.config, "use_attention_mask", None)
         attention_mask = mask.unsqueeze(0).to(device) if use_mask and mask is not None else None
-        with self._access.enter("encoding"):
+        with private_run(unwrap(self.encoder)):
             return self.encoder(ids.unsqueeze(0).to(device), attention_mask=attention_mask)[0][0]
 
     def trial(self) -> Trial:

@@ -9,7 +9,7 @@ import torch
 
 from ....errors import ContextError
 from ...content_names import special_ids
-from ..routing import evaluating
+from ...private_run import private_run
 from .prefix_layers import PrefixLayer, rows_of, run_recorded
 from .prefix_probing import FixedLimits, position_limit
 
@@ -39,7 +39,7 @@ class PrefixEncoder:
     def run(self, ids: torch.Tensor) -> torch.Tensor:
         """[n, C]: the rows of tokens [n] at positions 0, 1, ...; one sequence at a time, so that no other can change its rounding."""
         try:
-            with evaluating(self._model):
+            with private_run(self._model):
                 return rows_of(run_recorded(self._model, self._layers, ids.unsqueeze(0)))[0]
         except Exception as error:  # its message may quote the prefix
             raise ContextError(

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ....errors import ConfigError, ContextError
-from ...access import Access
 from ...context import Trial, plain_bytes
 from ...lengths import dimensions
+from ...private_run import private_run
 from .document_contexts import ENCODER_INPUTS, MAIN_INPUTS, MASK, STATES, TYPES
 
 _OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "use_cache")  # of a decoder as well
@@ -21,8 +21,8 @@ _OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "use_cac
 class EncoderSide:
     """Runs the model's encoder, which is closed to all others."""
 
-    def __init__(self, model: Any, access: Access) -> None:
-        self._model, self._access = model, access
+    def __init__(self, model: Any) -> None:
+        self._model = model
 
     @property
     def module(self) -> Any:
@@ -132,7 +132,7 @@ class EncoderSide:
     def _run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         device, dtype = self._model.device, self._model.dtype
         given = {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
-        with self._access.enter("encoding"):
+        with private_run(self.module):
             states: torch.Tensor = self.module(**given, return_dict=True)[0]
         return states
 

@@ -9,7 +9,6 @@ import torch
 
 from ....calibration.public_data import choose_contexts
 from ....errors import ConfigError
-from ...access import Access
 from ...encode_once import EncodeOnce
 from .cross_probing import context_channels
 from .document_contexts import MASK, STATES, gather
@@ -27,7 +26,7 @@ class DocumentReader:
     """Encodes public contexts one after the other; keeps the rows of documents of token ids that may come again, `memory_mb` of them."""
 
     def __init__(self, model: Any, memory_mb: int) -> None:
-        self._encoder = EncoderSide(model, Access())
+        self._encoder = EncoderSide(model)
         self._known = EncodeOnce(memory_mb)
 
     def check(self, context: Any) -> tuple[torch.Tensor, torch.Tensor, str]:

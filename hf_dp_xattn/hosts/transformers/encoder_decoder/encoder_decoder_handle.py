@@ -73,7 +73,7 @@ class ProtectedSeq2Seq(RoutedHandle):
         self._sketched = Sketched()
         self._built: Built | None = None
         super().__init__(model, *settings, **options)
-        self._encoder = EncoderSide(model, self.access)
+        self._encoder = EncoderSide(model)
         self._calls = Calls()
         self._generate = GenerateShadow(model, self)
 

@@ -16,7 +16,6 @@ from ....calibration.calibration_options import CalibrationOptions
 from ....calibration.public_data import PublicData, choose_contexts, equal_contexts
 from ....config import DPXAttnConfig
 from ....errors import ConfigError
-from ...access import Access
 from ...identity import host_identity
 from ...layer_probes import layer_probes, row_flops
 from ...rows import layer_specs
@@ -86,7 +85,7 @@ def _shared(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
 
 def _encode(model: Any, public: Any, options: CalibrationOptions) -> torch.Tensor:
     """[N, n, C] float16: public documents, encoded in batches (their rounding may depend on each other: they are public)."""
-    encoder = EncoderSide(model, Access())
+    encoder = EncoderSide(model)
     inputs = gather(public)
     encoder.check(inputs)
     name = next(k for k in inputs if k != MASK)

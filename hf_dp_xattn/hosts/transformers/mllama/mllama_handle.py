@@ -65,7 +65,7 @@ class ProtectedImageText(ProtectedSeq2Seq):
 
     def __init__(self, model: Any, *settings: Any, **options: Any) -> None:
         super().__init__(model, *settings, **options)
-        self._encoder = VisionSide(model, self.access)
+        self._encoder = VisionSide(model)
         self._generate = ImageGenerateShadow(model, self)
 
     def _find_layers(self) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from ....calibration.calibration_options import CalibrationOptions
 from ....calibration.public_data import PublicData, choose_contexts
 from ....config import DPXAttnConfig
 from ....errors import ConfigError
-from ...access import Access
 from ..encoder_decoder.public_documents import rows_data, sample_queries, starts_of
 from .image_contexts import RATIO_MASK, STATES, gather
 from .mllama_probing import context_channels, find_layers, run_text
@@ -45,7 +44,7 @@ def public_images(
 def _encode(model: Any, public: Any, options: CalibrationOptions) -> torch.Tensor:
     """[N, n, C] float16: rows of public images without padding tiles, encoded in batches (their rounding may depend on each other: they
     are public)."""
-    vision = VisionSide(model, Access())
+    vision = VisionSide(model)
     inputs = gather(public)
     vision.check(inputs)
     if STATES in inputs:

@@ -8,6 +8,7 @@ import torch
 
 from ....errors import ConfigError, ContextError
 from ...context import Trial
+from ...private_run import private_run
 from ..encoder_decoder.document_encoder import EncoderSide
 from .image_contexts import ONE_IMAGE, PIXELS, RATIO_IDS, RATIO_MASK
 from .mllama_probing import vision_parts
@@ -81,9 +82,9 @@ class VisionSide(EncoderSide):
     def _run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         vision, projector = vision_parts(self._model)
         device = next(vision.parameters()).device
-        with self._access.enter("encoding"):
+        with private_run(vision, projector):
             states = vision(**{name: value.to(device) for name, value in inputs.items()})[0]
-        rows: torch.Tensor = projector(states.to(next(projector.parameters()).device))
+            rows: torch.Tensor = projector(states.to(next(projector.parameters()).device))
         return rows.reshape(len(rows), -1, rows.shape[-1])
 
     def trial(self, inputs: dict[str, torch.Tensor]) -> Trial:
