@@ -27,35 +27,35 @@ Pair = tuple[Canary, Canary]
 @contextmanager
 def held_fixed(handle: Any) -> Iterator[None]:
     """While inside, every context gets what the first one released: what differs then did not come through the release."""
-    original, first = handle._run, []
+    original, first = handle.releases.run, []
 
     def fixed(*given: Any) -> Any:
         result = original(*given)  # so that any way past the release would run
         first.append(result)
         return dataclasses.replace(result, structures=first[0].structures, context=first[0].context)
 
-    vars(handle)["_run"] = fixed
+    vars(handle.releases)["run"] = fixed
     try:
         yield
     finally:
-        del vars(handle)["_run"]
+        del vars(handle.releases)["run"]
 
 
 @contextmanager
 def captured(handle: Any) -> Iterator[list[tuple[torch.Tensor, torch.Tensor | None]]]:
     """While inside, the private rows [n, C] and groups of what is released are kept; of canaries only."""
-    original, kept = handle._run, []
+    original, kept = handle.releases.run, []
 
     def keep(recipe: Any, context: Any, groups: torch.Tensor | None, current: Any) -> Any:
         loaded = context.load()
         kept.append((loaded[0].detach().clone(), groups))
         return original(recipe, dataclasses.replace(context, load=lambda: loaded), groups, current)
 
-    vars(handle)["_run"] = keep
+    vars(handle.releases)["run"] = keep
     try:
         yield kept
     finally:
-        del vars(handle)["_run"]
+        del vars(handle.releases)["run"]
 
 
 def same(a: Outputs, b: Outputs) -> bool:

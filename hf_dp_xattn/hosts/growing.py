@@ -17,15 +17,14 @@ import torch
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, ContextError, DPXAttnError, ReleaseError
 from ..mechanisms.growing_release import GrowingRelease, grow
-from ..privacy.bits import Entropy
-from ..privacy.ledger import Budget, Ledger, Name
+from ..privacy.ledger import Name
 from .charging import charge, names_of
 from .context import PrivateContext
-from .encoders import Encoders
 from .fingerprint import Fingerprint
 from .making import Recipe
 from .rehearsal import rehearse
 from .released import ReleasedContext
+from .releases import Releases
 from .reporting import Spent
 
 ONE = "A growing release is of ONE context, got {count}: release them one by one, and append to each."
@@ -35,14 +34,10 @@ class Grows(Protocol):
     """What a growing release asks of the handle that holds it: what a release is made and charged by."""
 
     config: DPXAttnConfig
-    ledger: Ledger
-    budget: Budget
-    encoders: Encoders
+    releases: Releases[Fingerprint, Recipe, ReleasedContext]
 
     @property
     def calibration(self) -> Any: ...
-    @property
-    def entropy(self) -> Entropy | None: ...
     @property
     def channels(self) -> int: ...
     @property
@@ -111,14 +106,14 @@ def open_growing(
         BudgetExceededError: the ledger refuses; nothing was spent or computed.
     """
     own = context.groups(groups, handle.config.unit)
-    encoder = handle.encoders.states(context.encoder)[0]
+    encoder = handle.releases.encoders.states(context.encoder)[0]
     prepared = grow(recipe.prepared, horizon, units=getattr(handle.calibration, "units", None))
-    charged = names_of(handle.ledger, context, own)
+    charged = names_of(handle.releases.ledger, context, own)
     names = [n.digest for n in charged]
     rehearse([context], handle.channels, handle.config)
-    charge(handle.ledger, handle.budget, charged, prepared.events, horizon=horizon)
+    charge(handle.releases.ledger, handle.releases.budget, charged, prepared.events, horizon=horizon)
     rows, public = context.load()
-    release = prepared.open(handle.entropy)
+    release = prepared.open(handle.releases.entropy)
     private = recipe.private(rows, own)
     length = context.public_length(handle.config, handle.hidden_length)
     state = release.append(private, groups=own)
@@ -144,11 +139,11 @@ def append_to(
     growing.check()
     handle.check_thoroughly()
     current = handle.verify([growing.latest])
-    handle.encoders.check(growing.encoder, context.encoder)
+    handle.releases.encoders.check(growing.encoder, context.encoder)
     own = context.groups(groups, handle.config.unit)
     if own is not None and groups is None:
         own = own + growing.release.next_group  # phrases: each append's are units of their own
-    charged = names_of(handle.ledger, context, own)
+    charged = names_of(handle.releases.ledger, context, own)
     names = [n.digest for n in charged]
     if growing.names & set(names):
         raise ContextError(
@@ -163,7 +158,13 @@ def append_to(
         ):  # else an append that failed is made again, under the same groups
             prepared = growing.release.prepared
             rehearse([context], handle.channels, handle.config)
-            charge(handle.ledger, handle.budget, charged, prepared.events, horizon=prepared.horizon)
+            charge(
+                handle.releases.ledger,
+                handle.releases.budget,
+                charged,
+                prepared.events,
+                horizon=prepared.horizon,
+            )
             growing.spent.digests.extend(names)
             growing.charged |= set(charged)
         rows, _ = context.load()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,12 +12,11 @@ import torch
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, DPXAttnError, ProtectionLostError, ReleaseError
 from ..mechanisms.groups import as_groups
-from ..privacy.ledger import Budget, Ledger, Name
+from ..privacy.ledger import Budget, Ledger
 from ..report import PrivacyReport
 from .access import NO_COPY, Access, TextGate
-from .accounts import PROTECT_AGAIN, ledger_for
+from .accounts import PROTECT_AGAIN
 from .bindings import Bindings, bind, unique
-from .charging import charge, keys_of, may_charge, names_of
 from .context import PrivateContext
 from .diffusers.architectures import changed_reason, find_layers, unwrap
 from .diffusers.by_hand import EncodesByHand
@@ -30,7 +28,6 @@ from .diffusers.processor import DPAttnProcessor
 from .diffusers.prompt_contexts import name_contexts, name_phrases
 from .diffusers.text_side import TextSide
 from .diffusers.unet_forward import ForwardGate
-from .encoders import OTHER_STATE, Encoders
 from .fingerprint import Fingerprint, fingerprint
 from .growing import GrowingContext, append_to, only, open_growing
 from .host_words import HostWords, Setting, prompt_words
@@ -42,8 +39,8 @@ from .promised import Promises
 from .rehearsal import rehearse
 from .release import Release
 from .released import ReleasedContext, require_fit
-from .released_cache import Key, ReleasedCache
-from .reporting import Spent, build_report
+from .released_cache import ReleasedCache
+from .releases import Releases
 from .saving import SaveShadow
 from .tables import LayerTable, Tables
 from .weight_changes import WeightWatch
@@ -53,7 +50,6 @@ if TYPE_CHECKING:
     from .making import AnyCalibration
 
 HANDLE_ATTRIBUTE = "_dp_xattn_handle"
-Todo = dict[Key, tuple[PrivateContext, torch.Tensor | None, list[Name]]]
 
 
 class ProtectedPipeline(EncodesByHand):
@@ -84,23 +80,26 @@ class ProtectedPipeline(EncodesByHand):
         self.unet = unet
         self.config = config
         self.calibration = calibration
-        self.ledger = ledger_for(ledger, entropy, serving_only=serving_only)
-        own = Budget(config.epsilon, config.delta) if budget is None else budget
-        self.budget = own.scoped(config.unit, config.neighboring)
+        self.lock = Lock()  # held while anything of this handle is changed, never while a host runs
+        self.releases: Releases[Fingerprint, Recipe, ReleasedContext] = Releases(
+            config,
+            self,
+            ReleasedCache(),
+            self.lock,
+            ledger=ledger,
+            budget=budget,
+            entropy=entropy,
+            serving_only=serving_only,
+        )
         self.layers = self._find_layers()
         self.access = Access()
-        self.entropy = entropy
         self._patches: list[PipelinePatch] = []
         self._gates: list[TextGate] = []
         self._originals: dict[str, Any] = {}
         self._processors: dict[str, DPAttnProcessor] = {}
         self._bindings = Bindings()
-        self.promises = Promises(self, self._bindings)
-        self._released = ReleasedCache()
-        self.encoders = Encoders()
+        self.promises = Promises(self.releases, self._bindings)
         self.watch = WeightWatch()
-        self._spent: list[Spent] = []
-        self.lock = Lock()  # held while anything of this handle is changed, never while a host runs
         self.calling = Lock()  # held while a pipeline runs; taken before `lock`
         self._active: tuple[tuple[Tag, ...], torch.device] = (), torch.device("cpu")
         self.watch.look(self.watched)  # the first look is no change
@@ -117,6 +116,21 @@ class ProtectedPipeline(EncodesByHand):
 
     def _find_layers(self) -> dict[str, Any]:
         return dict(find_layers(self.unet))
+
+    @property
+    def ledger(self) -> Ledger:
+        """What was spent, and on which context."""
+        return self.releases.ledger
+
+    @property
+    def budget(self) -> Budget:
+        """Of a context."""
+        return self.releases.budget
+
+    @property
+    def entropy(self) -> Entropy | None:
+        """The source of the noise; None: the operating system's."""
+        return self.releases.entropy
 
     # ---- installing and removing -------------------------------------------------------------------------------------------
 
@@ -184,7 +198,7 @@ class ProtectedPipeline(EncodesByHand):
             processor.clear()
         self._tables.clear()
         self.promises.clear()
-        self._released.clear()
+        self.releases.clear()
         self._serving = {}
 
     def __enter__(self) -> ProtectedPipeline:
@@ -201,7 +215,7 @@ class ProtectedPipeline(EncodesByHand):
         state = "active" if self.active else "unprotected"
         return (
             f"ProtectedPipeline({state}, layers={len(self.layers)}, mechanism={c.mechanism!r}, epsilon={c.epsilon:g}, "
-            f"delta={c.delta:g}, unit={c.unit!r}, releases={len(self._spent)})"
+            f"delta={c.delta:g}, unit={c.unit!r}, releases={len(self.releases.spent)})"
         )
 
     # ---- gates -------------------------------------------------------------------------------------------------------------
@@ -286,7 +300,7 @@ class ProtectedPipeline(EncodesByHand):
         contexts, own = self._named(context, as_groups(groups))
         if horizon is not None:
             return self._open(contexts, own, horizon)
-        return Release(self.release_contexts(contexts, groups=own, fresh=fresh), self.config, self)
+        return Release(self.releases.make(contexts, groups=own, fresh=fresh), self.config, self)
 
     def _named(
         self,
@@ -302,11 +316,9 @@ class ProtectedPipeline(EncodesByHand):
         return name_contexts(context, self.text, self.channels, phrases=phrases), groups
 
     def _open(self, contexts: Sequence[PrivateContext], groups: torch.Tensor | None, horizon: int) -> Release:
-        self.check_thoroughly()
-        current = self._current_fingerprint()
-        recipe = self._maker.prepare(current)
-        growing = open_growing(self, only(contexts), groups, horizon, recipe, current)
-        self._spent.append(growing.spent)
+        current = self.current()
+        growing = open_growing(self, only(contexts), groups, horizon, self.prepare(current), current)
+        self.releases.spent.append(growing.spent)
         return Release([growing.latest], self.config, self, growing)
 
     @locked
@@ -338,80 +350,42 @@ class ProtectedPipeline(EncodesByHand):
         """Prompts are split into phrases: the calibration's units are."""
         return self.config.unit == "group" and getattr(self.calibration, "grouping", None) == "phrases"
 
-    @locked
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def known(self, contexts: Sequence[PrivateContext]) -> list[ReleasedContext | None]:
-        """The releases that serve these contexts; None for one that is to be made, which the ledger allows for now. Nothing is spent."""
-        keys, done, _, _, _ = self._due(contexts, None, False)
-        return [done.get(key) for key in keys]
+    # ---- how a release is made (`releases.Making`) -------------------------------------------------------------------------
 
-    def _due(
-        self, contexts: Sequence[PrivateContext], groups: torch.Tensor | None, fresh: bool
-    ) -> tuple[list[Key], dict[Key, ReleasedContext], Todo, Recipe, Fingerprint]:
-        """What serves them, and what is to be made. Raises ConfigError, ContextError or BudgetExceededError where it may not be."""
+    def current(self) -> Fingerprint:
+        """Of the present weights, and that nothing was lost."""
         self.check_thoroughly()
-        current = self._current_fingerprint()
-        recipe = self._maker.prepare(current)
-        keys: list[Key] = []
-        done: dict[Key, ReleasedContext] = {}
-        todo: Todo = {}
-        misfit: str | None = None
-        states_of = functools.cache(self.encoders.states)  # one look at the weights for all of them
-        for context in contexts:
-            own = context.groups(groups, self.config.unit)
-            names = names_of(self.ledger, context, own)
-            variant, states = context.variant_of(own), states_of(context.encoder)
-            known = keys_of(self.ledger, names[0], variant, states)
-            keys.append(known[0])
-            found = None if fresh else self._released.find(known)
-            reason = None if found is None else found.misfit(current, projected=self.projects_rows)
-            if found is not None and reason is None:
-                done[known[0]] = found
-                continue
-            others = keys_of(self.ledger, names[0], variant, self.encoders.met)
-            if found is None and not self._released.holds(known) and self._released.holds(others):
-                reason = OTHER_STATE
-            misfit = misfit or reason
-            todo[known[0]] = (context, own, names)
-        may_charge(
-            self.ledger, self.budget, [n for *_, names in todo.values() for n in names], recipe.events, misfit
-        )
-        return keys, done, todo, recipe, current
+        return self._current_fingerprint()
 
-    @locked
-    @torch.inference_mode(False)  # what is kept must serve other modes too
-    @torch.no_grad()
-    def release_contexts(
-        self, contexts: Sequence[PrivateContext], *, groups: torch.Tensor | None = None, fresh: bool = False
-    ) -> list[ReleasedContext]:
-        """One `ReleasedContext` per context; equal contexts share one."""
-        keys, done, todo, recipe, current = self._due(contexts, groups, fresh)
-        rehearse((context for context, _, _ in todo.values()), self.channels, self.config)
-        for key, (context, own, names) in todo.items():
-            charge(self.ledger, self.budget, names, recipe.events)
-            released = self._run(recipe, context, own, current)
-            self._spent.append(Spent([n.digest for n in names], released.guarantee))
-            self._released.put(key, released)
-            done[key] = released
-        return [done[key] for key in keys]
+    def prepare(self, state: Fingerprint) -> Recipe:
+        """Public constants of a release."""
+        return self._maker.prepare(state)
 
-    def _run(
+    def misfit(self, made: ReleasedContext, state: Fingerprint) -> str | None:
+        """Why it cannot serve these weights, or None."""
+        return made.misfit(state, projected=self.projects_rows)
+
+    def rehearse(self, contexts: Iterable[PrivateContext]) -> None:
+        """See `rehearsal.rehearse`."""
+        rehearse(contexts, self.channels, self.config)
+
+    def run(
         self,
-        recipe: Recipe,
+        prepared: Recipe,
         context: PrivateContext,
         groups: torch.Tensor | None,
-        current: Fingerprint,
+        state: Fingerprint,
+        entropy: Entropy | None,
     ) -> ReleasedContext:
         """Encodes and releases one charged context; keeps nothing of it but the release."""
         private, public = context.load()
-        made = recipe.run(private, groups, self.entropy)
+        made = prepared.run(private, groups, entropy)
         return ReleasedContext(
             structures=made.structures,
             guarantee=context.shown(made.guarantee),
             public_rows=public.detach().clone(),
             rows=context.public_length(self.config, self.hidden_length),
-            fingerprint=current,
+            fingerprint=state,
             context=made.context,
         )
 
@@ -425,7 +399,7 @@ class ProtectedPipeline(EncodesByHand):
         current = self._current_fingerprint()
         for context in contexts:
             require_fit(context.foreign(current, projected=self.projects_rows))
-        self._spent += [Spent([], c.guarantee) for c in contexts]
+        self.releases.adopt(contexts)
 
     def verify(self, contexts: Sequence[ReleasedContext]) -> Fingerprint:
         """The fingerprint of the present weights. Raises ReleaseError unless the releases can serve them."""
@@ -500,7 +474,7 @@ class ProtectedPipeline(EncodesByHand):
         """What was promised, spent and left open. Holds no private content; str(), to_dict(), to_json()."""
         heads = [layer.heads for layer in self.layers.values()]
         warned = self._maker.warnings(self._current_fingerprint())
-        return build_report(self.words(), self.config, heads, self.ledger, self.budget, self._spent, warned)
+        return self.releases.report(self.words(), heads, warned)
 
     def words(self) -> HostWords:
         """What is public and what is not covered here."""

@@ -18,19 +18,19 @@ from .placeholder import Tag, new_tag
 from .released import ReleasedContext
 
 
-class Releases(Protocol):
+class MakesReleases(Protocol):
     """Who makes the releases that are due."""
 
     lock: Lock
 
     def known(self, contexts: Sequence[PrivateContext]) -> list[ReleasedContext | None]: ...
-    def release_contexts(self, contexts: Sequence[PrivateContext]) -> list[ReleasedContext]: ...
+    def make(self, contexts: Sequence[PrivateContext]) -> list[ReleasedContext]: ...
 
 
 class Promises:
     """The private contexts whose placeholders are in circulation and whose release is due; in memory, the latest `MAX_BINDINGS`."""
 
-    def __init__(self, releases: Releases, bindings: Bindings) -> None:
+    def __init__(self, releases: MakesReleases, bindings: Bindings) -> None:
         self._releases, self._bindings = releases, bindings
         self._due: OrderedDict[Tag, PrivateContext] = OrderedDict()
 
@@ -72,7 +72,7 @@ class Promises:
         due = {tag: context for tag in tags if (context := self._due.get(tag)) is not None}
         if not due:
             return
-        for tag, release in zip(due, self._releases.release_contexts(list(due.values())), strict=True):
+        for tag, release in zip(due, self._releases.make(list(due.values())), strict=True):
             self._bindings.add(bind(release, None, tag))
             self._due.pop(tag, None)
 

@@ -14,6 +14,7 @@ from hf_dp_xattn.audit.leaks import LEAKS
 from hf_dp_xattn.audit.spy import Spy
 from hf_dp_xattn.audit.subjects import Subject
 from hf_dp_xattn.hosts import handle as handle_module
+from hf_dp_xattn.hosts import releases as releases_module
 from hf_dp_xattn.hosts.diffusers.processor import DPAttnProcessor, Forward
 from hf_dp_xattn.hosts.diffusers.unet_forward import ForwardGate
 from hf_dp_xattn.hosts.transformers.decoder_only import prefix_attention as decoder_attention
@@ -45,13 +46,13 @@ def test_a_sound_host_passes(name: str) -> None:
 def kept_rows(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Where the rows of every context go that is released from now on."""
     kept: list[torch.Tensor] = []
-    run_one = handle_module.ProtectedPipeline._run
+    run_one = releases_module.Releases.run
 
     def keep(self: Any, recipe: Any, context: Any, *rest: Any) -> Any:
         kept.append(context.load()[0])
         return run_one(self, recipe, context, *rest)
 
-    monkeypatch.setattr(handle_module.ProtectedPipeline, "_run", keep)
+    monkeypatch.setattr(releases_module.Releases, "run", keep)
     return kept
 
 
@@ -109,12 +110,12 @@ def a_free_second_release(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> 
 
 
 def no_cache_of_releases(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
-    release = handle_module.ProtectedPipeline.release_contexts
+    release = releases_module.Releases.make
 
     def anew(self: Any, contexts: Any, **options: Any) -> Any:
         return release(self, contexts, **{**options, "fresh": True})
 
-    monkeypatch.setattr(handle_module.ProtectedPipeline, "release_contexts", anew)
+    monkeypatch.setattr(releases_module.Releases, "make", anew)
     monkeypatch.setattr(Ledger, "check_all", lambda *a: ())
     monkeypatch.setattr(Ledger, "charge_all", lambda *a, **options: ())
 

@@ -149,7 +149,7 @@ def test_a_batch_is_refused_as_a_whole(pipe: Any, private: Any) -> None:
     """By the ledger, before the host starts."""
     handle = dpx.protect(pipe, private)
     handle.release(PROMPTS[0])
-    handle._released.clear()  # so that the first would have to be made again
+    handle.releases.cache.clear()  # so that the first would have to be made again
     started = []
     pipe.vae.register_forward_pre_hook(lambda *a: started.append(1))
     with pytest.raises(dpx.BudgetExceededError):

@@ -15,7 +15,7 @@ from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 from transformers.generation.streamers import BaseStreamer
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.hosts import growing
+from hf_dp_xattn.hosts import growing, releases
 from hf_dp_xattn.hosts import handle as handles
 from hf_dp_xattn.hosts.bindings import Bindings
 from hf_dp_xattn.hosts.context import PrivateContext
@@ -60,7 +60,7 @@ def paid_alone(kind: Kind) -> int:
     """Names that one context of that kind is charged under, by one thread: its own, and not those of before (`Name.former`)."""
     handle = dpx.protect(kind.make(), CONFIG, ledger=dpx.Ledger())
     kind.release(handle, 1)
-    assert handle._spent[0].digests[0] in {c.digest for c in handle.ledger.entries()}
+    assert handle.releases.spent[0].digests[0] in {c.digest for c in handle.ledger.entries()}
     return paid(handle)
 
 
@@ -162,10 +162,10 @@ def test_an_append_that_failed_is_made_again(monkeypatch: pytest.MonkeyPatch) ->
 
 
 RELEASING: dict[str, tuple[Any, str]] = {
-    "naming": (handles, "names_of"),
-    "asking": (handles, "may_charge"),
-    "charging": (handles, "charge"),
-    "computing": (handles.ProtectedPipeline, "_run"),
+    "naming": (releases, "names_of"),
+    "asking": (releases, "may_charge"),
+    "charging": (releases, "charge"),
+    "computing": (releases.Releases, "run"),
     "binding": (Bindings, "add"),
 }
 
@@ -186,7 +186,7 @@ def test_a_private_call_from_several_threads_is_charged_once(monkeypatch: pytest
     alone = paid_alone(KINDS["diffusers"])
     pipe = tiny_sd()
     handle = dpx.protect(pipe, CONFIG, budget=dpx.Budget(100.0, 1e-5))
-    slow(monkeypatch, handles, "charge")
+    slow(monkeypatch, releases, "charge")
     results = at_once(*[lambda: picture(pipe, "a red circle")] * THREADS)
     assert not errors(results) and paid(handle) == alone
     assert all(torch.equal(r, results[0]) for r in results)

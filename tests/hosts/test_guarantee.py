@@ -283,8 +283,8 @@ def test_understated_numbers_are_caught(plant: str, pipe: Any, private: Any) -> 
     (event,) = recipe.events
     if plant == "half the epsilon":
         picture(pipe, PROMPT)
-        spent = handle._spent[0]
-        handle._spent[0] = dataclasses.replace(
+        spent = handle.releases.spent[0]
+        handle.releases.spent[0] = dataclasses.replace(
             spent, guarantee=dataclasses.replace(spent.guarantee, epsilon=4.0)
         )
     else:

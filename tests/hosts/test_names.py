@@ -121,7 +121,7 @@ def test_what_is_served_again_needs_no_ledger(pipe: Any, monkeypatch: pytest.Mon
         raise AssertionError("the ledger was asked")
 
     monkeypatch.setattr(dpx.Ledger, "_locked", locked)
-    assert handle.release_contexts(handle._named(TEXT, None)[0]) == [context]
+    assert handle.releases.make(handle._named(TEXT, None)[0]) == [context]
 
 
 def test_a_report_counts_what_its_documents_spent(private: Any) -> None:
@@ -140,7 +140,7 @@ def test_a_batch_is_checked_as_a_whole(pipe: Any) -> None:
     handle = protect(pipe, GROUPED)
     contexts = [from_phrases(p, handle.text) for p in (["a", "b, c"], ["a, b", "c"])]
     with pytest.raises(ConfigError, match="grouping"):
-        handle.release_contexts(contexts)
+        handle.releases.make(contexts)
     assert handle.ledger.entries() == ()
 
 

@@ -42,7 +42,7 @@ def test_a_host_that_overflows_says_so(name: str) -> None:
     )  # one for each name; older names count only where a ledger holds them already
     assert entries and {c.number_of_releases for c in entries} == {1}
     assert len({c.digest for c in entries}) == len(entries)
-    assert {c.digest for c in entries} <= {str(d) for d in handle._spent[0].digests}
+    assert {c.digest for c in entries} <= {str(d) for d in handle.releases.spent[0].digests}
 
 
 @pytest.mark.parametrize("output", ["pil", "np", "pt", "latent"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.hosts import handle as handle_module
+from hf_dp_xattn.hosts import releases as releases_module
 
 from ..hosts_tiny import CHANNELS, latents, picture, tiny_sd
 from .anchor_calibrations import BOTH, protect
@@ -19,10 +19,8 @@ class Runs:
 
     def __init__(self, handle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.order: list[str] = []
-        run, charge = handle_module.ProtectedPipeline._run, handle.ledger.charge_all
-        monkeypatch.setattr(
-            handle_module.ProtectedPipeline, "_run", lambda *a: self.order.append("run") or run(*a)
-        )
+        run, charge = releases_module.Releases.run, handle.ledger.charge_all
+        monkeypatch.setattr(releases_module.Releases, "run", lambda *a: self.order.append("run") or run(*a))
         monkeypatch.setattr(
             handle.ledger, "charge_all", lambda *a, **k: self.order.append("charge") or charge(*a, **k)
         )

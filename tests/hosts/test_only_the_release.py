@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.hosts import handle as handle_module
+from hf_dp_xattn.hosts import releases as releases_module
 from hf_dp_xattn.hosts.diffusers.processor import DPAttnProcessor
 from hf_dp_xattn.hosts.placeholder import CODE_CHANNELS
 
@@ -47,14 +47,14 @@ def contexts_of(host: Any) -> tuple[Any, Any]:
 
 def hold_the_release_fixed(handle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every context gets what the first one released: what differs afterwards did not come through the release."""
-    original, first = handle_module.ProtectedPipeline._run, []
+    original, first = releases_module.Releases.run, []
 
     def fixed(self: Any, *args: Any) -> Any:
         result = original(self, *args)  # so that any way past the release would run
         first.append(result)
         return dataclasses.replace(result, structures=first[0].structures, context=first[0].context)
 
-    monkeypatch.setattr(handle_module.ProtectedPipeline, "_run", fixed)
+    monkeypatch.setattr(releases_module.Releases, "run", fixed)
 
 
 def check_equal_outputs(host: Any, handle: Any) -> None:

@@ -43,7 +43,7 @@ def test_after_257_prompts_the_first_is_found(private: dpx.DPXAttnConfig) -> Non
     del first
     for i in range(1, 258):
         handle.release(f"{i} cats")
-    assert len(handle._released._latest) == released_cache.MOST
+    assert len(handle.releases.cache._latest) == released_cache.MOST
     again = handle.release("0 cats")
     assert all(torch.equal(a, b) for a, b in zip(tensors(again), before, strict=True))
     assert len(handle.report().releases) == 258
@@ -68,8 +68,8 @@ def test_what_was_set_aside_is_what_was_released(private: dpx.DPXAttnConfig, few
         assert bool(out.isfinite().all())
     batch = handle.release([f"{i} cats" for i in range(9)])  # more than stay in memory
     assert len(batch) == 9 and handle.ledger.entries() == charged
-    assert len(handle._released._latest) == 4
-    new = handle._released
+    assert len(handle.releases.cache._latest) == 4
+    new = handle.releases.cache
     assert len(new) == 9
     handle.unprotect()
     assert list(few.iterdir()) == [] and len(new) == 0
@@ -93,7 +93,7 @@ def test_what_is_never_written(kind: str, private: dpx.DPXAttnConfig, few: Path)
     for i in (*range(9), 0):
         handle.release(f"{i} cats")
     assert list(few.iterdir()) == []
-    assert len(handle._released) == (4 if kind == "none" else 9)
+    assert len(handle.releases.cache) == (4 if kind == "none" else 9)
 
 
 def test_a_folder_that_cannot_be_written(
@@ -127,7 +127,7 @@ def test_it_goes_with_the_handle_and_not_with_a_fork(private: dpx.DPXAttnConfig,
     child = os.fork()
     if child == 0:
         try:
-            handle._released.clear()
+            handle.releases.cache.clear()
         finally:
             os._exit(0)
     os.waitpid(child, 0)

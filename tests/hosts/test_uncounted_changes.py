@@ -63,7 +63,7 @@ def test_an_encoding_of_the_old_weights_is_not_served(name: str, change: Callabl
         assert release(handle).contexts[0] is before
         change(encoder_of(host).parameters())
         assert release(handle).contexts[0] is not before
-        assert len(handle._spent) == 2
+        assert len(handle.releases.spent) == 2
 
 
 @change_by
@@ -114,7 +114,7 @@ def test_generate_of_bart_is_of_the_weights_as_they_are(change: Callable[..., No
         for each in (model, plain):
             change(each.parameters())
         after = model.generate(input_ids=IDS.unsqueeze(0), **options)
-        assert len(handle._spent) == 2
+        assert len(handle.releases.spent) == 2
     want = plain.generate(input_ids=IDS.unsqueeze(0), **options)
     torch.testing.assert_close(torch.cat(after.logits), torch.cat(want.logits), atol=1e-3, rtol=1e-3)
 

@@ -10,6 +10,7 @@ import torch
 
 from ...errors import ConfigError, ProtectionLostError
 from ...mechanisms.rows_structure import as_rows
+from ...privacy.bits import Entropy
 from ..accounts import PROTECT_AGAIN
 from ..context import PrivateContext
 from ..fingerprint import Fingerprint
@@ -94,7 +95,7 @@ class RoutedHandle(ProtectedPipeline):
         self._calls = type(self._calls)()  # what was served, by all threads
         self._tables.clear()
         self.promises.clear()
-        self._released.clear()
+        self.releases.clear()
 
     # ---- gates -------------------------------------------------------------------------------------------------------------
 
@@ -146,8 +147,13 @@ class RoutedHandle(ProtectedPipeline):
 
     # ---- releases ----------------------------------------------------------------------------------------------------------
 
-    def _run(
-        self, recipe: Recipe, context: PrivateContext, groups: torch.Tensor | None, current: Fingerprint
+    def run(
+        self,
+        prepared: Recipe,
+        context: PrivateContext,
+        groups: torch.Tensor | None,
+        state: Fingerprint,
+        entropy: Entropy | None,
     ) -> ReleasedContext:
-        released = super()._run(recipe, context, groups, current)
+        released = super().run(prepared, context, groups, state, entropy)
         return dataclasses.replace(released, structures=tuple(map(as_rows, released.structures)))

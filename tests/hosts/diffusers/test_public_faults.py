@@ -117,6 +117,6 @@ def test_a_text_encoder_in_eight_bits_that_computes_in_more() -> None:
         )
     with dpx.protect(pipe, NONE, ledger=dpx.Ledger()) as handle:
         first, second = picture(pipe, "a cat"), picture(pipe, "a cat")
-        assert len(handle._spent) == 1
+        assert len(handle.releases.spent) == 1
     torch.testing.assert_close(first, second)
     torch.testing.assert_close(first, picture(plain, "a cat"), atol=1e-3, rtol=1e-2)

@@ -11,6 +11,7 @@ import torch
 
 from ....errors import ConfigError, ProtectionLostError, ReleaseError
 from ....mechanisms.groups import as_groups
+from ....privacy.bits import Entropy
 from ...bindings import bind
 from ...content_names import with_texts
 from ...context import PrivateContext
@@ -223,12 +224,17 @@ class ProtectedDecoder(RoutedHandle):
         named = [name_prefix(p, self._encoder, self.config.unit, apart=apart) for p in prefixes]
         named = with_texts(named, text, len(prefixes[0].segments) if apart else None)
         contexts = [dataclasses.replace(c, encoder=(self.model.base_model,)) for c in named]
-        return Release(self.release_contexts(contexts, groups=own, fresh=fresh), self.config, self)
+        return Release(self.releases.make(contexts, groups=own, fresh=fresh), self.config, self)
 
-    def _run(
-        self, recipe: Recipe, context: PrivateContext, groups: torch.Tensor | None, current: Fingerprint
+    def run(
+        self,
+        prepared: Recipe,
+        context: PrivateContext,
+        groups: torch.Tensor | None,
+        state: Fingerprint,
+        entropy: Entropy | None,
     ) -> ReleasedContext:
-        released = super()._run(recipe, context, groups, current)
+        released = super().run(prepared, context, groups, state, entropy)
         guarantee = released.guarantee
         if self.config.unit != "row":  # the padded length is public, the number of tokens need not be
             guarantee = dataclasses.replace(guarantee, rows=None)

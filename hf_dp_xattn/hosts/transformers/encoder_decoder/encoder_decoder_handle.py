@@ -12,6 +12,7 @@ import torch
 
 from ....errors import ConfigError, ProtectionLostError, ReleaseError
 from ....mechanisms.groups import as_groups
+from ....privacy.bits import Entropy
 from ...access import TextGate
 from ...accounts import PROTECT_AGAIN
 from ...bindings import bind, unique
@@ -254,7 +255,7 @@ class ProtectedSeq2Seq(RoutedHandle):
         contexts = with_texts(contexts, text, self._batch(given) if isinstance(groups, str) else None)
         if horizon is not None:
             return self._open(contexts, own, horizon)
-        return Release(self.release_contexts(contexts, groups=own, fresh=fresh), self.config, self)
+        return Release(self.releases.make(contexts, groups=own, fresh=fresh), self.config, self)
 
     @staticmethod
     def _batch(given: Any) -> int:
@@ -282,13 +283,18 @@ class ProtectedSeq2Seq(RoutedHandle):
             raise ConfigError("A context that grows is made of token ids, embeddings, or hidden states.")
         return super()._open(contexts, groups, horizon)
 
-    def _run(
-        self, recipe: Recipe, context: PrivateContext, groups: torch.Tensor | None, current: Fingerprint
+    def run(
+        self,
+        prepared: Recipe,
+        context: PrivateContext,
+        groups: torch.Tensor | None,
+        state: Fingerprint,
+        entropy: Entropy | None,
     ) -> ReleasedContext:
         loaded = context.load()
         rows = context.rows or len(loaded[0])
         known = dataclasses.replace(context, rows=rows, load=lambda: loaded)
-        return super()._run(recipe, known, groups, current)
+        return super().run(prepared, known, groups, state, entropy)
 
     # ---- placeholders ------------------------------------------------------------------------------------------------------
 

@@ -69,7 +69,7 @@ def test_weights_that_are_nowhere(private: dpx.DPXAttnConfig) -> None:
     model.to("meta")
     with pytest.raises(dpx.ConfigError, match="meta device"):
         handle.release(tokens(9))
-    assert not handle._spent and not handle.ledger.charges(handle.ledger.digest([b"any"]))
+    assert not handle.releases.spent and not handle.ledger.charges(handle.ledger.digest([b"any"]))
 
 
 def test_a_calibration_needs_its_weights() -> None:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import hf_dp_xattn as dpx
+from hf_dp_xattn.hosts.releases import Releases
 from hf_dp_xattn.hosts.transformers.decoder_only import prefix_attention as attention
-from hf_dp_xattn.hosts.transformers.decoder_only.decoder_handle import ProtectedDecoder
 from hf_dp_xattn.hosts.transformers.decoder_only.prefix_cache import PrefixCache
 
 from .calibrations import protect
@@ -25,14 +25,14 @@ MECHANISMS = ("none", "kernel_sum", "dptree", "anchors")
 
 def hold_the_release_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every context gets what the first one released: what differs afterwards did not come through the release."""
-    original, first = ProtectedDecoder._run, []
+    original, first = Releases.run, []
 
     def fixed(self: Any, *args: Any) -> Any:
         result = original(self, *args)  # so that any way past the release would run
         first.append(result)
         return dataclasses.replace(result, structures=first[0].structures, context=first[0].context)
 
-    monkeypatch.setattr(ProtectedDecoder, "_run", fixed)
+    monkeypatch.setattr(Releases, "run", fixed)
 
 
 def check_equal_outputs(model: Any, handle: Any, **arguments: Any) -> None:

@@ -10,11 +10,9 @@ import torch
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.hosts.placeholder import CODE_CHANNELS
+from hf_dp_xattn.hosts.releases import Releases
 from hf_dp_xattn.hosts.transformers.encoder_decoder import cross_attention as attention
-from hf_dp_xattn.hosts.transformers.encoder_decoder.encoder_decoder_handle import (
-    PLACEHOLDER_ROWS,
-    ProtectedSeq2Seq,
-)
+from hf_dp_xattn.hosts.transformers.encoder_decoder.encoder_decoder_handle import PLACEHOLDER_ROWS
 
 from ...fail_closed import refused_logits
 from .calibrations import protect
@@ -25,14 +23,14 @@ MECHANISMS = ("none", "kernel_sum", "dptree", "anchors")
 
 def hold_the_release_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every context gets what the first one released: what differs afterwards did not come through the release."""
-    original, first = ProtectedSeq2Seq._run, []
+    original, first = Releases.run, []
 
     def fixed(self: Any, *args: Any) -> Any:
         result = original(self, *args)  # so that any way past the release would run
         first.append(result)
         return dataclasses.replace(result, structures=first[0].structures, context=first[0].context)
 
-    monkeypatch.setattr(ProtectedSeq2Seq, "_run", fixed)
+    monkeypatch.setattr(Releases, "run", fixed)
 
 
 def check_equal_outputs(name: str, model: Any, **options: Any) -> None:

@@ -10,8 +10,8 @@ import torch
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.hosts.placeholder import CODE_CHANNELS
+from hf_dp_xattn.hosts.releases import Releases
 from hf_dp_xattn.hosts.transformers.encoder_decoder import cross_attention as attention
-from hf_dp_xattn.hosts.transformers.mllama.mllama_handle import ProtectedImageText
 
 from ...fail_closed import refused_logits
 from .protecting import MECHANISMS, charges, protect
@@ -20,14 +20,14 @@ from .tiny import generate, images, texts, tiny
 
 def hold_the_release_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every image gets what the first one released: what differs afterwards did not come through the release."""
-    original, first = ProtectedImageText._run, []
+    original, first = Releases.run, []
 
     def fixed(self: Any, *args: Any) -> Any:
         result = original(self, *args)  # so that any way past the release would run
         first.append(result)
         return dataclasses.replace(result, structures=first[0].structures, context=first[0].context)
 
-    monkeypatch.setattr(ProtectedImageText, "_run", fixed)
+    monkeypatch.setattr(Releases, "run", fixed)
 
 
 def check_equal_outputs(model: Any, **options: Any) -> None:

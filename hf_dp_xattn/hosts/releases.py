@@ -1,0 +1,213 @@
+"""`Releases`: what one handle released. Each context once: charged before it is encoded, and found again without a charge."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+
+from ..config import DPXAttnConfig
+from ..privacy.accountant import Event
+from ..privacy.bits import Entropy
+from ..privacy.ledger import Budget, Ledger, Name
+from ..report import Guarantee, PrivacyReport
+from .accounts import ledger_for
+from .charging import charge, keys_of, may_charge, names_of
+from .context import PrivateContext
+from .encoders import OTHER_STATE, Encoders
+from .host_words import HostWords
+from .locks import Lock, locked
+from .released_cache import Key
+from .reporting import Spent, build_report
+
+
+class Charged(Protocol):
+    """A release of which everything public is fixed. events: what it costs, charged before anything private is computed."""
+
+    @property
+    def events(self) -> tuple[Event, ...]: ...
+
+
+class Guaranteed(Protocol):
+    """What was released of one context, and what is promised of it."""
+
+    @property
+    def guarantee(self) -> Guarantee: ...
+
+
+State = TypeVar("State")
+"""The host's public state that a release must fit."""
+Prepared = TypeVar("Prepared", bound=Charged)
+Made = TypeVar("Made", bound=Guaranteed)
+
+
+class Making(Protocol[State, Prepared, Made]):
+    """How one kind of release is made: all that varies between handles."""
+
+    def current(self) -> State:
+        """The host's state now. Raises ProtectionLostError where the host is no longer what was protected."""
+        ...
+
+    def prepare(self, state: State) -> Prepared:
+        """Raises ConfigError where no release can be made."""
+        ...
+
+    def misfit(self, made: Made, state: State) -> str | None:
+        """Why a release cannot serve the host as it is, or None."""
+        ...
+
+    def rehearse(self, contexts: Iterable[PrivateContext]) -> None:
+        """Tries on public stand-ins what may fail whatever the contexts hold. Raises ContextError."""
+        ...
+
+    def run(
+        self,
+        prepared: Prepared,
+        context: PrivateContext,
+        groups: torch.Tensor | None,
+        state: State,
+        entropy: Entropy | None,
+    ) -> Made:
+        """Encodes and releases one charged context; keeps nothing of it but the release."""
+        ...
+
+
+class Found(Protocol[Made]):
+    """Releases by their names (`released_cache.ReleasedCache`)."""
+
+    def find(self, keys: Sequence[Key]) -> Made | None: ...
+    def holds(self, keys: Sequence[Key]) -> bool: ...
+    def put(self, key: Key, released: Made) -> None: ...
+    def clear(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Plan(Generic[State, Prepared, Made]):
+    """keys: of the contexts, in order. done: what serves them. todo: what is to be made, with its groups and names."""
+
+    keys: list[Key]
+    done: dict[Key, Made]
+    todo: dict[Key, tuple[PrivateContext, torch.Tensor | None, list[Name]]]
+    prepared: Prepared
+    state: State
+
+
+class Releases(Generic[State, Prepared, Made]):
+    """The ledger, budget and entropy of a handle, the states of its encoders, and its releases.
+
+    Args:
+        config: what a release promises.
+        making: how one is made.
+        cache: where releases are found again.
+        lock: held while releases are made.
+        ledger, budget, entropy: see `hosts.protect.protect`. serving_only: see `accounts.ledger_for`.
+
+    *Formal guarantee.* `make` charges a context, under all its names, before `making.run` may read it; what was charged is found again, and
+    a second release of it is charged anew, or refused.
+    """
+
+    def __init__(
+        self,
+        config: DPXAttnConfig,
+        making: Making[State, Prepared, Made],
+        cache: Found[Made],
+        lock: Lock,
+        *,
+        ledger: Ledger | None = None,
+        budget: Budget | None = None,
+        entropy: Entropy | None = None,
+        serving_only: bool = False,
+    ) -> None:
+        self.config, self.making, self.cache, self.lock = config, making, cache, lock
+        self.ledger = ledger_for(ledger, entropy, serving_only=serving_only)
+        own = Budget(config.epsilon, config.delta) if budget is None else budget
+        self.budget = own.scoped(config.unit, config.neighboring)
+        self.entropy = entropy
+        self.encoders = Encoders()
+        self.spent: list[Spent] = []
+
+    @locked
+    @torch.inference_mode(False)  # what is kept must serve other modes too
+    @torch.no_grad()
+    def make(
+        self, contexts: Sequence[PrivateContext], *, groups: torch.Tensor | None = None, fresh: bool = False
+    ) -> list[Made]:
+        """One release for each context; equal contexts share one.
+
+        Args:
+            contexts: validated and named.
+            groups: of the rows, the same for all contexts; public.
+            fresh: release again with new noise; charged again.
+
+        Raises:
+            ContextError, ConfigError: not valid; nothing was spent.
+            BudgetExceededError: the ledger refuses; nothing was spent or computed, for no context.
+        """
+        plan = self._due(contexts, groups, fresh)
+        self.making.rehearse(context for context, _, _ in plan.todo.values())
+        for key, (context, own, names) in plan.todo.items():
+            charge(self.ledger, self.budget, names, plan.prepared.events)
+            made = self.run(plan.prepared, context, own, plan.state)
+            self.spent.append(Spent([n.digest for n in names], made.guarantee))
+            self.cache.put(key, made)
+            plan.done[key] = made
+        return [plan.done[key] for key in plan.keys]
+
+    def run(
+        self, prepared: Prepared, context: PrivateContext, groups: torch.Tensor | None, state: State
+    ) -> Made:
+        """Of a charged context: the only place where a private one is loaded for a release that does not grow."""
+        return self.making.run(prepared, context, groups, state, self.entropy)
+
+    @locked
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def known(self, contexts: Sequence[PrivateContext]) -> list[Made | None]:
+        """The releases that serve these contexts; None for one that is to be made, which the ledger allows for now. Nothing is spent."""
+        plan = self._due(contexts, None, False)
+        return [plan.done.get(key) for key in plan.keys]
+
+    def _due(
+        self, contexts: Sequence[PrivateContext], groups: torch.Tensor | None, fresh: bool
+    ) -> _Plan[State, Prepared, Made]:
+        """What serves them, and what is to be made. Raises ConfigError, ContextError or BudgetExceededError where it may not be."""
+        state = self.making.current()
+        prepared = self.making.prepare(state)
+        plan: _Plan[State, Prepared, Made] = _Plan([], {}, {}, prepared, state)
+        misfit: str | None = None
+        states_of = functools.cache(self.encoders.states)  # one look at the weights for all of them
+        for context in contexts:
+            own = context.groups(groups, self.config.unit)
+            names = names_of(self.ledger, context, own)
+            variant, states = context.variant_of(own), states_of(context.encoder)
+            known = keys_of(self.ledger, names[0], variant, states)
+            plan.keys.append(known[0])
+            found = None if fresh else self.cache.find(known)
+            reason = None if found is None else self.making.misfit(found, state)
+            if found is not None and reason is None:
+                plan.done[known[0]] = found
+                continue
+            others = keys_of(self.ledger, names[0], variant, self.encoders.met)
+            if found is None and not self.cache.holds(known) and self.cache.holds(others):
+                reason = OTHER_STATE
+            misfit = misfit or reason
+            plan.todo[known[0]] = (context, own, names)
+        new = [name for *_, names in plan.todo.values() for name in names]
+        may_charge(self.ledger, self.budget, new, prepared.events, misfit)
+        return plan
+
+    @locked
+    def adopt(self, made: Iterable[Made]) -> None:
+        """Names releases that were made elsewhere in the report. Whether they fit is for the caller to check."""
+        self.spent += [Spent([], m.guarantee) for m in made]
+
+    def report(self, words: HostWords, heads: Sequence[int], warnings: Sequence[str]) -> PrivacyReport:
+        """What was promised, spent and left open. heads: of each layer. warnings: of the releases."""
+        return build_report(words, self.config, heads, self.ledger, self.budget, self.spent, warnings)
+
+    def clear(self) -> None:
+        """Forgets the releases, not what was spent."""
+        self.cache.clear()
