@@ -22,7 +22,7 @@ from hf_dp_xattn.hosts.context import PrivateContext
 from hf_dp_xattn.hosts.making import LayerRecipe
 from hf_dp_xattn.mechanisms.growing_release import GrowingRelease
 
-from ..hosts_tiny import picture, tiny_img2img, tiny_scheduler, tiny_sd
+from ..hosts_tiny import CHANNELS, close, latents, picture, tiny_img2img, tiny_scheduler, tiny_sd, tiny_unet
 from .kinds import CONFIG, KINDS, Kind
 from .transformers.decoder_only import tiny as decoder
 
@@ -228,6 +228,28 @@ def test_threads_get_what_they_get_alone(name: str) -> None:
         return True
 
     assert at_once(lambda: read(0), lambda: read(1), other) == [True] * 3
+
+
+def test_a_direct_call_in_another_thread_changes_nothing() -> None:
+    """Calls of a bare UNet do not wait for each other: one is made from beginning to end while another one is half done."""
+    unet = tiny_unet()
+    handle = dpx.protect(unet, CONFIG)
+    rows = torch.randn(2, 1, 16, CHANNELS, generator=torch.Generator().manual_seed(3))
+    inputs = [handle.release(context).inputs() for context in rows]
+
+    def call(i: int) -> torch.Tensor:
+        return unet(latents(), 5, **inputs[i]).sample
+
+    want = [call(0), call(1)]
+    assert not close(*want)
+    meanwhile: list[torch.Tensor] = []
+
+    def other(*_: Any) -> None:
+        half.remove()
+        meanwhile.extend(at_once(lambda: call(1)))
+
+    half = unet.mid_block.register_forward_pre_hook(other)
+    assert close(call(0), want[0]) and close(meanwhile[0], want[1])
 
 
 SCHEDULERS: dict[str, Callable[[], Any]] = {
