@@ -1,0 +1,208 @@
+"""Codes of texts, by which a library's nearest entry is found: the host's own text encoder, or one of the user's.
+
+Each text is encoded by itself (a batch of one, without padding): its code is a function of that text alone, whatever stands beside it.
+Nothing about privacy rests on what the encoder says of a text, on its precision or on its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...errors import ConfigError, ContextError
+from ..diffusers.architectures import unwrap
+from ..diffusers.text_side import NO_LENGTH, without_length_warning
+from ..transformers.routing import evaluating
+
+Permit = Callable[[], AbstractContextManager[None]]
+LONGEST = 2048  # tokens of a text that are read; the rest takes no part in its code
+PROBES = "a red apple", "a dog"  # two public texts that begin alike
+SLOTS = ("", "_2", "_3", "_4")  # of a diffusers pipeline's text encoders and tokenizers
+OWN = (
+    "Pass `encoder`: a function from a list of strings to codes [n, d], or (model, tokenizer) of an encoder of transformers, such as "
+    "all-MiniLM-L6-v2."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class UnitEncoder:
+    """Texts to codes [n, d], float32 on the CPU, each text by itself.
+
+    name: what tells it from other encoders. one: a text's code [d] or [1, d]. permit: opens the host's gates while it runs.
+    """
+
+    name: str
+    one: Callable[[str], torch.Tensor] = field(repr=False)
+    permit: Permit = field(default=nullcontext, repr=False)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        """Raises ContextError where it fails on a text; the message quotes nothing."""
+        with self.permit():
+            try:
+                return torch.stack([self.one(t).detach().to("cpu", torch.float32).flatten() for t in texts])
+            except Exception as error:  # its message may quote a text
+                raise ContextError(
+                    f"The encoder of the library's codes fails on a text ({type(error).__name__}). No text was released; what was charged "
+                    "stays charged."
+                ) from None
+
+
+def unit_encoder(
+    host: Any, tokenizer: Any = None, *, encoder: Any = None, permit: Permit = nullcontext
+) -> UnitEncoder:
+    """The encoder of a host's library.
+
+    Args:
+        host: a pipeline of diffusers or transformers, or a model of transformers.
+        tokenizer: of a model that comes without one.
+        encoder: in place of the host's own: a function from a list of strings to codes [n, d]; (model, tokenizer) of an encoder; or a
+            pipeline of transformers that has both.
+        permit: opens the host's gates while its own encoder runs.
+
+    Raises:
+        ConfigError: the host has no text encoder, or there is no tokenizer for it.
+    """
+    if isinstance(encoder, UnitEncoder):
+        return encoder
+    model, words = parts_of(encoder)
+    if model is not None and words is not None:
+        return _of_tokens(model, words)
+    if callable(encoder) and model is None:
+        return _of_function(encoder)
+    if encoder is not None:
+        raise ConfigError(f"`encoder` cannot be a {type(encoder).__name__} by itself. {OWN}")
+    model, own = parts_of(host)
+    if model is None:
+        raise ConfigError(f"This host has no text encoder with a tokenizer of its own. {OWN}")
+    words = own if tokenizer is None else tokenizer
+    if words is None:
+        raise ConfigError(
+            "A bare model has no tokenizer: pass tokenizer=..., or a text-generation pipeline, which has one."
+        )
+    return _of_tokens(model, words, permit)
+
+
+def parts_of(host: Any) -> tuple[Any, Any]:
+    """(model, tokenizer) by which a host reads texts, None where there is none: of a pipeline (of a diffusers one the first text encoder
+    that has a tokenizer), of such a pair, or of a model, which has no tokenizer."""
+    from diffusers import DiffusionPipeline
+    from transformers import Pipeline, PreTrainedModel
+
+    if isinstance(host, tuple) and len(host) == 2:
+        return host if isinstance(host[0], PreTrainedModel) else (None, None)
+    if isinstance(host, Pipeline):
+        return host.model, host.tokenizer
+    if isinstance(host, DiffusionPipeline):
+        for slot in SLOTS:
+            model = unwrap(getattr(host, f"text_encoder{slot}", None))
+            words = getattr(host, f"tokenizer{slot}", None)
+            if isinstance(model, PreTrainedModel) and callable(words):
+                return model, words
+        return None, None
+    model = unwrap(host)
+    return (model, None) if isinstance(model, PreTrainedModel) else (None, None)
+
+
+def _of_function(function: Any) -> UnitEncoder:
+    """Of a function of a list of strings, which is given one at a time."""
+
+    def one(text: str) -> torch.Tensor:
+        found = function([text])
+        return found if isinstance(found, torch.Tensor) else torch.as_tensor(np.asarray(found))
+
+    return UnitEncoder(str(getattr(function, "__qualname__", type(function).__name__)), one)
+
+
+def _of_tokens(model: Any, tokenizer: Any, permit: Permit = nullcontext) -> UnitEncoder:
+    """The mean of a text's hidden states: of a language model those of its middle layer, of an encoder the last ones. A first row that
+    sees nothing of the text (under causal attention that of a start token) is left out; where such a model's tokenizer puts no start token
+    there, one is put."""
+    seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
+    reader = model.get_encoder() if seq2seq else model
+    middle = None if seq2seq or not model.can_generate() else _middle_layer(reader)
+    limit = _limit(reader, tokenizer)
+    start: list[int] = []
+
+    def ids_of(text: str) -> list[int]:
+        with without_length_warning(tokenizer):
+            ids = tokenizer(text=text, truncation=True, max_length=limit).input_ids
+        plain: list[int] = ids[0] if ids and isinstance(ids[0], list) else list(ids)
+        return [*start, *plain]
+
+    def states(ids: list[int]) -> torch.Tensor:
+        device = next(reader.parameters()).device
+        on_meta = device.type == "meta"  # offloaded: its hooks move what it is given
+        tensor = torch.tensor([ids], device="cpu" if on_meta else device)
+        with evaluating(reader):
+            if middle is not None:
+                return _stopped(reader, middle, tensor)[0]
+            out = reader(input_ids=tensor, attention_mask=torch.ones_like(tensor))
+        rows: torch.Tensor = out.last_hidden_state[0]
+        return rows
+
+    with torch.no_grad(), permit():
+        first = [states(ids_of(text))[0] for text in PROBES]
+    skip = int(torch.equal(*first))
+    if skip and ids_of(PROBES[0])[0] not in tokenizer.all_special_ids:
+        start += [_start_token(tokenizer)]
+
+    def one(text: str) -> torch.Tensor:
+        ids = ids_of(text)
+        if len(ids) <= skip:  # no token of its own: a code like any other
+            return torch.zeros_like(first[0])
+        return states(ids)[skip:].to(torch.float32).mean(0)
+
+    layer = "mean of the last hidden states" if middle is None else "mean of the middle layer's states"
+    return UnitEncoder(f"{type(model).__name__} of {len(first[0])} channels, {layer}", one, permit)
+
+
+def _start_token(tokenizer: Any) -> int:
+    named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return int(next((token for token in named if token is not None), 0))
+
+
+def _limit(model: Any, tokenizer: Any) -> int:
+    """How many tokens of a text are read."""
+    limits = [LONGEST, getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length]
+    return min(n for n in limits if isinstance(n, int) and 2 < n < NO_LENGTH)
+
+
+def _middle_layer(model: Any) -> nn.Module | None:
+    """Of a language model; None where its layers are not found."""
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    return stacks[0][max(count // 2 - 1, 0)] if stacks else None
+
+
+class _Stop(BaseException):
+    """What is above the layer is not run. No Exception: a model may catch those."""
+
+
+def _stopped(model: Any, layer: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """[1, n, C]: what a layer gives of token ids [1, n]."""
+    found: list[torch.Tensor] = []
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+        raise _Stop
+
+    with _hooked(layer, stop), suppress(_Stop):
+        model(input_ids=ids, use_cache=False)
+    return found[0]
+
+
+@contextmanager
+def _hooked(layer: nn.Module, hook: Any) -> Iterator[None]:
+    handle = layer.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
