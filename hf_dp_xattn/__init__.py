@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .calibration.calibration import Calibration
+    from .calibration.library.text_library import TextLibrary
     from .calibration.planner import Plan, plan
     from .config import DPXAttnConfig
     from .errors import (
@@ -50,6 +51,7 @@ _HOMES = {
     ),
     "report": ("Guarantee", "PrivacyReport"),
     "calibration.calibration": ("Calibration",),
+    "calibration.library.text_library": ("TextLibrary",),
     "calibration.planner": ("Plan", "plan"),
     "hosts.calibrate": ("calibrate",),
     "hosts.transformers.decoder_only.chat": ("SplitChat", "split_chat"),
@@ -81,6 +83,7 @@ __all__ = [
     "Release",
     "ReleaseError",
     "SplitChat",
+    "TextLibrary",
     "TruncatedPromptWarning",
     "UnsupportedModelError",
     "__version__",

@@ -114,6 +114,7 @@ class DPXAttnConfig(Shareable):
                 raise ConfigError(
                     f"Unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}."
                 )
+        self._check_mechanism()
         if self.unit == "context" and self.neighboring == "add_or_remove_one":
             raise ConfigError(
                 "unit='context' with neighboring='add_or_remove_one' promises nothing: a context's only neighbour would be no context, of "
@@ -133,6 +134,20 @@ class DPXAttnConfig(Shareable):
         _require_number("logit_bound", self.logit_bound, low=0.0, high=16.0)
         _require_number("value_bound", self.value_bound, low=0.0, high=1e6)
         _require_number("normalizer_floor", self.normalizer_floor, low=0.0, high=1.0)
+
+    def _check_mechanism(self) -> None:
+        """Raises ConfigError where the mechanism cannot protect this unit under this relation."""
+        known = KNOWN[self.mechanism]
+        if self.unit not in known.units:
+            raise ConfigError(
+                f"mechanism={self.mechanism!r} cannot give unit={self.unit!r}: it answers once for each text, not for each row. Use "
+                f"unit={' or '.join(map(repr, known.units))}."
+            )
+        if self.neighboring not in known.relations:
+            raise ConfigError(
+                f"mechanism={self.mechanism!r} cannot give neighboring={self.neighboring!r}: it answers once for each unit, so how many "
+                f"there are is public. Use neighboring={' or '.join(map(repr, known.relations))}."
+            )
 
     @property
     def is_private(self) -> bool:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, TypeAlias, Unpack
 
 from ..artefacts import HubOptions, locate
 from ..artefacts.card import table
@@ -21,9 +21,11 @@ from ..mechanisms.kernel_sum.sketch import SketchBasis, SketchPlan
 from .anchors.anchors_calibration import AnchorCalibration
 from .calibration_card import Described
 from .kernel_checks import verify_basis, verify_geometry, verify_norm, verify_plan
+from .library.text_library import TextLibrary
 from .plan_entry import PlanEntry, sketch_plan
 from .stored import CHECKS, CODEC, Stored
 
+AnyCalibration: TypeAlias = "Calibration | AnchorCalibration | TextLibrary"
 # A calibration is made for these fields of the config; epsilon may differ (the nearest plan is used).
 BOUND_FIELDS = ("features", "degree", "num_features", "feature_seed", "logit_bound", "unit")
 
@@ -180,7 +182,7 @@ class Calibration(Stored):
     @classmethod
     def from_pretrained(
         cls, name_or_path: str | os.PathLike[str], **options: Unpack[HubOptions]
-    ) -> Calibration | AnchorCalibration:
+    ) -> AnyCalibration:
         """Reads a folder or a Hub repository, of whichever mechanism.
 
         Args:
@@ -193,10 +195,13 @@ class Calibration(Stored):
         return load_calibration(locate(name_or_path, CODEC.names, error=ConfigError, **options).folder)
 
 
-def load_calibration(folder: Path) -> Calibration | AnchorCalibration:
+def load_calibration(folder: Path) -> AnyCalibration:
     """Reads and checks the files in a local folder, of whichever mechanism; raises ConfigError."""
     kind = CODEC.read_document(folder).get("kind")
-    return AnchorCalibration.load(folder) if kind == AnchorCalibration.KIND else Calibration.load(folder)
+    kinds: dict[Any, type[AnchorCalibration | TextLibrary]] = {
+        k.KIND: k for k in (AnchorCalibration, TextLibrary)
+    }
+    return kinds.get(kind, Calibration).load(folder)
 
 
 def _read_plan(i: int, numbers: Mapping[str, Any], tensors: Tensors) -> PlanEntry:

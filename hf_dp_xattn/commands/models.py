@@ -10,8 +10,8 @@ from ..errors import ConfigError
 from .texts import lines_of, read_documents, read_prefix
 
 if TYPE_CHECKING:
+    from ..calibration.calibration import AnyCalibration
     from ..config import DPXAttnConfig
-    from ..hosts.making import AnyCalibration
     from ..privacy.ledger import Ledger
     from .texts import PrefixText
 
@@ -117,8 +117,9 @@ def _config(args: argparse.Namespace, calibration: AnyCalibration | None) -> DPX
 def settings_of(calibration: AnyCalibration) -> dict[str, Any]:
     """What a config must say to go with a calibration."""
     from ..calibration.anchors.anchors_calibration import AnchorCalibration
+    from ..calibration.library.text_library import TextLibrary
 
-    if isinstance(calibration, AnchorCalibration):
+    if isinstance(calibration, (AnchorCalibration, TextLibrary)):
         names = ("mechanism", "unit", "neighboring")
         return {name: getattr(calibration, name) for name in names}
     return {"mechanism": calibration.mechanism, **calibration.settings}  # it serves both relations

@@ -46,8 +46,8 @@ from .tables import LayerTable, Tables
 from .weight_changes import WeightWatch
 
 if TYPE_CHECKING:
+    from ..calibration.calibration import AnyCalibration
     from ..privacy.bits import Entropy
-    from .making import AnyCalibration
 
 HANDLE_ATTRIBUTE = "_dp_xattn_handle"
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ..calibration.anchors.anchors_calibration import AnchorCalibration
+from ..calibration.library.text_library import TextLibrary
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..mechanisms.anchors.anchors import NO_CALIBRATION
@@ -25,9 +26,7 @@ from .rows import in_range, layer_specs, project_apart
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
-    from ..calibration.calibration import Calibration
-
-    AnyCalibration = Calibration | AnchorCalibration
+    from ..calibration.calibration import AnyCalibration, Calibration
 
 
 class Recipe(Protocol):
@@ -189,11 +188,13 @@ def choose_maker(
 ) -> Maker:
     """The maker for `config.mechanism`. Raises ConfigError where the calibration is missing, or for something else."""
     if config.mechanism != "anchors":
-        if isinstance(calibration, AnchorCalibration):
+        if isinstance(calibration, (AnchorCalibration, TextLibrary)):
             raise ConfigError(
-                f"This calibration is for mechanism='anchors', the config says {config.mechanism!r}: change the config, or calibrate for "
-                "it (dpx.calibrate(pipe, public_contexts, config))."
+                f"This calibration is for mechanism={calibration.mechanism!r}, the config says {config.mechanism!r}: change the config, or "
+                "calibrate for it (dpx.calibrate(pipe, public_contexts, config))."
             )
+        if config.mechanism == "library":
+            raise ConfigError("mechanism='library' releases texts, which are not served by patched layers.")
         return LayerMaker(unet, layers, config, calibration, current)
     if calibration is None and serving_only:
         return ServingOnly()
@@ -201,8 +202,8 @@ def choose_maker(
         raise ConfigError(NO_CALIBRATION)
     if not isinstance(calibration, AnchorCalibration):
         raise ConfigError(
-            "This calibration is for mechanism='kernel_sum', the config says 'anchors': change the config, or calibrate for it "
-            "(dpx.calibrate(pipe, public_contexts, config))."
+            f"This calibration is for mechanism={calibration.mechanism!r}, the config says 'anchors': change the config, or calibrate for "
+            "it (dpx.calibrate(pipe, public_contexts, config))."
         )
     channels = next(iter(layers.values())).cross_attention_dim
     return ContextMaker(config, calibration, channels, current)

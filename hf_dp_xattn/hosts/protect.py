@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..calibration.anchors.anchors_calibration import AnchorCalibration
 from ..calibration.calibration import Calibration
+from ..calibration.library.text_library import TextLibrary
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..privacy.ledger import Budget, Ledger
@@ -17,8 +18,8 @@ from .locks import Lock
 from .release import Release
 
 if TYPE_CHECKING:
+    from ..calibration.calibration import AnyCalibration
     from ..privacy.bits import Entropy
-    from .making import AnyCalibration
 
 
 _installing = Lock()  # two threads that protect one host get one handle
@@ -177,7 +178,7 @@ def _check_types(calibration: Any, ledger: Any, budget: Any) -> None:
         (
             "calibration",
             calibration,
-            (Calibration, AnchorCalibration),
+            (Calibration, AnchorCalibration, TextLibrary),
             "dpx.Calibration.from_pretrained(path)",
         ),
         ("ledger", ledger, (Ledger,), "dpx.Ledger(path)"),

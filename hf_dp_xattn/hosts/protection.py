@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from ..artefacts import CardOptions, Found, HubOptions, card_file, locate, write_files
 from ..artefacts.checks import Checks
 from ..artefacts.codec import Codec
-from ..calibration.anchors.anchors_calibration import AnchorCalibration
-from ..calibration.calibration import Calibration, load_calibration
+from ..calibration.calibration import AnyCalibration, load_calibration
 from ..calibration.stored import CODEC as CALIBRATION
 from ..config import CONFIG_NAME, DPXAttnConfig
 from ..errors import ConfigError
@@ -37,7 +36,7 @@ class Protection:
     """
 
     config: DPXAttnConfig
-    calibration: Calibration | AnchorCalibration | None
+    calibration: AnyCalibration | None
     budget: Budget
     host: str
     pipeline: str | None

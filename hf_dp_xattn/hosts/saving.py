@@ -20,8 +20,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ..calibration.anchors.anchors_calibration import AnchorCalibration
-from ..calibration.calibration import Calibration
+from ..calibration.calibration import AnyCalibration
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..privacy.ledger import Budget
@@ -37,7 +36,7 @@ class Saved(Protocol):
     saving: SaveShadow
 
     @property
-    def calibration(self) -> Calibration | AnchorCalibration | None: ...
+    def calibration(self) -> AnyCalibration | None: ...
     @property
     def budget(self) -> Budget: ...
     def report(self) -> PrivacyReport: ...

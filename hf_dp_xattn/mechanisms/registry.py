@@ -17,6 +17,7 @@ from .exact import prepare_exact
 from .inputs import LayerRows
 from .kernel_sum.features import PositiveRandomFeatures, TaylorFeatures
 from .kernel_sum.kernel_sum import prepare_kernel_sum
+from .library.library import NO_LIBRARY, PreparedLibrary
 from .structure import KernelSumStructure
 
 Prepare = Callable[[DPXAttnConfig, Sequence[LayerSpec], Any], Mechanism[Any]]
@@ -43,6 +44,14 @@ def _prepare_anchors(config: DPXAttnConfig, specs: Sequence[LayerSpec], calibrat
     return prepared
 
 
+def _prepare_library(config: DPXAttnConfig, specs: Sequence[LayerSpec], calibration: Any) -> PreparedLibrary:
+    """The library holds the texts and plans; no layer takes part."""
+    if calibration is None:
+        raise ConfigError(NO_LIBRARY)
+    prepared: PreparedLibrary = calibration.prepare(config)
+    return prepared
+
+
 REGISTRY: dict[str, Registration] = {
     "anchors": Registration(_prepare_anchors),
     "dptree": Registration(prepare_dptree, {"dptree": DPTreeStructure}, {"distance": DistanceFeatures}),
@@ -51,6 +60,7 @@ REGISTRY: dict[str, Registration] = {
         {"kernel_sum": KernelSumStructure},
         {"positive_random": PositiveRandomFeatures, "taylor": TaylorFeatures},
     ),
+    "library": Registration(_prepare_library),
     "none": Registration(prepare_exact),
 }
 STRUCTURES: dict[str, type[KernelSumStructure]] = {

@@ -23,6 +23,7 @@ from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ..errors import ConfigError
 from .accountant import PureEvent
@@ -89,6 +90,11 @@ class RankResponse:
         return sum(self.counts)
 
     @property
+    def near(self) -> int:
+        """How many ranks a unit's own order decides: all but those of the last level, whose entries have equal odds in any order."""
+        return self.size - self.counts[-1]
+
+    @property
     def total(self) -> int:
         """The normaliser W, the same for every unit."""
         return sum(c * w for c, w in zip(self.counts, self.weights, strict=True))
@@ -142,3 +148,31 @@ class RankResponse:
         within = (u - (ends - counts * weights)[level]) // weights[level]
         ranks: npt.NDArray[np.int64] = first[level] + within
         return ranks
+
+    def answer(self, near: npt.NDArray[np.int64], ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The entries [m] at ranks [m] of units whose nearest entries are `near` [m, t]; further ranks go through the others by index.
+
+        Raises:
+            ConfigError: `near` does not hold t distinct entries for each unit.
+        """
+        m, t = near.shape if near.ndim == 2 else (-1, -1)
+        if t != self.near or m != len(ranks) or (m and not 0 <= near.min() <= near.max() < self.size):
+            raise ConfigError(f"Near entries must be integers [m, {self.near}] in [0, {self.size}).")
+        ordered = np.sort(near, axis=1)
+        if (ordered[:, 1:] == ordered[:, :-1]).any():
+            raise ConfigError("A unit's near entries must be distinct.")
+        if t == 0:
+            return ranks
+        # the x-th entry that is not near: x and as many steps as near entries stand before it
+        beyond = np.maximum(ranks - t, 0)
+        other = beyond + (ordered - np.arange(t) <= beyond[:, None]).sum(1)
+        own = np.take_along_axis(near, np.minimum(ranks, t - 1)[:, None], axis=1)[:, 0]
+        return np.where(ranks < t, own, other).astype(np.int64)
+
+    def perturb(self, integers: torch.Tensor, entropy: Entropy) -> torch.Tensor:
+        """int64 [m, t], the entries nearest to each unit in order, on any device -> answers [m] (CPU).
+
+        Raises:
+            ConfigError: see `answer`.
+        """
+        return torch.from_numpy(self.answer(integers.cpu().numpy(), self.draw(len(integers), entropy)))

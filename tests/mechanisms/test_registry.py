@@ -72,12 +72,16 @@ def texts(epsilon: float) -> PublicTexts:
     return PublicTexts(config, RandomizedResponse.of(epsilon, len(LIBRARY)))
 
 
+def config_of(name: str) -> DPXAttnConfig:
+    return DPXAttnConfig(mechanism=name, unit=KNOWN[name].units[0])
+
+
 def test_what_is_known_is_registered() -> None:
     assert set(REGISTRY) == set(KNOWN) == set(MECHANISMS)
     assert set(STRUCTURES) == {"dptree", "kernel_sum"}  # names in files: they stay
     assert set(FEATURES) == {"distance", "positive_random", "taylor"}
     for name, known in KNOWN.items():
-        assert DPXAttnConfig(mechanism=name).is_private is known.private is (name != "none")
+        assert config_of(name).is_private is known.private is (name != "none")
 
 
 def test_the_config_knows_the_mechanisms_without_importing_them() -> None:
@@ -92,9 +96,9 @@ def test_a_calibration_is_asked_for_where_one_is_needed() -> None:
     for name, known in KNOWN.items():
         if known.needs_calibration:
             with pytest.raises(ConfigError, match=r"dpx\.calibrate"):
-                REGISTRY[name].prepare(DPXAttnConfig(mechanism=name), (), None)
+                REGISTRY[name].prepare(config_of(name), (), None)
             with pytest.raises(ConfigError, match="does not release keys and values"):
-                prepare_release(DPXAttnConfig(mechanism=name), [object()])  # type: ignore[list-item]
+                prepare_release(config_of(name), [object()])  # type: ignore[list-item]
 
 
 def test_texts_from_a_public_list_fit_the_shape() -> None:

@@ -1,0 +1,74 @@
+"""Which K of N public texts may answer: clusters with a medoid each, by the expected cosine of the answer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+_ROUNDS = 8
+_BLOCK = 2**25  # entries of a block of scores
+
+
+def nearest_of(units: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+    """[n] int64: the index of the entry with the largest cosine to each unit; both [., p] of length 1."""
+    return torch.cat(
+        [(part @ entries.mT).argmax(1) for part in units.split(max(1, _BLOCK // max(1, len(entries))))]
+    )
+
+
+def medoids(
+    codes: torch.Tensor, weights: torch.Tensor, size: int, epsilon: float, seed: int = 0
+) -> torch.Tensor:
+    """K texts that answer well at epsilon: a local maximum of the expected cosine between a unit and its answer.
+
+    A unit of cluster k is answered by its medoid with odds e^epsilon to each other one, so the medoid m_k adds
+    m_k . (e^epsilon S_k + S - S_k) / W, S_k the sum of the cluster's codes and S of all: a medoid leans towards the middle of all units
+    where answers are seldom true.
+
+    Args:
+        codes: [N, p], of length 1. weights: [N], how often each text stands in public contexts. size: K < N.
+
+    Returns:
+        [K] int64, rising.
+    """
+    n = len(codes)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = _seeds(codes, weights, size, generator)
+    odds = math.exp(min(epsilon, 30.0))
+    weighted = codes * weights[:, None]
+    whole = weighted.sum(0)
+    for _ in range(_ROUNDS):
+        cells = nearest_of(codes, codes[chosen])
+        sums = torch.zeros(size, codes.shape[1]).index_add_(0, cells, weighted)
+        gain = (codes * ((odds - 1.0) * sums + whole)[cells]).sum(
+            1
+        )  # of each text as the medoid of its own cluster
+        order = torch.argsort(gain, stable=True)
+        best = torch.full((size,), -1, dtype=torch.int64)
+        best[cells[order]] = order  # the last one written, the largest gain, stays
+        empty = best < 0
+        best[empty] = chosen[empty]
+        if torch.equal(best, chosen):
+            break
+        chosen = best
+    chosen = torch.unique(chosen)
+    if len(chosen) < size:  # a medoid stood twice: fill up with texts that are served worst
+        far = (codes * codes[chosen][nearest_of(codes, codes[chosen])]).sum(1)
+        far[chosen] = math.inf
+        chosen = torch.cat([chosen, torch.argsort(far, stable=True)[: size - len(chosen)]])
+    assert len(chosen) == size <= n
+    return chosen.sort().values
+
+
+def _seeds(codes: torch.Tensor, weights: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
+    """First medoids, k-means++ in batches: drawn in proportion to weight and squared distance to those that are there."""
+    chosen = torch.multinomial(weights, max(1, size // 8), generator=generator)
+    while len(chosen) < size:
+        near = codes[chosen]
+        far = 1.0 - torch.cat([(part @ near.mT).amax(1) for part in codes.split(max(1, _BLOCK // len(near)))])
+        far = (far.clamp_min(0.0) + 1e-7) * weights
+        far[chosen] = 0.0
+        wanted = min(max(1, size // 8), size - len(chosen))
+        chosen = torch.cat([chosen, torch.multinomial(far, wanted, generator=generator)])
+    return chosen

@@ -1,0 +1,179 @@
+"""`build_library`: from public contexts and an encoder to a library, without any training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from ...config import DPXAttnConfig
+from ...errors import ConfigError
+from ...mechanisms.library.entry_lattice import lattice_codes, unit_codes
+from ...privacy.response import MAX_ALPHABET
+from ...records import plain_text
+from ..calibration_options import EPSILONS
+from .encoding import encode_chunks
+from .library_plans import Choice, PublicUnits, choose, entries_of
+from .text_library import GROUPINGS, PROBES, Encode, LibraryPlan, TextLibrary
+
+_REACH = 8.0  # times the largest coordinate of a public code: what is further out is clamped
+_METRIC_TEXTS = 2**14  # texts whose codes fix the metric; those of the others are projected at once
+
+
+@dataclass(frozen=True)
+class LibraryOptions:
+    """How a library is made.
+
+    epsilons: a plan for each. grouping: how contexts are cut in units; by default "phrases" for groups. encoder: the encoder's name.
+    width: directions of the codes that are kept. flatten: 0: cosine of centred codes; 1: all directions count alike. held_out: share of
+    the contexts by which plans are chosen. folder: keeps codes, so that a run that was broken off is taken up again.
+    """
+
+    epsilons: Sequence[float] = EPSILONS
+    grouping: str | None = None
+    encoder: str = ""
+    width: int = 256
+    flatten: float = 0.5
+    held_out: float = 0.2
+    seed: int = 0
+    progress: bool = True
+    folder: str | os.PathLike[str] | None = None
+
+
+@torch.no_grad()
+def build_library(
+    public_units: Sequence[str] | Sequence[Sequence[str]],
+    encode: Encode,
+    config: DPXAttnConfig,
+    options: LibraryOptions | None = None,
+) -> TextLibrary:
+    """A library of PUBLIC texts; nothing private may be among them.
+
+    Args:
+        public_units: contexts, each a list of units (phrases, segments, documents); or texts that are contexts of one unit each.
+        encode: n strings -> float codes [n, C], each a function of its string alone.
+        config: mechanism="library", and the unit.
+
+    Raises:
+        ConfigError: fewer than 2 distinct texts, too many, an empty one, something else than strings, or NaN codes.
+    """
+    options = LibraryOptions() if options is None else options
+    if config.mechanism != "library":
+        raise ConfigError(f"A library is for mechanism='library', the config says {config.mechanism!r}.")
+    grouping = options.grouping or GROUPINGS[config.unit][0]
+    if grouping not in GROUPINGS[config.unit]:
+        raise ConfigError(
+            f"unit={config.unit!r} has groupings {', '.join(GROUPINGS[config.unit])}, got {grouping!r}."
+        )
+    contexts = [_units(c) for c in public_units]
+    texts = list(dict.fromkeys(text for context in contexts for text in context))
+    if not 2 <= len(texts) <= MAX_ALPHABET:
+        raise ConfigError(
+            f"A library has 2 to {MAX_ALPHABET} distinct public texts, these contexts have {len(texts)}."
+        )
+    with tqdm(total=len(texts) + len(options.epsilons), desc="library", disable=not options.progress) as bar:
+        metric, codes, probe = _encode(texts, encode, options, bar)
+        center, projection, reach = metric
+        plans = _plans(texts, contexts, codes, options, bar)
+    return TextLibrary(
+        unit=config.unit,
+        grouping=grouping,
+        encoder=options.encoder,
+        contexts=len(contexts),
+        units=max(map(len, contexts)),
+        reach=reach,
+        settings={"width": projection.shape[1], "flatten": options.flatten, "seed": options.seed},
+        texts=tuple(texts),
+        codes=lattice_codes(codes),
+        center=center,
+        projection=projection,
+        probe=probe,
+        plans=plans,
+    )
+
+
+def _units(context: str | Sequence[str]) -> list[str]:
+    units = [context] if isinstance(context, str) else list(context)
+    if not units or not all(isinstance(u, str) and plain_text(u).strip() for u in units):
+        raise ConfigError(
+            "Public contexts are texts, or lists of texts (phrases, segments, documents), none of them empty; token ids must be decoded."
+        )
+    return [plain_text(u).strip() for u in units]
+
+
+Metric = tuple[torch.Tensor, torch.Tensor, float]
+
+
+def _encode(
+    texts: Sequence[str], encode: Encode, options: LibraryOptions, bar: tqdm[None]
+) -> tuple[Metric, torch.Tensor, torch.Tensor]:
+    """The metric, codes [N, p] of length 1, and the probe: codes of the first texts. Of most texts no more than these are ever held."""
+    folder = None if options.folder is None else Path(options.folder)
+    metric: Metric | None = None
+    waiting: list[torch.Tensor] = []
+    out: list[torch.Tensor] = []
+    probe: torch.Tensor | None = None
+    # in a random order, so that the first ones are a fair sample
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(options.seed))
+    for codes in encode_chunks([texts[i] for i in order.tolist()], encode, options.encoder, folder):
+        waiting.append(codes)
+        bar.update(len(codes))
+        if metric is None and sum(map(len, waiting)) >= min(len(texts), _METRIC_TEXTS):
+            metric = fit_metric(torch.cat(waiting), options)
+        if metric is not None:
+            out += [unit_codes(part, metric[0], metric[1]) for part in waiting]
+            waiting = []
+    assert metric is not None
+    codes = torch.empty(len(texts), metric[1].shape[1])
+    codes[order] = torch.cat(out)
+    probe = torch.cat(list(encode_chunks(texts[:PROBES], encode, options.encoder, None)))
+    return metric, codes, probe
+
+
+def fit_metric(codes: torch.Tensor, options: LibraryOptions) -> Metric:
+    """Centre [C], projection [C, p] and reach: the leading directions of public codes, each divided by its deviation^flatten."""
+    center = codes.mean(0)
+    centred = (codes - center).double()
+    values, vectors = torch.linalg.eigh(centred.mT @ centred / max(1, len(codes) - 1))
+    width = min(options.width, int((values > values[-1] * 1e-9).sum()))
+    if width < 1 or not float(values[-1]) > 0:
+        raise ConfigError("The encoder gives the same code for all public texts.")
+    kept, deviation = vectors[:, -width:].flip(1), values[-width:].flip(0).sqrt()
+    projection = kept * (deviation / deviation[0]) ** -options.flatten
+    return center, projection.float(), _REACH * float(centred.abs().max())
+
+
+def _plans(
+    texts: Sequence[str],
+    contexts: Sequence[Sequence[str]],
+    codes: torch.Tensor,
+    options: LibraryOptions,
+    bar: tqdm[None],
+) -> tuple[LibraryPlan, ...]:
+    """Chosen by contexts that are held out, then made of all texts."""
+    at = {text: i for i, text in enumerate(texts)}
+    owner = torch.tensor([c for c, context in enumerate(contexts) for _ in context])
+    index = torch.tensor([at[text] for context in contexts for text in context])
+    order = torch.randperm(len(contexts), generator=torch.Generator().manual_seed(options.seed + 1))
+    # with one context there is nothing to hold out, and the prediction is of what the library holds
+    held_out = order[: max(1, round(len(contexts) * options.held_out))] if len(contexts) > 1 else order[:0]
+    held = torch.isin(owner, held_out)
+    fitted = index[~held] if held.any() else index
+    count = torch.bincount(index, minlength=len(texts)).float()
+    partly = torch.bincount(fitted, minlength=len(texts)).float()
+    own = partly.nonzero().squeeze(1)
+    if len(own) < 2:
+        own, partly = torch.arange(len(texts)), count
+    seen = index[held] if held.any() else index
+    units = PublicUnits(codes[seen], owner[held] if held.any() else owner)
+    plans = []
+    for epsilon in sorted(set(map(float, options.epsilons))):
+        choice: Choice = choose(codes[own], partly[own], units, epsilon, options.seed)
+        entries = entries_of(choice.size, codes, count, epsilon, options.seed)
+        plans.append(LibraryPlan(epsilon, min(choice.near, len(entries) - 1), 1, entries, choice.quality))
+        bar.update()
+    return tuple(plans)

@@ -1,0 +1,297 @@
+"""`TextLibrary`: public texts, their codes, and for each epsilon what may answer. safetensors + JSON."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any, Unpack
+
+import torch
+
+from ...artefacts import HubOptions, locate
+from ...artefacts.card import table
+from ...artefacts.codec import Tensors
+from ...config import DPXAttnConfig
+from ...errors import ConfigError
+from ...mechanisms.anchors.quantizer import ExactAffine
+from ...mechanisms.library.entry_lattice import EntryLattice
+from ...mechanisms.library.library import PreparedLibrary
+from ...privacy.rank_response import RankResponse
+from ...privacy.response import MAX_ALPHABET
+from ..calibration_card import Described
+from ..stored import CHECKS, CODEC, Stored
+
+Encode = Callable[[Sequence[str]], torch.Tensor]
+
+GROUPINGS = {
+    "group": ("phrases", "segments", "lines", "documents"),
+    "context": ("context", "phrases", "segments", "lines"),
+}
+PROBES = 8  # entries whose codes tell another encoder
+_SAME = 0.99  # cosine of a probe's codes: batching and precision leave far more, another encoder far less
+_FIELDS = ("unit", "grouping", "encoder", "contexts", "units", "reach", "settings")
+
+
+@dataclass(frozen=True)
+class LibraryQuality:
+    """Predicted on public contexts that were held out: 1 - cosine between a unit and its answer, in the library's own metric.
+
+    0: the unit itself; 1: nothing is known of it but the public mean. low, high: 95 % interval over contexts. exact: of the nearest entry,
+    without noise. contexts: how many were held out.
+    """
+
+    distortion: float
+    low: float
+    high: float
+    exact: float
+    contexts: int
+
+
+@dataclass(frozen=True, eq=False)
+class LibraryPlan:
+    """What answers at one epsilon. entries [K]: int64, which of the library's texts, rising. near: how many of them have the large odds.
+    answers: 1; for unit="context" how many parts a context is answered in, 0 where one answer for each part is given."""
+
+    epsilon: float
+    near: int
+    answers: int
+    entries: torch.Tensor
+    quality: LibraryQuality
+
+    FIELDS = ("epsilon", "near", "answers")
+
+
+@dataclass(frozen=True, eq=False)
+class TextLibrary(Stored):
+    """Everything that `library` reads besides the private codes. Nothing in here may depend on a private context.
+
+    unit: what it was made for. grouping: how contexts are cut in units ("phrases", "segments", "lines", "documents", "context"). encoder:
+    the name of what made the codes. contexts, units: how many public contexts, and the largest number of units in one. reach: public range
+    of a coordinate of a code. settings: how it was made, for the card. texts: N public texts. codes [N, p]: int8, as `lattice_codes` makes
+    them. center [C], projection [C, p]: from the encoder's codes to the library's. probe [r, C]: codes of the first r texts.
+    """
+
+    KEYS = frozenset({"kind", "plans", *_FIELDS})
+    KIND = mechanism = "library"
+    neighboring = "replace_one"
+
+    unit: str
+    grouping: str
+    encoder: str
+    contexts: int
+    units: int
+    reach: float
+    settings: dict[str, Any]
+    texts: tuple[str, ...]
+    codes: torch.Tensor
+    center: torch.Tensor
+    projection: torch.Tensor
+    probe: torch.Tensor
+    plans: tuple[LibraryPlan, ...]
+
+    @property
+    def channels(self) -> int:
+        """Length of the encoder's codes."""
+        return self.projection.shape[0]
+
+    def check(self, config: DPXAttnConfig) -> None:
+        """Raises ConfigError unless the library was made for this mechanism and unit."""
+        if config.mechanism != self.KIND:
+            raise ConfigError(
+                f"This library is for mechanism='library', the config says {config.mechanism!r}. Calibrate for that."
+            )
+        self.check_settings(config, {"unit": self.unit, "neighboring": self.neighboring})
+
+    def check_encoder(self, encode: Encode) -> None:
+        """Refuses another encoder than the one that made the codes, by the codes of a few public entries.
+
+        Raises:
+            ConfigError: other codes, or codes of another shape.
+        """
+        found = encode(list(self.texts[: len(self.probe)]))
+        if found.shape != self.probe.shape:
+            raise ConfigError(
+                f"The library's codes were made by {self.encoder or 'another encoder'} and have {self.channels} numbers, this one gives "
+                f"{list(found.shape[1:])}. Use that one, or calibrate again."
+            )
+        same = torch.nn.functional.cosine_similarity(
+            found.detach().cpu().float() - self.center, self.probe - self.center
+        )
+        if not bool((same >= _SAME).all()):
+            raise ConfigError(
+                f"This encoder gives other codes than the one that the library was made with ({self.encoder or 'unnamed'}): cosine "
+                f"{float(same.min()):.3f} on a public text. Use that one, or calibrate again."
+            )
+
+    def plan_for(self, epsilon: float) -> LibraryPlan:
+        """The plan made for the epsilon nearest to this one (in ratio). Any plan is private at any epsilon."""
+        return min(self.plans, key=lambda p: max(p.epsilon / epsilon, epsilon / p.epsilon))
+
+    def prepare(self, config: DPXAttnConfig, units: int | None = None) -> PreparedLibrary:
+        """What a release at config.epsilon is made of.
+
+        Args:
+            config: mechanism="library", of the library's unit.
+            units: for unit="context" where the plan answers part by part: how many parts the context has. Public.
+
+        Raises:
+            ConfigError: the library cannot give the config's guarantee.
+        """
+        self.check(config)
+        plan = self.plan_for(config.epsilon)
+        answers = plan.answers or units
+        if answers is None or answers < 1:
+            raise ConfigError(
+                "This library answers a context part by part: say how many parts there are, prepare(config, units=...)."
+            )
+        if plan.answers and self.unit == "context" and units not in (None, plan.answers):
+            raise ConfigError(f"This plan answers a context in {plan.answers} part(s), not {units}.")
+        response = RankResponse.of(Fraction(config.epsilon) / answers, len(plan.entries), plan.near)
+        lattice = EntryLattice(
+            ExactAffine.from_tensors(self.center, self.projection, reach=self.reach), self.codes[plan.entries]
+        )
+        texts = tuple(self.texts[i] for i in plan.entries.tolist())
+        return PreparedLibrary(config, texts, lattice, response, answers)
+
+    def header(self) -> dict[str, Any]:
+        return {
+            "kind": self.KIND,
+            **{name: getattr(self, name) for name in _FIELDS},
+            "plans": [
+                {**{name: getattr(p, name) for name in LibraryPlan.FIELDS}, "quality": asdict(p.quality)}
+                for p in self.plans
+            ],
+        }
+
+    def tensors(self) -> Tensors:
+        written = [text.encode() for text in self.texts]
+        return {
+            "texts": torch.frombuffer(bytearray(b"".join(written)), dtype=torch.uint8),
+            "lengths": torch.tensor([len(w) for w in written], dtype=torch.int64),
+            "codes": self.codes,
+            "center": self.center,
+            "projection": self.projection,
+            "probe": self.probe,
+            **{f"plan.{i}.entries": p.entries for i, p in enumerate(self.plans)},
+        }
+
+    @classmethod
+    def from_parts(cls, header: Mapping[str, Any], tensors: Tensors) -> TextLibrary:
+        blob, texts, at = tensors["texts"].numpy().tobytes(), [], 0
+        for length in tensors["lengths"].tolist():
+            texts.append(blob[at : at + length].decode())
+            at += length
+        if at != len(blob) or int(tensors["lengths"].min()) < 1:
+            CHECKS.refuse("its texts")
+        return cls(
+            **{n: header[n] for n in _FIELDS},
+            texts=tuple(texts),
+            codes=tensors["codes"],
+            center=tensors["center"],
+            projection=tensors["projection"],
+            probe=tensors["probe"],
+            plans=tuple(
+                _read_plan(i, p, tensors[f"plan.{i}.entries"]) for i, p in enumerate(header["plans"])
+            ),
+        )
+
+    def verify(self) -> None:
+        if self.unit not in GROUPINGS or self.grouping not in GROUPINGS[self.unit]:
+            CHECKS.refuse(f"unit is {self.unit!r}, grouping {self.grouping!r}")
+        for name in ("contexts", "units"):
+            CHECKS.integer(getattr(self, name), name)
+        CHECKS.name(self.encoder, "encoder")
+        CHECKS.number(self.reach, "reach", low=1e-12, high=1e12)
+        if not isinstance(self.settings, dict):
+            CHECKS.refuse("settings is no object")
+        if not 2 <= len(self.texts) <= MAX_ALPHABET or len(set(self.texts)) != len(self.texts):
+            CHECKS.refuse("its texts are too few, too many, or one stands twice")
+        if not self.plans:
+            raise ConfigError("The library holds no plan; calibrate again.")
+        sizes = CHECKS.sizes(N=len(self.texts))
+        sizes.fit("center", self.center, "C", floats=True)
+        sizes.fit("projection", self.projection, "C", "p", floats=True)
+        sizes.fit("codes", self.codes, "N", "p")
+        sizes.fit("probe", self.probe, min(PROBES, len(self.texts)), "C", floats=True)
+        for i, plan in enumerate(self.plans):
+            _verify_plan(i, plan, len(self.texts), self.unit)
+        for config in (self._example(p.epsilon) for p in self.plans):
+            self.prepare(config, units=2 if self.plan_for(config.epsilon).answers == 0 else None)
+
+    def _example(self, epsilon: float) -> DPXAttnConfig:
+        return DPXAttnConfig(mechanism="library", unit=self.unit, epsilon=epsilon)
+
+    def described(self) -> Described:
+        rows = [
+            (
+                f"{p.epsilon:g}",
+                len(p.entries),
+                p.near,
+                f"{p.quality.distortion:.3f} ({p.quality.low:.3f} to {p.quality.high:.3f})",
+                f"{p.quality.exact:.3f}",
+            )
+            for p in self.plans
+        ]
+        return Described(
+            mechanism=self.mechanism,
+            unit=self.unit,
+            neighboring=self.neighboring,
+            contexts=self.contexts,
+            units=self.units,
+            layers=0,
+            settings={
+                "texts": len(self.texts),
+                "grouping": self.grouping,
+                "encoder": self.encoder,
+                **self.settings,
+            },
+            utility="Predicted on public contexts that were held out (1 - cosine between a unit and its answer; 0: the unit itself, 1: "
+            "nothing of it):\n\n"
+            + table(("epsilon", "texts that may answer", "near", "distortion", "nearest, no noise"), rows),
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], **options: Unpack[HubOptions]
+    ) -> TextLibrary:
+        """Reads a folder or a Hub repository (`HubOptions`); raises ConfigError on what is missing, unknown or damaged."""
+        return cls.load(locate(name_or_path, CODEC.names, error=ConfigError, **options).folder)
+
+
+def _read_plan(i: int, numbers: Mapping[str, Any], entries: torch.Tensor) -> LibraryPlan:
+    CHECKS.keys(numbers, {*LibraryPlan.FIELDS, "quality"}, f"plan {i}")
+    quality = numbers["quality"]
+    CHECKS.keys(quality, set(LibraryQuality.__dataclass_fields__), f"the quality of plan {i}")
+    return LibraryPlan(
+        **{n: numbers[n] for n in LibraryPlan.FIELDS}, entries=entries, quality=LibraryQuality(**quality)
+    )
+
+
+def _verify_plan(i: int, plan: LibraryPlan, texts: int, unit: str) -> None:
+    where = f"plan {i}"
+    CHECKS.number(plan.epsilon, f"epsilon of {where}", low=1e-9, high=1e9)
+    entries = plan.entries
+    if entries.dtype != torch.int64 or entries.ndim != 1 or not 2 <= len(entries) <= texts:
+        CHECKS.refuse(f"entries of {where}")
+    if int(entries[0]) < 0 or int(entries[-1]) >= texts or not bool((entries.diff() > 0).all()):
+        CHECKS.refuse(f"entries of {where} do not rise within the library")
+    CHECKS.integer(plan.near, f"near of {where}", high=len(entries) - 1)
+    CHECKS.integer(
+        plan.answers,
+        f"answers of {where}",
+        low=0 if unit == "context" else 1,
+        high=1 if unit == "group" else 64,
+    )
+    for name in ("distortion", "low", "high", "exact"):
+        CHECKS.number(getattr(plan.quality, name), f"{name} of {where}", low=0.0, high=2.0)
+    CHECKS.integer(plan.quality.contexts, f"held-out contexts of {where}")
+
+
+def spread(values: torch.Tensor) -> tuple[float, float, float]:
+    """The mean of [n] values and its 95 % interval."""
+    mean = float(values.mean())
+    half = 1.96 * float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 1.0
+    return mean, max(0.0, mean - half), min(2.0, mean + half)

@@ -1,0 +1,1 @@
+"""`library`: each unit is answered by a text of a public library."""
