@@ -172,9 +172,10 @@ def _leaves(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    # a buffer that is not saved is no weight: some tables of positions grow with the longest text so far
     named: Iterable[tuple[str, torch.Tensor | None]] = (
         *module._parameters.items(),
-        *module._buffers.items(),
+        *((n, b) for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set),
     )
     return ((name, tensor) for name, tensor in named if tensor is not None and tensor.numel())
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from .private_run import parts_of, private_run
 from .weight_changes import is_away, steps_of
 
 if TYPE_CHECKING:
@@ -118,11 +119,14 @@ def sketch_of(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
 @torch.no_grad()
 def fingerprint(layers: dict[str, Attention], dtype: torch.dtype) -> Fingerprint:
     """The sketch of the layers as they are now. Costs sixteen rows through each projection."""
+    # dropout of an adapter is no change of it
+    with private_run(*(part for layer in layers.values() for part in parts_of(layer))):
+        sketches = [
+            torch.stack([sketch_of(a.to_k, dtype), sketch_of(a.to_v, dtype)]) for a in layers.values()
+        ]
     return Fingerprint(
         layers=tuple((n, a.heads, a.cross_attention_dim, a.inner_dim) for n, a in layers.items()),
-        sketch=torch.stack(
-            [torch.stack([sketch_of(a.to_k, dtype), sketch_of(a.to_v, dtype)]) for a in layers.values()]
-        ),
+        sketch=torch.stack(sketches),
         dtype=str(dtype).removeprefix("torch."),
     )
 

@@ -21,6 +21,7 @@ from ..privacy.bits import Entropy
 from .diffusers.text_side import TextSide
 from .fingerprint import Fingerprint
 from .identity import OTHER_PROJECTIONS, check_layers, check_text, fingerprint_of
+from .private_run import parts_of, private_run
 from .rows import in_range, layer_specs, project_apart
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ class LayerRecipe:
             units = [torch.arange(len(rows))]
         else:
             units = unit_rows(self.prepared.config.unit, len(rows), groups)
-        pairs = [project_apart(attn, rows, units) for attn in self.layers]
+        with private_run(*(part for attn in self.layers for part in parts_of(attn))):
+            pairs = [project_apart(attn, rows, units) for attn in self.layers]
         return LayerRows([in_range(k, k.dtype) for k, _ in pairs], [in_range(v, v.dtype) for _, v in pairs])
 
     def run(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy | None) -> Released:

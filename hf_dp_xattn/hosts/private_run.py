@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from .access import gates_of
 from .transformers.routing import evaluating
+
+
+def parts_of(layer: Any) -> list[nn.Module]:
+    """What runs when keys and values of a layer are made."""
+    named = (getattr(layer, name, None) for name in ("module", "bridge", "to_k", "to_v"))
+    return [part for part in named if isinstance(part, nn.Module)]
 
 
 @contextmanager

@@ -21,9 +21,11 @@ def add_lora(
     name: str = "style",
     seed: int = 0,
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0"),
+    dropout: float = 0.0,
 ) -> None:
     """An adapter with an effect (PEFT starts B at zero)."""
-    unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(targets)), adapter_name=name)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), lora_dropout=dropout)
+    unet.add_adapter(config, adapter_name=name)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for path, parameter in unet.named_parameters():

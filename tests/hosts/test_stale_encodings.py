@@ -205,6 +205,19 @@ def test_a_cast_is_no_other_encoder(private: dpx.DPXAttnConfig) -> None:
         handle.release(TEXT)
 
 
+def test_a_table_of_positions_that_grew_is_no_other_state(private: dpx.DPXAttnConfig) -> None:
+    """How long another private document is must not decide whether this one's release is found."""
+    model = seq2seq_tiny("m2m100")
+    handle = dpx.protect(model, private)
+    first = handle.release(IDS).contexts[0].tag
+    sizes = [b.shape for b in model.get_encoder().buffers()]
+    handle.release(torch.randint(5, 30, (100,)))
+    assert sizes != [b.shape for b in model.get_encoder().buffers()]
+    with torch.no_grad():
+        next(model.get_encoder().parameters()).add_(0.0)  # so that the state is read anew
+    assert handle.release(IDS).contexts[0].tag == first
+
+
 def test_a_growing_release_is_of_one_encoder(private: dpx.DPXAttnConfig) -> None:
     pipe = tiny_sd()
     handle = dpx.protect(pipe, private)

@@ -16,6 +16,7 @@ from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from ..hosts_tiny import picture, tiny_sd
 from .kinds import CONFIG, KINDS
+from .test_lora import add_lora
 
 
 def modules_of(host: Any) -> Iterator[nn.Module]:
@@ -60,6 +61,23 @@ def test_what_is_released_is_without_dropout(kind: str) -> None:
         released = KINDS[kind].release(handle, 1).contexts[0]
         found.append([t for s in released.structures for t in vars(s).values() if torch.is_tensor(t)])
     assert found[0]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_dropout_of_an_adapter_is_none() -> None:
+    found = []
+    for mode in (False, True):
+        pipe = tiny_sd()
+        add_lora(pipe.unet, dropout=0.5)
+        handle = dpx.protect(pipe, CONFIG, entropy=SeededEntropy(0), ledger=dpx.Ledger())
+        pipe.unet.train(mode)
+        before = random_states()
+        release = handle.release("a red circle")
+        assert random_states() == before
+        assert handle.release("a red circle").contexts[0] is release.contexts[0]  # the model has not changed
+        found.append(
+            [t for s in release.contexts[0].structures for t in vars(s).values() if torch.is_tensor(t)]
+        )
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
