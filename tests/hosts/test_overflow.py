@@ -163,19 +163,25 @@ def test_an_image_of_any_finite_pixels(dtype: torch.dtype, mechanism: str) -> No
 @pytest.mark.parametrize("mechanism", ["kernel_sum", "anchors"])
 @pytest.mark.parametrize("dtype", [HALF, BRAIN, SINGLE], ids=str)
 def test_a_prefix_that_overflows_inside_the_model(dtype: torch.dtype, mechanism: str) -> None:
-    """One token's embedding is at the end of the range: what holds it is released like its neighbour."""
-    host = model("llama", dtype)
-    weight = host.get_input_embeddings().weight
-    before = weight[7].clone()
-    with torch.no_grad():
-        weight[7] = torch.finfo(dtype).max
-    try:
-        with protect("llama", dtype, mechanism) as handle:
-            for ids in ([3, 4, 5], [3, 7, 5], [7, 7]):
-                check_released(handle.release(ids))
-    finally:
+    """One token's values overflow in the last layer: what holds it is released like its neighbour."""
+    with protect("llama", dtype, mechanism) as handle:
+        embedding = handle.model.get_input_embeddings().weight
+        values = handle.model.model.layers[-1].self_attn.v_proj.weight
+        before = embedding.detach().clone(), values.detach().clone()
         with torch.no_grad():
-            weight[7] = before
+            embedding[7] = 0
+            embedding[7, 0], values[:, 0] = 100.0, torch.finfo(dtype).max / 3
+        try:
+            head, overflows = torch.zeros(0, dtype=torch.int64), []
+            for ids in ([3, 4, 5], [3, 7, 5], [7, 7]):
+                rows, _ = handle._encoder.encode(head, [torch.tensor(ids)])
+                overflows.append((~rows.isfinite().all(1)).tolist())
+                check_released(handle.release(ids))
+            assert overflows == [[False, False, False], [False, True, False], [True, True]]
+        finally:
+            with torch.no_grad():
+                embedding.copy_(before[0])
+                values.copy_(before[1])
 
 
 @pytest.mark.parametrize("mechanism", ["kernel_sum", "sum", "histogram", "response"])
