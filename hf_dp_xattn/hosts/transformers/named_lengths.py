@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
 
+from torch import nn
+
 SEVERAL = 320  # positions that every probe looks at, at least
 MOST = 1088  # positions that none goes beyond: attention maps grow with their square
 BEYOND = 33  # positions behind a named length, so that what changes there has a weight
@@ -52,6 +54,19 @@ def _lengths(config: Any) -> list[int]:
     named = {(n, v) for n, v in _numbers(config) if n not in (*_NONE, *_KNOWN) and _LENGTH.search(n)}
     products = [a * b for (n, a), (m, b) in combinations(sorted(named), 2) if n != m]
     return [v for _, v in named] + products
+
+
+def longest(encoder: nn.Module) -> int | None:
+    """How many tokens an encoder with a table of positions takes; None where there is no such table."""
+    table = any(isinstance(m, nn.Embedding) and "position" in n for n, m in encoder.named_modules())
+    return getattr(encoder.config, "max_position_embeddings", None) if table else None
+
+
+def rotations(config: Any) -> set[str]:
+    """The kinds of rotary embedding that a config names, for all layers or for each type of layer."""
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    parts = [given, *(v for v in given.values() if isinstance(v, dict))]
+    return {str(p.get("rope_type", p.get("type"))) for p in parts}
 
 
 def affordable(parameters: int) -> int:

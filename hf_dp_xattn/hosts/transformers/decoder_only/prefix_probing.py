@@ -23,7 +23,7 @@ from ....mechanisms.merge import exact_partial
 from ....mechanisms.rows_structure import RowsStructure
 from ...placeholder import new_tag
 from ...tables import LayerTable
-from ..named_lengths import MOST, affordable, probed_length, unprobed_length
+from ..named_lengths import MOST, affordable, probed_length, rotations, unprobed_length
 from ..reading import group_queries, ungroup
 from ..routing import evaluating, routed
 from .prefix_attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, Recording, Seen, recording
@@ -116,13 +116,6 @@ def position_limit(model: Any, fixed: FixedLimits | None = None) -> int | None:
     return min(limits, default=None)
 
 
-def _rotations(config: Any) -> set[str]:
-    """The kinds of rotary embedding that a config names, for all layers or for each type of layer."""
-    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    parts = [given, *(v for v in given.values() if isinstance(v, dict))]
-    return {str(p.get("rope_type", p.get("type"))) for p in parts}
-
-
 @torch.no_grad()
 def find_layers(model: Any) -> dict[str, PrefixLayer]:
     """The attention layers by module name, in the order in which they run. The model is left as it was.
@@ -142,7 +135,7 @@ def find_layers(model: Any) -> dict[str, PrefixLayer]:
         )
     if device_of(model).type == "meta":
         raise refuse(model, f"its weights are not loaded ({ON_META})")
-    if _rotations(model.config.get_text_config(decoder=True)) & set(_BY_LENGTH):
+    if rotations(model.config.get_text_config(decoder=True)) & set(_BY_LENGTH):
         raise refuse(
             model,
             "its rotary embedding changes with the length of a sequence, so keys of a prefix would not keep",

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ....errors import DPXAttnError, UnsupportedModelError
 from ...placeholder import CODE_CHANNELS, make_placeholder, new_tag
-from ..named_lengths import probed_length
+from ..named_lengths import longest, probed_length, rotations
 from ..routing import evaluating, routed
 from .cross_attention import NAME, Serving, serving
 from .cross_layers import CrossLayer, Invocation, rowwise_reason
@@ -30,6 +30,7 @@ HALF_TOLERANCE = 6e-2
 _HARD_CODED = (
     "its cross-attention is computed in its own code, not through the attention interface of transformers"
 )
+_CHANGED = "its encoder is changed by the texts that it reads, so that they would not be encoded apart"
 REASONS = {
     "LED": _HARD_CODED,
     "Mvp": _HARD_CODED,
@@ -98,11 +99,13 @@ def _check_encoder(model: Any) -> None:
         raise refuse(
             model, f"its encoder needs {', '.join(more)} beside {main}, which a release does not take"
         )
+    if "dynamic" in rotations(encoder.config):
+        raise refuse(model, f"{_CHANGED} (its rotation is that of the longest one so far)")
     if main != "input_ids":
         return
     try:
         with _unchanging(model, encoder):
-            states = encoder(input_ids=_token_ids(model).to(model.device), return_dict=True)[0]
+            states = [encoder(input_ids=ids, return_dict=True)[0] for ids in _texts(model)]
     except DPXAttnError:
         raise
     except Exception as error:
@@ -110,8 +113,21 @@ def _check_encoder(model: Any) -> None:
             model,
             f"its encoder does not run on token ids alone ({type(error).__name__}: a model of layouts?)",
         ) from error
-    if states.shape[:2] != (1, 3):
+    for before, after in zip(states, reversed(states), strict=True):
+        rounding = 8 * torch.finfo(before.dtype).eps * float(before.abs().max())
+        if not float((before - after).abs().max()) <= rounding:
+            raise refuse(model, _CHANGED)
+    if states[0].shape[:2] != (1, 3):
         raise refuse(model, "its encoder gives another number of rows than it is given tokens")
+
+
+def _texts(model: Any) -> list[torch.Tensor]:
+    """Public token ids [1, n]: a short text, a longer one, one beyond every length that is named, and the first two again."""
+    encoder, short = model.get_encoder(), _token_ids(model).to(model.device)
+    rows = probed_length(encoder.config, sum(p.numel() for p in encoder.parameters()))
+    long = short.repeat(1, -(-rows // 3))[:, : longest(encoder)]
+    middle = long[:, : -(-long.shape[1] // 2)]
+    return [short, middle, long, middle, short]
 
 
 @contextmanager
@@ -135,10 +151,7 @@ def _unchanging(model: Any, encoder: nn.Module) -> Iterator[None]:
             vars(module).update(attributes)
             module._modules.update(parts)
     if changed:
-        raise refuse(
-            model,
-            "its encoder is changed by the texts that it reads, so that they would not be encoded apart",
-        )
+        raise refuse(model, _CHANGED)
 
 
 def _probe_far(model: Any, layers: dict[str, CrossLayer]) -> None:

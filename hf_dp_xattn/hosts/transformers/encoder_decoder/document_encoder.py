@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from ....errors import ConfigError, ContextError
 from ...context import Trial, plain_bytes
 from ...lengths import dimensions
 from ...private_run import private_run
+from ..named_lengths import longest
 from .document_contexts import ENCODER_INPUTS, MAIN_INPUTS, MASK, STATES, TYPES
 
 _OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "use_cache")  # of a decoder as well
@@ -92,7 +92,7 @@ class EncoderSide:
     def _check_ids(self, ids: torch.Tensor) -> None:
         if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim not in (1, 2):
             raise ContextError(f"Token ids must be an integer tensor [n] or [B, n], got {dimensions(ids)}.")
-        limit = self._longest()
+        limit = longest(self.module)
         if limit is not None and ids.shape[-1] > limit:
             raise ContextError(
                 f"A document has more tokens than this encoder takes ({limit}); nothing was spent."
@@ -100,11 +100,6 @@ class EncoderSide:
         size = self.module.get_input_embeddings().num_embeddings
         if bool(((ids < 0) | (ids >= size)).any()):
             raise ContextError(f"Token ids must lie in [0, {size}).")
-
-    def _longest(self) -> int | None:
-        """How many tokens an encoder with a table of positions takes; None where there is no such table."""
-        table = any(isinstance(m, nn.Embedding) and "position" in n for n, m in self.module.named_modules())
-        return getattr(self.module.config, "max_position_embeddings", None) if table else None
 
     def encode(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows [n, C] of encoder inputs of batch 1, and which of them are rows (None: all).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import transformers as tf
 
 import hf_dp_xattn as dpx
+from hf_dp_xattn.hosts.transformers.encoder_decoder import cross_probing
 
 from .tiny import documents, generate, one, tiny
 
@@ -217,6 +219,54 @@ def test_an_encoder_that_texts_change_is_refused(private: dpx.DPXAttnConfig) -> 
         dpx.protect(model, private)
     got = generate(model, {"input_ids": ids})
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def _dynamic() -> Any:
+    """Its rotation is that of the longest text so far."""
+    torch.manual_seed(0)
+    rotation = {"rope_type": "dynamic", "factor": 16.0, "rope_theta": 1e4}
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    heads = {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": None,
+    }
+    part = tf.T5GemmaModuleConfig(
+        **sizes,
+        **heads,
+        sliding_window=512,
+        pad_token_id=0,
+        max_position_embeddings=32,
+        rope_parameters=rotation,
+    )
+    model = tf.T5GemmaForConditionalGeneration(
+        tf.T5GemmaConfig(
+            encoder=part, decoder=copy.deepcopy(part), vocab_size=64, pad_token_id=0, bos_token_id=2
+        )
+    ).eval()
+    with torch.no_grad():
+        for name, weight in model.get_encoder().named_parameters():
+            if "_proj" in name:
+                weight.mul_(30.0)  # so that attention is not flat
+    return model
+
+
+@pytest.mark.parametrize("by", ["name", "rows"])
+def test_a_rotation_of_the_longest_text_is_refused(
+    by: str, private: dpx.DPXAttnConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A document's rows, and those of a public one, would tell how long an earlier private one was."""
+    if by == "rows":
+        monkeypatch.setattr(cross_probing, "rotations", lambda config: set())
+    with pytest.raises(dpx.UnsupportedModelError, match="changed by the texts"):
+        dpx.protect(_dynamic(), private)
 
 
 def test_cross_attention_with_a_window_is_found(private: dpx.DPXAttnConfig) -> None:
