@@ -42,7 +42,8 @@ every mechanism: `kernel_sum`, `anchors` (with a calibration), `dptree`, `none`.
 TAIL = """
 Refused, because their cross-attention is computed in code of their own: {refused}. Refused too: encoders that need more than token ids
 (`UdopForConditionalGeneration`: boxes), that a text changes for those after it (a `dynamic` rotation;
-`BigBirdPegasusForConditionalGeneration`: a short one switches it to full attention), and cross-attention that changes with the number of rows (probed at several hundred).
+`BigBirdPegasusForConditionalGeneration`: a short one switches it to full attention), and
+cross-attention that changes with the number of rows (probed at several hundred).
 
 A private document in `generate` is charged when all that is public has passed: the arguments, and two steps on zeros in the document's
 place (a model's forward hooks see these two, once for each release). Logits processors, criteria and streamers of your own are looked at,
