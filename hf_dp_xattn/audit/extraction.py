@@ -2,7 +2,9 @@
 
 The attacker knows the model, the calibration, the config and the candidates, sees the release itself (of which every picture, reply and
 logit is post-processing) and computes each candidate's likelihood exactly. Under the uniform prior no attacker is right more often,
-whatever it reads: naming the likeliest candidate is Bayes' rule. Model-specific suites, which know no candidates, are in `examples/`.
+whatever it reads: naming the likeliest candidate is Bayes' rule. (Of noise that is not Gaussian, at most `laws.MOST` coordinates are read:
+where candidates differ in more of a tree's nodes, the rate is a lower bound.) Model-specific
+suites, which know no candidates, are in `examples/`.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ def test_residuals_of_a_controlnet_that_read_a_placeholder(pipe: Any, private: A
     """Pictures of NaN without a word, before."""
     release = dpx.protect(pipe, private).release(PROMPT)
     sibling = quiet(StableDiffusionControlNetPipeline.from_pipe(pipe, controlnet=controlnet().eval()))
-    with pytest.raises(dpx.ProtectionLostError, match="residuals to the protected UNet. Nothing was run"):
+    with pytest.raises(dpx.ProtectionLostError, match=r"residuals to the protected UNet\. Nothing was run"):
         draw(sibling, **release.inputs(), image=torch.zeros(1, 3, 16, 16), guidance_scale=1.0)
 
 
