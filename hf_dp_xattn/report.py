@@ -166,9 +166,8 @@ class PrivacyReport:
         return json.dumps(self.to_dict(), **{"indent": 2, "sort_keys": True, **kwargs})
 
     def __str__(self) -> str:
-        lines = [
-            f"Privacy report: {self.host}, {self.layers} layers that read the context, {self.heads} heads"
-        ]
+        read = f"{self.layers} layers that read the context, {self.heads} heads"
+        lines = [f"Privacy report: {self.host}, {read if self.layers else 'which reads released text'}"]
         lines += [f"  {w}" for w in self.warnings]
         if not self.releases:
             lines.append("  nothing has been released yet")
@@ -179,6 +178,7 @@ class PrivacyReport:
                 spent = f"spent on this context: epsilon {release['spent_epsilon']}"
             lines.append(f"      {spent} at delta {release['delta']:g}")
             lines.append(f"      {release['details']}")
+            lines += [f"      released text: {text}" for text in release.get("text", ())]
         lines.append("  public: " + "; ".join(self.public))
         lines.append("  NOT covered:")
         lines += [f"    - {item}" for item in self.not_covered]

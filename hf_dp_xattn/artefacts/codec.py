@@ -63,7 +63,9 @@ class Codec:
         return dump_document(seal({self.schema_key: self.schema, **header}))
 
     def encode(self, header: Mapping[str, Any], tensors: Tensors) -> dict[str, bytes]:
-        """Both files by name; the JSON, which states the other's checksum, last."""
+        """Both files by name; the JSON, which states the other's checksum, last. Without tensors there is no other."""
+        if not tensors:
+            return {self.json_name: self.encode_document({**header, "tensors_sha256": None})}
         blob = save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()})
         document = {**header, "tensors_sha256": hashlib.sha256(blob).hexdigest()}
         return {self.tensors_name: blob, self.json_name: self.encode_document(document)}
@@ -144,9 +146,10 @@ class Encoded(Shareable):
                 f"The {checks.word} in {folder.name!r} is of kind {header.get('kind')!r}, expected {cls.KIND!r}."
             )
         checks.keys(header, {codec.schema_key, "tensors_sha256", *cls.KEYS}, codec.json_name)
-        blob = codec.read_tensors(folder, header["tensors_sha256"])
+        written = header["tensors_sha256"]
+        blob = None if written is None else codec.read_tensors(folder, written)
         try:
-            tensors = load(blob)
+            tensors = {} if blob is None else load(blob)
             artefact = cls.from_parts(header, tensors)
             artefact.verify()
             unknown = set(tensors) - set(artefact.tensors())

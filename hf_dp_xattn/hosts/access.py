@@ -155,6 +155,15 @@ class Access:
             permission.end()
             _permissions.set(_live())  # of the context that leaves, which need not be the one that entered
 
+    @contextmanager
+    def leave(self, kind: str) -> Iterator[None]:
+        """Inside, what was entered before does not hold: for code of a user that runs within a call."""
+        token = _permissions.set(tuple(p for p in _live() if p.owner is not self or p.kind != kind))
+        try:
+            yield
+        finally:
+            _permissions.reset(token)
+
 
 @torch.compiler.disable
 def permitted(access: Access) -> bool:

@@ -42,12 +42,14 @@ from .released import ReleasedContext, require_fit
 from .released_cache import ReleasedCache
 from .releases import Releases
 from .saving import SaveShadow
+from .storage import ReleaseFile
 from .tables import LayerTable, Tables
 from .weight_changes import WeightWatch
 
 if TYPE_CHECKING:
     from ..calibration.calibration import AnyCalibration
     from ..privacy.bits import Entropy
+    from .text.text_release_file import TextReleaseFile
 
 HANDLE_ATTRIBUTE = "_dp_xattn_handle"
 
@@ -394,12 +396,28 @@ class ProtectedPipeline(EncodesByHand):
         return fingerprint(self.layers, self.unet.dtype)
 
     @locked
-    def adopt(self, contexts: Sequence[ReleasedContext]) -> None:
-        """Takes in releases that were made elsewhere: verified, and named in the report."""
+    def take_in(self, file: ReleaseFile | TextReleaseFile) -> Release:
+        """A release that was made elsewhere: verified, and named in the report.
+
+        Raises:
+            ReleaseError: it is of texts, or does not fit this model.
+        """
+        made_for, present = file.terms.host, type(self.unet).__name__
+        if not isinstance(file, ReleaseFile):
+            raise ReleaseError(
+                f"This is a release of texts, and the {present} is protected with mechanism={self.config.mechanism!r}. Call "
+                "dpx.unprotect(host) first, and load the release again."
+            )
+        if present != made_for:
+            raise ReleaseError(
+                f"The release does not fit this model: it was made for a {made_for}, and this is a {present}. Load the model that it "
+                "was made with."
+            )
         current = self._current_fingerprint()
-        for context in contexts:
+        for context in file.contexts:
             require_fit(context.foreign(current, projected=self.projects_rows))
-        self.releases.adopt(contexts)
+        self.releases.adopt(file.contexts)
+        return Release(file.contexts, file.config, self, terms=file.terms)
 
     def verify(self, contexts: Sequence[ReleasedContext]) -> Fingerprint:
         """The fingerprint of the present weights. Raises ReleaseError unless the releases can serve them."""

@@ -83,6 +83,19 @@ IMAGE = (
 )
 ROWS = "which groups stand together: they are protected one by one, and rows of one image, which are encoded together, know of each other"
 
+TEXT = (
+    "which units stand together, their order and their number: units are protected one by one, and correlations between them are not",
+    LEARNED.format(made="pictures or texts"),
+    "a unit whose own words stand in the library: its answer may be those very words, as may that of any other unit",
+    "that a text was repeated: the same text reads the same release, and a ledger refuses a second one; give each customer a handle and a "
+    "ledger of their own",
+    "negative prompts, the users' turns, tools and documents that were declared public, pictures, and anything inside protected.public()",
+    "the release under another name: the ledger counts other spellings of one text, and token ids of other vocabularies, as different "
+    "contexts",
+    "timing, memory, the number of requests, and the time that a release takes",
+    LOGGED.format(private="texts", code="callbacks, hooks and logits processors"),
+)
+
 
 @dataclass(frozen=True)
 class HostWords:
@@ -183,3 +196,15 @@ def image_words(model: object, s: Setting) -> HostWords:
         public.append("which rows form a group" + s.if_counted())
     last = ("the text, that it has an image, and which of its tokens may see it", CHOICES)
     return s.words(model, public, last, IMAGE, ROWS)
+
+
+def text_words(host: str, s: Setting, cut: str) -> HostWords:
+    """Of a host that is served by released text. host: its class. cut: where private texts are cut in units."""
+    public = [
+        "the model and all of its weights: it reads nothing but public text",
+        "the library: its texts, their codes and the encoder, and for each epsilon which of them may answer",
+        f"where a private text is cut in units ({cut}), and so how many units it has",
+        "the released text itself",
+    ]
+    last = ("negative prompts, the users' turns, and what was declared public", CHOICES)
+    return HostWords(host, (*public, *last), TEXT)

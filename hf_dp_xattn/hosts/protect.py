@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..calibration.anchors.anchors_calibration import AnchorCalibration
 from ..calibration.calibration import Calibration
 from ..calibration.library.text_library import TextLibrary
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
+from ..known_mechanisms import KNOWN
 from ..privacy.ledger import Budget, Ledger
 from .accounts import PROTECT_AGAIN, STAYS
 from .diffusers.architectures import check_pipeline_class, refuse_host
@@ -16,6 +17,8 @@ from .handle import HANDLE_ATTRIBUTE, ProtectedPipeline
 from .host_registry import DIFFUSERS, kind_of, model_of
 from .locks import Lock
 from .release import Release
+from .text.protected_text import ProtectedText
+from .text.text_hosts import handle_of_parts, surface_of
 
 if TYPE_CHECKING:
     from ..calibration.calibration import AnyCalibration
@@ -38,8 +41,11 @@ def _dispatch(host: Any) -> tuple[Any, Any, type[ProtectedPipeline]]:
     return model, host if isinstance(host, DiffusionPipeline) else None, kind.handle
 
 
-def handle_of(host: Any) -> ProtectedPipeline | None:
-    """The handle of a protected pipeline, UNet or model, or None.
+Handle = ProtectedPipeline | ProtectedText
+
+
+def handle_of(host: Any) -> Any:
+    """The handle (`ProtectedPipeline`, `ProtectedText`) of a protected pipeline, UNet or model, or None.
 
     Args:
         host: what was given to `protect`, or a part of it.
@@ -61,7 +67,9 @@ def protect(
     ledger: Ledger | None = None,
     budget: Budget | None = None,
     entropy: Entropy | None = None,
-) -> ProtectedPipeline:
+    tokenizer: Any = None,
+    encoder: Any = None,
+) -> Any:
     """Patches a Stable Diffusion pipeline (text-to-image, img2img, inpaint), a bare UNet, an encoder-decoder or a decoder-only model in
     place.
 
@@ -71,6 +79,9 @@ def protect(
     Mllama, the image is private and the text public.
     Protecting again with the same settings returns the same handle; another pipeline that shares the UNet joins it.
 
+    With mechanism="library" no attention is patched, and any host that reads text is taken: diffusers pipelines with a `prompt`, a
+    text-generation pipeline (its system message is private), models that generate text, or None, for a host that is elsewhere.
+
     Args:
         host: a supported pipeline, a `UNet2DConditionModel`, or a language model of transformers (docs/hosts.md), or its pipeline.
         config: what is released, and at which price.
@@ -79,6 +90,9 @@ def protect(
             it is: the file that the environment variable HF_DP_XATTN_LEDGER names, or in memory, where a restart forgets.
         budget: total per context; by default one release at (config.epsilon, config.delta).
         entropy: source of the noise, the operating system's by default. A seeded one (tests) makes every release NOT private.
+        tokenizer: mechanism="library" only: of a model that comes without a pipeline.
+        encoder: mechanism="library" only: what made the library's codes, where that was not the host's own text encoder: a function from a
+            list of strings to codes [n, d], or (model, tokenizer) of an encoder of transformers.
 
     Raises:
         UnsupportedModelError: the host is not in the table, or what is private has ways around cross-attention.
@@ -95,18 +109,25 @@ def protect(
         Privacy report: ...
     """
     with _installing:
-        return _protect(host, config, calibration, ledger, budget, entropy)
+        return _protect(
+            host, config, calibration, ledger, budget, entropy, tokenizer=tokenizer, encoder=encoder
+        )
 
 
 def protect_to_serve(
-    host: Any, config: DPXAttnConfig, *, ledger: Ledger | None = None, budget: Budget | None = None
-) -> ProtectedPipeline:
+    host: Any,
+    config: DPXAttnConfig,
+    *,
+    ledger: Ledger | None = None,
+    budget: Budget | None = None,
+    tokenizer: Any = None,
+) -> Handle:
     """`protect` for a release that was loaded: without a calibration or a ledger, which only new releases need (`accounts.NoLedger`)."""
     with _installing:
-        return _protect(host, config, ledger=ledger, budget=budget, serving_only=True)
+        return _protect(host, config, ledger=ledger, budget=budget, tokenizer=tokenizer, serving_only=True)
 
 
-def _serve(host: Any, config: DPXAttnConfig, ledger: Ledger | None) -> tuple[ProtectedPipeline, bool]:
+def _serve(host: Any, config: DPXAttnConfig, ledger: Ledger | None) -> tuple[Handle, bool]:
     """See `Release.from_pretrained`.
 
     Args:
@@ -136,11 +157,18 @@ def _protect(
     budget: Budget | None = None,
     entropy: Entropy | None = None,
     *,
+    tokenizer: Any = None,
+    encoder: Any = None,
     serving_only: bool = False,
-) -> ProtectedPipeline:
+) -> Handle:
     if not isinstance(config, DPXAttnConfig):
         raise ConfigError(f"config must be a DPXAttnConfig, got {type(config).__name__}.")
     _check_types(calibration, ledger, budget)
+    if KNOWN[config.mechanism].releases == "texts" or isinstance(handle_of(host), ProtectedText):
+        settings = (config, calibration, ledger, budget, entropy)
+        return _protect_text(host, settings, tokenizer, encoder, serving_only=serving_only)
+    if tokenizer is not None or encoder is not None:
+        raise ConfigError("`tokenizer` and `encoder` are for mechanism='library'.")
     unet, pipe, kind = _dispatch(host)
     handle = handle_of(unet)
     if handle is not None:
@@ -172,6 +200,43 @@ def _protect(
     return handle
 
 
+def _protect_text(
+    host: Any, settings: tuple[Any, ...], tokenizer: Any, encoder: Any, *, serving_only: bool
+) -> ProtectedText:
+    """`_protect` for a host that reads released text. settings: config, calibration, ledger, budget, entropy."""
+    config, calibration, ledger, budget, entropy = settings
+    handle = handle_of(host) or handle_of_parts(host)
+    if handle is not None:
+        _check_same(handle, *settings)
+        handle.check()
+        if not handle.has(host):
+            handle.join(surface_of(host, handle, tokenizer))
+        return cast(ProtectedText, handle)
+    if calibration is not None and not isinstance(calibration, TextLibrary):
+        raise ConfigError(
+            f"This calibration is for mechanism={calibration.mechanism!r}, the config says {config.mechanism!r}: change the config, or "
+            "make a library (dpx.calibrate(host, public_contexts, config))."
+        )
+    made = ProtectedText(
+        config,
+        library=calibration,
+        encoder=encoder,
+        tokenizer=tokenizer,
+        host=host,
+        ledger=ledger,
+        budget=budget,
+        entropy=entropy,
+        serving_only=serving_only,
+    )
+    try:
+        if host is not None:
+            made.join(surface_of(host, made, tokenizer))
+    except BaseException:
+        made.unprotect()
+        raise
+    return made
+
+
 def _check_types(calibration: Any, ledger: Any, budget: Any) -> None:
     """A path or a number in the place of an object would be noticed at the first release only, or be taken for something else."""
     for name, given, kinds, way in (
@@ -188,7 +253,7 @@ def _check_types(calibration: Any, ledger: Any, budget: Any) -> None:
             raise ConfigError(f"`{name}` is a {type(given).__name__}: pass {way}. Nothing was patched.")
 
 
-def _check_same(handle: ProtectedPipeline, config: DPXAttnConfig, *others: Any) -> None:
+def _check_same(handle: Handle, config: DPXAttnConfig, *others: Any) -> None:
     own = (handle.calibration, handle.ledger, handle.budget, handle.entropy)
     same = all(
         o is None

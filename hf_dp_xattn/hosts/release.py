@@ -10,15 +10,16 @@ from typing import Any, ClassVar, Literal, Protocol, Unpack
 
 import torch
 
-from ..artefacts import CardOptions, HubOptions, PushOptions, locate
+from ..artefacts import CardOptions, HubOptions, PushOptions
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, DPXAttnError, ReleaseError
 from ..privacy.ledger import Ledger
 from ..report import Guarantee, PrivacyReport
 from .accounts import STAYS
 from .released import ReleasedContext
-from .storage import CODEC, ReleaseFile
+from .storage import ReleaseFile
 from .terms import Terms, terms_of
+from .text.text_release_file import TextReleaseFile, load_release, locate_release
 
 
 class Growing(Protocol):
@@ -30,8 +31,8 @@ class Growing(Protocol):
 class Releasing(Protocol):
     """What a release asks of the handle that made or loaded it. unet: the model; text: the pipeline's text side, if there is one."""
 
-    unet: Any
-
+    @property
+    def unet(self) -> Any: ...
     @property
     def text(self) -> Any: ...
     @property
@@ -39,7 +40,7 @@ class Releasing(Protocol):
     def report(self) -> PrivacyReport: ...
     def inputs(self, release: Release, prompt: Any, **public: Any) -> dict[str, Any]: ...
     def append(self, growing: Any, context: Any, groups: Any) -> ReleasedContext: ...
-    def adopt(self, contexts: Sequence[ReleasedContext]) -> None: ...
+    def take_in(self, file: ReleaseFile | TextReleaseFile) -> Release: ...
     def unprotect(self) -> None: ...
 
 
@@ -224,17 +225,10 @@ class Release:
             ConfigError: the host is protected already, with another ledger.
             ReleaseError: damaged, truncated, of another schema, or made for another model. The host is as it was.
         """
-        file = ReleaseFile.load(locate(name_or_path, CODEC.names, error=ReleaseError, **options).folder)
+        file = load_release(locate_release(name_or_path, **options))
         handle, is_new = cls.server(host, file.config, ledger)
         try:
-            if type(handle.unet).__name__ != file.terms.host:
-                made_for, present = file.terms.host, type(handle.unet).__name__
-                raise ReleaseError(
-                    f"The release does not fit this model: it was made for a {made_for}, and this is a {present}. Load the model that it "
-                    "was made with."
-                )
-            release = cls(file.contexts, file.config, handle, terms=file.terms)
-            handle.adopt(release.contexts)
+            release = handle.take_in(file)
         except DPXAttnError:
             if is_new:
                 handle.unprotect()
@@ -255,7 +249,7 @@ class Release:
         """
         return self._file().push_to_hub(repo_id, **options)
 
-    def _file(self) -> ReleaseFile:
+    def _file(self) -> ReleaseFile | TextReleaseFile:
         return ReleaseFile(self.contexts, self.config, self.terms)
 
     def beside(self, prompt: str | Sequence[str] | None) -> list[tuple[ReleasedContext, str | None]]:

@@ -32,9 +32,11 @@ class Saved(Protocol):
     """What saving asks of a host's handle. unet: the model; saving: of the model, which a pipeline has as a part."""
 
     config: DPXAttnConfig
-    unet: Any
-    saving: SaveShadow
 
+    @property
+    def unet(self) -> Any: ...
+    @property
+    def saving(self) -> SaveShadow: ...
     @property
     def calibration(self) -> AnyCalibration | None: ...
     @property

@@ -102,7 +102,7 @@ class ReleaseFile(Encoded):
         if header["schema"] == COUNTING:
             entries = [{k: v for k, v in entry.items() if k != "charges"} for entry in entries]
         contexts = tuple(_read_context(i, entry, _part(tensors, i)) for i, entry in enumerate(entries))
-        return cls(contexts, config, _read_terms(header["host"]))
+        return cls(contexts, config, read_terms(header["host"]))
 
     def verify(self) -> None:
         if not self.contexts:
@@ -129,7 +129,8 @@ class ReleaseFile(Encoded):
         )
 
 
-def _read_terms(header: Mapping[str, Any]) -> Terms:
+def read_terms(header: Mapping[str, Any]) -> Terms:
+    """What a file says of the host that made the release."""
     CHECKS.keys(header, {f.name for f in fields(Terms)}, "the host")
     base = header["base_model"]
     return Terms(
@@ -234,7 +235,7 @@ def _read_context(i: int, header: Mapping[str, Any], tensors: Tensors) -> Releas
     sizes.fit(f"fingerprint of {where}", sketch, len(layers), 2, SIZE, SIZE, floats=True)
     return ReleasedContext(
         structures=structures,
-        guarantee=_read_guarantee(header, where),
+        guarantee=read_guarantee(header, where),
         public_rows=public_rows,
         rows=CHECKS.integer(header["rows"], f"rows of {where}"),
         fingerprint=Fingerprint(layers, sketch, str(header["fingerprint"]["dtype"])),
@@ -242,7 +243,7 @@ def _read_context(i: int, header: Mapping[str, Any], tensors: Tensors) -> Releas
     )
 
 
-def _read_guarantee(header: Mapping[str, Any], where: str) -> Guarantee:
+def read_guarantee(header: Mapping[str, Any], where: str) -> Guarantee:
     """What is promised, by numbers and in words that agree."""
     values = header["guarantee"]
     CHECKS.keys(values, {*(f.name for f in fields(Guarantee)), "is_private"}, f"the guarantee of {where}")

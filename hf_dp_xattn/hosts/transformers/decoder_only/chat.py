@@ -72,9 +72,9 @@ def split_chat(
         >>> len(dpx.split_chat(tokenizer, messages).segments)
         2
     """
-    first, content = _private_message(messages)
+    first, content = private_message(messages)
     if not public_system:
-        _refuse_others(messages[1:], options)
+        refuse_others(messages[1:], options)
     mark = f"dpx{secrets.token_hex(16)}"  # in no text, so that it is found in one place
 
     if not getattr(tokenizer, "chat_template", None):
@@ -130,7 +130,7 @@ def _around(filled: str, mark: str) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
-def _private_message(messages: Any) -> tuple[Mapping[str, Any], str]:
+def private_message(messages: Any) -> tuple[Mapping[str, Any], str]:
     """The system message and its text. Raises ConfigError where there is none, or more in it than its text."""
     if (
         isinstance(messages, (str, bytes))
@@ -151,7 +151,7 @@ def _private_message(messages: Any) -> tuple[Mapping[str, Any], str]:
     return first, plain_text(content)
 
 
-def _refuse_others(later: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> None:
+def refuse_others(later: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> None:
     """Raises ConfigError for what may look private and would become public text."""
     roles = [str(message.get("role")).strip().lower() for message in later]
     found = [role for role in SYSTEM_ROLES if role in roles]

@@ -1,0 +1,162 @@
+"""A `text-generation` pipeline: the private system message of a chat is swapped for released text before the template is filled in.
+
+The rest of a chat (the users' turns, earlier answers, a prefilled one) is public. Template, cache and generation are the pipeline's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ...errors import ConfigError, DPXAttnError
+from ..access import NO_COPY
+from ..content_names import Part
+from ..handle import HANDLE_ATTRIBUTE
+from ..transformers.decoder_only.chat import BESIDE, private_message, refuse_others
+from .generate_gate import GenerateGate
+from .released_texts import ReleasedPrompt, ReleasedText
+
+if TYPE_CHECKING:
+    from .protected_text import ProtectedText
+
+NO_CHAT = (
+    'A protected text-generation pipeline takes a chat (or a list of chats), a list of messages whose first one is private: {"role": '
+    '"system", "content": "..."}. For a text without one, call it inside `with protected.public():`. Nothing was spent.'
+)
+Chat = list[dict[str, Any]]
+
+
+class ChatSwap:
+    """One pipeline whose chats' system messages are private, and its model."""
+
+    each, apart = True, True
+
+    def __init__(self, pipe: Any, handle: ProtectedText, gate: GenerateGate, *, shared: bool) -> None:
+        """gate: of its model. shared: the model has one already."""
+        self.host, self.model = pipe, pipe.model
+        self._handle, self._gate, self._shared = handle, gate, shared
+        self.saving = gate.saving
+        self._class: type[Any] = type(pipe)
+        self._swapped: type[Any] | None = None
+
+    def install(self) -> None:
+        if not self._shared:
+            self._gate.install()
+        self.host.__class__ = self._swapped = self._make_class()
+        vars(self.host)[HANDLE_ATTRIBUTE] = self._handle
+
+    def remove(self) -> None:
+        if type(self.host) is self._swapped:
+            self.host.__class__ = self._class
+        vars(self.host).pop(HANDLE_ATTRIBUTE, None)
+        if not self._shared:
+            self._gate.remove()
+
+    def lost(self) -> str | None:
+        if type(self.host) is not self._swapped:
+            return f"the call of {self._class.__name__} was replaced"
+        if self.host.model is not self.model:
+            return "the pipeline's model was replaced"
+        return None if self._shared else self._gate.lost()
+
+    def read_ids(self, context: Any) -> tuple[list[str], list[Part]] | None:
+        return self._gate.read_ids(context)
+
+    def inputs(self, texts: Sequence[tuple[ReleasedText, str | None]], **public: Any) -> dict[str, Any]:
+        """With `messages`, the public rest of a chat: what the pipeline takes. Else as its model's `generate` takes it."""
+        if "messages" not in public:
+            return self._gate.inputs(texts, **public)
+        later = list(public.pop("messages"))
+        chats = []
+        for text, beside in texts:
+            whole = str(text) if beside is None else text.joint.join((beside, *text))
+            chats.append([{"role": "system", "content": ReleasedPrompt(whole)}, *later])
+        return {"text_inputs": chats if len(chats) > 1 else chats[0], **public}
+
+    # ---- calls -------------------------------------------------------------------------------------------------------------
+
+    def _make_class(self) -> type[Any]:
+        original: Any = self._class.__call__
+
+        @functools.wraps(original)
+        def call(pipe: Any, text_inputs: Any, **kwargs: Any) -> Any:
+            handle = self._handle
+            public_system = kwargs.pop("public_system", False)
+            if handle.access.public:
+                return original(pipe, text_inputs, **kwargs)
+            handle.check()
+            swapped = self._swap(text_inputs, kwargs, public_system=bool(public_system))
+            with handle.serving():
+                result = original(pipe, swapped, **kwargs)
+            handle.check()
+            return result
+
+        def no_copy(pipe: Any, protocol: Any) -> NoReturn:
+            raise DPXAttnError(NO_COPY)
+
+        like = {n: getattr(self._class, n) for n in ("__module__", "__qualname__", "__doc__")}
+        return type(
+            self._class.__name__, (self._class,), {**like, "__call__": call, "__reduce_ex__": no_copy}
+        )
+
+    def _swap(self, given: Any, options: Mapping[str, Any], *, public_system: bool) -> Any:
+        """The chats with released text for their system messages.
+
+        Raises:
+            ConfigError: no chat, no system message, a further one, tools or documents that are not declared public, or a template that
+                leaves the system message out; nothing was spent.
+        """
+        chats, several = _chats(given)
+        beside = dict(options.get("tokenizer_encode_kwargs") or {})
+        beside |= {n: options[n] for n in BESIDE if options.get(n)}
+        private = []
+        for chat in chats:
+            first, content = private_message(chat)
+            if not public_system:
+                refuse_others(chat[1:], beside)
+            self._check_template(chat, beside)
+            if not isinstance(first["content"], ReleasedPrompt):
+                private.append(content)
+        contexts = [context for text in private for context in self._handle.name(text)]
+        made = iter(self._handle.releases.make(contexts) if contexts else ())
+        swapped = []
+        for chat in chats:
+            content = chat[0]["content"]
+            text = content if isinstance(content, ReleasedPrompt) else ReleasedPrompt(str(next(made).text))
+            swapped.append([{**chat[0], "content": text}, *chat[1:]])
+        return swapped if several else swapped[0]
+
+    def _check_template(self, chat: Chat, beside: Mapping[str, Any]) -> None:
+        """Raises ConfigError where the template fails on public stand-ins, or leaves the system message out."""
+        mark = f"dpx{secrets.token_hex(8)}"
+        words = self.host.tokenizer
+        more = {
+            n: v
+            for n, v in beside.items()
+            if n not in ("tokenize", "return_tensors", "return_dict", "padding")
+        }
+        try:
+            filled = words.apply_chat_template(
+                [{**chat[0], "content": mark}, *chat[1:]], tokenize=False, **more
+            )
+        except Exception as error:  # of the template
+            raise ConfigError(
+                f"The chat template fails on these messages ({type(error).__name__}): there may be none, or one that takes no system "
+                "message, or roles in another order. Nothing was spent."
+            ) from None
+        if mark not in filled:
+            raise ConfigError("This chat template leaves the system message out. Nothing was spent.")
+
+
+def _chats(inputs: Any) -> tuple[list[Chat], bool]:
+    """The chats of a call, and whether they are several. Raises ConfigError for anything else."""
+    given: Any = getattr(inputs, "messages", inputs)  # transformers' own Chat
+    if isinstance(given, (list, tuple)) and given:
+        if all(isinstance(m, Mapping) for m in given):
+            return [list(given)], False
+        chats: list[Any] = [getattr(c, "messages", c) for c in given]
+        if all(isinstance(c, (list, tuple)) and c and all(isinstance(m, Mapping) for m in c) for c in chats):
+            return [list(c) for c in chats], True
+    raise ConfigError(NO_CHAT)

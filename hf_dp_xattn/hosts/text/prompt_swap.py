@@ -1,0 +1,280 @@
+"""Any diffusers pipeline with a `prompt`: a private one is swapped for released text before the pipeline sees it.
+
+All that the pipeline does with a prompt (encoders, pooled vectors, masks, lengths, prompt enhancement) it does with public text, so nothing
+in it is patched and nothing has to be known of it. Its text encoders are closed outside of such calls: `encode_prompt` by hand, another
+pipeline that shares them, or a callback would read a text that was not released.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import nn
+
+from ...errors import ConfigError, DPXAttnError, UnsupportedModelError
+from ..access import NO_COPY, TextGate
+from ..content_names import Part
+from ..diffusers.architectures import unwrap
+from ..diffusers.text_side import as_texts
+from ..handle import HANDLE_ATTRIBUTE
+from ..saving import SaveShadow
+from .released_texts import ReleasedPrompt, ReleasedText
+from .unit_encoders import PROBES
+
+if TYPE_CHECKING:
+    from .protected_text import ProtectedText
+
+PRIVATE = re.compile(r"prompt(_[2-9])?|source_prompt|editing_prompt|lyrics|transcription")
+"""Arguments that hold private text."""
+OTHERS = re.compile(
+    r"(?!neg|num_|callback)(.*prompt.*(embed|mask|latents|segments|cu_seqlens).*|messages|gligen_phrases)"
+)
+"""Arguments that may hold what was made of private text, or private text in another form."""
+CLOSED = (
+    "The text encoder belongs to a protected pipeline and may not run on its own: it would read a text that was not released. Protect "
+    "every pipeline that shares it (dpx.protect(other_pipe, config, calibration=library)), and pass it the text itself. Only if this text "
+    "is public, use `with protected.public():`."
+)
+
+
+def takes_prompt(cls: type) -> bool:
+    """Whether calls of a pipeline class have an argument `prompt`."""
+    return "prompt" in inspect.signature(cls.__call__).parameters
+
+
+class PromptSwap:
+    """One pipeline whose calls read released text."""
+
+    each, apart = False, False
+
+    def __init__(self, pipe: Any, handle: ProtectedText) -> None:
+        if not takes_prompt(type(pipe)):
+            raise UnsupportedModelError(
+                f"{type(pipe).__name__} takes no `prompt`, so there is no private text that could be released in its stead. Nothing was "
+                "patched."
+            )
+        self.host = self.model = pipe
+        self._handle = handle
+        self._class: type[Any] = type(pipe)
+        self._swapped: type[Any] | None = None
+        self._gates: dict[nn.Module, TextGate] = {}
+        self.saving = SaveShadow(pipe, handle)
+
+    def install(self) -> None:
+        self._close()
+        self.saving.install()
+        self.host.__class__ = self._swapped = self._make_class()
+        vars(self.host)[HANDLE_ATTRIBUTE] = self._handle
+
+    def remove(self) -> None:
+        if type(self.host) is self._swapped:
+            self.host.__class__ = self._class
+        self.saving.remove()
+        vars(self.host).pop(HANDLE_ATTRIBUTE, None)
+        for part, gate in self._gates.items():
+            gate.remove()
+            if vars(part).get(HANDLE_ATTRIBUTE) is self._handle:
+                del vars(part)[HANDLE_ATTRIBUTE]
+        self._gates.clear()
+
+    def lost(self) -> str | None:
+        if type(self.host) is not self._swapped:
+            return f"the call of {self._class.__name__} was replaced"
+        if not all(gate.installed() for gate in self._gates.values()):
+            return "the gate of a text encoder was removed"
+        return None
+
+    def read_ids(self, context: Any) -> tuple[list[str], list[Part]] | None:
+        return None
+
+    def inputs(self, texts: Sequence[tuple[ReleasedText, str | None]], **public: Any) -> dict[str, Any]:
+        if public:
+            raise ConfigError(
+                f"A diffusers host takes a public `prompt` only, got {', '.join(sorted(public))}."
+            )
+        joined = [str(t) if beside is None else t.joint.join((beside, *t)) for t, beside in texts]
+        prompts = [ReleasedPrompt(text) for text in joined]
+        return {"prompt": prompts if len(prompts) > 1 else prompts[0]}
+
+    # ---- text encoders -----------------------------------------------------------------------------------------------------
+
+    def _close(self) -> None:
+        """A gate on each text encoder that the pipeline has by now, and on its parts, which some libraries call one by one."""
+        for encoder in text_encoders(self.host):
+            for part in (encoder, *encoder.children()):
+                if part not in self._gates:
+                    self._gates[part] = TextGate(part, self._handle.access, CLOSED)
+                    vars(part)[HANDLE_ATTRIBUTE] = self._handle  # for other pipelines that share it
+
+    # ---- calls -------------------------------------------------------------------------------------------------------------
+
+    def _make_class(self) -> type[Any]:
+        """A class of the same name: a call is looked up on the class."""
+        original: Any = self._class.__call__
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+            handle = self._handle
+            with handle.calling:
+                if handle.access.public:
+                    return original(pipe, *args, **kwargs)
+                handle.check()
+                self._close()
+                bound = signature.bind(pipe, *args, **kwargs)
+                self._swap(original, bound)
+                with handle.serving():
+                    result = original(*bound.args, **bound.kwargs)
+                handle.check()
+                return result
+
+        def no_copy(pipe: Any, protocol: Any) -> NoReturn:
+            raise DPXAttnError(NO_COPY)
+
+        like = {n: getattr(self._class, n) for n in ("__module__", "__qualname__", "__doc__")}
+        return type(
+            self._class.__name__, (self._class,), {**like, "__call__": call, "__reduce_ex__": no_copy}
+        )
+
+    def _swap(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> None:
+        """Released text in the place of each private one, charged before it is encoded; and callbacks that run behind closed gates.
+
+        Raises:
+            ConfigError: private text in another form. What the pipeline raises until its first denoising step is done. Nothing was spent.
+        """
+        arguments, handle = bound.arguments, self._handle
+        self._refuse(arguments)
+        texts = {
+            name: as_texts(value, name)
+            for name, value in arguments.items()
+            if PRIVATE.fullmatch(name) and value is not None
+        }
+        private = [t for name in texts for t in _items(arguments[name]) if not isinstance(t, ReleasedPrompt)]
+        contexts = [context for text in private for context in handle.name(text)]
+        if contexts and None in handle.releases.known(contexts):
+            self._rehearse(original, bound, tuple(texts))
+        with handle.lock:
+            made = iter(handle.releases.make(contexts) if contexts else ())
+        for name in texts:
+            given = arguments[name]
+            # plain strings: some pipelines compare types
+            found = [str(t if isinstance(t, ReleasedPrompt) else next(made).text) for t in _items(given)]
+            arguments[name] = found[0] if isinstance(given, str) else found
+        for name, value in arguments.items():
+            if name.startswith("callback") and callable(value):
+                arguments[name] = _closed(value, handle)
+
+    def _refuse(self, arguments: dict[str, Any]) -> None:
+        for name, value in arguments.items():
+            if OTHERS.fullmatch(name) and value is not None:
+                raise ConfigError(
+                    f"`{name}` may hold private text in a form that cannot be released as text: pass the text itself, as `prompt`. Only "
+                    "if it is public, call the pipeline inside `with protected.public():`. Nothing was spent."
+                )
+
+    def _rehearse(
+        self, original: Callable[..., Any], bound: inspect.BoundArguments, names: Sequence[str]
+    ) -> None:
+        """The call with a public text, through the first forward of a model that draws: what is wrong shows before a charge."""
+        models = [unwrap(m) for m in _components(self.host) if _draws(unwrap(m))]
+        if not models or any(m._compiled_call_impl is not None for m in models):
+            return
+        stand_in = inspect.BoundArguments(bound.signature, copy.copy(bound.arguments))
+        for name in names:
+            given = stand_in.arguments[name]
+            stand_in.arguments[name] = (
+                PROBES[0] if isinstance(given, str) else [PROBES[0]] * len(_items(given))
+            )
+        with ExitStack() as stack:
+            stack.enter_context(_same_noise(stand_in.arguments.values()))
+            stack.enter_context(_no_progress(self.host))
+            for model in models:
+                stack.callback(model.register_forward_hook(_reach).remove)
+            stack.enter_context(self._handle.serving())
+            with contextlib.suppress(_Reached):
+                original(*stand_in.args, **stand_in.kwargs)
+
+
+class _Reached(BaseException):
+    """The rehearsal is over."""
+
+
+@torch.compiler.disable
+def _reach(module: nn.Module, args: Any, output: Any) -> NoReturn:
+    raise _Reached
+
+
+def _items(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _components(pipe: Any) -> list[nn.Module]:
+    found = [c for c in pipe.components.values() if isinstance(c, nn.Module)]
+    return list({id(unwrap(c)): c for c in found}.values())
+
+
+def _draws(module: Any) -> bool:
+    from diffusers import ModelMixin
+
+    return isinstance(module, ModelMixin) and not hasattr(module, "decode")
+
+
+def text_encoders(pipe: Any) -> list[Any]:
+    """The models of a pipeline that read tokens."""
+    from transformers import PreTrainedModel
+
+    def reads(module: Any) -> bool:
+        return (
+            isinstance(module, PreTrainedModel)
+            and "input_ids" in inspect.signature(module.forward).parameters
+        )
+
+    named = [
+        unwrap(c) for n, c in pipe.components.items() if "text_encoder" in n and isinstance(c, nn.Module)
+    ]
+    return list(dict.fromkeys([*named, *(m for c in _components(pipe) if reads(m := unwrap(c)))]))
+
+
+def _closed(callback: Callable[..., Any], handle: ProtectedText) -> Callable[..., Any]:
+    """A user's callback, which may not run the text encoders though the pipeline may."""
+
+    @functools.wraps(callback)
+    def closed(*args: Any, **kwargs: Any) -> Any:
+        with handle.access.leave("encoding"):
+            return callback(*args, **kwargs)
+
+    return closed
+
+
+@contextmanager
+def _same_noise(values: Any) -> Iterator[None]:
+    """What is drawn inside does not count: the call's own generators, and torch's."""
+    flat = [g for v in values for g in (v if isinstance(v, (list, tuple)) else [v])]
+    states = [(g, g.get_state()) for g in flat if isinstance(g, torch.Generator)]
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            for generator, state in states:
+                generator.set_state(state)
+
+
+@contextmanager
+def _no_progress(pipe: Any) -> Iterator[None]:
+    before = vars(pipe).get("_progress_bar_config")
+    pipe._progress_bar_config = {"disable": True}
+    try:
+        yield
+    finally:
+        if before is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = before

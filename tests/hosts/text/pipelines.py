@@ -1,0 +1,158 @@
+"""Tiny pipelines whose text rows are updated, pooled or masked (SD3, Flux, PixArt), made in memory as diffusers' own tests make them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from ...hosts_tiny import quiet, tiny_sd, tiny_sdxl, tiny_text_config, tiny_tokenizer
+from .words import tokenizer
+
+
+def _t5() -> Any:
+    config = T5Config(
+        vocab_size=40, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, pad_token_id=0, eos_token_id=2
+    )
+    return T5EncoderModel(config).eval()
+
+
+def _t5_words() -> Any:
+    made = tokenizer(template=None)
+    made.model_max_length = 16
+    return made
+
+
+def _vae(latents: int) -> Any:
+    return AutoencoderKL(
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(4,),
+        layers_per_block=1,
+        latent_channels=latents,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.06,
+        scaling_factor=1.5,
+    ).eval()
+
+
+def tiny_sd3() -> Any:
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=32,
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=32,
+        pooled_projection_dim=64,
+        out_channels=4,
+    )
+    return StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=CLIPTextModelWithProjection(tiny_text_config()).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(tiny_text_config()).eval(),
+        text_encoder_3=_t5(),
+        tokenizer=tiny_tokenizer(),
+        tokenizer_2=tiny_tokenizer(),
+        tokenizer_3=_t5_words(),
+        transformer=transformer.eval(),
+        vae=_vae(4),
+    )
+
+
+def tiny_flux() -> Any:
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=[4, 4, 8],
+    )
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=CLIPTextModel(tiny_text_config()).eval(),
+        text_encoder_2=_t5(),
+        tokenizer=tiny_tokenizer(),
+        tokenizer_2=_t5_words(),
+        transformer=transformer.eval(),
+        vae=_vae(1),
+    )
+
+
+def tiny_pixart() -> Any:
+    torch.manual_seed(0)
+    transformer = PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        caption_channels=32,
+        in_channels=4,
+        cross_attention_dim=24,
+        out_channels=8,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+    )
+    return PixArtAlphaPipeline(
+        tokenizer=_t5_words(),
+        text_encoder=_t5(),
+        vae=_vae(4),
+        transformer=transformer.eval(),
+        scheduler=DDIMScheduler(),
+    )
+
+
+def call(pipe: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Latents of a two-step call with fixed initial noise."""
+    quiet(pipe)
+    options: dict[str, Any] = {
+        "num_inference_steps": 2,
+        "output_type": "latent",
+        "height": 8,
+        "width": 8,
+        "generator": torch.Generator().manual_seed(7),
+    }
+    if isinstance(pipe, PixArtAlphaPipeline):
+        options |= {"use_resolution_binning": False, "clean_caption": False}
+    elif not isinstance(pipe, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
+        options |= {"max_sequence_length": 16}
+    return pipe(*args, **{**options, **kwargs}).images
+
+
+PIPELINES = {
+    "sd": tiny_sd,
+    "sdxl": tiny_sdxl,
+    "sd3": tiny_sd3,
+    "flux": tiny_flux,
+    "pixart": tiny_pixart,
+}
