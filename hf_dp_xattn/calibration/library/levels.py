@@ -6,7 +6,8 @@ import math
 
 import torch
 
-_ROUNDS = 8
+_ROUNDS = 5
+_TEXTS, _PER_MEDOID = 4096, 4
 _BLOCK = 2**25  # entries of a block of scores
 
 
@@ -27,11 +28,22 @@ def medoids(
     where answers are seldom true.
 
     Args:
-        codes: [N, p], of length 1. weights: [N], how often each text stands in public contexts. size: K < N.
+        codes: [N, p], of length 1. weights: [N], how often each text stands in public contexts; 0: it may not answer. size: K.
 
     Returns:
         [K] int64, rising.
     """
+    # of many texts the heaviest are enough to find few medoids
+    kept = weights.topk(min(len(weights), max(_TEXTS, _PER_MEDOID * size))).indices
+    kept = kept[weights[kept] > 0].sort().values
+    if size >= len(kept):
+        return kept[:size]
+    return kept[_medoids(codes[kept], weights[kept], size, epsilon, seed)]
+
+
+def _medoids(
+    codes: torch.Tensor, weights: torch.Tensor, size: int, epsilon: float, seed: int
+) -> torch.Tensor:
     n = len(codes)
     generator = torch.Generator().manual_seed(seed)
     chosen = _seeds(codes, weights, size, generator)

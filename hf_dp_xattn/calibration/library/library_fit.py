@@ -13,11 +13,12 @@ from tqdm.auto import tqdm
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
 from ...mechanisms.library.entry_lattice import lattice_codes, unit_codes
+from ...mechanisms.library.places import Places
 from ...privacy.response import MAX_ALPHABET
 from ...records import plain_text
 from ..calibration_options import EPSILONS
 from .encoding import encode_chunks
-from .library_plans import Choice, PublicUnits, choose, entries_of
+from .library_plans import PublicUnits, Shelving, places_for
 from .text_library import GROUPINGS, PROBES, Encode, LibraryPlan, TextLibrary
 
 _REACH = 8.0  # times the largest coordinate of a public code: what is further out is clamped
@@ -78,13 +79,15 @@ def build_library(
     with tqdm(total=len(texts) + len(options.epsilons), desc="library", disable=not options.progress) as bar:
         metric, codes, probe = _encode(texts, encode, options, bar)
         center, projection, reach = metric
-        plans = _plans(texts, contexts, codes, options, bar)
+        places = Places() if config.unit == "context" else places_for([len(c) for c in contexts])
+        plans = _plans(texts, contexts, Shelving(codes, places, options.seed), options, bar)
     return TextLibrary(
         unit=config.unit,
         grouping=grouping,
         encoder=options.encoder,
         contexts=len(contexts),
         units=max(map(len, contexts)),
+        lengths=places.lengths,
         reach=reach,
         settings={"width": projection.shape[1], "flatten": options.flatten, "seed": options.seed},
         texts=tuple(texts),
@@ -150,30 +153,26 @@ def fit_metric(codes: torch.Tensor, options: LibraryOptions) -> Metric:
 def _plans(
     texts: Sequence[str],
     contexts: Sequence[Sequence[str]],
-    codes: torch.Tensor,
+    shelving: Shelving,
     options: LibraryOptions,
     bar: tqdm[None],
 ) -> tuple[LibraryPlan, ...]:
     """Chosen by contexts that are held out, then made of all texts."""
     at = {text: i for i, text in enumerate(texts)}
-    owner = torch.tensor([c for c, context in enumerate(contexts) for _ in context])
-    index = torch.tensor([at[text] for context in contexts for text in context])
+    units = PublicUnits(
+        torch.tensor([at[text] for context in contexts for text in context]),
+        torch.tensor([c for c, context in enumerate(contexts) for _ in context]),
+        torch.tensor([s for context in contexts for s in shelving.places.shelves(len(context))]),
+    )
     order = torch.randperm(len(contexts), generator=torch.Generator().manual_seed(options.seed + 1))
-    # with one context there is nothing to hold out, and the prediction is of what the library holds
-    held_out = order[: max(1, round(len(contexts) * options.held_out))] if len(contexts) > 1 else order[:0]
-    held = torch.isin(owner, held_out)
-    fitted = index[~held] if held.any() else index
-    count = torch.bincount(index, minlength=len(texts)).float()
-    partly = torch.bincount(fitted, minlength=len(texts)).float()
-    own = partly.nonzero().squeeze(1)
-    if len(own) < 2:
-        own, partly = torch.arange(len(texts)), count
-    seen = index[held] if held.any() else index
-    units = PublicUnits(codes[seen], owner[held] if held.any() else owner)
+    held = torch.isin(units.context, order[: max(1, round(len(contexts) * options.held_out))])
+    public, judges = units.where(~held), units.where(held)
+    if (
+        len(torch.unique(public.text)) < 2
+    ):  # next to nothing is there: what is predicted is of what the library holds
+        public = judges = units
     plans = []
     for epsilon in sorted(set(map(float, options.epsilons))):
-        choice: Choice = choose(codes[own], partly[own], units, epsilon, options.seed)
-        entries = entries_of(choice.size, codes, count, epsilon, options.seed)
-        plans.append(LibraryPlan(epsilon, min(choice.near, len(entries) - 1), 1, entries, choice.quality))
+        plans.append(shelving.plan(units, shelving.choose(public, judges, epsilon), epsilon))
         bar.update()
     return tuple(plans)

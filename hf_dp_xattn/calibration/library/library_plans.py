@@ -1,94 +1,153 @@
-"""The plan for each epsilon: how many texts may answer and how many count as near, by public units that were held out."""
+"""The plan for each epsilon: how many texts may answer, which ones at which place, and how many count as near.
+
+Everything is decided by public units of contexts that were held out, by the expected cosine between a unit and its answer.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from ...errors import ConfigError
+from ...mechanisms.library.places import PLACES, Places
 from ...privacy.rank_response import RankResponse
 from .levels import medoids
-from .text_library import LibraryQuality, spread
+from .text_library import LibraryPlan, LibraryQuality, spread
 
-_NEAR = tuple(2**i for i in range(8))
-_SIZES = tuple(2**i for i in range(1, 13))
-_UNITS = 2000  # held-out units that are looked at
+_NEAR = (1, 2, 4, 8, 16)
+_LARGEST_LEVEL = 12  # 2^12; beyond it all texts may answer
+_HELD = 1000  # held-out units that are looked at
+_ELSEWHERE = 0.15  # weight of a text that stands at other places, and of one in contexts of other lengths
+_ENOUGH = 60  # contexts, for buckets of lengths
 
 
 @dataclass(frozen=True, eq=False)
 class PublicUnits:
-    """codes [n, p] of length 1; context [n]: which context each is of."""
+    """text, context, shelf [n]: which text each unit is, which context it is of, and which shelf answers at its place."""
 
-    codes: torch.Tensor
+    text: torch.Tensor
     context: torch.Tensor
+    shelf: torch.Tensor
 
-    def some(self, seed: int = 0) -> PublicUnits:
-        order = torch.randperm(len(self.codes), generator=torch.Generator().manual_seed(seed))[:_UNITS]
-        return PublicUnits(self.codes[order], self.context[order])
+    def where(self, which: torch.Tensor) -> PublicUnits:
+        return PublicUnits(self.text[which], self.context[which], self.shelf[which])
+
+    def some(self, count: int, seed: int) -> PublicUnits:
+        """At most `count` of them, by a random choice."""
+        return self.where(
+            torch.randperm(len(self.text), generator=torch.Generator().manual_seed(seed))[:count]
+        )
+
+    def weights(self, texts: int, shelf: int | None) -> torch.Tensor:
+        """[texts]: how often each text stands at this shelf's place; elsewhere it counts less."""
+        count = torch.ones(len(self.text))
+        if shelf is not None:
+            count[self.shelf % len(PLACES) != shelf % len(PLACES)] *= _ELSEWHERE
+            count[self.shelf // len(PLACES) != shelf // len(PLACES)] *= _ELSEWHERE
+        return torch.zeros(texts).index_add_(0, self.text, count)
+
+
+def places_for(lengths: list[int]) -> Places:
+    """Buckets of contexts' lengths: thirds, where there are contexts enough."""
+    if len(lengths) < _ENOUGH:
+        return Places()
+    rising = sorted(lengths)
+    cuts = {rising[len(rising) // 3], rising[2 * len(rising) // 3]} - {rising[-1]}
+    return Places(tuple(sorted(cuts)))
+
+
+def sizes_for(epsilon: float) -> list[int]:
+    """Numbers of texts that may be worth a look at epsilon; 0: all of them."""
+    low, high = math.exp(min(0.6 * epsilon, 30.0)) / 2, 1.5 * math.exp(min(0.9 * epsilon, 30.0))
+    return [*(2**i for i in range(1, _LARGEST_LEVEL + 1) if low <= 2**i <= high), 0]
 
 
 def expected(similarity: torch.Tensor, response: RankResponse) -> torch.Tensor:
     """[n]: each unit's expected cosine. similarity [n, K]: to each entry, in any order."""
     near = similarity.topk(response.near, dim=1).values
-    total, done = torch.zeros(len(similarity)), 0
     last = response.weights[-1] / response.total
+    total, done = last * similarity.sum(1), 0
     for count, weight in zip(response.counts[:-1], response.weights[:-1], strict=True):
-        total += (weight / response.total - last) * near[:, done : done + count].sum(1)
+        total = total + (weight / response.total - last) * near[:, done : done + count].sum(1)
         done += count
-    return total + last * similarity.sum(1)
+    return total
 
 
 @dataclass(frozen=True)
 class Choice:
-    """K (0: all texts), t, and how well they did."""
+    """K (0: all texts), t, whether each place has a shelf of its own, and how well that did."""
 
     size: int
     near: int
+    apart: bool
     quality: LibraryQuality
 
 
-def entries_of(
-    choice_size: int, codes: torch.Tensor, weights: torch.Tensor, epsilon: float, seed: int
-) -> torch.Tensor:
-    """[K] int64, rising: the texts that may answer. choice_size 0: all of them."""
-    size = len(codes) if choice_size == 0 else min(choice_size, len(codes))
-    return torch.arange(size) if size == len(codes) else medoids(codes, weights, size, epsilon, seed)
+@dataclass(frozen=True, eq=False)
+class Shelving:
+    """codes [N, p]: of all public texts, of length 1. places: which shelves there are."""
 
+    codes: torch.Tensor
+    places: Places
+    seed: int
 
-def choose(
-    codes: torch.Tensor, weights: torch.Tensor, held: PublicUnits, epsilon: float, seed: int = 0
-) -> Choice:
-    """The best size and near size at epsilon for units of contexts that the library does not hold.
+    def entries(self, units: PublicUnits, size: int, apart: bool, epsilon: float) -> torch.Tensor:
+        """[S, K] int64, rising: which texts of `units` stand on each shelf."""
+        texts = len(self.codes)
+        whole = units.weights(texts, None)
+        if size == 0 or size >= int((whole > 0).sum()):
+            return whole.nonzero().T
+        shelves = range(self.places.size) if apart else [None]
+        return torch.stack(
+            [medoids(self.codes, units.weights(texts, shelf), size, epsilon, self.seed) for shelf in shelves]
+        )
 
-    Args:
-        codes, weights: of the texts that may answer. held: public units of other contexts.
+    def similarity(self, units: PublicUnits, entries: torch.Tensor) -> torch.Tensor:
+        """[n, K]: the cosine of each unit with the entries of its shelf."""
+        if len(entries) == 1:
+            return self.codes[units.text] @ self.codes[entries[0]].mT
+        found = torch.empty(len(units.text), entries.shape[1])
+        for shelf in units.shelf.unique().tolist():
+            here = units.shelf == shelf
+            found[here] = self.codes[units.text[here]] @ self.codes[entries[shelf]].mT
+        return found
 
-    Raises:
-        ConfigError: fewer than two texts.
-    """
-    if len(codes) < 2:
-        raise ConfigError("A library needs at least 2 distinct public texts.")
-    held = held.some(seed)
-    best: tuple[float, int, int, torch.Tensor] | None = None
-    for size in (*(s for s in _SIZES if s < len(codes)), 0):
-        similarity = held.codes @ codes[entries_of(size, codes, weights, epsilon, seed)].mT
-        for near in (t for t in _NEAR if t < similarity.shape[1]):
-            try:
-                response = RankResponse.of(epsilon, similarity.shape[1], near)
-            except ConfigError:
-                continue  # weights beyond 2^48
-            found = expected(similarity, response)
-            if best is None or float(found.mean()) > best[0]:
-                best = float(found.mean()), size, near, found
-    assert best is not None  # size 2 and near 1 always fit
-    distortion = _by_context(1.0 - best[3], held.context)
-    exact = 1.0 - float(similarity.amax(1).mean())  # of the last size, which is all of them
-    return Choice(best[1], best[2], LibraryQuality(*spread(distortion), exact, len(distortion)))
+    def choose(self, public: PublicUnits, held: PublicUnits, epsilon: float) -> Choice:
+        """What does best at epsilon for units of contexts that the library does not hold.
+
+        Args:
+            public: units whose texts may answer. held: units of other contexts.
+        """
+        held = held.some(_HELD, self.seed)
+        best: tuple[float, int, int, bool, torch.Tensor] | None = None
+        exact = torch.zeros(1)
+        for size in sizes_for(epsilon):
+            for apart in (False, True) if size else (False,):
+                similarity = self.similarity(held, self.entries(public, size, apart, epsilon))
+                exact = similarity.amax(1)  # at last of all texts
+                for near in (t for t in _NEAR if t < similarity.shape[1]):
+                    try:
+                        response = RankResponse.of(epsilon, similarity.shape[1], near)
+                    except ConfigError:
+                        continue  # weights beyond 2^48
+                    found = expected(similarity, response)
+                    if best is None or float(found.mean()) > best[0]:
+                        best = float(found.mean()), size, near, apart, found
+        if best is None:
+            raise ConfigError("A library needs at least 2 distinct public texts.")
+        distortion = _by_context(1.0 - best[4], held.context)
+        quality = LibraryQuality(*spread(distortion), 1.0 - float(exact.mean()), len(distortion))
+        return Choice(best[1], best[2], best[3], quality)
+
+    def plan(self, public: PublicUnits, choice: Choice, epsilon: float) -> LibraryPlan:
+        """The plan that was chosen, of all public units."""
+        entries = self.entries(public, choice.size, choice.apart, epsilon)
+        return LibraryPlan(epsilon, min(choice.near, entries.shape[1] - 1), 1, entries, choice.quality)
 
 
 def _by_context(values: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
     _, at, count = torch.unique(context, return_inverse=True, return_counts=True)
-    total: torch.Tensor = torch.zeros(len(count)).index_add_(0, at, values)
-    mean: torch.Tensor = total / count
+    mean: torch.Tensor = torch.zeros(len(count)).index_add_(0, at, values) / count
     return mean

@@ -18,7 +18,8 @@ from ...config import DPXAttnConfig
 from ...errors import ConfigError
 from ...mechanisms.anchors.quantizer import ExactAffine
 from ...mechanisms.library.entry_lattice import EntryLattice
-from ...mechanisms.library.library import PreparedLibrary
+from ...mechanisms.library.library import PreparedLibrary, Shelf
+from ...mechanisms.library.places import Places
 from ...privacy.rank_response import RankResponse
 from ...privacy.response import MAX_ALPHABET
 from ..calibration_card import Described
@@ -32,7 +33,7 @@ GROUPINGS = {
 }
 PROBES = 8  # entries whose codes tell another encoder
 _SAME = 0.99  # cosine of a probe's codes: batching and precision leave far more, another encoder far less
-_FIELDS = ("unit", "grouping", "encoder", "contexts", "units", "reach", "settings")
+_FIELDS = ("unit", "grouping", "encoder", "contexts", "units", "lengths", "reach", "settings")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class LibraryQuality:
 
 @dataclass(frozen=True, eq=False)
 class LibraryPlan:
-    """What answers at one epsilon. entries [K]: int64, which of the library's texts, rising. near: how many of them have the large odds.
+    """What answers at one epsilon. entries [S, K]: int64, which of the library's texts stand on each shelf, rising; S is 1 or one shelf for
+    each of the library's places. near: how many of them have the large odds.
     answers: 1; for unit="context" how many parts a context is answered in, 0 where one answer for each part is given."""
 
     epsilon: float
@@ -68,10 +70,11 @@ class LibraryPlan:
 class TextLibrary(Stored):
     """Everything that `library` reads besides the private codes. Nothing in here may depend on a private context.
 
-    unit: what it was made for. grouping: how contexts are cut in units ("phrases", "segments", "lines", "documents", "context"). encoder:
-    the name of what made the codes. contexts, units: how many public contexts, and the largest number of units in one. reach: public range
-    of a coordinate of a code. settings: how it was made, for the card. texts: N public texts. codes [N, p]: int8, as `lattice_codes` makes
-    them. center [C], projection [C, p]: from the encoder's codes to the library's. probe [r, C]: codes of the first r texts.
+    unit: what it was made for. grouping: how contexts are cut in units ("phrases", "segments", "lines", "documents", "context").
+    encoder: the name of what made the codes. contexts, units: how many public contexts, and the largest number of units in one.
+    lengths: of `Places`. reach: public range of a coordinate of a code. settings: how it was made, for the card.
+    texts: N public texts. codes [N, p]: int8, as `lattice_codes` makes them. center [C], projection [C, p]: from the encoder's codes to
+    the library's. probe [r, C]: codes of the first r texts.
     """
 
     KEYS = frozenset({"kind", "plans", *_FIELDS})
@@ -83,6 +86,7 @@ class TextLibrary(Stored):
     encoder: str
     contexts: int
     units: int
+    lengths: tuple[int, ...]
     reach: float
     settings: dict[str, Any]
     texts: tuple[str, ...]
@@ -96,6 +100,11 @@ class TextLibrary(Stored):
     def channels(self) -> int:
         """Length of the encoder's codes."""
         return self.projection.shape[0]
+
+    @property
+    def places(self) -> Places:
+        """Which shelf answers which unit."""
+        return Places(self.lengths)
 
     def check(self, config: DPXAttnConfig) -> None:
         """Raises ConfigError unless the library was made for this mechanism and unit."""
@@ -149,12 +158,13 @@ class TextLibrary(Stored):
             )
         if plan.answers and self.unit == "context" and units not in (None, plan.answers):
             raise ConfigError(f"This plan answers a context in {plan.answers} part(s), not {units}.")
-        response = RankResponse.of(Fraction(config.epsilon) / answers, len(plan.entries), plan.near)
-        lattice = EntryLattice(
-            ExactAffine.from_tensors(self.center, self.projection, reach=self.reach), self.codes[plan.entries]
+        response = RankResponse.of(Fraction(config.epsilon) / answers, plan.entries.shape[1], plan.near)
+        affine = ExactAffine.from_tensors(self.center, self.projection, reach=self.reach)
+        shelves = tuple(
+            Shelf(tuple(self.texts[i] for i in own.tolist()), EntryLattice(affine, self.codes[own]))
+            for own in plan.entries
         )
-        texts = tuple(self.texts[i] for i in plan.entries.tolist())
-        return PreparedLibrary(config, texts, lattice, response, answers)
+        return PreparedLibrary(config, shelves, response, self.places, answers)
 
     def header(self) -> dict[str, Any]:
         return {
@@ -187,7 +197,7 @@ class TextLibrary(Stored):
         if at != len(blob) or int(tensors["lengths"].min()) < 1:
             CHECKS.refuse("its texts")
         return cls(
-            **{n: header[n] for n in _FIELDS},
+            **{**{n: header[n] for n in _FIELDS}, "lengths": tuple(header["lengths"])},
             texts=tuple(texts),
             codes=tensors["codes"],
             center=tensors["center"],
@@ -205,6 +215,9 @@ class TextLibrary(Stored):
             CHECKS.integer(getattr(self, name), name)
         CHECKS.name(self.encoder, "encoder")
         CHECKS.number(self.reach, "reach", low=1e-12, high=1e12)
+        lengths = [CHECKS.integer(n, "a length") for n in self.lengths]
+        if lengths != sorted(set(lengths)) or len(lengths) > 16:
+            CHECKS.refuse("its lengths do not rise")
         if not isinstance(self.settings, dict):
             CHECKS.refuse("settings is no object")
         if not 2 <= len(self.texts) <= MAX_ALPHABET or len(set(self.texts)) != len(self.texts):
@@ -217,7 +230,7 @@ class TextLibrary(Stored):
         sizes.fit("codes", self.codes, "N", "p")
         sizes.fit("probe", self.probe, min(PROBES, len(self.texts)), "C", floats=True)
         for i, plan in enumerate(self.plans):
-            _verify_plan(i, plan, len(self.texts), self.unit)
+            _verify_plan(i, plan, len(self.texts), self.unit, (1, self.places.size))
         for config in (self._example(p.epsilon) for p in self.plans):
             self.prepare(config, units=2 if self.plan_for(config.epsilon).answers == 0 else None)
 
@@ -228,7 +241,7 @@ class TextLibrary(Stored):
         rows = [
             (
                 f"{p.epsilon:g}",
-                len(p.entries),
+                p.entries.shape[1],
                 p.near,
                 f"{p.quality.distortion:.3f} ({p.quality.low:.3f} to {p.quality.high:.3f})",
                 f"{p.quality.exact:.3f}",
@@ -270,15 +283,17 @@ def _read_plan(i: int, numbers: Mapping[str, Any], entries: torch.Tensor) -> Lib
     )
 
 
-def _verify_plan(i: int, plan: LibraryPlan, texts: int, unit: str) -> None:
+def _verify_plan(i: int, plan: LibraryPlan, texts: int, unit: str, shelves: tuple[int, ...]) -> None:
     where = f"plan {i}"
     CHECKS.number(plan.epsilon, f"epsilon of {where}", low=1e-9, high=1e9)
     entries = plan.entries
-    if entries.dtype != torch.int64 or entries.ndim != 1 or not 2 <= len(entries) <= texts:
+    if entries.dtype != torch.int64 or entries.ndim != 2 or len(entries) not in shelves:
         CHECKS.refuse(f"entries of {where}")
-    if int(entries[0]) < 0 or int(entries[-1]) >= texts or not bool((entries.diff() > 0).all()):
+    if not 2 <= entries.shape[1] <= texts:
+        CHECKS.refuse(f"size of {where}")
+    if int(entries.min()) < 0 or int(entries.max()) >= texts or not bool((entries.diff(dim=1) > 0).all()):
         CHECKS.refuse(f"entries of {where} do not rise within the library")
-    CHECKS.integer(plan.near, f"near of {where}", high=len(entries) - 1)
+    CHECKS.integer(plan.near, f"near of {where}", high=entries.shape[1] - 1)
     CHECKS.integer(
         plan.answers,
         f"answers of {where}",

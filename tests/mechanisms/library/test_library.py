@@ -18,7 +18,7 @@ from hf_dp_xattn.errors import ConfigError, ContextError
 from hf_dp_xattn.mechanisms.anchors.quantizer import ExactAffine
 from hf_dp_xattn.mechanisms.library import entry_lattice
 from hf_dp_xattn.mechanisms.library.entry_lattice import EntryLattice, lattice_codes, unit_codes
-from hf_dp_xattn.mechanisms.library.library import PreparedLibrary
+from hf_dp_xattn.mechanisms.library.library import PreparedLibrary, Shelf
 from hf_dp_xattn.privacy import rank_response
 from hf_dp_xattn.privacy.accountant import epsilon_of
 from hf_dp_xattn.privacy.bernoulli import exp_neg_bounds
@@ -80,7 +80,8 @@ def prepared(
     response: RankResponse, entries: int = 5, unit: str = "group", answers: int = 1
 ) -> PreparedLibrary:
     config = DPXAttnConfig(mechanism="library", unit=unit, epsilon=float(response.epsilon * answers))
-    return PreparedLibrary(config, tuple("abcdefgh"[:entries]), lattice(entries), response, answers)
+    shelf = Shelf(tuple("abcdefgh"[:entries]), lattice(entries))
+    return PreparedLibrary(config, (shelf,), response, answers=answers)
 
 
 def law(own: PreparedLibrary, row: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Fraction]:
@@ -100,15 +101,16 @@ def test_law_by_enumeration(
     rows = torch.randn(12, CHANNELS, generator=torch.Generator().manual_seed(3))
     laws = [law(own, row, monkeypatch) for row in rows]
     for row, found in zip(rows, laws, strict=True):
-        order = naive_nearest(own.lattice, row, 5)
+        order = naive_nearest(own.shelves[0].lattice, row, 5)
         by_rank = [w for c, w in zip(counts, weights, strict=True) for _ in range(c)]
         if len(counts) == 2:  # in the last level ranks are by index, which is the same for two levels only
             wanted = {
-                own.texts[j]: Fraction(w, own.response.total) for j, w in zip(order, by_rank, strict=True)
+                own.shelves[0].texts[j]: Fraction(w, own.response.total)
+                for j, w in zip(order, by_rank, strict=True)
             }
             assert found == wanted
         assert sum(found.values()) == 1
-    worst = max(a[t] / b[t] for a in laws for b in laws for t in own.texts)
+    worst = max(a[t] / b[t] for a in laws for b in laws for t in own.shelves[0].texts)
     assert worst == Fraction(weights[0], weights[-1])  # attained, and never more
 
 
@@ -119,7 +121,7 @@ def test_odds_three_percent_too_large_are_seen(monkeypatch: pytest.MonkeyPatch) 
     for odds, sound in ((448, True), (462, False)):  # e^1.5 = 4.4817 hundred
         own = prepared(RankResponse((1, 4), (odds, 100), Fraction(64)))
         laws = [law(own, row, monkeypatch) for row in torch.eye(CHANNELS)]
-        worst = max(a[t] / b[t] for a in laws for b in laws for t in own.texts)
+        worst = max(a[t] / b[t] for a in laws for b in laws for t in own.shelves[0].texts)
         assert (worst <= bound) is sound
     with pytest.raises(ConfigError, match="more would be told"):
         RankResponse((1, 4), (462, 100), epsilon)

@@ -1,0 +1,1 @@
+"""Public system prompts, and a part of them that is held out."""
