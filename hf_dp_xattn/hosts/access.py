@@ -28,6 +28,7 @@ from torch import nn
 
 from ..errors import DPXAttnError, ProtectionLostError
 from .accounts import STAYS
+from .recorded_runs import refuse_recording
 
 NO_COPY = (
     "A protected host cannot be pickled or deep-copied: the copy would lose its gates. Save it with save_pretrained (which holds no "
@@ -216,6 +217,7 @@ class TextGate:
     # Never traced: under torch.compile it breaks the graph (or, with fullgraph, fails), so the gate stays closed.
     @torch.compiler.disable
     def _gate(self, module: nn.Module, args: Any) -> None:
+        refuse_recording()
         if not any(gate.access.encoding or gate.access.public for gate in tuple(self._sharing)):
             raise ProtectionLostError(self._message)
 

@@ -17,6 +17,7 @@ from ...mechanisms.rows_structure import RowsStructure, stack_rows
 from ..access import NO_COPY, Access, public_allowed
 from ..accounts import PROTECT_AGAIN
 from ..placeholder import Tag, is_marked, match_tags
+from ..recorded_runs import refuse_recording
 from ..rows import project, split_heads
 from ..tables import LayerTable
 
@@ -146,6 +147,7 @@ class DPAttnProcessor:
         Raises:
             ProtectionLostError: no release is at hand, or the layer was given no context or an image prompt beside it.
         """
+        refuse_recording()
         forward = None if torch.compiler.is_compiling() else self._forwards.current
         table = self.table if forward is None else forward.tables.get(self._name)
         if table is None:

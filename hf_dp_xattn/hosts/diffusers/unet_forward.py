@@ -15,6 +15,7 @@ from ..bindings import unique
 from ..fingerprint import stamp
 from ..nan import main_output, refuse_nan
 from ..placeholder import read_tags
+from ..recorded_runs import refuse_recording
 from ..tables import LayerTable
 from .forward_inputs import check_forward, read_states, refuse_beside, refuse_checkpointing
 from .processor import Forward, Forwards, Layout
@@ -58,6 +59,7 @@ class ForwardGate:
             self.forwards.pipelines -= 1
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        refuse_recording()
         # A trace cannot read markers; there, what is not proven fit becomes NaN in the processors.
         if not torch.compiler.is_compiling():
             self.forwards.current = None

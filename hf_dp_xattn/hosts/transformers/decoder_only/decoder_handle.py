@@ -20,6 +20,7 @@ from ...host_words import HostWords, Setting, prefix_words
 from ...locks import locked
 from ...making import Recipe
 from ...placeholder import Tag
+from ...recorded_runs import refuse_recording
 from ...release import Release
 from ...released import ReleasedContext
 from ...tables import LayerTable
@@ -94,6 +95,7 @@ class ProtectedDecoder(RoutedHandle):
 
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model's gate. Raises before anything runs."""
+        refuse_recording()
         if torch.compiler.is_compiling():
             raise ProtectionLostError(
                 "The gate of a protected decoder-only model is never traced: torch.compile runs it with fullgraph=False only."

@@ -23,6 +23,7 @@ from ...host_words import HostWords, Setting, document_words
 from ...locks import locked
 from ...making import Recipe
 from ...placeholder import Tag, make_placeholder, new_tag, read_tags
+from ...recorded_runs import refuse_recording
 from ...release import Release
 from ...released import Binding, ReleasedContext
 from ...tables import LayerTable
@@ -122,6 +123,7 @@ class ProtectedSeq2Seq(RoutedHandle):
 
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model's gate. Raises before anything runs."""
+        refuse_recording()
         if torch.compiler.is_compiling():
             raise ProtectionLostError(
                 "The gate of a protected encoder-decoder model is never traced: torch.compile runs it with fullgraph=False only."

@@ -17,6 +17,7 @@ from ...context import PrivateContext
 from ...host_words import HostWords, Setting, image_words
 from ...locks import locked
 from ...placeholder import make_placeholder
+from ...recorded_runs import refuse_recording
 from ...release import Release
 from ...tables import LayerTable
 from ..encoder_decoder.cross_attention import Call
@@ -80,6 +81,7 @@ class ProtectedImageText(ProtectedSeq2Seq):
 
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's gate. Raises before anything runs. Once the layers' cache is filled, the placeholder is taken out."""
+        refuse_recording()
         if torch.compiler.is_compiling():
             raise ProtectionLostError("A protected Mllama is not supported under torch.compile yet.")
         self._calls.current = None
