@@ -20,6 +20,7 @@ MAGIC = (68, 80, 88, 65)
 TAG_DIGITS = 9  # 63 random bits
 SIZE_DIGITS = 2
 CODE_CHANNELS = len(MAGIC) + TAG_DIGITS + SIZE_DIGITS
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 NOT_WHOLE = (
     "These embeddings hold a placeholder that is not whole: rows were joined to it or cut off, or it was weighted, averaged or masked. "
     "Nothing of that would have an effect: pass release.inputs() on as it is; public words go to release.inputs(...)."
@@ -72,6 +73,15 @@ def _magic_rows(states: torch.Tensor) -> torch.Tensor:
 def holds_placeholder(states: torch.Tensor) -> bool:
     """Whether [..., C] holds a placeholder, whole or not, and so is no context."""
     return states.shape[-1] >= CODE_CHANNELS and bool(_magic_rows(states).any())
+
+
+@torch.no_grad()
+def rewritten(states: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """bool []: whether states differ from their copy by any bit. A write to `.data` (or through numpy) shows in nothing else."""
+    if (states.shape, states.dtype, states.device) != (kept.shape, kept.dtype, kept.device):
+        return torch.ones((), dtype=torch.bool, device=states.device)
+    bits = _BITS[states.element_size()]
+    return (states.detach().view(bits) != kept.view(bits)).any()
 
 
 def match_tags(states: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:

@@ -113,3 +113,59 @@ def test_a_mask_over_a_release_is_refused(mask: torch.Tensor, private: dpx.DPXAt
             model.generate(**inputs, max_new_tokens=2)
         with pytest.raises(dpx.ConfigError, match="attention_mask"):
             model(**inputs, decoder_input_ids=torch.tensor([[2]]))
+
+
+def _write(buffer: torch.Tensor, states: torch.Tensor) -> None:
+    """Past what torch counts, as static input buffers are filled."""
+    version = buffer._version
+    buffer.data.copy_(states)
+    assert buffer._version == version
+
+
+def test_a_buffer_of_a_unet_is_read_anew(private: dpx.DPXAttnConfig) -> None:
+    pipe, x, t = tiny_sd(), torch.zeros(1, 4, 8, 8), torch.tensor(5)
+    with torch.no_grad(), dpx.protect(pipe, private, ledger=dpx.Ledger()) as handle:
+        one, two = (handle.release(s).inputs()["prompt_embeds"] for s in ("a cat", "a dog under the moon"))
+        buffer = one.clone()
+        first = pipe.unet(x, t, buffer).sample
+        _write(buffer, two)
+        second = pipe.unet(x, t, buffer).sample
+        assert not torch.equal(first, second)
+        assert torch.equal(second, pipe.unet(x, t, two.clone()).sample)
+        _write(buffer, torch.randn_like(two))
+        with pytest.raises(dpx.ProtectionLostError, match="none is a placeholder"):
+            pipe.unet(x, t, buffer)
+
+
+def test_a_buffer_that_nobody_waits_for_gives_nan(
+    private: dpx.DPXAttnConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device within a pipeline's call, which looks for NaN at its end."""
+    pipe, x, t = tiny_sd(), torch.zeros(1, 4, 8, 8), torch.tensor(5)
+    with torch.no_grad(), dpx.protect(pipe, private, ledger=dpx.Ledger()) as handle:
+        one, two = (handle.release(s).inputs()["prompt_embeds"] for s in ("a cat", "a dog under the moon"))
+        monkeypatch.setattr(handle.gate, "_may_wait", lambda states: False)
+        buffer = one.clone()
+        with handle.gate.inside_pipeline():
+            pipe.unet(x, t, buffer)
+            assert bool(pipe.unet(x, t, buffer).sample.isfinite().all())
+            _write(buffer, two)
+            assert bool(pipe.unet(x, t, buffer).sample.isnan().all())
+            assert bool(pipe.unet(x, t, one).sample.isfinite().all())
+
+
+def test_a_buffer_of_a_model_is_read_anew(private: dpx.DPXAttnConfig) -> None:
+    model, ids = seq2seq.tiny("bart"), torch.tensor([[2, 5]])
+    with torch.no_grad(), dpx.protect(model, private, ledger=dpx.Ledger()) as handle:
+        one, two = (
+            handle.release(**seq2seq.one("bart", seed)).inputs()["encoder_outputs"][0] for seed in (1, 2)
+        )
+        buffer = one.clone()
+        first = model(encoder_outputs=(buffer,), decoder_input_ids=ids).logits
+        _write(buffer, two)
+        second = model(encoder_outputs=(buffer,), decoder_input_ids=ids).logits
+        assert not torch.equal(first, second)
+        assert torch.equal(second, model(encoder_outputs=(two.clone(),), decoder_input_ids=ids).logits)
+        _write(buffer, torch.randn_like(two))
+        with pytest.raises(dpx.ProtectionLostError, match="without the placeholder"):
+            model(encoder_outputs=(buffer,), decoder_input_ids=ids)

@@ -61,11 +61,13 @@ class Forward:
 
 class Forwards(threading.local):
     """The forward of the UNet that this thread is in; no other thread can see or replace it. seen: the tensor (and its state) parsed
-    last, and what it gave. pipelines: how many protected calls of a pipeline this thread is in."""
+    last, a copy of it, and what it gave. pipelines: how many protected calls of a pipeline this thread is in. rewritten: bool [] on the
+    device: whether the tensor is another one than the copy, where nobody has waited for the answer."""
 
     current: Forward | None = None
-    seen: tuple[weakref.ref[torch.Tensor], object, Forward] | None = None
+    seen: tuple[weakref.ref[torch.Tensor], object, torch.Tensor, Forward] | None = None
     pipelines: int = 0
+    rewritten: torch.Tensor | None = None
 
 
 class _Served(threading.local):

@@ -14,7 +14,7 @@ from ..accounts import PROTECT_AGAIN
 from ..bindings import unique
 from ..fingerprint import stamp
 from ..nan import main_output, refuse_nan
-from ..placeholder import read_tags
+from ..placeholder import read_tags, rewritten
 from ..recorded_runs import refuse_recording
 from ..tables import LayerTable
 from .forward_inputs import check_forward, read_states, refuse_beside, refuse_checkpointing
@@ -62,17 +62,20 @@ class ForwardGate:
         refuse_recording()
         # A trace cannot read markers; there, what is not proven fit becomes NaN in the processors.
         if not torch.compiler.is_compiling():
-            self.forwards.current = None
+            self.forwards.current = self.forwards.rewritten = None
             self.forwards.current = self.read(args, kwargs)
 
     def _behind(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling():
             return
         forward, self.forwards.current = self.forwards.current, None
+        altered, self.forwards.rewritten = self.forwards.rewritten, None
         if output is None:  # it failed
             return
         if forward is None:
             raise ProtectionLostError(REMOVED)
+        if altered is not None:
+            main_output(output).masked_fill_(altered, torch.nan)
         if forward.layout is not None and not self.forwards.pipelines:  # a pipeline looks once, at its end
             refuse_nan(main_output(output))
 
@@ -84,9 +87,10 @@ class ForwardGate:
         refuse_checkpointing(self._unet)
         states = read_states(args, kwargs)
         seen = self.forwards.seen
-        if seen is not None and seen[0]() is states and seen[1] == self._state_of(states):
-            handle.hand_out(seen[2].tables)
-            return seen[2]  # the same tensor at every step: parsed already
+        known = seen is not None and seen[0]() is states and seen[1] == self._state_of(states)
+        if seen is not None and known and not self._rewritten(states, seen[2]):
+            handle.hand_out(seen[3].tables)
+            return seen[3]  # the same tensor at every step: parsed already
         found = read_tags(states)
         tags = unique(found)
         if not tags:
@@ -103,8 +107,19 @@ class ForwardGate:
         tables = handle.activate(tags, states.device)
         forward = Forward(tables, Layout.of(states, found, tags))
         if not states.is_inference():
-            self.forwards.seen = weakref.ref(states), self._state_of(states), forward
+            self.forwards.seen = weakref.ref(states), self._state_of(states), states.detach().clone(), forward
         return forward
+
+    def _rewritten(self, states: torch.Tensor, kept: torch.Tensor) -> bool:
+        """Whether it was written to past its version. A pipeline's steps do not wait for the device: there the output is NaN."""
+        altered = rewritten(states, kept)
+        if not self._may_wait(states):
+            self.forwards.rewritten = altered
+            return False
+        return bool(altered)
+
+    def _may_wait(self, states: torch.Tensor) -> bool:
+        return states.device.type == "cpu" or not self.forwards.pipelines
 
     def _state_of(self, states: torch.Tensor) -> object:
         return states._version, self._handle.watch.changes, stamp(self._handle.watched)

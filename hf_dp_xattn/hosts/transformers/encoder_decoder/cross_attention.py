@@ -51,11 +51,11 @@ class DryRunOver(Exception):
 
 
 class Calls(threading.local):
-    """The forward that this thread is in; no other thread can see or replace it. seen: the placeholder (and its version) parsed last.
-    left: forwards that a dry run may still make."""
+    """The forward that this thread is in; no other thread can see or replace it. seen: the placeholder (and its state) parsed last,
+    a copy of it, and what it gave. left: forwards that a dry run may still make."""
 
     current: Call | None = None
-    seen: tuple[weakref.ref[torch.Tensor], int, Call] | None = None
+    seen: tuple[weakref.ref[torch.Tensor], object, torch.Tensor, Call] | None = None
     left: int | None = None
 
     @contextmanager

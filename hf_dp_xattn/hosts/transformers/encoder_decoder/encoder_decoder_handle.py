@@ -22,7 +22,7 @@ from ...fingerprint import Fingerprint, Sketched, stamp
 from ...host_words import HostWords, Setting, document_words
 from ...locks import locked
 from ...making import Recipe
-from ...placeholder import Tag, make_placeholder, new_tag, read_tags
+from ...placeholder import Tag, make_placeholder, new_tag, read_tags, rewritten
 from ...recorded_runs import refuse_recording
 from ...release import Release
 from ...released import Binding, ReleasedContext
@@ -137,7 +137,7 @@ class ProtectedSeq2Seq(RoutedHandle):
         self._check_batch(bound, states)
         before = self._calls.seen
         call = self._read_call(states)
-        if call is not None and states is not None and (before is None or before[2] is not call):
+        if call is not None and states is not None and (before is None or before[3] is not call):
             check_mask(bound.get(MASK), states)  # once for each tensor: it waits for the device
         if call is None and not self.access.public:
             raise ProtectionLostError(
@@ -169,8 +169,9 @@ class ProtectedSeq2Seq(RoutedHandle):
         if states is None:
             return None
         seen = self._calls.seen
-        if seen is not None and seen[0]() is states and seen[1] == self._state_of(states):
-            return seen[2]  # the same tensor at every step: parsed already
+        known = seen is not None and seen[0]() is states and seen[1] == self._state_of(states)
+        if seen is not None and known and not bool(rewritten(states, seen[2])):
+            return seen[3]  # the same tensor at every step: parsed already
         found = read_tags(states)
         tags = unique(found)
         if not tags:
@@ -186,7 +187,7 @@ class ProtectedSeq2Seq(RoutedHandle):
         if states.is_inference():
             self._calls.seen = None
         else:
-            self._calls.seen = weakref.ref(states), self._state_of(states), call
+            self._calls.seen = weakref.ref(states), self._state_of(states), states.detach().clone(), call
         return call
 
     def _state_of(self, states: torch.Tensor) -> object:
