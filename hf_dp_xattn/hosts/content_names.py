@@ -16,7 +16,7 @@ import torch
 from ..errors import ConfigError
 from ..records import plain_text, records_of
 from .context import Part, PrivateContext, plain_bytes
-from .grouping import Grouping
+from .grouping import TEXT, Grouping
 
 _SPECIAL = (
     "bos_token_id",
@@ -39,7 +39,7 @@ def name_of_ids(ids: torch.Tensor) -> tuple[bytes, ...]:
 
 def name_of_text(text: str) -> tuple[bytes, ...]:
     """The same under every tokenizer: two hosts need not tokenize or pad alike."""
-    return b"text", unicodedata.normalize("NFC", plain_text(text)).strip().encode("utf-8", "surrogatepass")
+    return TEXT, unicodedata.normalize("NFC", plain_text(text)).strip().encode("utf-8", "surrogatepass")
 
 
 def special_ids(model: Any) -> frozenset[int]:

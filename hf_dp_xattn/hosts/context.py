@@ -13,7 +13,7 @@ from ..config import DPXAttnConfig
 from ..errors import ConfigError, ContextError, DPXAttnError
 from ..privacy.units import public_counts
 from ..report import Guarantee
-from .grouping import Grouping, canonical, partition
+from .grouping import TEXT, Grouping, canonical, one_text, partition
 from .lengths import dimensions
 
 Rows = tuple[torch.Tensor, torch.Tensor]  # private [n, C], exact public [p, C]
@@ -70,6 +70,8 @@ class PrivateContext:
         def units(part: Part) -> Grouping | None:
             if groups is None or part.units is not None:
                 return None if groups is None else part.units
+            if part.name[0] == TEXT and not bool(canonical(groups).any()):
+                return one_text(part.name)  # one unit, however many rows it has on this host
             return partition(groups if part.rows is None else groups[list(part.rows)], apart=apart)
 
         found = [Part(p.name, units(p), former=p.former) for p in (Part(self.name), *self.parts)]
@@ -144,6 +146,12 @@ def plain_bytes(tensor: torch.Tensor) -> bytes:
     return (plain + 0.0 if floating else plain).contiguous().numpy().tobytes()
 
 
+def casts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Numbers as models of half precision read them; nothing of integers. What they are given in another type is the same to them."""
+    halves = (torch.bfloat16, torch.float16)
+    return [tensor.to(dtype) for dtype in halves] if tensor.is_floating_point() else []
+
+
 def from_embeddings(rows: torch.Tensor, channels: int) -> PrivateContext:
     """A context given by embeddings [n, C]; all n rows are private.
 
@@ -165,4 +173,6 @@ def from_embeddings(rows: torch.Tensor, channels: int) -> PrivateContext:
     def load() -> Rows:
         return kept, kept[:0]
 
-    return PrivateContext(rows.shape[0], rows.shape[0], (b"embeddings", plain_bytes(kept)), load)
+    names = [(b"embeddings", plain_bytes(t)) for t in (kept, *casts(kept))]
+    parts = tuple(dict.fromkeys(map(Part, names[1:])))
+    return PrivateContext(rows.shape[0], rows.shape[0], names[0], load, parts=parts)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 Grouping = tuple[bytes, ...]
+TEXT = b"text"  # what a text's name begins with
 
 
 def canonical(labels: torch.Tensor) -> torch.Tensor:
@@ -29,6 +30,11 @@ def partition(labels: torch.Tensor, *, apart: bool) -> Grouping:
     plain = canonical(labels)
     together = not apart or not bool(plain.any())
     return b"rows" if together else b"rows of groups encoded apart", plain.numpy().tobytes()
+
+
+def one_text(name: Grouping) -> Grouping:
+    """One unit: the text of that name, the same on all hosts and in every corpus that it stands in."""
+    return b"phrases of a text", *name
 
 
 def whole(rows: int) -> Grouping:

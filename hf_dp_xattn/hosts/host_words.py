@@ -171,7 +171,8 @@ def prefix_words(model: object, s: Setting) -> HostWords:
     """Of a decoder-only model."""
     public = [
         WEIGHTS,
-        "the public head, and the padded length of the prefix (of its longest segment): neighbours share it",
+        "the public head, and the padded length of the prefix (of its longest segment), a multiple of 64 or `prefix_bucket`: a "
+        "neighbour has the same",
     ]
     if s.unit == "row" and s.counted:
         public.append("the number of private tokens")

@@ -65,14 +65,17 @@ def is_marked(states: torch.Tensor) -> torch.Tensor:
     return code & (states.isnan().sum(dim=(1, 2)) == rows * channels - CODE_CHANNELS)
 
 
-def _magic_rows(states: torch.Tensor) -> torch.Tensor:
+def _pieces(states: torch.Tensor) -> torch.Tensor:
+    """[..., n, C] -> bool [...]: whether a row begins with the numbers of a placeholder, all CODE_CHANNELS of them."""
     magic = torch.tensor(MAGIC, dtype=states.dtype, device=states.device)
-    return (states[..., : len(MAGIC)] == magic).all(-1)
+    digits = states[..., len(MAGIC) : CODE_CHANNELS]
+    are_digits = ((digits >= 0) & (digits < 128) & (digits == digits.floor())).all(-1)
+    return ((states[..., : len(MAGIC)] == magic).all(-1) & are_digits).any(-1)
 
 
 def holds_placeholder(states: torch.Tensor) -> bool:
-    """Whether [..., C] holds a placeholder, whole or not, and so is no context."""
-    return states.shape[-1] >= CODE_CHANNELS and bool(_magic_rows(states).any())
+    """Whether [..., n, C] holds a placeholder, whole or not, and so is no context."""
+    return states.ndim > 1 and states.shape[-1] >= CODE_CHANNELS and bool(_pieces(states).any())
 
 
 @torch.no_grad()
@@ -100,7 +103,7 @@ def read_tags(states: torch.Tensor) -> list[Tag | None]:
         return [None] * (states.shape[0] if states.ndim else 0)
     states = states.detach()
     code = states[:, 0, len(MAGIC) : len(MAGIC) + TAG_DIGITS].to("cpu", torch.float32).tolist()
-    pieces = (_magic_rows(states) | states.isnan().all(-1)).any(-1)
+    pieces = _pieces(states) | states.isnan().all(-1).any(-1)
     found = torch.stack([is_marked(states), pieces], dim=-1).tolist()
     result: list[Tag | None] = []
     for digits, (whole, piece) in zip(code, found, strict=True):

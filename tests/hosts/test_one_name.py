@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from hf_dp_xattn import BudgetExceededError, ConfigError
 from hf_dp_xattn.hosts.content_names import content_of, name_of_text
 from hf_dp_xattn.hosts.context import plain_bytes
 
-from ..hosts_tiny import tiny_sd
+from ..hosts_tiny import CHANNELS, tiny_sd
 from .transformers.decoder_only.tiny import tiny as decoder_tiny
+from .transformers.encoder_decoder.tiny import one
 from .transformers.encoder_decoder.tiny import tiny as seq2seq_tiny
 from .transformers.mllama.tiny import images
 from .transformers.mllama.tiny import tiny as image_tiny
@@ -182,3 +184,39 @@ def test_what_a_mask_of_tiles_hides_is_no_part_of_an_image() -> None:
         pixels = given_image["pixel_values"].clone()
         pixels[0, 0, 1] = fill
         refused(handle, **{**given_image, "pixel_values": pixels})
+
+
+def _release_cast(handle: Any, inputs: dict[str, Any], name: str, dtype: torch.dtype) -> None:
+    handle.release(**{**inputs, name: inputs[name].to(dtype)})
+
+
+def _release_rows(handle: Any, rows: torch.Tensor, dtype: torch.dtype) -> None:
+    handle.release(rows.to(dtype))
+
+
+@pytest.mark.parametrize("what", ["recording", "embeddings"])
+def test_half_precision_is_no_other_name(what: str) -> None:
+    """A model in half precision makes the same of both."""
+    if what == "recording":
+        handle = dpx.protect(seq2seq_tiny("whisper"), CONFIG, ledger=dpx.Ledger())
+        inputs = one("whisper", 1)
+        name = next(n for n in inputs if n != "attention_mask")
+        make = partial(_release_cast, handle, inputs, name)
+    else:
+        handle = dpx.protect(tiny_sd().unet, CONFIG, ledger=dpx.Ledger())
+        rows = torch.randn(5, CHANNELS)
+        make = partial(_release_rows, handle, rows)
+    make(torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(dpx.BudgetExceededError):
+            make(dtype)
+
+
+def test_a_text_of_one_group_is_one_unit_of_every_corpus() -> None:
+    config = CONFIG.replace(unit="group", epsilon=2.0)
+    handle = dpx.protect(seq2seq_tiny("bart"), config, ledger=dpx.Ledger(), budget=dpx.Budget(100.0, 1e-5))
+    a, b = torch.arange(5, 15), torch.arange(15, 25)
+    handle.release(a, groups=torch.zeros(10, dtype=torch.int64), text="hello")
+    handle.release(input_ids=torch.stack([a, b]), groups="documents", text=["hello", "x"])
+    with pytest.raises(dpx.ConfigError, match="grouping"):
+        handle.release(torch.arange(4, 14), groups=torch.arange(10) // 5, text="hello")

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.hosts.placeholder import CODE_CHANNELS, is_marked, make_placeholder, new_tag, read_tags
+from hf_dp_xattn.hosts.placeholder import (
+    CODE_CHANNELS,
+    MAGIC,
+    is_marked,
+    make_placeholder,
+    new_tag,
+    read_tags,
+)
 
 from ..hosts_tiny import CHANNELS, LENGTH, picture, tiny_sd
 from .transformers.encoder_decoder import tiny as seq2seq
@@ -169,3 +176,12 @@ def test_a_buffer_of_a_model_is_read_anew(private: dpx.DPXAttnConfig) -> None:
         _write(buffer, torch.randn_like(two))
         with pytest.raises(dpx.ProtectionLostError, match="without the placeholder"):
             model(encoder_outputs=(buffer,), decoder_input_ids=ids)
+
+
+def test_finite_rows_are_no_placeholder_whatever_they_hold(private: dpx.DPXAttnConfig) -> None:
+    """No row decides whether a release succeeds, but for one that begins with all fifteen numbers of a placeholder."""
+    handle = dpx.protect(tiny_sd().unet, private)
+    rows = torch.randn(2, 16, CHANNELS)
+    rows[0, 5, : len(MAGIC)] = torch.tensor(MAGIC, dtype=rows.dtype)
+    rows[1, 0, : len(MAGIC)] = torch.tensor(MAGIC, dtype=rows.dtype)
+    assert len(handle.release(rows)) == 2 and read_tags(rows) == [None, None]

@@ -58,8 +58,13 @@ def _lengths(config: Any) -> list[int]:
 
 def longest(encoder: nn.Module) -> int | None:
     """How many tokens an encoder with a table of positions takes; None where there is no such table."""
-    table = any(isinstance(m, nn.Embedding) and "position" in n for n, m in encoder.named_modules())
-    return getattr(encoder.config, "max_position_embeddings", None) if table else None
+    tables = [m for n, m in encoder.named_modules() if isinstance(m, nn.Embedding) and "position" in n]
+    limit: int | None = getattr(encoder.config, "max_position_embeddings", None)
+    if not tables or limit is None:
+        return None
+    # RoBERTa's: the first token's position is the one behind the padding's
+    first = max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
+    return limit - first if any(m.num_embeddings == limit for m in tables) else limit
 
 
 def rotations(config: Any) -> set[str]:

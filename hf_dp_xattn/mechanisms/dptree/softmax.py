@@ -20,7 +20,7 @@ import torch
 from ...errors import ConfigError
 from ...privacy.bits import Entropy, SystemEntropy
 from ...privacy.lattice import ENTRY_BITS, power_of_two, quantize, sequential_sum
-from ..kernel_sum.contributions import LayerEncoder
+from ..kernel_sum.contributions import LayerEncoder, make_encoders
 from ..kernel_sum.features import TaylorFeatures
 from ..kernel_sum.geometry import HeadGeometry, declared_geometry, feature_norm
 from .budget import BudgetSplit, noise_error
@@ -165,7 +165,7 @@ def plan_softmax(
         delta=delta,
         neighboring=neighboring,
     )
-    encoders = tuple(LayerEncoder(g, f, exponent) for g, f in zip(geometries, features, strict=True))
+    encoders = make_encoders(geometries, features, exponent)
     return SoftmaxPlan(encoders, stretch, moments_at(exponent), split)
 
 

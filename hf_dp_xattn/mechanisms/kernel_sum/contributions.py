@@ -24,6 +24,7 @@ from ...errors import ConfigError, ContextError
 from ...privacy.clipping import MAX_COORDINATES, clip_factor, verify_clipped
 from ...privacy.lattice import (
     ENTRY_BITS,
+    EXACT_LIMIT,
     ROWS_PER_CHUNK,
     exact_exp,
     exact_matmul,
@@ -46,6 +47,11 @@ class LayerEncoder:
     _phi_exponents: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        widest = max(self.geometry.key_dim, self.geometry.key_map.shape[-2])
+        if widest * 2.0**42 >= EXACT_LIMIT:
+            raise ConfigError(
+                f"Heads of {widest} channels are too wide for exact sums in float64 (at most 2047): use mechanism='anchors' or 'library'."
+            )
         norms = feature_norm(self.features, self.geometry)
         object.__setattr__(
             self, "_phi_exponents", [ENTRY_BITS - math.ceil(math.log2(float(v))) for v in norms]
@@ -100,6 +106,18 @@ class LayerEncoder:
         return quantize(phi, phi_scale), quantize(scaled, value_scale)
 
 
+def make_encoders(
+    geometries: Sequence[HeadGeometry], features: Sequence[FeatureMap], exponent: int
+) -> tuple[LayerEncoder, ...]:
+    """One for each layer. Raises ConfigError where what is public of them makes a release impossible."""
+    encoders = tuple(LayerEncoder(g, f, exponent) for g, f in zip(geometries, features, strict=True))
+    if sum(e.size for e in encoders) > MAX_COORDINATES:
+        raise ConfigError(
+            "The release would have more than 2^28 coordinates; lower degree or projection_dim."
+        )
+    return encoders
+
+
 def check_rows(
     keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], encoders: Sequence[LayerEncoder]
 ) -> int:
@@ -121,10 +139,6 @@ def check_rows(
         raise ContextError("The context has no rows (n = 0): there is nothing to release.")
     if n > MAX_ROWS:
         raise ContextError(f"The context has too many rows: at most {MAX_ROWS} can be summed exactly.")
-    if sum(e.size for e in encoders) > MAX_COORDINATES:
-        raise ConfigError(
-            "The release would have more than 2^28 coordinates; lower degree or projection_dim."
-        )
     for tensor in (*keys, *values):
         if not bool(torch.isfinite(tensor).all()):
             raise ContextError("The context's keys or values hold NaN or Inf; nothing was released.")

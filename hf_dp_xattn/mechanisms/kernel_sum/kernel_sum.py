@@ -33,7 +33,7 @@ from ...privacy.units import NeighboringRelation, sensitivity_factor
 from ..base import GuaranteeNumbers, Integers, LayerSpec, Mechanism, NoisePart, State
 from ..inputs import LayerRows, check_groups, count_rows, layers_of, may_be_empty
 from ..structure import KernelSumStructure
-from .contributions import LayerEncoder, check_rows, sum_rows, sum_units, unit_rows
+from .contributions import LayerEncoder, check_rows, make_encoders, sum_rows, sum_units, unit_rows
 from .features import FeatureMap, features_of
 from .geometry import HeadGeometry, feature_norm, geometry_of
 from .sketch import SketchPlan, sum_sketch
@@ -243,7 +243,7 @@ def prepare_kernel_sum(
     event = GaussianEvent(sensitivity=sensitivity, sigma_squared=sigma_squared)
     return PreparedKernelSum(
         config=config,
-        encoders=tuple(LayerEncoder(g, f, exponent) for g, f in zip(geometries, features, strict=True)),
+        encoders=make_encoders(geometries, features, exponent),
         clip_norm=clip_norm,
         bound=bound,
         sigma_squared=sigma_squared,

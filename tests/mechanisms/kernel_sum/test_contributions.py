@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_dp_xattn.config import DPXAttnConfig
 from hf_dp_xattn.errors import ConfigError, ContextError
+from hf_dp_xattn.mechanisms.base import LayerSpec
 from hf_dp_xattn.mechanisms.kernel_sum.contributions import (
     LayerEncoder,
     sum_rows,
@@ -16,6 +18,7 @@ from hf_dp_xattn.mechanisms.kernel_sum.contributions import (
     unit_rows,
 )
 from hf_dp_xattn.mechanisms.kernel_sum.features import TaylorFeatures, make_features
+from hf_dp_xattn.mechanisms.registry import prepare_release
 from hf_dp_xattn.privacy.lattice import lattice_exponent
 
 from .geometries import random_geometry, random_rows
@@ -203,6 +206,7 @@ def test_a_million_rows_in_bounded_memory() -> None:
     script = """
 import math, resource, torch
 from hf_dp_xattn.mechanisms.kernel_sum.contributions import LayerEncoder, sum_rows
+from hf_dp_xattn.mechanisms.registry import prepare_release
 from hf_dp_xattn.privacy.lattice import lattice_exponent
 from hf_dp_xattn.mechanisms.kernel_sum.features import TaylorFeatures
 from hf_dp_xattn.mechanisms.kernel_sum.geometry import declared_geometry
@@ -235,3 +239,17 @@ def test_norms_of_extreme_factors_are_exact(columns: int) -> None:
     x[:, :, 0] -= 1
     expected = (columns - 1) * 4**19 + (2**19 - 1) ** 2
     assert [int(v) for v in _square_sum(x)[0]] == [int(float(expected))] * 2
+
+
+@pytest.mark.parametrize("mechanism", ["kernel_sum", "dptree"])
+def test_heads_that_are_too_wide_are_refused_when_they_are_prepared(mechanism: str) -> None:
+    """Not at the release, which is charged before it is computed."""
+    spec = LayerSpec("layer", 1, 2048, 4, 0.1)
+    with pytest.raises(ConfigError, match="2047"):
+        prepare_release(DPXAttnConfig(mechanism=mechanism, degree=1), [spec])
+
+
+def test_more_coordinates_than_can_be_summed_are_refused_when_they_are_prepared() -> None:
+    spec = LayerSpec("layer", 64, 64, 128, 0.1)
+    with pytest.raises(ConfigError, match="coordinates"):
+        prepare_release(DPXAttnConfig(mechanism="kernel_sum", degree=2), [spec] * 40)

@@ -109,7 +109,11 @@ def run_recorded(
     """What each layer handed to its attention, in a run of the model's body over token ids [B, n] with the host's own attention."""
     state = Recording({layer.module: layer.config for layer in layers.values()})
     with routed(state.configs, NAME), recording(state):
-        model.base_model(input_ids=ids.to(device_of(model)), use_cache=False, **arguments)
+        ids = ids.to(device_of(model))
+        # else some models warn, once, of a text that begins or ends with padding
+        model.base_model(
+            input_ids=ids, use_cache=False, **{"attention_mask": torch.ones_like(ids), **arguments}
+        )
     return [state.seen[module] for module in state.configs]
 
 

@@ -105,7 +105,9 @@ def _check_encoder(model: Any) -> None:
         return
     try:
         with _unchanging(model, encoder):
+            random = torch.get_rng_state()
             states = [encoder(input_ids=ids, return_dict=True)[0] for ids in _texts(model)]
+            drawn = not torch.equal(random, torch.get_rng_state())
     except DPXAttnError:
         raise
     except Exception as error:
@@ -113,6 +115,8 @@ def _check_encoder(model: Any) -> None:
             model,
             f"its encoder does not run on token ids alone ({type(error).__name__}: a model of layouts?)",
         ) from error
+    if drawn:
+        raise refuse(model, "its encoder draws random numbers, as many as a text is long")
     for before, after in zip(states, reversed(states), strict=True):
         rounding = 8 * torch.finfo(before.dtype).eps * float(before.abs().max())
         if not float((before - after).abs().max()) <= rounding:

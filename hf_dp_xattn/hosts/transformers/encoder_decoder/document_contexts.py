@@ -9,7 +9,7 @@ import torch
 
 from ....errors import ConfigError, ContextError
 from ...content_names import id_parts, name_of_ids
-from ...context import Part, PrivateContext, Rows, Trial, from_embeddings, plain_bytes
+from ...context import Part, PrivateContext, Rows, Trial, casts, from_embeddings, plain_bytes
 from ...grouping import whole
 from ...lengths import dimensions
 from ...placeholder import holds_placeholder
@@ -120,7 +120,7 @@ def _element(
     if name == STATES:
         kept = main if mask is None else main[mask]
         found = from_embeddings(kept, channels)
-        return PrivateContext(rows, len(kept), found.name, found.load, kept=positions)
+        return PrivateContext(rows, len(kept), found.name, found.load, parts=found.parts, kept=positions)
     inputs = {name: main.unsqueeze(0).detach().clone()}  # what was named is what is released
     if mask is not None:
         inputs[MASK] = mask.unsqueeze(0).to(torch.int64)
@@ -155,16 +155,16 @@ def _names(
         seen = main if mask is None else main[mask]
         own = _plain_name(name, seen)
         if name == "inputs_embeds":
-            return own, ()
+            return own, tuple(Part(_plain_name(name, t)) for t in casts(seen))
         parts = id_parts(seen, special, range(len(seen)))
         return name_of_ids(seen), (*parts, Part(own, former=True))
-    if mask is None:
-        return _plain_name(name, main), ()
-    axes = [axis for axis in range(main.ndim) if main.shape[axis] == len(mask)]
-    shown = [_plain_name(name, main.index_select(axis, mask.nonzero().flatten())) for axis in axes]
-    shown = shown or [_plain_name(name, main)]
-    former = (*_plain_name(name, main)[:-1], plain_bytes(mask))  # with what the mask hides
-    return shown[0], (*(Part(other) for other in shown[1:]), Part(former, former=True))
+    axes = [] if mask is None else [axis for axis in range(main.ndim) if main.shape[axis] == len(mask)]
+    shown = [main.index_select(axis, mask.nonzero().flatten()) for axis in axes] if mask is not None else []
+    names = [_plain_name(name, t) for whole in shown or [main] for t in (whole, *casts(whole))]
+    others = [Part(other) for other in names[1:]]
+    if mask is not None:  # with what the mask hides
+        others.append(Part((*_plain_name(name, main)[:-1], plain_bytes(mask)), former=True))
+    return names[0], tuple(dict.fromkeys(others))
 
 
 def _plain_name(name: str, seen: torch.Tensor) -> tuple[bytes, ...]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ....errors import ConfigError, ContextError
+from ...content_names import special_ids
 from ...context import Trial, plain_bytes
 from ...lengths import dimensions
 from ...private_run import private_run
@@ -27,6 +29,11 @@ class EncoderSide:
     @property
     def module(self) -> Any:
         return self._model.get_encoder()
+
+    @property
+    def _masks(self) -> bool:
+        """Whether it takes a mask."""
+        return MASK in inspect.signature(self.module.forward).parameters
 
     @property
     def _shorten(self) -> Any:
@@ -127,6 +134,10 @@ class EncoderSide:
     def _run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         device, dtype = self._model.device, self._model.dtype
         given = {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+        if (
+            MASK not in given and "input_ids" in given
+        ):  # else some models warn, once, of a text that begins or ends with padding
+            given |= {MASK: torch.ones_like(given["input_ids"])} if self._masks else {}
         with private_run(self.module):
             states: torch.Tensor = self.module(**given, return_dict=True)[0]
         return states
@@ -137,4 +148,7 @@ class EncoderSide:
         pattern = b"" if mask is None else plain_bytes(mask)
         size = (*((n, tuple(v.shape), v.dtype) for n, v in inputs.items()), pattern)
         zeros = {n: v if n == MASK else torch.zeros_like(v) for n, v in inputs.items()}
+        if "input_ids" in zeros:  # an ordinary token: some models count positions without padding
+            special = special_ids(self._model)
+            zeros["input_ids"] += next(i for i in itertools.count() if i not in special)
         return Trial(size, lambda: self._run(zeros)[0])

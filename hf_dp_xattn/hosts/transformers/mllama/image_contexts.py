@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 import torch
 
 from ....errors import ConfigError, ContextError
-from ...context import Part, PrivateContext, Rows, from_embeddings, plain_bytes
+from ...context import Part, PrivateContext, Rows, casts, from_embeddings, plain_bytes
 from ...lengths import dimensions
 from ...placeholder import holds_placeholder, read_tags
 from ..encoder_decoder.document_contexts import MakeTrial
@@ -126,7 +126,7 @@ def _image(
         _name(pixels[:, :, shown]),
         load,
         variant=variant,
-        parts=(former,),
+        parts=(*(Part(_name(t)) for t in casts(pixels[:, :, shown])), former),
         padded=True,
         trials=(trial(inputs),),
         kept=kept,

@@ -269,6 +269,25 @@ def test_a_rotation_of_the_longest_text_is_refused(
         dpx.protect(_dynamic(), private)
 
 
+@pytest.mark.parametrize("pads", [0, 1], ids=lambda n: f"pads={n}")
+def test_positions_behind_the_padding_s_own(pads: int, private: dpx.DPXAttnConfig) -> None:
+    """RoBERTa counts from the padding's id, and only what is no padding: two documents of one length fare alike."""
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = tf.RobertaConfig(**small, intermediate_size=32, max_position_embeddings=66, pad_token_id=0)
+    decoder = tf.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=64, bos_token_id=2, eos_token_id=3
+    )
+    config = tf.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = 2, 0
+    handle = dpx.protect(tf.EncoderDecoderModel(config=config).eval(), private, ledger=dpx.Ledger())
+    document = torch.arange(66) % 50 + 5
+    document[60 : 60 + pads] = 0
+    with pytest.raises(dpx.ContextError, match=r"takes \(65\); nothing was spent"):
+        handle.release(document)
+    assert not handle.ledger.entries()
+    handle.release(document[:65])
+
+
 def test_cross_attention_with_a_window_is_found(private: dpx.DPXAttnConfig) -> None:
     """Which no configuration names, and which shows from a hundred rows on."""
     from transformers import AttentionInterface

@@ -1,17 +1,21 @@
-"""A host in training mode: its encoder is run without dropout, and the process's random numbers stay where they were."""
+"""How private texts are encoded: without dropout, without the process's random numbers, and without a word in the logs."""
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 
 import hf_dp_xattn as dpx
+from hf_dp_xattn.hosts.private_run import unlogged
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from ..hosts_tiny import picture, tiny_sd
@@ -95,3 +99,43 @@ def test_two_unets_may_share_a_text_encoder() -> None:
         a.text_encoder(torch.zeros(1, 4, dtype=torch.int64))
     second.unprotect()
     a.text_encoder(torch.zeros(1, 4, dtype=torch.int64))
+
+
+def _gpt2() -> Any:
+    small = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 512}
+    return tf.GPT2LMHeadModel(tf.GPT2Config(**small, bos_token_id=2, eos_token_id=3, pad_token_id=3)).eval()
+
+
+def _roformer() -> Any:
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"intermediate_size": 32, "max_position_embeddings": 600}
+    decoder = tf.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=64, bos_token_id=2, eos_token_id=3
+    )
+    encoder = tf.RoFormerConfig(**small, **sizes, pad_token_id=3)
+    config = tf.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = 2, 3
+    return tf.EncoderDecoderModel(config=config).eval()
+
+
+@pytest.mark.parametrize("make", [_gpt2, _roformer], ids=["gpt2", "roformer"])
+def test_nothing_is_logged_of_a_text(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers warns of a text that ends with padding, once in a process: neither now nor, by its absence, later."""
+    handle = dpx.protect(make(), CONFIG, ledger=dpx.Ledger())
+    tf.utils.logging.get_logger("transformers").propagate = True
+    logging.getLogger("transformers").warning_once.cache_clear()  # type: ignore[attr-defined]
+    caplog.clear()
+    seen = []
+    for last in (9, 3):
+        handle.release(torch.tensor([5, 6, 7, 8, last]))
+        seen.append((caplog.text, logging.getLogger("transformers").warning_once.cache_info().misses))  # type: ignore[attr-defined]
+    assert seen == [("", 0)] * 2
+
+
+def test_other_threads_log_as_ever(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("transformers.modeling_utils")
+    with unlogged(), ThreadPoolExecutor(1) as pool:
+        logger.warning("private")
+        pool.submit(logger.warning, "public").result()
+    logger.warning("later")
+    assert [r.message for r in caplog.records] == ["public", "later"]
