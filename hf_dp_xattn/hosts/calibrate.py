@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from ..calibration.anchors.anchors_calibration import AnchorCalibration
-from ..calibration.calibration import Calibration
 from ..calibration.calibration_options import EPSILONS, CalibrationOptions
 from ..calibration.fit import check, fit
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
+from ..known_mechanisms import KNOWN
 from .accounts import STAYS
 from .diffusers.public_prompts import Public
 from .host_registry import kind_of
 from .protect import handle_of
+from .text.public_texts import make_library
 
 _REFUSED = {
     **dict.fromkeys(
@@ -60,7 +61,10 @@ def calibrate(
     questions: Sequence[Any] | None = None,
     prefix_bucket: int | None = None,
     replies: int = 0,
-) -> Calibration | AnchorCalibration:
+    tokenizer: Any = None,
+    encoder: Any = None,
+    folder: str | os.PathLike[str] | None = None,
+) -> Any:
     """Everything data-dependent that a mechanism reads, fitted to PUBLIC prompts.
 
     Nothing private may be among `public_contexts`: a calibration is not noised and not counted. The pipeline must not be
@@ -68,6 +72,9 @@ def calibrate(
 
     * `anchors`: codebook, priors, learned sums, decoders, and for each epsilon the release that did best on public contexts that were
       held out. From about 100 to 10^6 public contexts; what does not fit `memory_mb` is left out by a random choice, before encoding.
+    * `library`: public texts with their codes, and for each epsilon which of them may answer; nothing is trained. For any host that
+      `protect` takes; from some hundred public texts to 10^5. Public contexts are strings, which are cut as `grouping` says, or lists
+      of units (strings or token ids).
     * `kernel_sum`: centres, balancing maps, clipping bounds, a sketch basis of `rank` directions, and one plan per epsilon.
 
     Args:
@@ -82,7 +89,8 @@ def calibrate(
         anchors: cells of the histogram's codebook.
         releases: candidates of `anchors` ("sum", "response", "histogram", "mixed").
         steps: training steps of the decoder; by default what takes a few minutes on two cores. More do better.
-        grouping: how units are encoded, "rows", "phrases" or "context"; by default what the unit says.
+        grouping: how units are encoded, "rows", "phrases" or "context"; by default what the unit says. Of a library: "phrases",
+            "sentences", "lines", "segments", "documents" or "context".
         memory_mb: for encoded public contexts, in MiB.
         rank: kernel_sum only; 0 fits geometry and bounds only.
         query_prompts: public runs from which queries are taken; by default 8, or 2 on a host as large as Stable Diffusion's.
@@ -97,6 +105,9 @@ def calibrate(
         replies: decoder-only models, `anchors`: how many questions each public prefix is asked, so that the decoder is trained on the
             model's own replies (of up to `query_steps` tokens) as well as on its attention. Each training step then runs the model
             forwards and backwards. What a user sees gains most from this.
+        tokenizer: `library` only: of a model that comes without a pipeline.
+        encoder: `library` only: what makes the codes in place of the host's own text encoder, as in `protect`.
+        folder: `library` only: keeps codes, so that a run that was broken off is taken up again.
 
     Raises:
         ConfigError: too few contexts, wrong type.
@@ -134,6 +145,18 @@ def calibrate(
         )
     if isinstance(public_contexts, Iterator):
         public_contexts = list(public_contexts)
+    if KNOWN[config.mechanism].releases == "texts":
+        settings: dict[str, Any] = {
+            "epsilons": options.epsilons,
+            "seed": seed,
+            "progress": progress,
+            "folder": folder,
+        }
+        return make_library(
+            pipe, public_contexts, config, grouping=grouping, tokenizer=tokenizer, encoder=encoder, **settings
+        )
+    if not (tokenizer is None and encoder is None and folder is None):
+        raise ConfigError("`tokenizer`, `encoder` and `folder` are for mechanism='library'.")
     kind = kind_of(pipe)
     for name, message in _REFUSED.items():
         asked = getattr(options, name)

@@ -28,8 +28,8 @@ from ..stored import CHECKS, CODEC, Stored
 Encode = Callable[[Sequence[str]], torch.Tensor]
 
 GROUPINGS = {
-    "group": ("phrases", "segments", "lines", "documents"),
-    "context": ("context", "phrases", "segments", "lines"),
+    "group": ("phrases", "sentences", "segments", "lines", "documents"),
+    "context": ("context", "phrases", "sentences", "segments", "lines"),
 }
 PROBES = 8  # entries whose codes tell another encoder
 _SAME = 0.99  # cosine of a probe's codes: batching and precision leave far more, another encoder far less

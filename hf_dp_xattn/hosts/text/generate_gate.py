@@ -155,7 +155,8 @@ class GenerateGate:
                 )
             texts.append(str(self._words().decode(ids.tolist(), skip_special_tokens=True)))
             names.append(ids.to("cpu", torch.int64))
-        return texts, list(id_parts(torch.cat(names), special, None))
+        owners = [i for i, ids in enumerate(names) for _ in ids]
+        return texts, list(id_parts(torch.cat(names), special, owners))
 
     def inputs(self, texts: Sequence[tuple[ReleasedText, str | None]], **public: Any) -> dict[str, Any]:
         own, mask = public.pop("input_ids", None), public.pop("attention_mask", None)

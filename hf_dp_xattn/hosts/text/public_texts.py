@@ -1,0 +1,79 @@
+"""Public contexts of any host as lists of public units, and the library that is made of them with the host's own encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ...calibration.library.library_fit import LibraryOptions, build_library
+from ...calibration.library.text_library import GROUPINGS, TextLibrary
+from ...config import DPXAttnConfig
+from ...errors import ConfigError
+from .text_contexts import Cut
+from .unit_encoders import parts_of, unit_encoder
+
+NOT_TEXTS = (
+    "Public contexts of a library are strings, lists of strings (the units of a context), or token ids, with the tokenizer that decodes "
+    "them."
+)
+
+
+def make_library(
+    host: Any,
+    public_contexts: Iterable[Any],
+    config: DPXAttnConfig,
+    *,
+    grouping: str | None = None,
+    tokenizer: Any = None,
+    encoder: Any = None,
+    **options: Any,
+) -> TextLibrary:
+    """A library for a host; see `calibrate`. grouping: how contexts are cut; by default phrases of a pipeline's prompt, documents of an
+    encoder-decoder model, sentences of other texts; or not at all where the unit is the context. options: of `LibraryOptions`.
+
+    Raises:
+        ConfigError: too few texts, or no tokenizer or encoder.
+    """
+    encode = unit_encoder(host, tokenizer, encoder=encoder)
+    chosen = grouping or ("context" if config.unit == "context" else _default(host))
+    if chosen not in GROUPINGS.get(config.unit, ()):
+        known = ", ".join(GROUPINGS.get(config.unit, ()))
+        raise ConfigError(
+            f"Contexts with unit={config.unit!r} are cut in {known or 'no units'}, got {chosen!r}."
+        )
+    words = tokenizer if tokenizer is not None else parts_of(host)[1]
+    if isinstance(public_contexts, (str, bytes, Mapping)):
+        raise ConfigError(NOT_TEXTS)
+    cut = Cut(chosen)
+    units = [cut(_decoded(context, words))[0] for context in public_contexts]
+    return build_library(
+        units, encode, config, LibraryOptions(grouping=chosen, encoder=encode.name, **options)
+    )
+
+
+def _default(host: Any) -> str:
+    from diffusers import DiffusionPipeline
+
+    if isinstance(host, DiffusionPipeline):
+        return "phrases"
+    model = parts_of(host)[0]
+    return (
+        "documents" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "sentences"
+    )
+
+
+def _decoded(context: Any, tokenizer: Any) -> Any:
+    """A string, or a list of strings."""
+    given = context.tolist() if hasattr(context, "tolist") else context
+    if isinstance(given, str) or not isinstance(given, (list, tuple)) or not given:
+        return given
+    if all(isinstance(part, str) for part in given):
+        return list(given)
+    if not callable(getattr(tokenizer, "decode", None)):
+        raise ConfigError(NOT_TEXTS)
+    if all(isinstance(part, int) for part in given):
+        return str(tokenizer.decode(list(given), skip_special_tokens=True))
+    parts = [part.tolist() if hasattr(part, "tolist") else part for part in given]
+    return [
+        p if isinstance(p, str) else str(tokenizer.decode(list(p), skip_special_tokens=True)) for p in parts
+    ]
