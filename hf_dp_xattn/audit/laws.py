@@ -21,6 +21,7 @@ from ..mechanisms.base import Mechanism, NoisePart, by_tensor
 from ..privacy.accountant import Event, GaussianEvent, TruncatedLaplaceEvent, epsilon_of, needs_delta
 from ..privacy.additive import AdditiveNoise, GaussianNoise, GeometricNoise
 from ..privacy.bits import Entropy
+from ..privacy.rank_response import RankResponse
 from ..privacy.response import RandomizedResponse
 
 SAMPLED = (
@@ -135,6 +136,29 @@ class ResponseViews:
 
 
 @dataclass(frozen=True, eq=False)
+class RankViews:
+    """near [k, U, t]: of each context's U units the nearest entries, in order. stages: how many of them one unit has."""
+
+    response: RankResponse
+    near: torch.Tensor
+    stages: int
+
+    def scores(self, which: int, draws: int, entropy: Entropy) -> np.ndarray:
+        response, found = self.response, np.zeros((draws, len(self.near)))
+        by_rank = np.repeat(np.log(np.array(response.weights, dtype=np.float64)), response.counts)
+        for unit in range(self.near.shape[1]):
+            own = self.near[which, unit].numpy()
+            answers = response.answer(np.broadcast_to(own, (draws, len(own))), response.draw(draws, entropy))
+            weight = np.full((len(self.near), response.size), by_rank[-1])
+            np.put_along_axis(weight, self.near[:, unit].numpy(), by_rank[None, : response.near], axis=1)
+            found += weight[:, answers].T
+        return found
+
+    def gap(self, one: int, other: int) -> float:
+        return int((self.near[one] != self.near[other]).any(-1).sum()) / self.stages
+
+
+@dataclass(frozen=True, eq=False)
 class JointViews:
     """Independent parts of one release."""
 
@@ -163,9 +187,9 @@ class Law:
         for context in contexts:
             exact = self.prepared.exact(context.rows, context.groups)
             for own, (part, tensors) in zip(flat, by_tensor(parts, exact), strict=True):
-                stacked = isinstance(part.noise, RandomizedResponse)
+                stacked = isinstance(part.noise, (RandomizedResponse, RankResponse))
                 numbers = (
-                    torch.stack(tensors).T.reshape(-1)
+                    torch.stack(tensors, dim=-1).reshape(-1)
                     if stacked
                     else torch.cat([t.flatten() for t in tensors])
                 ).cpu()
@@ -182,6 +206,11 @@ def _views(part: NoisePart, filled: Sequence[tuple[torch.Tensor, torch.Tensor]])
         if len({len(cells) for _, cells in filled}) > 1:
             raise ConfigError("Randomised response answers once for each unit: their number is public.")
         return ResponseViews(part.noise, torch.stack([cells for _, cells in filled]), len(part.events))
+    if isinstance(part.noise, RankResponse):
+        if len({len(near) for _, near in filled}) > 1:
+            raise ConfigError("Each unit is answered once: their number is public.")
+        near = torch.stack([near for _, near in filled])
+        return RankViews(part.noise, near.view(len(filled), -1, part.noise.near), len(part.events))
     if not isinstance(part.noise, AdditiveNoise):
         raise ConfigError(f"{type(part.noise).__name__} has no law to audit.")
     every = torch.unique(torch.cat([at for at, _ in filled]))

@@ -21,6 +21,7 @@ from ..mechanisms.dptree.dptree import PreparedDPTree
 from ..mechanisms.inputs import LayerRows, count_rows
 from ..mechanisms.kernel_sum.contributions import LayerEncoder
 from ..mechanisms.kernel_sum.kernel_sum import PreparedKernelSum
+from ..mechanisms.library.library import PreparedLibrary
 from ..privacy.units import NeighboringRelation, Unit
 from .laws import Context, Law, Views
 
@@ -73,6 +74,8 @@ def _units(law: Law, rows: int, generator: torch.Generator) -> list[Context]:
     prepared = law.prepared
     if isinstance(prepared, PreparedAnchors):
         return [Context(unit) for unit in _rows(prepared.plan, rows, generator)]
+    if isinstance(prepared, PreparedLibrary):
+        return [Context(unit) for unit in _codes(prepared, generator)]
     # trees: keys away from the centre fill the moments of first and second order as well
     reaches = (0.0, 1.0) if isinstance(prepared, PreparedDPTree) else (0.0,)
     encoders = _encoders(law)
@@ -95,6 +98,13 @@ def _rows(plan: AnchorPlan, rows: int, generator: torch.Generator) -> list[torch
     random = torch.randn(CANDIDATES // 2, len(center), generator=generator, dtype=torch.float64)
     corners += [center + reach * r for r in random]
     return [c.expand(rows, -1).float() for c in corners]
+
+
+def _codes(prepared: PreparedLibrary, generator: torch.Generator) -> list[torch.Tensor]:
+    """Codes [answers, C] of one unit: far out in random directions of the public box."""
+    center = prepared.shelves[0].lattice.map.center
+    found = torch.randn(CANDIDATES, prepared.answers, len(center), generator=generator, dtype=torch.float64)
+    return [(center + d.sign() * _FAR).float() for d in found]
 
 
 def _keys_and_values(
@@ -125,8 +135,9 @@ def _keys_and_values(
 def _context(law: Law, config: DPXAttnConfig, unit: Context | None) -> Context:
     """The unit and a bystander; None: the bystander alone."""
     alone = config.unit == Unit.CONTEXT.value
-    if isinstance(law.prepared, PreparedAnchors):
-        bystander = law.prepared.plan.center.float().unsqueeze(0)
+    prepared = law.prepared
+    if isinstance(prepared, (PreparedAnchors, PreparedLibrary)):
+        bystander = _center(prepared).float().unsqueeze(0)
         parts = [unit.rows] if unit is not None else []
         rows = torch.cat(parts if alone else [bystander, *parts])
         count = len(rows)
@@ -139,6 +150,14 @@ def _context(law: Law, config: DPXAttnConfig, unit: Context | None) -> Context:
     groups = torch.ones(count, dtype=torch.int64)
     groups[0] = 0
     return Context(whole.rows, groups)
+
+
+def _center(prepared: PreparedAnchors | PreparedLibrary) -> torch.Tensor:
+    return (
+        prepared.plan.center
+        if isinstance(prepared, PreparedAnchors)
+        else prepared.shelves[0].lattice.map.center
+    )
 
 
 def _beside(encoders: Sequence[LayerEncoder], unit: Context | None, alone: bool) -> Context:

@@ -69,11 +69,18 @@ def replayed(law: Law, context: Context) -> bool:
         rebuilt = _tensors(prepared.decode(noised, state))
     except _Differs:
         return False
-    same = len(real) == len(rebuilt) and all(torch.equal(a, b) for a, b in zip(real, rebuilt, strict=True))
+    same = len(real) == len(rebuilt) and all(_equal(a, b) for a, b in zip(real, rebuilt, strict=True))
     return same and replayer.left == 0
 
 
-def _tensors(content: Content) -> list[torch.Tensor]:
+def _equal(a: torch.Tensor | str, b: torch.Tensor | str) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.equal(a, b)
+    return isinstance(a, str) and a == b
+
+
+def _tensors(content: Content) -> list[torch.Tensor | str]:
+    """All numbers of a release, or all texts."""
     if isinstance(content, ContextRows):
         return [content.rows, content.log_weights]
-    return [t for c in content if not isinstance(c, str) for t in c.tensors().values()]
+    return [t for c in content for t in ([c] if isinstance(c, str) else c.tensors().values())]

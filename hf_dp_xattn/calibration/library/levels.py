@@ -33,8 +33,9 @@ def medoids(
     Returns:
         [K] int64, rising.
     """
-    # of many texts the heaviest are enough to find few medoids
-    kept = weights.topk(min(len(weights), max(_TEXTS, _PER_MEDOID * size))).indices
+    # of many texts the heaviest are enough to find few medoids; of those that weigh about the same, any
+    loose = weights * (1.0 + 0.5 * torch.rand(len(weights), generator=torch.Generator().manual_seed(seed)))
+    kept = loose.topk(min(len(weights), max(_TEXTS, _PER_MEDOID * size))).indices
     kept = kept[weights[kept] > 0].sort().values
     if size >= len(kept):
         return kept[:size]

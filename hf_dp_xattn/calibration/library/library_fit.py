@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,11 @@ from ...records import plain_text
 from ..calibration_options import EPSILONS
 from .encoding import encode_chunks
 from .library_plans import PublicUnits, Shelving, places_for
+from .recombination import recombined
 from .text_library import GROUPINGS, PROBES, Encode, LibraryPlan, TextLibrary
 
 _REACH = 8.0  # times the largest coordinate of a public code: what is further out is clamped
+_RECOMBINED = 50_000
 _METRIC_TEXTS = 2**14  # texts whose codes fix the metric; those of the others are projected at once
 
 
@@ -30,8 +32,9 @@ class LibraryOptions:
     """How a library is made.
 
     epsilons: a plan for each. grouping: how contexts are cut in units; by default "phrases" for groups. encoder: the encoder's name.
-    width: directions of the codes that are kept. flatten: 0: cosine of centred codes; 1: all directions count alike. held_out: share of
-    the contexts by which plans are chosen. folder: keeps codes, so that a run that was broken off is taken up again.
+    width: directions of the codes that are kept. flatten: 0: cosine of centred codes; 1: all directions count alike.
+    held_out: share of the contexts by which plans are chosen. expand: new texts by `recombined` (True: up to 50,000; or how many at most).
+    folder: keeps codes, so that a run that was broken off is taken up again.
     """
 
     epsilons: Sequence[float] = EPSILONS
@@ -40,6 +43,7 @@ class LibraryOptions:
     width: int = 256
     flatten: float = 0.5
     held_out: float = 0.2
+    expand: bool | int = False
     seed: int = 0
     progress: bool = True
     folder: str | os.PathLike[str] | None = None
@@ -76,11 +80,14 @@ def build_library(
         raise ConfigError(
             f"A library has 2 to {MAX_ALPHABET} distinct public texts, these contexts have {len(texts)}."
         )
+    made = _expanded(texts, options)
+    texts = [*texts, *made]
     with tqdm(total=len(texts) + len(options.epsilons), desc="library", disable=not options.progress) as bar:
         metric, codes, probe = _encode(texts, encode, options, bar)
         center, projection, reach = metric
         places = Places() if config.unit == "context" else places_for([len(c) for c in contexts])
-        plans = _plans(texts, contexts, Shelving(codes, places, options.seed), options, bar)
+        shelving = Shelving(codes, places, options.seed)
+        plans = _plans(texts, contexts, made, shelving, options, bar)
     return TextLibrary(
         unit=config.unit,
         grouping=grouping,
@@ -89,7 +96,12 @@ def build_library(
         units=max(map(len, contexts)),
         lengths=places.lengths,
         reach=reach,
-        settings={"width": projection.shape[1], "flatten": options.flatten, "seed": options.seed},
+        settings={
+            "width": projection.shape[1],
+            "flatten": options.flatten,
+            "seed": options.seed,
+            "recombined": len(made),
+        },
         texts=tuple(texts),
         codes=lattice_codes(codes),
         center=center,
@@ -106,6 +118,26 @@ def _units(context: str | Sequence[str]) -> list[str]:
             "Public contexts are texts, or lists of texts (phrases, segments, documents), none of them empty; token ids must be decoded."
         )
     return [plain_text(u).strip() for u in units]
+
+
+def _expanded(texts: Sequence[str], options: LibraryOptions) -> dict[str, str]:
+    """New texts of public ones, with those that they come of; none where none are asked for.
+
+    Raises:
+        ConfigError: more than a library can hold.
+    """
+    most = _RECOMBINED if options.expand is True else int(options.expand)
+    if not 0 <= most <= MAX_ALPHABET:
+        raise ConfigError(f"expand must be True, or how many new texts at most, up to {MAX_ALPHABET}.")
+    return recombined(texts, min(most, MAX_ALPHABET - len(texts)))
+
+
+def _made_units(units: PublicUnits, at: Mapping[str, int], made: Mapping[str, str]) -> PublicUnits:
+    """New texts as units of no context, at the first place of the text that each comes of."""
+    first = {text: i for i, text in reversed(list(enumerate(units.text.tolist())))}
+    shelves = [int(units.shelf[first[at[root]]]) for root in made.values()]
+    own = torch.tensor([at[text] for text in made], dtype=torch.int64)
+    return PublicUnits(own, torch.full_like(own, -1), torch.tensor(shelves, dtype=torch.int64))
 
 
 Metric = tuple[torch.Tensor, torch.Tensor, float]
@@ -153,6 +185,7 @@ def fit_metric(codes: torch.Tensor, options: LibraryOptions) -> Metric:
 def _plans(
     texts: Sequence[str],
     contexts: Sequence[Sequence[str]],
+    made: Mapping[str, str],
     shelving: Shelving,
     options: LibraryOptions,
     bar: tqdm[None],
@@ -164,9 +197,16 @@ def _plans(
         torch.tensor([c for c, context in enumerate(contexts) for _ in context]),
         torch.tensor([s for context in contexts for s in shelving.places.shelves(len(context))]),
     )
+    units = units.joined(_made_units(units, at, made))
     order = torch.randperm(len(contexts), generator=torch.Generator().manual_seed(options.seed + 1))
     held = torch.isin(units.context, order[: max(1, round(len(contexts) * options.held_out))])
     public, judges = units.where(~held), units.where(held)
+    if made:  # what can be made without the contexts that judge
+        fitted = [texts[i] for i in public.where(public.context >= 0).text.unique().tolist()]
+        known = torch.tensor(
+            [at[text] for text in _expanded(fitted, options) if text in at], dtype=torch.int64
+        )
+        public = public.where((public.context >= 0) | torch.isin(public.text, known))
     if (
         len(torch.unique(public.text)) < 2
     ):  # next to nothing is there: what is predicted is of what the library holds

@@ -25,7 +25,8 @@ _ENOUGH = 60  # contexts, for buckets of lengths
 
 @dataclass(frozen=True, eq=False)
 class PublicUnits:
-    """text, context, shelf [n]: which text each unit is, which context it is of, and which shelf answers at its place."""
+    """text, context, shelf [n]: which text each unit is, which context it is of (-1: of
+    none, it was made by recombination), and which shelf answers at its place."""
 
     text: torch.Tensor
     context: torch.Tensor
@@ -33,6 +34,10 @@ class PublicUnits:
 
     def where(self, which: torch.Tensor) -> PublicUnits:
         return PublicUnits(self.text[which], self.context[which], self.shelf[which])
+
+    def joined(self, other: PublicUnits) -> PublicUnits:
+        pairs = ((self.text, other.text), (self.context, other.context), (self.shelf, other.shelf))
+        return PublicUnits(*(torch.cat(pair) for pair in pairs))
 
     def some(self, count: int, seed: int) -> PublicUnits:
         """At most `count` of them, by a random choice."""
