@@ -8,6 +8,7 @@ import torch
 
 _ROUNDS = 5
 _TEXTS, _PER_MEDOID = 4096, 4
+_MOVED, _TRIED = 256, 64  # levels up to this size are searched further, by so many candidates at a time
 _BLOCK = 2**25  # entries of a block of scores
 
 
@@ -45,33 +46,52 @@ def medoids(
 def _medoids(
     codes: torch.Tensor, weights: torch.Tensor, size: int, epsilon: float, seed: int
 ) -> torch.Tensor:
-    n = len(codes)
     generator = torch.Generator().manual_seed(seed)
-    chosen = _seeds(codes, weights, size, generator)
     odds = math.exp(min(epsilon, 30.0))
-    weighted = codes * weights[:, None]
-    whole = weighted.sum(0)
-    for _ in range(_ROUNDS):
-        cells = nearest_of(codes, codes[chosen])
-        sums = torch.zeros(size, codes.shape[1]).index_add_(0, cells, weighted)
-        gain = (codes * ((odds - 1.0) * sums + whole)[cells]).sum(
-            1
-        )  # of each text as the medoid of its own cluster
-        order = torch.argsort(gain, stable=True)
-        best = torch.full((size,), -1, dtype=torch.int64)
-        best[cells[order]] = order  # the last one written, the largest gain, stays
-        empty = best < 0
-        best[empty] = chosen[empty]
-        if torch.equal(best, chosen):
-            break
-        chosen = best
+    chosen = _settled(codes, weights, _seeds(codes, weights, size, generator), odds)
+    if size <= _MOVED:
+        chosen = _settled(codes, weights, _moved(codes, weights, chosen, generator), odds)
     chosen = torch.unique(chosen)
     if len(chosen) < size:  # a medoid stood twice: fill up with texts that are served worst
         far = (codes * codes[chosen][nearest_of(codes, codes[chosen])]).sum(1)
         far[chosen] = math.inf
         chosen = torch.cat([chosen, torch.argsort(far, stable=True)[: size - len(chosen)]])
-    assert len(chosen) == size <= n
     return chosen.sort().values
+
+
+def _settled(codes: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, odds: float) -> torch.Tensor:
+    """Lloyd's rounds: clusters of the medoids, then the best medoid of each cluster."""
+    size, weighted = len(chosen), codes * weights[:, None]
+    whole = weighted.sum(0)
+    for _ in range(_ROUNDS):
+        cells = nearest_of(codes, codes[chosen])
+        sums = torch.zeros(size, codes.shape[1]).index_add_(0, cells, weighted)
+        gain = (codes * ((odds - 1.0) * sums + whole)[cells]).sum(1)  # as the medoid of its own cluster
+        top = torch.full((size,), -math.inf).scatter_reduce_(0, cells, gain, "amax")
+        at = (gain == top[cells]).nonzero().squeeze(1)
+        best = torch.full((size,), len(codes)).scatter_reduce_(0, cells[at], at, "amin")
+        best = torch.where(best < len(codes), best, chosen)  # a cluster without texts keeps its medoid
+        if torch.equal(best, chosen):
+            break
+        chosen = best
+    return chosen
+
+
+def _moved(
+    codes: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """The medoid that is missed least goes to where one is missed most, as long as that helps."""
+    chosen = chosen.clone()
+    for _ in range(len(chosen)):
+        first, cells = (codes @ codes[chosen].mT).topk(2, dim=1)
+        loss = torch.zeros(len(chosen)).index_add_(0, cells[:, 0], weights * (first[:, 0] - first[:, 1]))
+        far = ((1.0 - first[:, 0]).clamp_min(0.0) + 1e-7) * weights
+        tried = torch.multinomial(far, min(_TRIED, len(codes)), generator=generator)
+        gain = (weights[:, None] * (codes @ codes[tried].mT - first[:, :1]).clamp_min(0.0)).sum(0)
+        if not float(gain.max()) > float(loss.min()):
+            break
+        chosen[int(loss.argmin())] = tried[int(gain.argmax())]
+    return chosen
 
 
 def _seeds(codes: torch.Tensor, weights: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
