@@ -112,8 +112,9 @@ class Plan:
     def __str__(self) -> str:
         what = {"row": "one row", "group": "one group", "context": "the context"}[self.unit]
         many = "" if self.unit == "context" else f" of {self.units}"
+        host = f"{self.layers} layers, {self.heads} heads, {self.dtype}" if self.layers else "public texts"
         lines = [
-            f"Plan for {self.calibration}: {self.layers} layers, {self.heads} heads, {self.dtype}; nothing was released or charged",
+            f"Plan for {self.calibration}: {host}; nothing was released or charged",
             f"  protects {what}{many} ({self.neighboring}) at delta = {self.delta:g}; one release serves all layers and steps",
             "",
             *_table(self._header(), [self._row(p) for p in self.points]),
@@ -143,17 +144,17 @@ class Plan:
         return "\n".join(lines)
 
     def _header(self) -> list[str]:
-        header = ["epsilon", "FVU", "95 %"]
+        header = ["epsilon", self.fvu_curve.name, "95 %"]
         if self.score_curve is not None:
             header += [self.score_curve.name, "95 %"]
-        header += ["release", "rows", "K and V"]
+        header += ["release", "rows", "K and V"] if self.layers else ["release", "texts that may answer"]
         return header if self.measured_on is None else [*header, "time"]
 
     def _row(self, p: PlanPoint) -> list[str]:
         cells = [f"{p.epsilon:g}", *_cells(p.fvu)]
         if p.score is not None:
             cells += _cells(p.score)
-        cells += [p.release, f"<= {p.rows}", _bytes(p.kv_bytes)]
+        cells += [p.release, f"<= {p.rows}", _bytes(p.kv_bytes)] if self.layers else [p.release, str(p.rows)]
         if p.seconds is not None:
             cells.append(f"{1e3 * p.seconds:.3g} ms")
         return cells

@@ -23,12 +23,15 @@ from ..privacy.bits import SeededEntropy
 from ..privacy.guessing import PRIORS, guess_bound
 from ..privacy.units import NeighboringRelation, Unit
 from .anchors.anchors_calibration import AnchorCalibration
+from .calibration import Calibration
 from .curves import INTERPOLATED, OUTSIDE, Curve
+from .library.library_planner import plan_library
+from .library.text_library import TextLibrary
 from .plan_report import Plan, PlanPoint
 
 __all__ = ["Plan", "PlanPoint", "plan"]
 
-One = AnchorCalibration | str | os.PathLike[str]
+One = AnchorCalibration | TextLibrary | str | os.PathLike[str]
 SAME_ROWS = 0.1  # priors and decoders for rows were fitted to contexts of one size: predictions hold near it
 REPEATS = 3
 _HOW = "make one with dpx.calibrate(pipe, public_contexts, dpx.DPXAttnConfig(mechanism='anchors', unit=...))"
@@ -55,7 +58,8 @@ def plan(
     Spends nothing: it reads public calibrations only, and times releases of random rows with seeded noise.
 
     Args:
-        calibration: an `AnchorCalibration`, a folder or Hub id, or several of them, of which the one that fits is used.
+        calibration: an `AnchorCalibration`, a folder or Hub id, or several of them, of which the one that fits is used; or ONE
+            `TextLibrary`, whose quality is its distortion.
         epsilons: by default those that the calibration has plans for.
         epsilon: one, in the place of several.
         unit: what to protect; by default the calibration's.
@@ -83,6 +87,11 @@ def plan(
         if not isinstance(epsilon, numbers.Real):
             raise ConfigError("epsilon is one number; for several pass epsilons=[...].")
         asked = [epsilon]
+    shelf = _library(calibration)
+    if shelf is not None:
+        _of_library(shelf[1], unit, neighboring, want_score)
+        want = None if want_fvu is None else _number("want_fvu", want_fvu)
+        return plan_library(*shelf, epsilons=asked, units=n, want=want, measure=measure)
     name, chosen = _choose(calibration, unit, neighboring, n)
     units = chosen.units if n is None else n
     delta = _default_delta(chosen) if delta is None else delta
@@ -180,7 +189,7 @@ def _choose(
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
         raise ConfigError(f"n must be a positive integer (units in one context), got {n!r}.")
     items: Sequence[One] = (
-        [given] if isinstance(given, (AnchorCalibration, str, os.PathLike)) else list(given)
+        [given] if isinstance(given, (AnchorCalibration, TextLibrary, str, os.PathLike)) else list(given)
     )
     loaded = [_load(item, i + 1) for i, item in enumerate(items)]
     fitting = [
@@ -208,6 +217,30 @@ def _choose(
     raise ConfigError(
         f"No calibration fits {asked or 'the request'}. There are: {there or 'none'}. For another one, {_HOW}."
     )
+
+
+def _library(given: Any) -> tuple[str, TextLibrary] | None:
+    """A library and its name, where that is what was given."""
+    if isinstance(given, (list, tuple)) and len(given) == 1:
+        given = given[0]
+    if isinstance(given, TextLibrary):
+        return "library", given
+    if isinstance(given, (str, os.PathLike)):
+        found = Calibration.from_pretrained(given)
+        return (Path(given).name or str(given), found) if isinstance(found, TextLibrary) else None
+    return None
+
+
+def _of_library(library: TextLibrary, unit: str | None, neighboring: str | None, score: float | None) -> None:
+    """Raises ConfigError where a library was not made for what is asked."""
+    if unit not in (None, library.unit) or neighboring not in (None, library.neighboring):
+        raise ConfigError(
+            f"This library is for unit={library.unit!r}, neighboring={library.neighboring!r}: leave both out, or calibrate again."
+        )
+    if score is not None:
+        raise ConfigError(
+            "A library holds no score, so want_score cannot be planned for. Use want_fvu (its distortion)."
+        )
 
 
 def _load(item: One, number: int) -> tuple[str, AnchorCalibration]:

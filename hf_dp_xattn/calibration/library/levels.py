@@ -8,7 +8,7 @@ import torch
 
 _ROUNDS = 5
 _TEXTS, _PER_MEDOID = 4096, 4
-_MOVED, _TRIED = 256, 64  # levels up to this size are searched further, by so many candidates at a time
+_MOVED, _TRIED = 64, 64  # levels up to this size are searched further, by so many candidates at a time
 _BLOCK = 2**25  # entries of a block of scores
 
 
@@ -82,7 +82,7 @@ def _moved(
 ) -> torch.Tensor:
     """The medoid that is missed least goes to where one is missed most, as long as that helps."""
     chosen = chosen.clone()
-    for _ in range(len(chosen)):
+    for _ in range(_MOVED // 2):
         first, cells = (codes @ codes[chosen].mT).topk(2, dim=1)
         loss = torch.zeros(len(chosen)).index_add_(0, cells[:, 0], weights * (first[:, 0] - first[:, 1]))
         far = ((1.0 - first[:, 0]).clamp_min(0.0) + 1e-7) * weights
