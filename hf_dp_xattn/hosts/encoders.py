@@ -23,7 +23,7 @@ from torch import nn
 from ..errors import ConfigError, ReleaseError
 from .fingerprint import DEFAULT_TOLERANCE, TOLERANCE, signs, sketch_of, stamp
 from .transformers.routing import evaluating
-from .weight_changes import checksum, is_away
+from .weight_changes import checksum, fixed_buffers, is_away
 
 SIGNS = 4  # random projections of each row of a weight
 CHUNK = 4096  # rows of a weight that are projected at once
@@ -172,11 +172,7 @@ def _leaves(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    # a buffer that is not saved is no weight: some tables of positions grow with the longest text so far
-    named: Iterable[tuple[str, torch.Tensor | None]] = (
-        *module._parameters.items(),
-        *((n, b) for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set),
-    )
+    named: Iterable[tuple[str, torch.Tensor | None]] = (*module._parameters.items(), *fixed_buffers(module))
     return ((name, tensor) for name, tensor in named if tensor is not None and tensor.numel())
 
 

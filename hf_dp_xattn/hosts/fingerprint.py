@@ -22,7 +22,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from .private_run import parts_of, private_run
-from .weight_changes import is_away, steps_of
+from .weight_changes import by_length, fixed_buffers, is_away, steps_of
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -146,16 +146,21 @@ class _Same:
 
 
 def stamp(roots: Iterable[nn.Module]) -> tuple[object, ...]:
-    """Changes whenever these modules' weights do by ordinary means: another parameter, a write to one, an optimiser's step, an adapter's
-    scale, switch or merge. (A write to a parameter's `.data` in place is not seen: `weight_changes.checksum` shows it.)
+    """Changes whenever these modules' weights do by ordinary means: another parameter or fixed buffer, a write to one, an optimiser's
+    step, an adapter's scale, switch or merge, another rotation. (A write to a parameter's `.data` in place is not seen:
+    `weight_changes.checksum` shows it.)
 
     Without arithmetic or synchronisation, so that it can be taken at every step, where `fingerprint` cannot.
     """
     modules = [m for root in roots for m in root.modules()]
     weights = [w for m in modules for w in m._parameters.values() if w is not None]
+    buffers = [b for m in modules if m._buffers for _, b in fixed_buffers(m)]
+    rotations = [m for m in modules if "rope_type" in m.__dict__]
     adapters = [m.__dict__ for m in modules if isinstance(m.__dict__.get("scaling"), dict)]
     return (
         *((_Same(w), w.data_ptr(), w._version, steps_of(w)) for w in weights),
+        *((_Same(b), b.data_ptr(), b._version) for b in buffers),
+        *((_Same(m), str(m.rope_type), _scaling(m)) for m in rotations),
         *(
             (
                 tuple(a["scaling"].items()),
@@ -166,6 +171,12 @@ def stamp(roots: Iterable[nn.Module]) -> tuple[object, ...]:
             for a in adapters
         ),
     )
+
+
+def _scaling(rotation: nn.Module) -> object:
+    """The factors of a rotation, for all layers or for each type of layer."""
+    own = rotation.__dict__
+    return () if by_length(rotation) else [(k, own[k]) for k in own if k.endswith("attention_scaling")]
 
 
 class Sketched:

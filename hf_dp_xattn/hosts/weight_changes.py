@@ -2,6 +2,9 @@
 
 Both leave `_version` and the address as they were, so no stamp shows them. Steps of torch's optimisers are counted here, which is cheap and
 shows at the next forward; whatever else was written shows in the weights themselves, which are summed at each release and call of a host.
+
+Buffers are public weights too: those that are saved, and the frequencies of rotary positions. Not what a forward itself changes with the
+length of a text (tables of positions that grow, rotations by length): whether that has changed would tell of the text.
 """
 
 from __future__ import annotations
@@ -15,8 +18,17 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..errors import ProtectionLostError
+
 COLUMNS = 1021  # a prime, so that rows of a weight that change places fall into other columns
+_BY_LENGTH = ("dynamic", "longrope")  # kinds of rotation whose frequencies each forward sets
 _steps: Any = WeakIdKeyDictionary()
+_OF_A_CALL = {"adapter_names", "alora_offsets", "task_ids"}  # what PEFT's hooks are partial functions of
+OTHER_ADAPTERS = (
+    "Adapters that are chosen for one call (PEFT's adapter_names, aLoRA) are not supported beside a release, which is made with the "
+    "weights of all calls. Set the adapter before (model.set_adapter), and call once for each adapter with a release of its own. Nothing "
+    "was run."
+)
 
 
 @lru_cache(maxsize=1)
@@ -39,6 +51,40 @@ def steps_of(weight: torch.Tensor) -> int:
     return int(_steps.get(weight, 0)) if len(_steps) else 0
 
 
+def by_length(module: nn.Module) -> bool:
+    """Whether each forward sets this module's rotary frequencies."""
+    return any(kind in str(module.__dict__.get("rope_type", "")) for kind in _BY_LENGTH)
+
+
+def fixed_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Its own buffers that are public weights, see above."""
+    for name, buffer in module._buffers.items():
+        if buffer is None:
+            continue
+        rotary = name.endswith("inv_freq") and (name.endswith("original_inv_freq") or not by_length(module))
+        if rotary or name not in module._non_persistent_buffers_set:
+            yield name, buffer
+
+
+def refuse_call_adapters(roots: Iterable[nn.Module]) -> None:
+    """Raises ProtectionLostError where hooks of PEFT choose other adapters for the call that is running.
+
+    They are removed, as PEFT does only where a call succeeds: the next call would run with them too.
+    """
+    found = [
+        (module, key)
+        for root in roots
+        for module in root.modules()
+        for key, hook in module._forward_pre_hooks.items()
+        if getattr(hook, "keywords", {}).keys() & _OF_A_CALL
+    ]
+    for module, key in found:
+        module._forward_pre_hooks.pop(key, None)
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+    if found:
+        raise ProtectionLostError(OTHER_ADAPTERS)
+
+
 def is_away(roots: Iterable[nn.Module]) -> bool:
     """Whether weights are offloaded (on meta), where neither a stamp nor a sum shows them."""
     return any(w.device.type == "meta" for root in roots for w in root.parameters())
@@ -46,16 +92,23 @@ def is_away(roots: Iterable[nn.Module]) -> bool:
 
 @torch.no_grad()
 def checksum(roots: Iterable[nn.Module]) -> bytes:
-    """Of all weights of these modules, bit by bit: exact integer sums, without a call of any of them. Reads each weight once, in place."""
+    """Of all weights and fixed buffers of these modules, bit by bit: exact integer sums, without a call of any of them. Reads each once, in
+    place."""
     parts: dict[torch.device, list[torch.Tensor]] = {}
     for root in roots:
-        for weight in root.parameters():
+        for weight in _weights(root):
             for plain in _plain(weight.detach()):
                 parts.setdefault(plain.device, []).extend(_sums(plain))
     digest = hashlib.blake2b(digest_size=16)
     for device in sorted(parts, key=str):
         digest.update(torch.cat(parts[device]).cpu().numpy().tobytes())
     return digest.digest()
+
+
+def _weights(root: nn.Module) -> Iterator[torch.Tensor]:
+    yield from root.parameters()
+    for module in root.modules():
+        yield from (buffer for _, buffer in fixed_buffers(module))
 
 
 def _plain(weight: Any) -> Iterator[torch.Tensor]:
@@ -85,9 +138,11 @@ class WeightWatch:
 
     def __init__(self) -> None:
         self.changes = 0
-        self._known: bytes | None = None
+        self._known: object = None
 
     def look(self, roots: Iterable[nn.Module]) -> None:
-        now = checksum(roots)
+        roots = list(roots)
+        # counted writes too: between two looks one may take back what the last look saw, and an uncounted one bring it again
+        now = checksum(roots), [(id(w), w._version) for root in roots for w in _weights(root)]
         if now != self._known:
             self.changes, self._known = self.changes + 1, now

@@ -17,6 +17,7 @@ from ..nan import main_output, refuse_nan
 from ..placeholder import read_tags, rewritten
 from ..recorded_runs import refuse_recording
 from ..tables import LayerTable
+from ..weight_changes import refuse_call_adapters
 from .forward_inputs import check_forward, read_states, refuse_beside, refuse_checkpointing
 from .processor import Forward, Forwards, Layout
 from .unet_guard import UNetGuard
@@ -89,6 +90,7 @@ class ForwardGate:
         seen = self.forwards.seen
         known = seen is not None and seen[0]() is states and seen[1] == self._state_of(states)
         if seen is not None and known and not self._rewritten(states, seen[2]):
+            refuse_call_adapters(handle.watched)
             handle.hand_out(seen[3].tables)
             return seen[3]  # the same tensor at every step: parsed already
         found = read_tags(states)
@@ -100,6 +102,7 @@ class ForwardGate:
                     "declare the text public with `with protected.public():`."
                 )
             return Forward(dict.fromkeys(handle.layers, LayerTable()))
+        refuse_call_adapters(handle.watched)
         refuse_beside(kwargs)
         if handle.promises.due(tags):
             check_forward(self._unet, args, kwargs, states)

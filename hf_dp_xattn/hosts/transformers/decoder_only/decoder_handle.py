@@ -24,6 +24,7 @@ from ...recorded_runs import refuse_recording
 from ...release import Release
 from ...released import ReleasedContext
 from ...tables import LayerTable
+from ...weight_changes import refuse_call_adapters
 from ..routed import RoutedHandle
 from ..routing import Routing, evaluating
 from .prefix_attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, check_window, dp_xattn_prefix
@@ -111,6 +112,7 @@ class ProtectedDecoder(RoutedHandle):
                 raise ProtectionLostError(NO_INPUTS)
             self._calls.current = Call({}, torch.zeros(0, dtype=torch.int64), public=True)
             return
+        refuse_call_adapters(self.watched)
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         if ids is None or given.get("use_cache") is False:
             raise ConfigError(
@@ -138,7 +140,10 @@ class ProtectedDecoder(RoutedHandle):
         check_window(self.limit, total)
         visible = None if mask is None else mask[:, cache.offset :].to(torch.bool)
         tables = self._read(cache, ids.device)
-        self._calls.current = Call(tables, cache.index.to(ids.device), cache.offset, own, visible)
+        cache.read_by(self._calls)
+        self._calls.current = Call(
+            tables, cache.index.to(ids.device), cache.offset, own, visible, cache=cache
+        )
 
     def _read(self, cache: PrefixCache, device: torch.device) -> dict[str, LayerTable]:
         """The tables that `serve` made for this cache last, as long as the weights are the same; or new ones: in a direct call, for the
@@ -280,9 +285,7 @@ class ProtectedDecoder(RoutedHandle):
         offset = offsets.pop()
         check_window(self.limit, offset + ids.shape[1])
         tags = [self._bindings.add(bind(c, None, c.tag)) for c in release.contexts]
-        cache = PrefixCache(
-            tags * (len(ids) if len(tags) == 1 else 1), offset, len(self.decoder_layers), self
-        )
+        cache = PrefixCache(tags * (len(ids) if len(tags) == 1 else 1), offset, len(self.decoder_layers))
         self.serve(cache)
         full = torch.cat([mask.new_ones(len(ids), offset), mask], dim=1)
         return {**public, "input_ids": ids, "attention_mask": full, "past_key_values": cache}

@@ -38,7 +38,7 @@ class Call:
     tables: one per layer name; index [B]: each batch element's binding; offset: positions before the first own token; own: own tokens so
     far, this forward's included; mask: bool [B, own] of those that are no padding, or None; public: inside `protected.public()`;
     queries: where each layer's queries [B, H, m, d] are collected, public ones; H counts key heads. biases: what `own_bias` made, which is
-    the same in most layers.
+    the same in most layers. cache: that the forward was given.
     """
 
     tables: dict[str, LayerTable]
@@ -48,6 +48,7 @@ class Call:
     mask: torch.Tensor | None = None
     public: bool = False
     queries: dict[str, list[torch.Tensor]] | None = None
+    cache: object = None
     biases: dict[tuple[int, int, torch.device], torch.Tensor] = field(default_factory=dict)
 
     def own_bias(self, queries: int, groups: int, device: torch.device) -> torch.Tensor:

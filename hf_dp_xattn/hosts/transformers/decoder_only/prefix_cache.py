@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
@@ -13,6 +13,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ....errors import ReleaseError
 from ...bindings import unique
 from ...placeholder import Tag
+
+if TYPE_CHECKING:
+    from .prefix_attention import Calls
 
 
 class OwnTokens(DynamicLayer):
@@ -45,23 +48,24 @@ class OwnTokens(DynamicLayer):
             super().batch_select_indices(indices)
 
 
-class Reader(Protocol):
-    """Who reads what a cache names."""
-
-    active: bool
+NOT_READ = (
+    "These inputs name a release, and the model that was called reads none (it was unprotected since, or is another one than they were "
+    "made for): it would answer without its prefix. Protect it and call release.inputs(input_ids=ids) again."
+)
 
 
 class ReaderLink:
-    """Which reader a cache was made for: kept by copies, not by what is pickled. None: a trial, which nobody leaves."""
+    """The calls of the model whose gate read a cache last: kept by copies, not by what is pickled. None: no gate has."""
 
-    def __init__(self, reader: Reader | None = None) -> None:
-        self._reader = None if reader is None else weakref.ref(reader)
+    def __init__(self, calls: Calls | None = None) -> None:
+        self._calls = None if calls is None else weakref.ref(calls)
 
-    @property
-    def gone(self) -> bool:
-        """The reader is no longer there, or no longer reads."""
-        reader = None if self._reader is None else self._reader()
-        return self._reader is not None and (reader is None or not reader.active)
+    def reads(self, cache: PrefixCache) -> bool:
+        """Whether the forward that runs in this thread is one that its gate has entered with this cache."""
+        calls = None if self._calls is None else self._calls()
+        call = None if calls is None else calls.current
+        # a compiled graph is not to depend on which cache it is
+        return call is not None and (torch.compiler.is_compiling() or call.cache is cache)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReaderLink:
         return self
@@ -74,25 +78,27 @@ class PrefixCache(Cache):
     """tags: the binding of each batch element; offset: positions of head and prefix, the same for all; layers: how many.
 
     elastic: set by `generate`, which repeats each batch element (beams, samples) without telling the cache. expected: how many tokens
-    the first forward must be given, set by `generate` too. reader: of the releases; None in a trial that releases nothing.
+    the first forward must be given, set by `generate` too. trial: of public rows, which no gate reads.
     """
 
-    def __init__(self, tags: Sequence[Tag], offset: int, layers: int, reader: Reader | None = None) -> None:
+    def __init__(self, tags: Sequence[Tag], offset: int, layers: int, *, trial: bool = False) -> None:
         super().__init__(layers=[OwnTokens(offset) for _ in range(layers)])
         self.tags = unique(tags)
         self.index = torch.tensor([self.tags.index(tag) for tag in tags])
         self.offset = offset
         self.elastic = False
         self.expected: int | None = None
-        self._reader = ReaderLink(reader)
+        self._trial = trial
+        self._reader = ReaderLink()
+
+    def read_by(self, calls: Calls) -> None:
+        """The gate of these calls has read what it names."""
+        self._reader = ReaderLink(calls)
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Raises ReleaseError where nobody reads the releases any more: the model would answer as if there were no prefix."""
-        if self._reader.gone:
-            raise ReleaseError(
-                "These inputs name a release of a model that was unprotected since, which would answer without its prefix. Protect the "
-                "model and call release.inputs(input_ids=ids) again."
-            )
+        """Raises ReleaseError where nobody reads the releases: the model would answer as if there were no prefix."""
+        if not (self._trial or self._reader.reads(self)):
+            raise ReleaseError(NOT_READ)
         states: tuple[torch.Tensor, torch.Tensor] = super().update(*args, **kwargs)
         return states
 

@@ -291,7 +291,7 @@ def _suffix(
 ) -> torch.Tensor:
     """The logits (or, without the head, the last hidden states) of the tokens after the prefix, so many tokens at a time."""
     assert calls.current is not None
-    cache = PrefixCache([new_tag()], prefix, len(layers))
+    cache = PrefixCache([new_tag()], prefix, len(layers), trial=True)
     run = model if head else model.base_model
     found, first = [], calls.current
     for part in ids[:, prefix:].split(list(parts), dim=1):

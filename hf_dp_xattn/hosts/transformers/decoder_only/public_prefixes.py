@@ -269,7 +269,7 @@ def _queries(
             for _ in range(options.tokens + 1):
                 call = Call(first.tables, first.index, offset, ids.shape[1], queries={})
                 calls.current = call
-                cache = PrefixCache([new_tag()], offset, len(layers))
+                cache = PrefixCache([new_tag()], offset, len(layers), trial=True)
                 logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
                 drawn = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)
                 ids = torch.cat([ids, drawn.to(ids).unsqueeze(0)], dim=1)

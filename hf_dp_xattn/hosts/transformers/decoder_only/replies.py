@@ -59,7 +59,7 @@ class PrefixLogits:
         bias = torch.cat([log_weights.new_zeros(len(rows), head.shape[1]), log_weights], 1).to(device)
         tables = tables_of(self.layers, whole, bias)
         index = torch.arange(batch, device=device) % len(rows)
-        cache = PrefixCache([new_tag()], self.offset, len(self.layers))
+        cache = PrefixCache([new_tag()], self.offset, len(self.layers), trial=True)
 
         def read(ids: torch.Tensor) -> torch.Tensor:
             self.calls.current = Call(tables, index, self.offset, cache.own + ids.shape[1])

@@ -27,6 +27,7 @@ from ...recorded_runs import refuse_recording
 from ...release import Release
 from ...released import Binding, ReleasedContext
 from ...tables import LayerTable
+from ...weight_changes import refuse_call_adapters
 from ..routed import RoutedHandle
 from ..routing import Routing
 from .cross_attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, dp_xattn
@@ -171,11 +172,13 @@ class ProtectedSeq2Seq(RoutedHandle):
         seen = self._calls.seen
         known = seen is not None and seen[0]() is states and seen[1] == self._state_of(states)
         if seen is not None and known and not bool(rewritten(states, seen[2])):
+            refuse_call_adapters([self.model])
             return seen[3]  # the same tensor at every step: parsed already
         found = read_tags(states)
         tags = unique(found)
         if not tags:
             return None
+        refuse_call_adapters([self.model])
         if None in found:
             raise ReleaseError(
                 "Private and public contexts cannot stand in one batch; call the model once for each."

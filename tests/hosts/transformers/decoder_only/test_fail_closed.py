@@ -362,3 +362,52 @@ def test_inputs_of_a_model_that_was_unprotected_are_refused(model: Any, private:
     dpx.unprotect(model)
     with pytest.raises(dpx.ReleaseError, match="unprotected since"):
         generate(model, inputs)
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["as given", "pickled"])
+def test_inputs_for_one_replica_are_refused_by_another(
+    pickled: bool, model: Any, private: dpx.DPXAttnConfig
+) -> None:
+    """Not protected, it would answer as if it had no prefix."""
+    replica = copy.deepcopy(model)
+    inputs = protect(model, private).release(tokens(12)).inputs(input_ids=OWN)
+    if pickled:
+        inputs = pickle.loads(pickle.dumps(inputs))
+    want = generate(model, inputs)[0]
+    with pytest.raises(dpx.ReleaseError, match="another one"):
+        replica(**inputs)
+    with pytest.raises(dpx.ReleaseError, match="another one"):
+        generate(replica, inputs)
+    assert torch.equal(generate(model, inputs)[0], want)
+
+
+def test_other_rotary_frequencies_are_other_weights(model: Any, private: dpx.DPXAttnConfig) -> None:
+    handle = protect(model, private)
+    release = handle.release(tokens(12))
+    inputs = release.inputs(input_ids=OWN)
+    model.model.rotary_emb.inv_freq.mul_(0.25)
+    with pytest.raises(dpx.ReleaseError, match="fit this model"):
+        model(**inputs)
+    with pytest.raises(dpx.ReleaseError, match="fit this model"):
+        release.inputs(input_ids=OWN)
+    model.model.rotary_emb.inv_freq.div_(0.25)
+    model(**inputs)
+    model.model.rotary_emb.inv_freq.data.mul_(0.25)  # not counted: seen by the next look at the weights
+    with pytest.raises(dpx.ReleaseError, match="fit this model"):
+        release.inputs(input_ids=OWN)
+
+
+def test_adapters_of_one_call_are_refused(private: dpx.DPXAttnConfig) -> None:
+    """PEFT's `adapter_names` acts by hooks within the call."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(target_modules=["k_proj", "v_proj"], init_lora_weights=False, r=4)
+    model = get_peft_model(tiny("llama"), lora)
+    model.add_adapter("b", lora)
+    model.eval()
+    base = model.get_base_model()
+    with dpx.protect(base, private, ledger=dpx.Ledger()) as handle:
+        inputs = handle.release(tokens(12)).inputs(input_ids=OWN)
+        with pytest.raises(dpx.ProtectionLostError, match="one call"):
+            model(**inputs, adapter_names=["b"])
+        assert bool(model(**inputs).logits.isfinite().all())
