@@ -7,6 +7,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .known_mechanisms import KNOWN
+
 ELSEWHERE = "as charged where it was made"  # what a context has spent, where its ledger is not at hand
 NOT_PRIVATE = "NOT PRIVATE: mechanism='none' is exact attention; nothing is promised."
 
@@ -81,12 +83,14 @@ class Guarantee:
             return NOT_PRIVATE
         if not self.private_noise:
             return "NOT PRIVATE: the noise came from a seeded generator (for tests); nothing is promised."
-        return promise(self.epsilon, self.delta, self.unit, self.neighboring)
+        texts = self.mechanism in KNOWN and KNOWN[self.mechanism].releases == "texts"
+        return promise(self.epsilon, self.delta, self.unit, self.neighboring, texts=texts)
 
 
-def promise(epsilon: float, delta: float, unit: str, neighboring: str) -> str:
-    """What a private release promises, in one sentence."""
-    changed = {"row": "one row (embedding)", "group": "one group of rows", "context": "the whole context"}
+def promise(epsilon: float, delta: float, unit: str, neighboring: str, *, texts: bool = False) -> str:
+    """What a private release promises, in one sentence. texts: its units are texts, not rows."""
+    group = "one phrase, sentence or document (as it was cut)" if texts else "one group of rows"
+    changed = {"row": "one row (embedding)", "group": group, "context": "the whole context"}
     change = (
         "replaced by any other"
         if neighboring == "replace_one"

@@ -38,7 +38,12 @@ def unit_rows(unit: str, neighboring: str) -> list[tuple[str, str]]:
 def config_promise(config: Mapping[str, Any]) -> str:
     """What a release under a config promises, in the words of its guarantee."""
     names = ("epsilon", "delta", "unit", "neighboring")
-    return promise(*(config[n] for n in names)) if KNOWN[config["mechanism"]].private else NOT_PRIVATE
+    known = KNOWN[config["mechanism"]]
+    return (
+        promise(*(config[n] for n in names), texts=known.releases == "texts")
+        if known.private
+        else NOT_PRIVATE
+    )
 
 
 def price_table(config: Mapping[str, Any]) -> str:

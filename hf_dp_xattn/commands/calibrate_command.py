@@ -39,6 +39,9 @@ examples:
       --releases sum --out ./my-calibration
     hf-dp-xattn calibrate examples/rag/model --public corpora.jsonl --unit group --questions questions.txt --releases histogram \\
       --anchors 1024 --out ./my-calibration
+  a library of public texts, for a pipeline's phrases or a chat model's sentences; nothing is trained:
+    hf-dp-xattn calibrate ./my-pipeline --mechanism library --unit group --public prompts.txt --out ./my-library
+    hf-dp-xattn calibrate ./my-llama --mechanism library --unit group --public system_prompts.txt --out ./my-library
   then:
     hf-dp-xattn plan ./my-calibration
 
@@ -65,9 +68,9 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the calibration")
     parser.add_argument(
         "--mechanism",
-        choices=("anchors", "kernel_sum"),
+        choices=("anchors", "kernel_sum", "library"),
         default="anchors",
-        help="what will be released (default: anchors)",
+        help="what will be released (default: anchors); library: public texts, for --unit group or context of any host, in minutes",
     )
     parser.add_argument(
         "--unit",
@@ -138,7 +141,10 @@ def run(args: argparse.Namespace) -> int:
     model = load_plain(args.model, parse_dtype(args.dtype))
     named = {name: getattr(args, name) for name in ("epsilons", "anchors", "releases", "steps", "replies")}
     options: dict[str, Any] = {k: v for k, v in named.items() if v is not None}
-    public, more = _public(model, args, texts, questions)
+    if args.mechanism == "library":
+        public, more = _texts_of(args, texts)
+    else:
+        public, more = _public(model, args, texts, questions)
     made = calibrate(model, public, config, seed=args.seed, progress=not args.json, **more, **options)
     card: CardOptions = {} if args.license is None else {"license": args.license}
     made.save_pretrained(out, **card)
@@ -153,8 +159,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _texts_of(args: argparse.Namespace, texts: list[str]) -> tuple[list[Any], dict[str, Any]]:
+    """The public contexts of a library: texts, which are cut; or with --unit group, where all lines are JSON, lists of units."""
+    given = ("anchors", "releases", "steps", "length", "questions", "replies", "prefix_bucket")
+    refused = [n for n in given if getattr(args, n) is not None]
+    if refused or args.chat:
+        name = "chat" if args.chat else refused[0].replace("_", "-")
+        raise ConfigError(f"--{name} is not for --mechanism library, which is made of the texts alone.")
+    listed = args.unit == "group" and all(text.startswith("[") for text in texts)
+    return (read_lists(texts) if listed else texts), {}
+
+
 def _told(plan: Any) -> dict[str, Any]:
-    """What a plan releases (anchors), and the fraction of unexplained variance that it predicts."""
+    """What a plan releases, and how far from the truth it is predicted to be."""
+    if hasattr(plan, "entries") and hasattr(plan.quality, "distortion"):
+        return {"texts": int(plan.entries.shape[-1]), "distortion": float(plan.quality.distortion)}
     if hasattr(plan, "release"):
         return {"release": plan.release, "fvu": float(plan.quality.fvu)}
     return {"fvu": float(plan.predicted_fvu)}

@@ -12,18 +12,20 @@ from typing import Any
 from ..errors import ConfigError
 from .models import (
     SETTINGS,
+    by_text,
     check_texts,
     is_given,
     load_plain,
     parse_dtype,
     protected_model,
     read_private_prefix,
+    writes_text,
 )
 from .private_text import WHY, read_private_text
 from .public_head import check_chat
 from .public_numbers import NOTHING, check_decoder_room, check_numbers, check_pictures
 from .release_command import REFUSED, add_releasing, keep, new_folder, open_ledger, release_or_refuse, say
-from .texts import LINES, load_tokenizer, plain_ids, read_question, tokenize
+from .texts import LINES, chat_head, load_tokenizer, plain_ids, read_question, tokenize
 from .watching import Stage, watching
 
 NAME = "generate"
@@ -179,20 +181,17 @@ def _given(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def _check_host(handle: Any, args: argparse.Namespace) -> bool:
     """Whether it makes pictures; before anything is spent."""
-    from ..hosts.transformers.decoder_only.decoder_handle import ProtectedDecoder
-    from ..hosts.transformers.encoder_decoder.encoder_decoder_handle import ProtectedSeq2Seq
-
     check_texts(handle, args)
-    decoder = isinstance(handle, ProtectedDecoder)
-    pictures = not decoder and not isinstance(handle, ProtectedSeq2Seq)
+    kind = writes_text(handle)
+    decoder, pictures = kind == "decoder", kind is None
     of_pictures = [n for n in ("steps", "guidance", "height", "width") if getattr(args, n) is not None]
     if pictures:
         if args.new_tokens is not None:
             raise ConfigError("--new-tokens is for texts, and this is a pipeline of pictures.")
         if args.out is None or Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
             raise ConfigError("A picture needs a file: --out picture.png")
-        check_pictures(handle.text.pipe, args)
-        if args.public is not None:
+        check_pictures(_pipe_of(handle), args)
+        if args.public is not None and not by_text(handle):
             handle.text.tokenize(args.public)  # refused now, not after the charge
     elif of_pictures:
         raise ConfigError(f"--{', --'.join(of_pictures)}: for pictures, and this model writes text.")
@@ -205,6 +204,10 @@ def _check_host(handle: Any, args: argparse.Namespace) -> bool:
     return pictures
 
 
+def _pipe_of(handle: Any) -> Any:
+    return handle.unet if by_text(handle) else handle.text.pipe
+
+
 def _check_out(out: Path) -> None:
     if not out.parent.is_dir() or out.is_dir():
         raise ConfigError(f"--out takes a file in a folder that exists. {NOTHING}")
@@ -215,7 +218,7 @@ def _check_out(out: Path) -> None:
 def _draw(handle: Any, release: Any, args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    pipe = handle.text.pipe
+    pipe = _pipe_of(handle)
     pipe.set_progress_bar_config(disable=args.json)
     named = {
         "num_inference_steps": args.steps,
@@ -241,17 +244,20 @@ def _read_public(handle: Any, args: argparse.Namespace) -> tuple[dict[str, Any],
     Raises:
         ConfigError, ContextError: no tokenizer, or words that it cannot take; before anything is spent.
     """
-    from ..hosts.transformers.decoder_only.decoder_handle import ProtectedDecoder
     from ..hosts.transformers.encoder_decoder.public_documents import starts_of
 
     load_tokenizer(args.model)
-    if isinstance(handle, ProtectedDecoder):
+    if writes_text(handle) == "decoder":
         ids = read_question(args.model, args.public, chat=args.chat)
         _check_words(ids)
-        return {"input_ids": ids}, ids.shape[1]
-    public = {} if args.public is None else {"input_ids": tokenize(args.model, args.public)[0]}
-    if public:
+        head = {"public_head": chat_head(args.model)} if args.chat and by_text(handle) else {}
+        return {"input_ids": ids, **head}, ids.shape[1]
+    public: dict[str, Any] = {}
+    if args.public is not None:
+        public["input_ids"] = tokenize(args.model, args.public)[0]
         _check_words(public["input_ids"])
+    if args.public is not None and by_text(handle):
+        public = {"prompt": args.public}
     if args.begin is None:
         return public, 0
     start = starts_of(handle.unet, [plain_ids(args.model, args.begin)])[0]
@@ -272,9 +278,11 @@ def _check_room(
     from ..hosts.transformers.decoder_only.prefix_attention import check_window
     from ..hosts.transformers.decoder_only.prefix_contexts import padded_length
 
-    if not isinstance(handle, ProtectedDecoder):
+    if writes_text(handle) == "encoder-decoder":
         check_decoder_room(handle.unet, max(1, skip) + _new_tokens(args) - 1)
-    elif private is not None:
+    elif private is not None and isinstance(
+        handle, ProtectedDecoder
+    ):  # what is released as text is as long as it is
         prefix = read_private_prefix(handle, args, private)
         parts = prefix.context if isinstance(prefix.context, list) else [prefix.context]
         slots = padded_length(max(map(len, parts), default=0), args.prefix_bucket)
@@ -306,7 +314,10 @@ def _write(
     options: dict[str, Any] = {"max_new_tokens": _new_tokens(args)}
     if args.seed is not None:
         options["do_sample"] = True
-    found = handle.unet.generate(**release.inputs(**public), **options)
+    inputs = release.inputs(**public)
+    if by_text(handle) and writes_text(handle) == "decoder":  # the released text stands before the user's own
+        skip = inputs["input_ids"].shape[1]
+    found = handle.unet.generate(**inputs, **options)
     texts = tokenizer.batch_decode(found[:, skip:], skip_special_tokens=True)
     if args.out is None:
         return {"texts": texts}

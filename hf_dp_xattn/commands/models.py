@@ -37,7 +37,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     """All settings but epsilon, the calibration, and the type of the weights."""
     parser.add_argument(
         "--mechanism",
-        choices=("anchors", "kernel_sum", "dptree"),
+        choices=("anchors", "kernel_sum", "library", "dptree"),
         help="what is released (default: what the calibration is for; without one, kernel_sum)",
     )
     parser.add_argument("--delta", type=float, metavar="D", help="failure probability (default: 1e-5)")
@@ -173,8 +173,34 @@ def check_texts(handle: Any, args: argparse.Namespace) -> None:
             "image_processor(image, return_tensors='pt'))."
         )
     given = [n for n in ("chat", "prefix_bucket") if is_given(getattr(args, n))]
-    if given and not isinstance(handle, ProtectedDecoder):
+    if by_text(handle) and args.prefix_bucket is not None:
+        raise ConfigError(
+            "--prefix-bucket is not for --mechanism library: released text has a length of its own."
+        )
+    if given and not (isinstance(handle, ProtectedDecoder) or writes_text(handle) == "decoder"):
         raise ConfigError(f"--{given[0].replace('_', '-')} is for decoder-only models.")
+
+
+def by_text(handle: Any) -> bool:
+    """Whether a host reads released text."""
+    from ..hosts.text.protected_text import ProtectedText
+
+    return isinstance(handle, ProtectedText)
+
+
+def writes_text(handle: Any) -> str | None:
+    """ "decoder" or "encoder-decoder" for what writes text; None for a pipeline of pictures."""
+    from ..hosts.transformers.decoder_only.decoder_handle import ProtectedDecoder
+    from ..hosts.transformers.encoder_decoder.encoder_decoder_handle import ProtectedSeq2Seq
+
+    seq2seq: bool | None = isinstance(handle, ProtectedSeq2Seq)
+    if by_text(handle):
+        seq2seq = getattr(handle.unet.config, "is_encoder_decoder", None)
+        if seq2seq is None:
+            return None
+    elif not seq2seq and not isinstance(handle, ProtectedDecoder):
+        return None
+    return "encoder-decoder" if seq2seq else "decoder"
 
 
 def is_given(value: Any) -> bool:
@@ -193,6 +219,8 @@ def release_text(handle: Any, args: argparse.Namespace, text: str) -> Any:
     from ..hosts.transformers.encoder_decoder.encoder_decoder_handle import ProtectedSeq2Seq
 
     check_texts(handle, args)
+    if by_text(handle):
+        return handle.release(text)
     apart = handle.config.unit == "group"
     if isinstance(handle, ProtectedDecoder):
         prefix = read_private_prefix(handle, args, text)

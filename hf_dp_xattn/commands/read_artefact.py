@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, DPXAttnError
+from ..errors import ConfigError, DPXAttnError, ReleaseError
 
 
 def read_artefact(name: str, **options: Any) -> tuple[str, Any]:
@@ -26,7 +26,8 @@ def read_artefact(name: str, **options: Any) -> tuple[str, Any]:
     from ..calibration.calibration import Calibration, load_calibration
     from ..config import CONFIG_NAME, DPXAttnConfig
     from ..hosts.protection import FOLDER, locate_protection, read_protection
-    from ..hosts.storage import ReleaseFile
+    from ..hosts.storage import JSON_NAME
+    from ..hosts.text.text_release_file import load_release, locate_release
 
     local = Path(name).is_dir()
     problem: DPXAttnError | None = None
@@ -39,8 +40,16 @@ def read_artefact(name: str, **options: Any) -> tuple[str, Any]:
             problem = error
         else:
             return "protection", read_protection(folder)
+    if not local or (Path(name) / (options.get("subfolder") or "") / JSON_NAME).is_file():
+        try:
+            folder = locate_release(name, **options)
+        except ReleaseError as error:
+            if local:
+                raise
+            problem = ConfigError(str(error))
+        else:
+            return "release", load_release(folder)
     kinds: tuple[tuple[str, tuple[str, ...], Callable[[Path], Any]], ...] = (
-        ("release", ReleaseFile.CODEC.names, ReleaseFile.load),
         ("calibration", Calibration.CODEC.names, load_calibration),
         ("config", (CONFIG_NAME,), DPXAttnConfig.from_file),
     )

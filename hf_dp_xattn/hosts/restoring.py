@@ -7,6 +7,7 @@ from typing import Any
 
 from ..artefacts import HubOptions, download_folder
 from ..errors import ConfigError
+from ..known_mechanisms import KNOWN
 from ..privacy.ledger import Ledger
 from .protect import protect, protect_to_serve
 from .protection import Protection, locate_protection, read_protection
@@ -14,7 +15,9 @@ from .protection import Protection, locate_protection, read_protection
 _REFUSED = ("trust_remote_code", "custom_pipeline", "custom_revision", "use_safetensors", "state_dict")
 
 
-def from_pretrained(name_or_path: str | Path, *, ledger: Ledger | None = None, **options: Any) -> Any:
+def from_pretrained(
+    name_or_path: str | Path, *, ledger: Ledger | None = None, encoder: Any = None, **options: Any
+) -> Any:
     """Restores a protected pipeline or model in one call: what its `save_pretrained` or `push_to_hub` wrote.
 
     Weights are read from safetensors only, and no code of the repository is run. `dpx.handle_of(host)` gives the handle.
@@ -23,6 +26,7 @@ def from_pretrained(name_or_path: str | Path, *, ledger: Ledger | None = None, *
         name_or_path: folder or Hub id.
         ledger: what has been spent so far. Without one it is the process's (HF_DP_XATTN_LEDGER, or in memory), which does not know what
             was spent in another ledger or process: contexts that were released there can be released once more.
+        encoder: mechanism="library" only: what made the library's codes, where that was not the host's own text encoder.
         options: revision, token, subfolder, local_files_only, cache_dir, force_download; what else the host's own `from_pretrained` takes
             (dtype, ...) is passed on.
 
@@ -55,16 +59,21 @@ def from_pretrained(name_or_path: str | Path, *, ledger: Ledger | None = None, *
         where |= {"revision": found.commit}  # everything from one commit
         host = _load(protection, str(name_or_path), subfolder, {**where, **options})
     config, calibration = protection.config, protection.calibration
-    if calibration is None and config.mechanism == "anchors":
+    if calibration is None and KNOWN[config.mechanism].needs_calibration:
         protect_to_serve(host, config, ledger=ledger, budget=protection.budget)
     else:
-        protect(host, config, calibration=calibration, ledger=ledger, budget=protection.budget)
+        protect(
+            host, config, calibration=calibration, ledger=ledger, budget=protection.budget, encoder=encoder
+        )
     return host
 
 
 def _load(protection: Protection, name: str, subfolder: str | None, options: dict[str, Any]) -> Any:
     """The plain host, by its own library. Raises ConfigError where it is of another class than was saved."""
-    if protection.pipeline is not None:
+    pipeline, by_text = protection.pipeline, KNOWN[protection.config.mechanism].releases == "texts"
+    if by_text and _is_pipeline(protection.host):  # the whole of it is the host
+        pipeline = pipeline or protection.host
+    if pipeline is not None:
         from diffusers import DiffusionPipeline
 
         if subfolder is not None:  # diffusers takes none for a pipeline
@@ -72,7 +81,9 @@ def _load(protection: Protection, name: str, subfolder: str | None, options: dic
             name = str(download_folder(name, subfolder, error=ConfigError, **where))
         host: Any = DiffusionPipeline.from_pretrained(name, use_safetensors=True, **options)
         classes = [type(host).__name__, type(getattr(host, "unet", None)).__name__]
-        expected = [protection.pipeline, protection.host]
+        expected = [pipeline, protection.host]
+        if by_text:
+            classes, expected = classes[:1], expected[:1]
     else:
         cls = _model_class(protection.host)
         if subfolder is not None:
@@ -84,6 +95,13 @@ def _load(protection: Protection, name: str, subfolder: str | None, options: dic
             f"The folder holds a {' with '.join(classes)}, its protection is for a {' with '.join(expected)}."
         )
     return host
+
+
+def _is_pipeline(name: str) -> bool:
+    import diffusers
+
+    cls = getattr(diffusers, name, None)
+    return isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)
 
 
 def _model_class(name: str) -> Any:

@@ -23,6 +23,7 @@ WRITTEN_BY_HAND = (
     "sharp-edges",
     "THREAT_MODEL",
     "audit",
+    "library",
 )
 _BLOCK = re.compile(r"(?:<!-- needs: (.+?) -->\n)?```python\n(.*?)```", flags=re.S)
 

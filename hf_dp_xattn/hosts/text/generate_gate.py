@@ -23,6 +23,7 @@ from ..handle import HANDLE_ATTRIBUTE
 from ..saving import SaveShadow
 from ..transformers.generating import named_arguments
 from .released_texts import ReleasedText
+from .unit_encoders import tokenizer_beside
 
 if TYPE_CHECKING:
     from .protected_text import ProtectedText
@@ -39,7 +40,7 @@ OTHER_IDS = (
 
 
 class GenerateGate:
-    """One language model. tokenizer: None where releases are served to it in other ways only (its pipeline)."""
+    """One language model. tokenizer: by default the one that lies beside it."""
 
     each, apart = True, True
 
@@ -122,18 +123,17 @@ class GenerateGate:
             tuple(row.tolist() if mask is None else row[mask[i].to(row.device).bool()].tolist())
             for i, row in enumerate(ids)
         ]
-        if self._seq2seq:
-            return all(row in self._known for row in rows)
-        lengths = {len(known) for known in self._known}
-        return all(any(row[:n] in self._known for n in lengths) for row in rows)
+        with self._handle.lock:
+            if self._seq2seq:
+                return all(row in self._known for row in rows)
+            lengths = {len(known) for known in self._known}
+            return all(any(row[:n] in self._known for n in lengths) for row in rows)
 
     # ---- releases ----------------------------------------------------------------------------------------------------------
 
     def _words(self) -> Any:
         if self._tokenizer is None:
-            raise ConfigError(
-                "A bare model has no tokenizer: pass dpx.protect(model, config, calibration=library, tokenizer=tokenizer)."
-            )
+            self._tokenizer = tokenizer_beside(self.model)
         return self._tokenizer
 
     def read_ids(self, context: Any) -> tuple[list[str], list[Part]] | None:
@@ -178,11 +178,12 @@ class GenerateGate:
                 raise ConfigError(f"Got {len(users)} rows of input_ids for {len(begins)} contexts.")
             begins = begins * (count // len(begins))
             rows = [b + u for b, u in zip(begins, users * (count // len(users)), strict=True)]
-        for begin in begins:
-            self._known[tuple(begin)] = None
-            self._known.move_to_end(tuple(begin))
-        while len(self._known) > MAX_BINDINGS:
-            self._known.popitem(last=False)
+        with self._handle.lock:
+            for begin in begins:
+                self._known[tuple(begin)] = None
+                self._known.move_to_end(tuple(begin))
+            while len(self._known) > MAX_BINDINGS:
+                self._known.popitem(last=False)
         return {**self._padded(rows), **public}
 
     def _ids(self, text: str, *, special: bool = False) -> list[int]:

@@ -169,7 +169,9 @@ class PromptSwap:
             found = [str(t if isinstance(t, ReleasedPrompt) else next(made).text) for t in _items(given)]
             arguments[name] = found[0] if isinstance(given, str) else found
         for name, value in arguments.items():
-            if name.startswith("callback") and callable(value):
+            if name.startswith("callback") and inspect.isroutine(
+                value
+            ):  # diffusers asks for the class of its own kinds
                 arguments[name] = _closed(value, handle)
 
     def _refuse(self, arguments: dict[str, Any]) -> None:
@@ -243,6 +245,13 @@ def text_encoders(pipe: Any) -> list[Any]:
     return list(dict.fromkeys([*named, *(m for c in _components(pipe) if reads(m := unwrap(c)))]))
 
 
+def _of_diffusers(callback: Any) -> bool:
+    """A callback of diffusers' own kinds, which it tells by their class."""
+    from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+    return isinstance(callback, (PipelineCallback, MultiPipelineCallbacks))
+
+
 def _closed(callback: Callable[..., Any], handle: ProtectedText) -> Callable[..., Any]:
     """A user's callback, which may not run the text encoders though the pipeline may."""
 
@@ -259,7 +268,7 @@ def _same_noise(values: Any) -> Iterator[None]:
     """What is drawn inside does not count: the call's own generators, and torch's."""
     flat = [g for v in values for g in (v if isinstance(v, (list, tuple)) else [v])]
     states = [(g, g.get_state()) for g in flat if isinstance(g, torch.Generator)]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
             yield
         finally:

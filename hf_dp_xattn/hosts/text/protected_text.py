@@ -104,7 +104,7 @@ class ProtectedText:
             self.encode = unit_encoder(host, tokenizer, encoder=encoder, permit=self.serving)
             library.check_encoder(self.encode)
             self._prepared = lru_cache(maxsize=16)(lambda n: ContextRecipe(library.prepare(config, n)))
-            self._prepared(1)
+            self._costs = self._prepared(1 if library.plan_for(config.epsilon).answers == 0 else None)
         grouping = "lines" if library is None else library.grouping
         self.cut = Cut(grouping if config.unit == "group" or library is not None else "context")
         self.releases: Releases[None, ContextRecipe, ReleasedTexts] = Releases(
@@ -264,14 +264,19 @@ class ProtectedText:
     def prepare(self, state: None) -> ContextRecipe:
         if self._prepared is None:
             raise ConfigError(NO_LIBRARY)
-        return self._prepared(1)  # costs what any number of units does
+        return self._costs  # what any number of units costs
 
     def misfit(self, made: ReleasedTexts, state: None) -> str | None:
         return None
 
     def rehearse(self, contexts: Iterable[PrivateContext]) -> None:
-        assert self.encode is not None
-        rehearse(contexts, self.encode(PROBES[:1]).shape[-1], self.config)
+        """Whether the encoder runs, and whether contexts of so many units can be released; by public texts alone."""
+        assert self.encode is not None and self._prepared is not None
+        due, code = list(contexts), self.encode(PROBES[:1])
+        for context in due:
+            recipe = self._prepared(None if self.config.unit == "group" else context.rows)
+            recipe.prepared.count(code.expand(context.rows, -1), context.phrases)
+        rehearse(due, code.shape[-1], self.config)
 
     def run(
         self,
@@ -283,7 +288,7 @@ class ProtectedText:
     ) -> ReleasedTexts:
         """Encodes and releases one charged context; keeps nothing of it but the release."""
         assert self._prepared is not None
-        if groups is None:
+        if groups is None:  # one unit, which may be answered part by part
             prepared = self._prepared(context.rows)
         made = prepared.run(context.load()[0], groups, entropy)
         text = ReleasedText(made.texts, self.cut.joint)

@@ -10,7 +10,7 @@ from ...calibration.library.text_library import GROUPINGS, TextLibrary
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
 from .text_contexts import Cut
-from .unit_encoders import parts_of, unit_encoder
+from .unit_encoders import parts_of, tokenizer_beside, unit_encoder
 
 NOT_TEXTS = (
     "Public contexts of a library are strings, lists of strings (the units of a context), or token ids, with the tokenizer that decodes "
@@ -41,11 +41,10 @@ def make_library(
         raise ConfigError(
             f"Contexts with unit={config.unit!r} are cut in {known or 'no units'}, got {chosen!r}."
         )
-    words = tokenizer if tokenizer is not None else parts_of(host)[1]
     if isinstance(public_contexts, (str, bytes, Mapping)):
         raise ConfigError(NOT_TEXTS)
     cut = Cut(chosen)
-    units = [cut(_decoded(context, words))[0] for context in public_contexts]
+    units = [cut(_decoded(context, host, tokenizer))[0] for context in public_contexts]
     return build_library(
         units, encode, config, LibraryOptions(grouping=chosen, encoder=encode.name, **options)
     )
@@ -62,18 +61,24 @@ def _default(host: Any) -> str:
     )
 
 
-def _decoded(context: Any, tokenizer: Any) -> Any:
+def _decoded(context: Any, host: Any, tokenizer: Any) -> Any:
     """A string, or a list of strings."""
     given = context.tolist() if hasattr(context, "tolist") else context
-    if isinstance(given, str) or not isinstance(given, (list, tuple)) or not given:
+    if (
+        isinstance(given, str)
+        or not isinstance(given, (list, tuple))
+        or all(isinstance(p, str) for p in given)
+    ):
         return given
-    if all(isinstance(part, str) for part in given):
-        return list(given)
-    if not callable(getattr(tokenizer, "decode", None)):
-        raise ConfigError(NOT_TEXTS)
+    model, own = parts_of(host)
+    words = tokenizer or own or tokenizer_beside(model)
+
+    def text(ids: Any) -> str:
+        return str(words.decode(list(ids), skip_special_tokens=True))
+
     if all(isinstance(part, int) for part in given):
-        return str(tokenizer.decode(list(given), skip_special_tokens=True))
+        return text(given)
     parts = [part.tolist() if hasattr(part, "tolist") else part for part in given]
-    return [
-        p if isinstance(p, str) else str(tokenizer.decode(list(p), skip_special_tokens=True)) for p in parts
-    ]
+    if not all(isinstance(p, (str, list, tuple)) for p in parts):
+        raise ConfigError(NOT_TEXTS)
+    return [p if isinstance(p, str) else text(p) for p in parts]

@@ -62,7 +62,7 @@ def unit_encoder(
 
     Args:
         host: a pipeline of diffusers or transformers, or a model of transformers.
-        tokenizer: of a model that comes without one.
+        tokenizer: of a model; by default the one that lies beside it.
         encoder: in place of the host's own: a function from a list of strings to codes [n, d]; (model, tokenizer) of an encoder; or a
             pipeline of transformers that has both.
         permit: opens the host's gates while its own encoder runs.
@@ -82,12 +82,7 @@ def unit_encoder(
     model, own = parts_of(host)
     if model is None:
         raise ConfigError(f"This host has no text encoder with a tokenizer of its own. {OWN}")
-    words = own if tokenizer is None else tokenizer
-    if words is None:
-        raise ConfigError(
-            "A bare model has no tokenizer: pass tokenizer=..., or a text-generation pipeline, which has one."
-        )
-    return _of_tokens(model, words, permit)
+    return _of_tokens(model, tokenizer or own or tokenizer_beside(model), permit)
 
 
 def parts_of(host: Any) -> tuple[Any, Any]:
@@ -109,6 +104,22 @@ def parts_of(host: Any) -> tuple[Any, Any]:
         return None, None
     model = unwrap(host)
     return (model, None) if isinstance(model, PreTrainedModel) else (None, None)
+
+
+def tokenizer_beside(model: Any) -> Any:
+    """The tokenizer in the folder (or the cached repository) that a model was loaded from.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model.name_or_path or "", local_files_only=True)
+    except (OSError, ValueError):
+        raise ConfigError(
+            "There is no tokenizer beside this model: pass tokenizer=..., or a text-generation pipeline, which has one."
+        ) from None
 
 
 def _of_function(function: Any) -> UnitEncoder:
