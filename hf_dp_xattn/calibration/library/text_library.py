@@ -70,11 +70,29 @@ class LibraryPlan:
 class TextLibrary(Stored):
     """Everything that `library` reads besides the private codes. Nothing in here may depend on a private context.
 
-    unit: what it was made for. grouping: how contexts are cut in units ("phrases", "segments", "lines", "documents", "context").
-    encoder: the name of what made the codes. contexts, units: how many public contexts, and the largest number of units in one.
-    lengths: of `Places`. reach: public range of a coordinate of a code. settings: how it was made, for the card.
-    texts: N public texts. codes [N, p]: int8, as `lattice_codes` makes them. center [C], projection [C, p]: from the encoder's codes to
-    the library's. probe [r, C]: codes of the first r texts.
+    Args:
+        unit: what it was made for.
+        grouping: how contexts are cut in units ("phrases", "sentences", "segments", "lines", "documents", "context").
+        encoder: the name of what made the codes.
+        contexts: how many public contexts.
+        units: the largest number of units in one.
+        lengths: of `Places`.
+        reach: public range of a coordinate of a code.
+        settings: how it was made, for the card.
+        texts: N public texts.
+        codes: [N, p] int8, as `lattice_codes` makes them.
+        center: [C], subtracted from the encoder's codes.
+        projection: [C, p], from the encoder's codes to the library's.
+        probe: [r, C], codes of the first r texts.
+        plans: what answers at each epsilon.
+
+    Example:
+        >>> config = dpx.DPXAttnConfig(mechanism="library", epsilon=8.0, unit="group")
+        >>> public = ["a red circle, in snow", "a blue square, at night", "a green star, on wood"]
+        >>> library = dpx.calibrate(pipe, public, config, epsilons=8.0, progress=False)
+        >>> protected = dpx.protect(pipe, config, calibration=library)
+        >>> set(protected.release("a purple cross, in rain").text) <= set(library.texts)
+        True
     """
 
     KEYS = frozenset({"kind", "plans", *_FIELDS})
@@ -107,7 +125,14 @@ class TextLibrary(Stored):
         return Places(self.lengths)
 
     def check(self, config: DPXAttnConfig) -> None:
-        """Raises ConfigError unless the library was made for this mechanism and unit."""
+        """Whether the library can give a config's guarantee.
+
+        Args:
+            config: of a release.
+
+        Raises:
+            ConfigError: the library was made for another mechanism or unit.
+        """
         if config.mechanism != self.KIND:
             raise ConfigError(
                 f"This library is for mechanism='library', the config says {config.mechanism!r}. Calibrate for that."
@@ -116,6 +141,9 @@ class TextLibrary(Stored):
 
     def check_encoder(self, encode: Encode) -> None:
         """Refuses another encoder than the one that made the codes, by the codes of a few public entries.
+
+        Args:
+            encode: n strings -> float codes [n, C].
 
         Raises:
             ConfigError: other codes, or codes of another shape.
@@ -136,7 +164,11 @@ class TextLibrary(Stored):
             )
 
     def plan_for(self, epsilon: float) -> LibraryPlan:
-        """The plan made for the epsilon nearest to this one (in ratio). Any plan is private at any epsilon."""
+        """The plan made for the epsilon nearest to this one (in ratio). Any plan is private at any epsilon.
+
+        Args:
+            epsilon: of a release.
+        """
         return min(self.plans, key=lambda p: max(p.epsilon / epsilon, epsilon / p.epsilon))
 
     def prepare(self, config: DPXAttnConfig, units: int | None = None) -> PreparedLibrary:
@@ -270,7 +302,15 @@ class TextLibrary(Stored):
     def from_pretrained(
         cls, name_or_path: str | os.PathLike[str], **options: Unpack[HubOptions]
     ) -> TextLibrary:
-        """Reads a folder or a Hub repository (`HubOptions`); raises ConfigError on what is missing, unknown or damaged."""
+        """Reads a library.
+
+        Args:
+            name_or_path: a folder or a Hub repository.
+            options: `HubOptions`.
+
+        Raises:
+            ConfigError: something is missing, unknown or damaged.
+        """
         return cls.load(locate(name_or_path, CODEC.names, error=ConfigError, **options).folder)
 
 

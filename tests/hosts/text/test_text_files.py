@@ -61,6 +61,24 @@ def test_a_release_is_one_json_file_for_any_host(tmp_path: Path) -> None:
     assert len(model.generate(**inputs, max_new_tokens=1)) == 2
 
 
+def test_all_that_is_published_is_equal_for_neighbours(tmp_path: Path) -> None:
+    """With the answers held fixed: the files, the report and the inputs tell nothing else."""
+    published = []
+    for i, secret in enumerate((SECRET, "the code is 123456, at midnight")):
+        pipe = tiny_sd()
+        protected = dpx.protect(pipe, config(), calibration=library(pipe), ledger=dpx.Ledger())
+        answer_with(protected, "at night", "on wood")
+        release = protected.release(secret)
+        folder = release.save_pretrained(tmp_path / str(i))
+        files = {p.name: p.read_bytes() for p in folder.iterdir()}
+        pipe.save_pretrained(tmp_path / "pipe" / str(i))
+        beside = tmp_path / "pipe" / str(i) / "dp_xattn"
+        saved = {p.name: p.read_bytes() for p in beside.iterdir()}
+        told = (str(protected.report()), protected.report().to_json(), repr(release), repr(protected))
+        published.append((files, saved, told, release.inputs(), release.inputs(prompt="in snow")))
+    assert published[0] == published[1]
+
+
 def test_other_kinds_of_release_are_refused(tmp_path: Path) -> None:
     pipe = tiny_sd()
     dpx.protect(pipe, config(), calibration=library(pipe)).release(SECRET).save_pretrained(tmp_path / "texts")
