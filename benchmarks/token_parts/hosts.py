@@ -145,7 +145,7 @@ class DecoderOnly(Host):
 
     def release(self, handle: Any, rows: torch.Tensor) -> dpx.Release:
         """A run of the model over n tokens would take hours for the longest, so its place is taken by these rows."""
-        encoder = handle._encoder
+        encoder = handle.host.encoder
         encoder.encode = lambda head, segments: (rows, rows[:0])
         try:
             ids = torch.arange(len(rows)) % self.sizes.vocabulary

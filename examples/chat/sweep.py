@@ -34,7 +34,7 @@ TEST_SEED = 11
 
 def keep_rows(protected: Any, known: dict[bytes, torch.Tensor]) -> None:
     """Segments are encoded once for all epsilons: what is released does not change, only the time it takes."""
-    run = protected._encoder.run
+    run = protected.host.encoder.run
 
     def kept(ids: torch.Tensor) -> torch.Tensor:
         key = ids.numpy().tobytes()
@@ -42,7 +42,7 @@ def keep_rows(protected: Any, known: dict[bytes, torch.Tensor]) -> None:
             known[key] = run(ids)
         return known[key]
 
-    protected._encoder.run = kept
+    protected.host.encoder.run = kept
 
 
 def measure(

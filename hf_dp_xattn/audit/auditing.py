@@ -109,7 +109,7 @@ def _releases(
     subject: Subject, draws: int, confidence: float, step: Callable[[str], None]
 ) -> tuple[list[Check], list[EpsilonBound]]:
     with subject.protected() as handle:
-        recipe = handle._maker.prepare(handle._current_fingerprint())
+        recipe = handle.guard.prepare(handle.guard.fingerprint())
         prepared = recipe.prepared
         specs = layer_specs(handle.layers, recipe.dtype) if isinstance(recipe, LayerRecipe) else ()
     found = targets(prepared, subject.config, preparer(prepared, specs, subject.calibration), SMALLER)

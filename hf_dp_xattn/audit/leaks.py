@@ -166,10 +166,10 @@ def _lose(subject: Subject, handle: Any, name: str) -> Callable[[], None]:
     """Takes the protection off one layer; returns what puts it back."""
     if isinstance(subject, PipelineSubject):
         attn, processor = handle.layers[name], handle.layers[name].processor
-        attn.set_processor(handle._originals[name])
+        attn.set_processor(handle.host._originals[name])
         return lambda: attn.set_processor(processor)
     module = handle.layers[name].module
-    routed, module.config = module.config, handle._configs[name]
+    routed, module.config = module.config, handle.host._configs[name]
     return lambda: setattr(module, "config", routed)
 
 
@@ -184,14 +184,14 @@ def _without_gates(subject: Subject, handle: Any, inputs: list[dict[str, Any]]) 
         return subject.answer(given)
 
     if isinstance(subject, PipelineSubject):
-        handle.gate.remove()
-    vars(handle)["check"] = lambda: None
+        handle.host.gate.remove()
+    vars(handle.guard)["check"] = lambda: None
     try:
         outputs = [run(given) for given in inputs]
     except (DPXAttnError, RuntimeError, ValueError, TypeError, AttributeError):
         return "an error"
     finally:
-        del vars(handle)["check"]
+        del vars(handle.guard)["check"]
     if all(map(_only_nan, outputs)):
         return "NaN"
     return "the same for both" if same(*outputs) else "leak"

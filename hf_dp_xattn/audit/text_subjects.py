@@ -106,7 +106,7 @@ class Seq2SeqSubject(TransformersSubject):
     def refused(self) -> None:
         from transformers.modeling_outputs import BaseModelOutput
 
-        rows = torch.zeros(1, 4, self.handle.channels, dtype=self.host.dtype, device=self.host.device)
+        rows = torch.zeros(1, 4, self.handle.host.channels, dtype=self.host.dtype, device=self.host.device)
         start = torch.tensor([[self.host.config.decoder_start_token_id or 0]], device=self.host.device)
         self.host(encoder_outputs=BaseModelOutput(last_hidden_state=rows), decoder_input_ids=start)
 

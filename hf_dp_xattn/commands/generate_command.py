@@ -205,7 +205,7 @@ def _check_host(handle: Any, args: argparse.Namespace) -> bool:
 
 
 def _pipe_of(handle: Any) -> Any:
-    return handle.unet if by_text(handle) else handle.text.pipe
+    return handle.model if by_text(handle) else handle.text.pipe
 
 
 def _check_out(out: Path) -> None:
@@ -260,7 +260,7 @@ def _read_public(handle: Any, args: argparse.Namespace) -> tuple[dict[str, Any],
         public = {"prompt": args.public}
     if args.begin is None:
         return public, 0
-    start = starts_of(handle.unet, [plain_ids(args.model, args.begin)])[0]
+    start = starts_of(handle.model, [plain_ids(args.model, args.begin)])[0]
     return {**public, "decoder_input_ids": start.unsqueeze(0)}, len(start)
 
 
@@ -274,28 +274,28 @@ def _check_room(
 ) -> None:
     """Raises ConfigError where the model has too few positions for the text; of a decoder-only model with a saved release, `generate`
     itself says so, at no cost."""
-    from ..hosts.transformers.decoder_only.decoder_handle import ProtectedDecoder
+    from ..hosts.transformers.decoder_only.decoder_host import DecoderHost
     from ..hosts.transformers.decoder_only.prefix_attention import check_window
     from ..hosts.transformers.decoder_only.prefix_contexts import padded_length
 
     if writes_text(handle) == "encoder-decoder":
-        check_decoder_room(handle.unet, max(1, skip) + _new_tokens(args) - 1)
+        check_decoder_room(handle.model, max(1, skip) + _new_tokens(args) - 1)
     elif private is not None and isinstance(
-        handle, ProtectedDecoder
+        getattr(handle, "host", None), DecoderHost
     ):  # what is released as text is as long as it is
         prefix = read_private_prefix(handle, args, private)
         parts = prefix.context if isinstance(prefix.context, list) else [prefix.context]
         slots = padded_length(max(map(len, parts), default=0), args.prefix_bucket)
         try:
-            check_window(handle.limit, len(prefix.head) + slots + skip + _new_tokens(args) - 1)
+            check_window(handle.host.limit, len(prefix.head) + slots + skip + _new_tokens(args) - 1)
         except ConfigError as error:
             raise ConfigError(f"{error} {NOTHING}") from None
 
 
 def _check_chat(handle: Any, release: Any | None, args: argparse.Namespace) -> None:
-    from ..hosts.transformers.decoder_only.decoder_handle import ProtectedDecoder
+    from ..hosts.transformers.decoder_only.decoder_host import DecoderHost
 
-    if release is not None and isinstance(handle, ProtectedDecoder):
+    if release is not None and isinstance(getattr(handle, "host", None), DecoderHost):
         check_chat(handle, release, args)
 
 
@@ -317,7 +317,7 @@ def _write(
     inputs = release.inputs(**public)
     if by_text(handle) and writes_text(handle) == "decoder":  # the released text stands before the user's own
         skip = inputs["input_ids"].shape[1]
-    found = handle.unet.generate(**inputs, **options)
+    found = handle.model.generate(**inputs, **options)
     texts = tokenizer.batch_decode(found[:, skip:], skip_special_tokens=True)
     if args.out is None:
         return {"texts": texts}

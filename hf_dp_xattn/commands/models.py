@@ -164,10 +164,10 @@ def check_texts(handle: Any, args: argparse.Namespace) -> None:
     Raises:
         ConfigError: a model that reads images; options of decoder-only models for another one.
     """
-    from ..hosts.transformers.decoder_only.decoder_handle import ProtectedDecoder
-    from ..hosts.transformers.mllama.mllama_handle import ProtectedImageText
+    from ..hosts.transformers.decoder_only.decoder_host import DecoderHost
+    from ..hosts.transformers.mllama.mllama_host import MllamaHost
 
-    if isinstance(handle, ProtectedImageText):
+    if isinstance(getattr(handle, "host", None), MllamaHost):
         raise ConfigError(
             "The private context of this model is an image, which the command line does not read: in Python, protected.release(**processor."
             "image_processor(image, return_tensors='pt'))."
@@ -177,7 +177,9 @@ def check_texts(handle: Any, args: argparse.Namespace) -> None:
         raise ConfigError(
             "--prefix-bucket is not for --mechanism library: released text has a length of its own."
         )
-    if given and not (isinstance(handle, ProtectedDecoder) or writes_text(handle) == "decoder"):
+    if given and not (
+        isinstance(getattr(handle, "host", None), DecoderHost) or writes_text(handle) == "decoder"
+    ):
         raise ConfigError(f"--{given[0].replace('_', '-')} is for decoder-only models.")
 
 
@@ -190,15 +192,15 @@ def by_text(handle: Any) -> bool:
 
 def writes_text(handle: Any) -> str | None:
     """ "decoder" or "encoder-decoder" for what writes text; None for a pipeline of pictures."""
-    from ..hosts.transformers.decoder_only.decoder_handle import ProtectedDecoder
-    from ..hosts.transformers.encoder_decoder.encoder_decoder_handle import ProtectedSeq2Seq
+    from ..hosts.transformers.decoder_only.decoder_host import DecoderHost
+    from ..hosts.transformers.encoder_decoder.encoder_decoder_host import EncoderDecoderHost
 
-    seq2seq: bool | None = isinstance(handle, ProtectedSeq2Seq)
+    seq2seq: bool | None = isinstance(getattr(handle, "host", None), EncoderDecoderHost)
     if by_text(handle):
-        seq2seq = getattr(handle.unet.config, "is_encoder_decoder", None)
+        seq2seq = getattr(handle.model.config, "is_encoder_decoder", None)
         if seq2seq is None:
             return None
-    elif not seq2seq and not isinstance(handle, ProtectedDecoder):
+    elif not seq2seq and not isinstance(getattr(handle, "host", None), DecoderHost):
         return None
     return "encoder-decoder" if seq2seq else "decoder"
 
@@ -215,14 +217,14 @@ def read_private_prefix(handle: Any, args: argparse.Namespace, text: str) -> Pre
 
 def release_text(handle: Any, args: argparse.Namespace, text: str) -> Any:
     """Releases one text, by the tokenizer beside the model; with unit="group", its lines (phrases of a prompt) are the groups."""
-    from ..hosts.transformers.decoder_only.decoder_handle import ProtectedDecoder
-    from ..hosts.transformers.encoder_decoder.encoder_decoder_handle import ProtectedSeq2Seq
+    from ..hosts.transformers.decoder_only.decoder_host import DecoderHost
+    from ..hosts.transformers.encoder_decoder.encoder_decoder_host import EncoderDecoderHost
 
     check_texts(handle, args)
     if by_text(handle):
         return handle.release(text)
     apart = handle.config.unit == "group"
-    if isinstance(handle, ProtectedDecoder):
+    if isinstance(getattr(handle, "host", None), DecoderHost):
         prefix = read_private_prefix(handle, args, text)
         return handle.release(
             prefix.context,
@@ -231,7 +233,7 @@ def release_text(handle: Any, args: argparse.Namespace, text: str) -> Any:
             prefix_bucket=args.prefix_bucket,
             text=text,
         )
-    if isinstance(handle, ProtectedSeq2Seq):
+    if isinstance(getattr(handle, "host", None), EncoderDecoderHost):
         documents = read_documents(args.model, lines_of(text) if apart else [text])
         return handle.release(documents, groups="documents" if apart else None, text=text)
     return handle.release(text, groups="phrases" if apart else None)

@@ -46,14 +46,12 @@ def check_chat(handle: Any, release: Any, args: argparse.Namespace) -> None:
 
 def _begins(handle: Any, release: Any, head: Any) -> bool:
     """Whether the release stands behind these PUBLIC ids [h]: by how many rows it has before it, and by what they are."""
-    from ..hosts.transformers.decoder_only.prefix_encoder import PrefixEncoder
-
     kept = [c.public_rows for c in release.contexts]
     if any(len(rows) != len(head) for rows in kept):
         return False
     if not len(head):
         return True
-    own = PrefixEncoder(handle.unet, handle.decoder_layers).run(head).float().cpu()
+    own = handle.host.encoder.run(head).float().cpu()
     lengths = own.norm(dim=1)
     return all(bool(((rows.float().cpu() - own).norm(dim=1) <= _NEAR * lengths).all()) for rows in kept)
 

@@ -33,7 +33,7 @@ def load_trial(args: argparse.Namespace) -> TrialHost:
     from ..privacy.ledger import Ledger
 
     handle = protected_model(args, Ledger())
-    host = handle.unet if handle.text is None else handle.text.pipe
+    host = handle.host.parts[0]
     handle.unprotect()
     tokenizer = None
     if handle.text is None:

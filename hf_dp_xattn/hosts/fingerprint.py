@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from .private_run import parts_of, private_run
-from .weight_changes import by_length, fixed_buffers, is_away, steps_of
+from .weight_changes import by_length, fixed_buffers, steps_of
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -177,21 +177,3 @@ def _scaling(rotation: nn.Module) -> object:
     """The factors of a rotation, for all layers or for each type of layer."""
     own = rotation.__dict__
     return () if by_length(rotation) else [(k, own[k]) for k in own if k.endswith("attention_scaling")]
-
-
-class Sketched:
-    """The latest fingerprint of some modules: taken anew only where `stamp` or a look at the weights themselves shows a change, or where
-    they are offloaded, which neither shows; it costs calls of their parts, which users' hooks and profilers see."""
-
-    def __init__(self) -> None:
-        self._known: tuple[object, Fingerprint] | None = None
-
-    def current(
-        self, dtype: torch.dtype, roots: Iterable[nn.Module], changes: int, take: Callable[[], Fingerprint]
-    ) -> Fingerprint:
-        """changes: as a `WeightWatch` has counted them. take: makes it."""
-        roots = list(roots)
-        now = (str(dtype), changes, *stamp(roots))
-        if self._known is None or self._known[0] != now or is_away(roots):
-            self._known = now, take()
-        return self._known[1]

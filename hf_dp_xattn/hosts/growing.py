@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +22,6 @@ from .charging import charge, names_of
 from .context import PrivateContext
 from .fingerprint import Fingerprint
 from .making import Recipe
-from .rehearsal import rehearse
 from .released import ReleasedContext
 from .releases import Releases
 from .reporting import Spent
@@ -31,7 +30,7 @@ ONE = "A growing release is of ONE context, got {count}: release them one by one
 
 
 class Grows(Protocol):
-    """What a growing release asks of the handle that holds it: what a release is made and charged by."""
+    """What a growing release asks of the guard of its host: what a release is made and charged by."""
 
     config: DPXAttnConfig
     releases: Releases[Fingerprint, Recipe, ReleasedContext]
@@ -39,11 +38,12 @@ class Grows(Protocol):
     @property
     def calibration(self) -> Any: ...
     @property
-    def channels(self) -> int: ...
-    @property
     def hidden_length(self) -> int: ...
+    def current(self) -> Fingerprint: ...
+    def prepare(self, state: Fingerprint) -> Recipe: ...
+    def rehearse(self, contexts: Iterable[PrivateContext]) -> None: ...
+    def verify(self, contexts: Iterable[ReleasedContext]) -> Fingerprint: ...
     def check_thoroughly(self) -> None: ...
-    def verify(self, contexts: Sequence[ReleasedContext]) -> Fingerprint: ...
 
 
 class GrowingContext:
@@ -92,12 +92,10 @@ def only(contexts: Sequence[PrivateContext]) -> PrivateContext:
 @torch.inference_mode(False)  # what is kept must serve other modes too
 @torch.no_grad()
 def open_growing(
-    handle: Grows,
+    guard: Grows,
     context: PrivateContext,
     groups: torch.Tensor | None,
     horizon: int,
-    recipe: Recipe,
-    current: Fingerprint,
 ) -> GrowingContext:
     """Charges, and releases the first content.
 
@@ -105,17 +103,19 @@ def open_growing(
         ConfigError, ContextError: not valid, or a mechanism or unit that cannot grow; nothing was spent.
         BudgetExceededError: the ledger refuses; nothing was spent or computed.
     """
-    own = context.groups(groups, handle.config.unit)
-    encoder = handle.releases.encoders.states(context.encoder)[0]
-    prepared = grow(recipe.prepared, horizon, units=getattr(handle.calibration, "units", None))
-    charged = names_of(handle.releases.ledger, context, own)
+    current = guard.current()
+    recipe = guard.prepare(current)
+    own = context.groups(groups, guard.config.unit)
+    encoder = guard.releases.encoders.states(context.encoder)[0]
+    prepared = grow(recipe.prepared, horizon, units=getattr(guard.calibration, "units", None))
+    charged = names_of(guard.releases.ledger, context, own)
     names = [n.digest for n in charged]
-    rehearse([context], handle.channels, handle.config)
-    charge(handle.releases.ledger, handle.releases.budget, charged, prepared.events, horizon=horizon)
+    guard.rehearse([context])
+    charge(guard.releases.ledger, guard.releases.budget, charged, prepared.events, horizon=horizon)
     rows, public = context.load()
-    release = prepared.open(handle.releases.entropy)
+    release = prepared.open(guard.releases.entropy)
     private = recipe.private(rows, own)
-    length = context.public_length(handle.config, handle.hidden_length)
+    length = context.public_length(guard.config, guard.hidden_length)
     state = release.append(private, groups=own)
     exact = public.detach().clone()
     latest = ReleasedContext(
@@ -127,7 +127,7 @@ def open_growing(
 @torch.inference_mode(False)
 @torch.no_grad()
 def append_to(
-    handle: Grows, growing: GrowingContext, context: PrivateContext, groups: torch.Tensor | None
+    guard: Grows, growing: GrowingContext, context: PrivateContext, groups: torch.Tensor | None
 ) -> ReleasedContext:
     """Charges a further content, encodes and adds it.
 
@@ -137,13 +137,13 @@ def append_to(
         ReleaseError: the weights are no longer those that the release was opened with.
     """
     growing.check()
-    handle.check_thoroughly()
-    current = handle.verify([growing.latest])
-    handle.releases.encoders.check(growing.encoder, context.encoder)
-    own = context.groups(groups, handle.config.unit)
+    guard.check_thoroughly()
+    current = guard.verify([growing.latest])
+    guard.releases.encoders.check(growing.encoder, context.encoder)
+    own = context.groups(groups, guard.config.unit)
     if own is not None and groups is None:
         own = own + growing.release.next_group  # phrases: each append's are units of their own
-    charged = names_of(handle.releases.ledger, context, own)
+    charged = names_of(guard.releases.ledger, context, own)
     names = [n.digest for n in charged]
     if growing.names & set(names):
         raise ContextError(
@@ -157,10 +157,10 @@ def append_to(
             not set(charged) <= growing.charged
         ):  # else an append that failed is made again, under the same groups
             prepared = growing.release.prepared
-            rehearse([context], handle.channels, handle.config)
+            guard.rehearse([context])
             charge(
-                handle.releases.ledger,
-                handle.releases.budget,
+                guard.releases.ledger,
+                guard.releases.budget,
                 charged,
                 prepared.events,
                 horizon=prepared.horizon,

@@ -10,16 +10,18 @@ from typing import Any, Literal
 from ..calibration.calibration_options import CalibrationOptions
 from ..calibration.public_data import PublicData
 from ..config import DPXAttnConfig
-from .diffusers.architectures import unwrap
+from .diffusers.architectures import check_pipeline_class, refuse_host, unwrap
 from .diffusers.public_prompts import public_prompts
-from .handle import ProtectedPipeline
-from .transformers.decoder_only.decoder_handle import ProtectedDecoder
+from .diffusers.unet_host import UNetHost
+from .guard import handle_on
+from .host import Host
+from .transformers.decoder_only.decoder_host import DecoderHost
 from .transformers.decoder_only.prefix_probing import is_decoder_only
 from .transformers.decoder_only.public_prefixes import public_prefixes
 from .transformers.encoder_decoder.cross_probing import is_seq2seq
-from .transformers.encoder_decoder.encoder_decoder_handle import ProtectedSeq2Seq
+from .transformers.encoder_decoder.encoder_decoder_host import EncoderDecoderHost
 from .transformers.encoder_decoder.public_documents import public_documents
-from .transformers.mllama.mllama_handle import ProtectedImageText
+from .transformers.mllama.mllama_host import MllamaHost
 from .transformers.mllama.mllama_probing import is_image_text
 from .transformers.mllama.public_images import public_images
 
@@ -28,28 +30,44 @@ Family = Literal["diffusers", "encoder-decoder", "decoder-only", "image-text"]
 
 @dataclass(frozen=True)
 class HostKind:
-    """A kind of host: which ones it is, what protects it, what its public contexts give, and the options that it alone takes.
+    """A kind of host: which ones it is, what adapts it, what its public contexts give, and the options that it alone takes.
 
     public_data: (host, public contexts, config, options) -> what a calibration is fitted to; the host is ready for that while it lasts.
-    takes: of the options of `calibrate` that not all kinds take. documents: whether groups are documents that are encoded apart.
+    takes: of the options of `calibrate` that not all kinds take. documents: whether groups are documents that are encoded apart. pipeline:
+    what of a given host is the pipeline that its model is to be protected in, or None; raises where it is neither.
     """
 
     family: Family
     matches: Callable[[Any], bool]
-    handle: type[ProtectedPipeline]
+    host: Callable[[Any], Host]
     public_data: Callable[[Any, Any, DPXAttnConfig, CalibrationOptions], AbstractContextManager[PublicData]]
     takes: frozenset[str] = frozenset()
     documents: bool = False
+    pipeline: Callable[[Any], Any] = lambda host: None
+
+
+def _pipeline(host: Any) -> Any:
+    """The pipeline of diffusers that was given; None for a bare UNet. Raises UnsupportedModelError for anything else."""
+    from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+    if type(model_of(host)) is not UNet2DConditionModel:
+        raise refuse_host(host)
+    if not isinstance(host, DiffusionPipeline):
+        return None
+    known = handle_on(host)
+    if known is None or known is not handle_on(model_of(host)):  # else it has joined
+        check_pipeline_class(host)
+    return host
 
 
 QUESTIONS = frozenset({"questions"})
 PREFIXES = frozenset({"public_head", "prefix_bucket", "replies"})
-DIFFUSERS = HostKind("diffusers", lambda host: True, ProtectedPipeline, public_prompts)
+DIFFUSERS = HostKind("diffusers", lambda host: True, UNetHost, public_prompts, pipeline=_pipeline)
 # the first that matches; the last takes what no other takes, and refuses what it does not know
 KINDS = (
-    HostKind("encoder-decoder", is_seq2seq, ProtectedSeq2Seq, public_documents, QUESTIONS, documents=True),
-    HostKind("image-text", is_image_text, ProtectedImageText, public_images, QUESTIONS),
-    HostKind("decoder-only", is_decoder_only, ProtectedDecoder, public_prefixes, QUESTIONS | PREFIXES),
+    HostKind("encoder-decoder", is_seq2seq, EncoderDecoderHost, public_documents, QUESTIONS, documents=True),
+    HostKind("image-text", is_image_text, MllamaHost, public_images, QUESTIONS),
+    HostKind("decoder-only", is_decoder_only, DecoderHost, public_prefixes, QUESTIONS | PREFIXES),
     DIFFUSERS,
 )
 

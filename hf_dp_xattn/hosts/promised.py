@@ -67,7 +67,7 @@ class Promises:
         """Makes the releases that are due among these, all or none.
 
         Raises:
-            BudgetExceededError, ContextError: see `ProtectedPipeline.release`.
+            BudgetExceededError, ContextError: see `Protected.release`.
         """
         due = {tag: context for tag in tags if (context := self._due.get(tag)) is not None}
         if not due:

@@ -12,10 +12,10 @@ from ..errors import ConfigError
 from ..known_mechanisms import KNOWN
 from ..privacy.ledger import Budget, Ledger
 from .accounts import PROTECT_AGAIN, STAYS
-from .diffusers.architectures import check_pipeline_class, refuse_host
-from .handle import HANDLE_ATTRIBUTE, ProtectedPipeline
-from .host_registry import DIFFUSERS, kind_of, model_of
+from .guard import handle_on
+from .host_registry import kind_of, model_of
 from .locks import Lock
+from .protected import Protected
 from .release import Release
 from .text.protected_text import ProtectedText
 from .text.text_hosts import handle_of_parts, surface_of
@@ -28,24 +28,11 @@ if TYPE_CHECKING:
 _installing = Lock()  # two threads that protect one host get one handle
 
 
-def _dispatch(host: Any) -> tuple[Any, Any, type[ProtectedPipeline]]:
-    """(UNet or model, diffusers pipeline or None, kind of handle). Raises UnsupportedModelError for what cannot be protected."""
-    from diffusers import DiffusionPipeline, UNet2DConditionModel
-
-    model = model_of(host)
-    kind = kind_of(model)
-    if kind is not DIFFUSERS:
-        return model, None, kind.handle
-    if type(model) is not UNet2DConditionModel:
-        raise refuse_host(host)
-    return model, host if isinstance(host, DiffusionPipeline) else None, kind.handle
-
-
-Handle = ProtectedPipeline | ProtectedText
+Handle = Protected | ProtectedText
 
 
 def handle_of(host: Any) -> Any:
-    """The handle (`ProtectedPipeline`, `ProtectedText`) of a protected pipeline, UNet or model, or None.
+    """The handle (`Protected`, `ProtectedText`) of a protected pipeline, UNet or model, or None.
 
     Args:
         host: what was given to `protect`, or a part of it.
@@ -55,8 +42,8 @@ def handle_of(host: Any) -> Any:
         >>> dpx.handle_of(pipe.unet) is protected
         True
     """
-    own = getattr(host, "__dict__", {}).get(HANDLE_ATTRIBUTE)  # a pipeline's, whatever became of its UNet
-    return getattr(model_of(host), "__dict__", {}).get(HANDLE_ATTRIBUTE, own)
+    found = handle_on(model_of(host))
+    return handle_on(host) if found is None else found  # a pipeline's, whatever became of its UNet
 
 
 def protect(
@@ -169,19 +156,18 @@ def _protect(
         return _protect_text(host, settings, tokenizer, encoder, serving_only=serving_only)
     if tokenizer is not None or encoder is not None:
         raise ConfigError("`tokenizer` and `encoder` are for mechanism='library'.")
-    unet, pipe, kind = _dispatch(host)
-    handle = handle_of(unet)
+    model = model_of(host)
+    kind = kind_of(model)
+    pipe = kind.pipeline(host)
+    handle: Protected | None = handle_of(model)
     if handle is not None:
         _check_same(handle, config, calibration, ledger, budget, entropy)
-        handle.check_thoroughly()
-        if pipe is not None and not handle.has(pipe):
-            check_pipeline_class(pipe)
-            handle.join(pipe, handle.text_side(pipe))
+        handle.guard.check_thoroughly()
+        if pipe is not None and not handle.host.has(pipe):
+            handle.host.join(pipe, handle.host.side_of(pipe, handle.guard.maker))
         return handle
-    if pipe is not None:
-        check_pipeline_class(pipe)
-    handle = kind(
-        unet,
+    handle = Protected(
+        kind.host(model),
         config,
         calibration=calibration,
         ledger=ledger,
@@ -189,11 +175,11 @@ def _protect(
         entropy=entropy,
         serving_only=serving_only,
     )
-    text = None if pipe is None else handle.text_side(pipe)
+    side = None if pipe is None else handle.host.side_of(pipe, handle.guard.maker)
     try:
         handle.install()
-        if text is not None:
-            handle.join(pipe, text)
+        if pipe is not None:
+            handle.host.join(pipe, side)
     except BaseException:
         handle.unprotect()
         raise

@@ -14,11 +14,11 @@ from ..artefacts import CardOptions, HubOptions, PushOptions
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, DPXAttnError, ReleaseError
 from ..privacy.ledger import Ledger
-from ..report import Guarantee, PrivacyReport
+from ..report import Guarantee
 from .accounts import STAYS
 from .released import ReleasedContext
 from .storage import ReleaseFile
-from .terms import Terms, terms_of
+from .terms import Terms
 from .text.text_release_file import TextReleaseFile, load_release, locate_release
 
 
@@ -29,15 +29,11 @@ class Growing(Protocol):
 
 
 class Releasing(Protocol):
-    """What a release asks of the handle that made or loaded it. unet: the model; text: the pipeline's text side, if there is one."""
+    """What a release asks of the handle that made or loaded it."""
 
     @property
-    def unet(self) -> Any: ...
-    @property
-    def text(self) -> Any: ...
-    @property
     def active(self) -> bool: ...
-    def report(self) -> PrivacyReport: ...
+    def terms(self) -> Terms: ...
     def inputs(self, release: Release, prompt: Any, **public: Any) -> dict[str, Any]: ...
     def append(self, growing: Any, context: Any, groups: Any) -> ReleasedContext: ...
     def take_in(self, file: ReleaseFile | TextReleaseFile) -> Release: ...
@@ -48,12 +44,6 @@ class Server(Protocol):
     """Gives the handle that serves a loaded release on a host, and whether the host was protected for it only now."""
 
     def __call__(self, host: Any, config: DPXAttnConfig, ledger: Ledger | None) -> tuple[Releasing, bool]: ...
-
-
-def _terms_of(handle: Releasing) -> Terms:
-    """The host's terms as they are now."""
-    hosts = [handle.unet if handle.text is None else handle.text.pipe, handle.unet]
-    return terms_of(handle.report(), hosts)
 
 
 class Release:
@@ -92,7 +82,7 @@ class Release:
         self._handle = weakref.ref(handle)
         self._growing = growing
         self._loaded = terms is not None
-        self._terms = _terms_of(handle) if terms is None else terms
+        self._terms = handle.terms() if terms is None else terms
 
     def __len__(self) -> int:
         return len(self._contexts)
@@ -120,7 +110,7 @@ class Release:
         """What is public and what is not covered, in the words of the report of the host that made it."""
         handle = self._handle()
         if handle is not None and not self._loaded:
-            self._terms = _terms_of(handle)
+            self._terms = handle.terms()
         return self._terms
 
     def inputs(self, prompt: str | Sequence[str] | None = None, **public: Any) -> dict[str, Any]:

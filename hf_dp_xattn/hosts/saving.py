@@ -29,12 +29,12 @@ from .protection import Protection
 
 
 class Saved(Protocol):
-    """What saving asks of a host's handle. unet: the model; saving: of the model, which a pipeline has as a part."""
+    """What saving asks of a host's handle. model: the UNet or model; saving: of the model, which a pipeline has as a part."""
 
     config: DPXAttnConfig
 
     @property
-    def unet(self) -> Any: ...
+    def model(self) -> Any: ...
     @property
     def saving(self) -> SaveShadow: ...
     @property
@@ -81,8 +81,8 @@ class SaveShadow:
             config=handle.config,
             calibration=handle.calibration,
             budget=handle.budget,
-            host=type(handle.unet).__name__,
-            pipeline=None if self._host is handle.unet else type(self._host).__name__,
+            host=type(handle.model).__name__,
+            pipeline=None if self._host is handle.model else type(self._host).__name__,
             public=report.public,
             not_covered=report.not_covered,
         )

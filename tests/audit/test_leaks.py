@@ -13,10 +13,11 @@ from hf_dp_xattn.audit.audit_report import FAIL, NOT_APPLICABLE, PASS
 from hf_dp_xattn.audit.leaks import LEAKS
 from hf_dp_xattn.audit.spy import Spy
 from hf_dp_xattn.audit.subjects import Subject
-from hf_dp_xattn.hosts import handle as handle_module
+from hf_dp_xattn.hosts import guard as guard_module
 from hf_dp_xattn.hosts import releases as releases_module
 from hf_dp_xattn.hosts.diffusers.processor import DPAttnProcessor, Forward
 from hf_dp_xattn.hosts.diffusers.unet_forward import ForwardGate
+from hf_dp_xattn.hosts.protected import Protected
 from hf_dp_xattn.hosts.transformers.decoder_only import prefix_attention as decoder_attention
 from hf_dp_xattn.hosts.transformers.encoder_decoder import cross_attention as seq2seq_attention
 from hf_dp_xattn.privacy.ledger import Ledger
@@ -81,20 +82,19 @@ def pass_rows_on(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
 
 
 def numbers_in_the_placeholder(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
-    make = handle_module.make_placeholder
-    monkeypatch.setattr(handle_module, "make_placeholder", lambda *a: make(*a).nan_to_num(0.25))
+    make = guard_module.make_placeholder
+    monkeypatch.setattr(guard_module, "make_placeholder", lambda *a: make(*a).nan_to_num(0.25))
 
 
 def gates_that_never_look(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
-    monkeypatch.setattr(handle_module.ProtectedPipeline, "check", lambda self: None)
+    for check in ("check", "check_changes", "check_thoroughly"):
+        monkeypatch.setattr(guard_module.Guard, check, lambda self: None)
     monkeypatch.setattr("hf_dp_xattn.hosts.diffusers.pipelines.PipelinePatch.check", lambda self: None)
-    monkeypatch.setattr("hf_dp_xattn.hosts.transformers.routed.RoutedHandle.check", lambda self: None)
-    monkeypatch.setattr(handle_module.ProtectedPipeline, "check_thoroughly", lambda self: None)
     monkeypatch.setattr("hf_dp_xattn.hosts.diffusers.pipelines.refuse_nan", lambda image: None)
 
 
 def an_open_gate(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
-    monkeypatch.setattr(ForwardGate, "read", lambda self, a, k: Forward(self._handle._serving))
+    monkeypatch.setattr(ForwardGate, "read", lambda self, a, k: Forward(self._host.guard._built.tables))
 
 
 def a_free_second_release(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
@@ -121,23 +121,23 @@ def no_cache_of_releases(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> N
 
 
 def a_weight_that_stays_changed(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
-    unprotect = handle_module.ProtectedPipeline.unprotect
+    unprotect = Protected.unprotect
 
     def careless(self: Any) -> None:
         unprotect(self)
-        next(self.unet.parameters()).data.view(-1)[0] += 1e-3
+        next(self.model.parameters()).data.view(-1)[0] += 1e-3
 
-    monkeypatch.setattr(handle_module.ProtectedPipeline, "unprotect", careless)
+    monkeypatch.setattr(Protected, "unprotect", careless)
 
 
 def a_hook_that_stays(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
-    unprotect = handle_module.ProtectedPipeline.unprotect
+    unprotect = Protected.unprotect
 
     def careless(self: Any) -> None:
         unprotect(self)
-        self.unet.register_forward_pre_hook(lambda *a: None)
+        self.model.register_forward_pre_hook(lambda *a: None)
 
-    monkeypatch.setattr(handle_module.ProtectedPipeline, "unprotect", careless)
+    monkeypatch.setattr(Protected, "unprotect", careless)
 
 
 PLANTED = [

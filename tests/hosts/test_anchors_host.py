@@ -101,7 +101,7 @@ def test_the_cache_is_bounded_and_follows_the_weights(pipe: Any) -> None:
     handle = protect(pipe, CONFIG)
     for i in range(MAX_CACHED_ROWS + 3):
         handle.release(f"prompt {i}").inputs()
-    assert len(handle._tables._cache) == MAX_CACHED_ROWS
+    assert len(handle.guard._tables._cache) == MAX_CACHED_ROWS
     batch = handle.release([f"prompt {i}" for i in range(MAX_CACHED_ROWS + 3)])
     noise = latents(len(batch))
     together = pipe.unet(noise, 5, batch.inputs()["prompt_embeds"]).sample
@@ -113,7 +113,7 @@ def test_the_cache_is_bounded_and_follows_the_weights(pipe: Any) -> None:
     moved = pipe.unet(noise[:1], 5, handle.release("prompt 0").inputs()["prompt_embeds"]).sample
     assert float((moved - alone).abs().max()) > 1e-3
     dpx.unprotect(pipe)
-    assert not handle._tables._cache
+    assert not handle.guard._tables._cache
 
 
 def test_unlike_releases_are_not_batched(pipe: Any, private: Any, tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 from transformers.generation.streamers import BaseStreamer
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.hosts import growing, releases
-from hf_dp_xattn.hosts import handle as handles
+from hf_dp_xattn.hosts import growing, guard, releases
 from hf_dp_xattn.hosts.bindings import Bindings
 from hf_dp_xattn.hosts.context import PrivateContext
 from hf_dp_xattn.hosts.making import LayerRecipe
@@ -198,7 +197,7 @@ def test_a_host_protected_by_several_threads_has_one_handle(
 ) -> None:
     host = KINDS[name].make()
     want = KINDS[name].plain(host, 1)
-    slow(monkeypatch, handles, "choose_maker")
+    slow(monkeypatch, guard, "choose_maker")
     found = at_once(*[lambda: dpx.protect(host, CONFIG)] * THREADS)
     assert not errors(found) and len({id(h) for h in found}) == 1
     assert not errors(at_once(*[lambda: dpx.unprotect(host)] * THREADS))

@@ -154,16 +154,16 @@ def test_compiled_and_replaced_processors(pipe: Any, private: Any, counter: Any)
     inputs = handle.release(PROMPT).inputs()
     pipe.unet = torch.compile(pipe.unet, backend=counter, fullgraph=True)
     picture(pipe, **inputs)
-    stale = handle.placeholder([tuple([1] * 9)], 16, "cpu")
+    stale = handle.guard.placeholder([tuple([1] * 9)], 16, "cpu")
     undeclared = torch.randn(1, 16, CHANNELS)
     for states in (stale, undeclared):
         with pytest.raises(dpx.DPXAttnError):  # the pipeline's own gate, before what is traced
             pipe.unet(latents(), 5, states)
-        bare = torch.compile(handle.unet, backend=counter, fullgraph=True)
+        bare = torch.compile(handle.model, backend=counter, fullgraph=True)
         assert bool(bare(latents(), 5, states).sample.isnan().all())
     with handle.public():
         assert bool(pipe.unet(latents(), 5, torch.randn(1, 16, CHANNELS)).sample.isfinite().all())
-    handle.unet.set_attn_processor(AttnProcessor2_0())
+    handle.model.set_attn_processor(AttnProcessor2_0())
     with pytest.raises(dpx.ProtectionLostError):
         picture(pipe, **inputs)
 

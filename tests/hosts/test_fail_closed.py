@@ -170,7 +170,7 @@ def test_without_the_checks_a_replaced_processor_draws_nan(
 ) -> None:
     """Power of the test above: without `check` the forward runs. And the placeholder is the second line of defence."""
     handle = protect(pipe, private)
-    monkeypatch.setattr(type(handle), "check", lambda self: None)
+    monkeypatch.setattr(type(handle.guard), "check", lambda self: None)
     set_one_processor(pipe)
     with pytest.raises(dpx.ProtectionLostError, match="NaN"):
         picture(pipe, PROMPT)
@@ -276,7 +276,7 @@ def test_spoilt_and_stale_placeholders(change: str, pipe: Any, private: Any) -> 
     elif change == "averaged":
         marks = (marks[:1] + marks[1:]) / 2
     elif change == "unknown":
-        marks = handle.placeholder([new_tag()], 16, "cpu")
+        marks = handle.guard.placeholder([new_tag()], 16, "cpu")
     elif change == "other host":
         pipe = tiny_sd(1)
         protect(pipe, private)
@@ -317,7 +317,7 @@ def test_copies_are_refused(what: str, duplicate: Any, pipe: Any, private: Any) 
     target = {
         "handle": handle,
         "release": release,
-        "processor": next(iter(handle._processors.values())),
+        "processor": next(iter(handle.host._processors.values())),
         "unet": pipe.unet,
         "pipeline": pipe,
     }[what]

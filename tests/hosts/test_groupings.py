@@ -70,7 +70,7 @@ INTEGERS: dict[str, tuple[Any, Way, int]] = {
 
 def rows_of(handle: Any, name: str, count: int) -> int:
     if name == "mllama":
-        context = handle._named(images(1), None)[0][0]
+        context = handle.host.name(images(1), None)[0][0]
         return int(context.private_rows)
     return count
 

@@ -96,7 +96,7 @@ def test_labels_of_masked_positions(
     gen = torch.Generator().manual_seed(n)
     with watched(name) as (handle, recipes, sums):
         ids = torch.randint(5, seq2seq.VOCABULARY, (1, n), generator=gen)
-        main = ids if given_as == "input_ids" else torch.randn(1, n, handle.channels, generator=gen)
+        main = ids if given_as == "input_ids" else torch.randn(1, n, handle.host.channels, generator=gen)
         given_groups = labels if whole else labels[mask]
         handle.release(**{given_as: main}, attention_mask=mask.long().unsqueeze(0), groups=given_groups)
         check_units(sums, labels[mask])
@@ -114,11 +114,11 @@ def test_one_of_the_users_groups_moves_the_sum_by_no_more_than_is_charged(
     mask, labels = drawn
     gen = torch.Generator().manual_seed(0)
     with watched("bart") as (handle, _, sums):
-        rows = 1e3 * torch.randn(1, 10, handle.channels, generator=gen)
+        rows = 1e3 * torch.randn(1, 10, handle.host.channels, generator=gen)
         chosen = int(labels[mask][0])
         other = rows.clone()
         other[0, labels == chosen] = -1e3 * torch.randn(
-            int((labels == chosen).sum()), handle.channels, generator=gen
+            int((labels == chosen).sum()), handle.host.channels, generator=gen
         )
         for context in (rows, other):
             handle.release(encoder_outputs=context, attention_mask=mask.long().unsqueeze(0), groups=labels)

@@ -98,7 +98,7 @@ def test_a_shape_that_depends_on_the_prompt_is_caught(
 ) -> None:
     """Planted: padding rows are left out, which reveals the number of tokens."""
     handle = dpx.protect(pipe, private)
-    text = handle._patches[0].text
+    text = handle.host._patches[0].text
     full = text.private_rows
     monkeypatch.setattr(
         text, "private_rows", lambda ids, mask: (full(ids, mask)[0][: int(mask.sum())], full(ids, mask)[1])
@@ -213,7 +213,7 @@ def _recipe(host: str, config: Any) -> tuple[Any, int]:
     for name, module in model.named_modules():
         if name.endswith(("attn2.to_k", "attn2.to_v", "encoder_attn.k_proj", "encoder_attn.v_proj")):
             module.register_forward_hook(lambda m, a, out: out + out.mean(dim=1, keepdim=True))
-    return handle._maker.prepare(handle._current_fingerprint()), handle.channels
+    return handle.guard.prepare(handle.guard.fingerprint()), handle.host.channels
 
 
 @pytest.mark.parametrize("neighboring", ["replace_one", "add_or_remove_one"])
@@ -279,7 +279,7 @@ def test_the_numbers_are_handed_on_unaltered(
 @pytest.mark.parametrize("plant", ["half the epsilon", "half the sensitivity"])
 def test_understated_numbers_are_caught(plant: str, pipe: Any, private: Any) -> None:
     handle = dpx.protect(pipe, private)
-    current, recipe = handle._maker._made
+    current, recipe = handle.guard.maker._made
     (event,) = recipe.events
     if plant == "half the epsilon":
         picture(pipe, PROMPT)
@@ -290,7 +290,7 @@ def test_understated_numbers_are_caught(plant: str, pipe: Any, private: Any) -> 
     else:
         weaker = dataclasses.replace(event, sensitivity=event.sensitivity // 2)
         planted = dataclasses.replace(recipe.prepared, event=weaker)
-        handle._maker._made = current, dataclasses.replace(recipe, prepared=planted)
+        handle.guard.maker._made = current, dataclasses.replace(recipe, prepared=planted)
         picture(pipe, PROMPT)
     with pytest.raises(AssertionError):
         check_numbers(handle, private)

@@ -121,7 +121,7 @@ def test_what_is_served_again_needs_no_ledger(pipe: Any, monkeypatch: pytest.Mon
         raise AssertionError("the ledger was asked")
 
     monkeypatch.setattr(dpx.Ledger, "_locked", locked)
-    assert handle.releases.make(handle._named(TEXT, None)[0]) == [context]
+    assert handle.releases.make(handle.host.name(TEXT, None)[0]) == [context]
 
 
 def test_a_report_counts_what_its_documents_spent(private: Any) -> None:

@@ -84,7 +84,7 @@ def test_a_controlnet_reads_the_placeholder() -> None:
     )
     controlled.set_progress_bar_config(disable=True)
     image = torch.rand(1, 3, 16, 16)
-    with pytest.raises(dpx.ProtectionLostError, match="ControlNet"), handle.access.enter("encoding"):
+    with pytest.raises(dpx.ProtectionLostError, match="ControlNet"), handle.guard.access.enter("encoding"):
         picture(controlled, image=image, **inputs, height=16, width=16)
 
 
@@ -92,9 +92,9 @@ def test_a_bare_unet_that_lost_a_layer_and_its_checks(monkeypatch: pytest.Monkey
     unet = tiny_unet()
     handle = dpx.protect(unet, CONFIG)
     inputs = handle.release(torch.randn(1, 16, CHANNELS)).inputs()
-    monkeypatch.setattr(type(handle), "check", lambda self: None)
+    monkeypatch.setattr(type(handle.guard), "check", lambda self: None)
     name, attn = next(iter(handle.layers.items()))
-    attn.set_processor(handle._originals[name])
+    attn.set_processor(handle.host._originals[name])
     with pytest.raises(dpx.ProtectionLostError, match="NaN"):
         unet(latents(), 5, **inputs)
 

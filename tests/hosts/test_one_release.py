@@ -24,8 +24,8 @@ class Runs:
         monkeypatch.setattr(
             handle.ledger, "charge_all", lambda *a, **k: self.order.append("charge") or charge(*a, **k)
         )
-        if handle._patches:
-            text = handle._patches[0].text
+        if handle.host._patches:
+            text = handle.host._patches[0].text
             encode = text.encode
             text.encode = lambda *a: self.order.append("encode") or encode(*a)
 

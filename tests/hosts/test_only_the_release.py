@@ -77,7 +77,7 @@ def test_outputs_depend_on_the_release_alone(
 def plant_raw_rows(host: Any, handle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last context's rows are kept aside and one layer reads them."""
     kept: list[torch.Tensor] = []
-    recipe = type(handle._maker.prepare(handle._current_fingerprint()))
+    recipe = type(handle.guard.prepare(handle.guard.fingerprint()))
     run = recipe.run
 
     def keep(self: Any, rows: torch.Tensor, *rest: Any) -> Any:
@@ -96,7 +96,7 @@ def plant_raw_rows(host: Any, handle: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
 def plant_private_first_row(host: Any, handle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The row that passes as public is taken from the private encoding (a row that does depend on the prompt)."""
-    text = handle._patches[0].text
+    text = handle.host._patches[0].text
 
     def leaky(ids: torch.Tensor, mask: torch.Tensor) -> Any:
         rows = text.encode(ids, mask)
@@ -213,8 +213,8 @@ def test_a_layer_that_lost_its_processor_gives_nan_not_a_leak(pipe: Any, private
     handle = protect(pipe, private)
     inputs = handle.release(PROMPTS[0]).inputs()
     name, attn = next(iter(handle.layers.items()))
-    attn.set_processor(handle._originals[name])
+    attn.set_processor(handle.host._originals[name])
     with pytest.raises(dpx.ProtectionLostError):
         picture(pipe, **inputs)
-    handle.gate.remove()  # and with the gate gone as well
+    handle.host.gate.remove()  # and with the gate gone as well
     assert bool(pipe.unet(latents(), 5, inputs["prompt_embeds"]).sample.isnan().all())

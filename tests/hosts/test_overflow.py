@@ -131,7 +131,7 @@ def test_rows_of_an_encoders_output(kind: str, dtype: torch.dtype, mechanism: st
     with protect(kind, dtype, mechanism) as handle:
         for given in {dtype, DOUBLE}:
             for shape in SHAPES:
-                check_released(handle.release(extreme(shape, handle.channels, given)))
+                check_released(handle.release(extreme(shape, handle.host.channels, given)))
 
 
 @pytest.mark.parametrize("mechanism", ["kernel_sum", "anchors"])
@@ -174,7 +174,7 @@ def test_a_prefix_that_overflows_inside_the_model(dtype: torch.dtype, mechanism:
         try:
             head, overflows = torch.zeros(0, dtype=torch.int64), []
             for ids in ([3, 4, 5], [3, 7, 5], [7, 7]):
-                rows, _ = handle._encoder.encode(head, [torch.tensor(ids)])
+                rows, _ = handle.host.encoder.encode(head, [torch.tensor(ids)])
                 overflows.append((~rows.isfinite().all(1)).tolist())
                 check_released(handle.release(ids))
             assert overflows == [[False, False, False], [False, True, False], [True, True]]
@@ -219,7 +219,7 @@ def test_the_one_way_in(dtype: torch.dtype) -> None:
     found = ContextRecipe(None).private(rows.to(dtype), None)  # type: ignore[arg-type]
     assert torch.equal(found[0, :4], torch.tensor([0.0, ends.max, ends.min, 1.5]))
     with protect("unet", dtype, "none") as handle:
-        recipe = handle._maker.prepare(handle._current_fingerprint())
+        recipe = handle.guard.prepare(handle.guard.fingerprint())
         assert isinstance(recipe, LayerRecipe)
         given = recipe.private(rows, None)
         assert all(bool(t.isfinite().all()) for t in (*given.keys, *given.values))

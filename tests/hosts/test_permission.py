@@ -113,7 +113,7 @@ def test_a_forked_child_is_closed_and_spends_nothing(setting: Setting) -> None:
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with setting.handle.lock, setting.handle.calling:
+        with setting.handle.lock, setting.handle.guard.calling:
             held.set()
             done.wait()
 
@@ -144,7 +144,7 @@ def test_a_forked_child_is_closed_and_spends_nothing(setting: Setting) -> None:
 @pytest.mark.parametrize("block", ["public", "encoding"])
 def test_a_child_forked_inside_a_block_is_closed(setting: Setting, block: str) -> None:
     """It would never leave its copy of the block, as a worker of a pool that the block's first `submit` made."""
-    access = setting.handle.access
+    access = setting.handle.guard.access
     with access.enter(block):
         assert in_child(lambda: not access.public and not access.encoding and not setting.leaks())
 

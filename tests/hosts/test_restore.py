@@ -9,7 +9,8 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.hosts import handle as handle_module
+from hf_dp_xattn.hosts import guard
+from hf_dp_xattn.hosts.diffusers import unet_host
 from hf_dp_xattn.hosts.diffusers.processor import DPAttnProcessor
 
 from ..hosts_tiny import CHANNELS, picture, quiet, tiny_sd
@@ -141,11 +142,11 @@ def test_nothing_stays_half_patched(
     before = snapshot(pipe)
     with monkeypatch.context() as patch:
         if stage == "processors":
-            patch.setattr(handle_module.Tables, "build", fail)
+            patch.setattr(guard.Tables, "build", fail)
         elif stage == "text encoder":
-            patch.setattr(handle_module, "TextSide", fail)
+            patch.setattr(unet_host, "TextSide", fail)
         else:
-            patch.setattr(handle_module.PipelinePatch, "install", fail)
+            patch.setattr(unet_host.PipelinePatch, "install", fail)
         with pytest.raises(RuntimeError, match="planted"):
             protect(pipe, private)
     check_restored(before, snapshot(pipe))

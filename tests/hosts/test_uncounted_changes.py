@@ -124,10 +124,10 @@ def test_a_loop_of_an_encoder_decoder_reads_the_weights_behind_a_step(name: str)
     model = seq2seq_tiny(name)
     start = torch.full((1, 1), 2)
     with dpx.protect(model, NONE, ledger=dpx.Ledger()) as handle, torch.no_grad():
-        release = handle.release(torch.randn(1, 6, handle.channels))
+        release = handle.release(torch.randn(1, 6, handle.host.channels))
         inputs = release.inputs(decoder_input_ids=start)
         before = model(**inputs).logits
-        fused([p for c in handle.cross.values() for p in c.module.parameters()])
+        fused([p for c in handle.layers.values() for p in c.module.parameters()])
         looped, refused = None, False
         try:
             looped = model(**inputs).logits

@@ -151,9 +151,9 @@ def test_a_buffer_that_nobody_waits_for_gives_nan(
     pipe, x, t = tiny_sd(), torch.zeros(1, 4, 8, 8), torch.tensor(5)
     with torch.no_grad(), dpx.protect(pipe, private, ledger=dpx.Ledger()) as handle:
         one, two = (handle.release(s).inputs()["prompt_embeds"] for s in ("a cat", "a dog under the moon"))
-        monkeypatch.setattr(handle.gate, "_may_wait", lambda states: False)
+        monkeypatch.setattr(handle.host.gate, "_may_wait", lambda states: False)
         buffer = one.clone()
-        with handle.gate.inside_pipeline():
+        with handle.host.gate.inside_pipeline():
             pipe.unet(x, t, buffer)
             assert bool(pipe.unet(x, t, buffer).sample.isfinite().all())
             _write(buffer, two)

@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -24,8 +24,7 @@ from .forward_inputs import NO_SCALE
 from .prompt_contexts import name_contexts
 from .public_arguments import check_arguments
 from .text_side import TextSide, as_texts
-from .unet_forward import ForwardGate
-from .unet_guard import PipelineGuard
+from .unet_forward import ForwardGate, ServesUNet
 
 NO_CLIP_SKIP = (
     "clip_skip is not supported on a protected pipeline (diffusers itself fails on it with current transformers). Encode the prompt as you "
@@ -34,16 +33,29 @@ NO_CLIP_SKIP = (
 LOOKS = "_dp_xattn_looks_for_nan"  # marks what hands on pictures
 
 
+class ServesPipelines(ServesUNet, Protocol):
+    """What the patch of a pipeline asks of its UNet's host."""
+
+    gate: ForwardGate
+
+    @property
+    def channels(self) -> int: ...
+    @property
+    def hidden_length(self) -> int: ...
+    @property
+    def by_phrases(self) -> bool: ...
+
+
 class PipelinePatch:
     """Shadows the methods of one pipeline that see the prompt, what diffusers itself would check after the first step only, and what hands
     on the picture; its calls wait for each other."""
 
-    def __init__(self, pipe: Any, handle: PipelineGuard, gate: ForwardGate, text: TextSide) -> None:
+    def __init__(self, pipe: Any, host: ServesPipelines, text: TextSide) -> None:
         self.pipe = pipe
         self.text = text
-        self._handle, self._gate_of_unet = handle, gate
+        self._host, self._guard, self._gate_of_unet = host, host.guard, host.gate
         self._shadows: dict[str, Callable[..., Any]] = {}
-        self._saving = SaveShadow(pipe, handle)
+        self._saving = SaveShadow(pipe, host.guard)
         self._outer: Any = None  # the hook on a compiled UNet
         self._class: type[Any] = type(pipe)
         self._waiting: type[Any] | None = None
@@ -96,13 +108,13 @@ class PipelinePatch:
 
         @functools.wraps(original)
         def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
-            with self._handle.calling, self._gate_of_unet.inside_pipeline():
-                if not self._handle.access.public:
+            with self._guard.calling, self._gate_of_unet.inside_pipeline():
+                if not self._guard.access.public:
                     check_arguments(pipe, signature.bind(pipe, *args, **kwargs).arguments)
                 result = original(pipe, *args, **kwargs)
-                if not self._handle.access.public:
+                if not self._guard.access.public:
                     self._check_parts()
-                    self._handle.check()  # what was unprotected on the way has read a placeholder
+                    self._guard.check()  # what was unprotected on the way has read a placeholder
                 return result
 
         def no_copy(pipe: Any, protocol: Any) -> NoReturn:
@@ -118,7 +130,7 @@ class PipelinePatch:
 
         @functools.wraps(original)
         def postprocess(image: Any, *args: Any, **kwargs: Any) -> Any:
-            if not self._handle.access.public:
+            if not self._guard.access.public:
                 refuse_nan(image)  # once, behind all steps: NaN in one of them stays in all that follow
             return original(image, *args, **kwargs)
 
@@ -128,12 +140,12 @@ class PipelinePatch:
 
     def check(self) -> None:
         """Raises ProtectionLostError unless the pipeline still consists of what was protected."""
-        self._handle.check_thoroughly()
+        self._guard.check_thoroughly()
         self._check_parts()
 
     def _check_parts(self) -> None:
         lost = None
-        if unwrap(self.pipe.unet) is not self._handle.unet:
+        if unwrap(self.pipe.unet) is not self._host.model:
             lost = "its UNet"
         elif self.pipe.text_encoder is not self.text.encoder and unwrap(self.pipe.text_encoder) is not unwrap(
             self.text.encoder
@@ -174,23 +186,23 @@ class PipelinePatch:
             raise ConfigError("`prompt_embeds` must be a tensor [B, n, C].")
         elif embeds is not None:
             batch, rows, channels = embeds.shape
-            config = self._handle.config
+            config = self._guard.config
             if public_counts(config.unit, config.neighboring, rows, 0)["rows"] is None and None in read_tags(
                 embeds
             ):
-                rows = self._handle.hidden_length  # as the placeholder's will be
+                rows = self._host.hidden_length  # as the placeholder's will be
             arguments["prompt_embeds"] = torch.empty(batch, rows, channels, device="meta")
         return original(*bound.args, **bound.kwargs)
 
     def _encode_prompt(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """Releases what is private, then lets diffusers encode the negative prompt and repeat the placeholder. Holds the lock throughout:
         a tokenizer serves one thread at a time."""
-        with self._handle.lock:
+        with self._guard.lock:
             return self._encode(original, bound)
 
     def _encode(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         self.check()
-        if self._handle.access.public:
+        if self._guard.access.public:
             return original(*bound.args, **bound.kwargs)
         a = bound.arguments
         if a["clip_skip"] is not None:
@@ -211,8 +223,8 @@ class PipelinePatch:
             self._check_negative(a["negative_prompt_embeds"], len(tags), rows)
         self._make_ready(tags, negative_tags, device)
         a["prompt"] = None
-        a["prompt_embeds"] = self._handle.placeholder(tags, rows, device)
-        with self._handle.access.enter("encoding"):
+        a["prompt_embeds"] = self._guard.placeholder(tags, rows, device)
+        with self._guard.access.enter("encoding"):
             return original(*bound.args, **bound.kwargs)
 
     def _private_tags(self, prompt: Any, embeds: Any) -> tuple[tuple[Tag, ...], int]:
@@ -231,27 +243,27 @@ class PipelinePatch:
                     "`prompt_embeds` mixes placeholders with embeddings; release the embeddings first."
                 )
             contexts = self._name(embeds)
-        rows = contexts[0].public_length(self._handle.config, self._handle.hidden_length)
-        return self._handle.promises.make(contexts), rows
+        rows = contexts[0].public_length(self._guard.config, self._host.hidden_length)
+        return self._guard.promises.make(contexts), rows
 
     def _make_ready(
         self, tags: Sequence[Tag], negative_tags: Sequence[Tag | None], device: torch.device
     ) -> None:
         """Releases that exist are verified and at hand; one that is due is made by the UNet's gate. A gate that is traced makes none: there
         the outer module's does, or, where the UNet was compiled in place, it is made now."""
-        outer, unet = self.pipe.unet, self._handle.unet
+        outer, unet = self.pipe.unet, self._host.model
         if outer is not unet and (self._outer is None or self._outer.id not in outer._forward_pre_hooks):
             self._outer = outer.register_forward_pre_hook(self._gate, with_kwargs=True)
         active = unique([*tags, *negative_tags])
         if outer is unet and unet._compiled_call_impl is not None:
-            self._handle.promises.keep(active)
-        if not self._handle.promises.due(active):
-            self._handle.activate(active, device)
+            self._guard.promises.keep(active)
+        if not self._guard.promises.due(active):
+            self._host.activate(active, device)
 
     @torch.compiler.disable
     def _gate(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Of a module around the UNet (`torch.compile`), which runs before anything is traced."""
-        if self._handle.active:
+        if self._guard.active:
             self._gate_of_unet.read(args, kwargs)
 
     def _check_scales(self) -> None:
@@ -271,7 +283,7 @@ class PipelinePatch:
     def _check_negative(self, embeds: Any, batch: int, rows: int) -> None:
         """Whether the negative prompt, which diffusers joins to the placeholder, has its shape. Raises ConfigError."""
         if embeds is not None:
-            want = [batch, rows, self._handle.channels]
+            want = [batch, rows, self._host.channels]
             if not isinstance(embeds, torch.Tensor) or list(embeds.shape) != want:
                 shape = list(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
                 raise ConfigError(
@@ -286,12 +298,12 @@ class PipelinePatch:
         ):  # diffusers encodes the text at the prompt's length
             raise ConfigError(
                 f"The private context's placeholder has {rows} rows, and the text encoder of the negative prompt takes {self.text.limit} "
-                f"tokens: pass negative_prompt_embeds {[batch, rows, self._handle.channels]} (also for the empty one, which is the "
+                f"tokens: pass negative_prompt_embeds {[batch, rows, self._host.channels]} (also for the empty one, which is the "
                 "default), or guidance_scale=1. Nothing was spent."
             )
 
     def _name(self, context: Any) -> list[PrivateContext]:
-        return name_contexts(context, self.text, self._handle.channels, phrases=self._handle.by_phrases)
+        return name_contexts(context, self.text, self._host.channels, phrases=self._host.by_phrases)
 
     @staticmethod
     def _batch(prompt: Any, embeds: Any) -> int:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from ...errors import ProtectionLostError
 from ..accounts import PROTECT_AGAIN
 from ..bindings import unique
-from ..fingerprint import stamp
+from ..guard import Guard
 from ..nan import main_output, refuse_nan
-from ..placeholder import read_tags, rewritten
+from ..placeholder import Tag, read_tags, rewritten
 from ..recorded_runs import refuse_recording
 from ..tables import LayerTable
 from ..weight_changes import refuse_call_adapters
+from ..weights import Weights
 from .forward_inputs import check_forward, read_states, refuse_beside, refuse_checkpointing
 from .processor import Forward, Forwards, Layout
-from .unet_guard import UNetGuard
 
 REMOVED = (
     "The protection is no longer in place: the gate of the UNet was removed. Call dpx.unprotect(pipe) and "
@@ -28,11 +28,25 @@ REMOVED = (
 )
 
 
+class ServesUNet(Protocol):
+    """What the gate of a UNet asks of its host. layers: the protected ones, by name. weights: that a release must fit."""
+
+    guard: Guard
+    weights: Weights
+
+    @property
+    def model(self) -> Any: ...
+    @property
+    def layers(self) -> Mapping[str, Any]: ...
+    def activate(self, tags: Sequence[Tag], device: torch.device | str) -> dict[str, LayerTable]: ...
+    def hand_out(self, tables: dict[str, LayerTable]) -> None: ...
+
+
 class ForwardGate:
     """Hooks around the UNet's forward. What they decide is held by thread: nothing of it is seen by another call."""
 
-    def __init__(self, unet: Any, handle: UNetGuard) -> None:
-        self._unet, self._handle = unet, handle
+    def __init__(self, host: ServesUNet) -> None:
+        self._unet, self._host = host.model, host
         self.forwards = Forwards()
         self._hooks: list[Any] = []
 
@@ -83,31 +97,32 @@ class ForwardGate:
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward:
         """What the layers may read; compiled ones of this thread find it as well. Raises before anything runs, and before a release that is
         due is charged."""
-        handle = self._handle
-        handle.check()
+        host, guard = self._host, self._host.guard
+        guard.check()
+        host.weights.look_if_due()
         refuse_checkpointing(self._unet)
         states = read_states(args, kwargs)
         seen = self.forwards.seen
         known = seen is not None and seen[0]() is states and seen[1] == self._state_of(states)
         if seen is not None and known and not self._rewritten(states, seen[2]):
-            refuse_call_adapters(handle.watched)
-            handle.hand_out(seen[3].tables)
+            refuse_call_adapters(host.weights.roots())
+            host.hand_out(seen[3].tables)
             return seen[3]  # the same tensor at every step: parsed already
         found = read_tags(states)
         tags = unique(found)
         if not tags:
-            if not handle.access.public:
+            if not guard.access.public:
                 raise ProtectionLostError(
                     "This UNet is protected and was called with embeddings of which none is a placeholder. Pass release.inputs(), or "
                     "declare the text public with `with protected.public():`."
                 )
-            return Forward(dict.fromkeys(handle.layers, LayerTable()))
-        refuse_call_adapters(handle.watched)
+            return Forward(dict.fromkeys(host.layers, LayerTable()))
+        refuse_call_adapters(host.weights.roots())
         refuse_beside(kwargs)
-        if handle.promises.due(tags):
+        if guard.promises.due(tags):
             check_forward(self._unet, args, kwargs, states)
-            handle.promises.keep(tags)
-        tables = handle.activate(tags, states.device)
+            guard.promises.keep(tags)
+        tables = host.activate(tags, states.device)
         forward = Forward(tables, Layout.of(states, found, tags))
         if not states.is_inference():
             self.forwards.seen = weakref.ref(states), self._state_of(states), states.detach().clone(), forward
@@ -125,4 +140,4 @@ class ForwardGate:
         return states.device.type == "cpu" or not self.forwards.pipelines
 
     def _state_of(self, states: torch.Tensor) -> object:
-        return states._version, self._handle.watch.changes, stamp(self._handle.watched)
+        return states._version, self._host.weights.state()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ...errors import ConfigError, DPXAttnError
 from ..access import NO_COPY
 from ..content_names import Part
-from ..handle import HANDLE_ATTRIBUTE
+from ..guard import HANDLE_ATTRIBUTE
 from ..transformers.decoder_only.chat import BESIDE, private_message, refuse_others
 from .generate_gate import GenerateGate
 from .released_texts import ReleasedPrompt, ReleasedText

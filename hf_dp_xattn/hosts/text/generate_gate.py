@@ -19,7 +19,7 @@ from ..access import TextGate
 from ..bindings import MAX_BINDINGS
 from ..content_names import Part, id_parts, special_ids
 from ..diffusers.text_side import without_length_warning
-from ..handle import HANDLE_ATTRIBUTE
+from ..guard import HANDLE_ATTRIBUTE
 from ..saving import SaveShadow
 from ..transformers.generating import named_arguments
 from .released_texts import ReleasedText

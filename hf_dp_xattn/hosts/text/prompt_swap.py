@@ -24,7 +24,7 @@ from ..access import NO_COPY, TextGate
 from ..content_names import Part
 from ..diffusers.architectures import unwrap
 from ..diffusers.text_side import as_texts
-from ..handle import HANDLE_ATTRIBUTE
+from ..guard import HANDLE_ATTRIBUTE
 from ..saving import SaveShadow
 from .released_texts import ReleasedPrompt, ReleasedText
 from .unit_encoders import PROBES

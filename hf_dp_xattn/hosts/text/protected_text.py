@@ -26,6 +26,7 @@ from ..rehearsal import rehearse
 from ..releases import Releases
 from ..saving import SaveShadow
 from ..storage import ReleaseFile
+from ..terms import Terms, terms_of
 from .released_texts import ReleasedText, ReleasedTexts, Shelf
 from .text_contexts import Cut, name_text
 from .text_release import TextRelease
@@ -73,8 +74,6 @@ class ProtectedText:
 
     *Formal guarantee.* Everything that leaves the host about a private text is post-processing of its `TextRelease`, see `report()`.
     """
-
-    text = None  # see `Release`: there is no other text side
 
     def __init__(
         self,
@@ -142,7 +141,7 @@ class ProtectedText:
         return self.surfaces[0].saving
 
     @property
-    def unet(self) -> Any:
+    def model(self) -> Any:
         """The model or pipeline that was protected first; None where there is none."""
         return self.surfaces[0].model if self.surfaces else None
 
@@ -329,7 +328,11 @@ class ProtectedText:
         ]
         return dataclasses.replace(made, releases=tuple(entries))
 
+    def terms(self) -> Terms:
+        """What a release carries along about its host."""
+        return terms_of(self.report(), [self.model])
+
     def words(self) -> HostWords:
         """What is public and what is not covered here."""
-        name = "no host: the text is for any" if self.unet is None else type(self.unet).__name__
+        name = "no host: the text is for any" if self.model is None else type(self.model).__name__
         return text_words(name, Setting.of(self.config, self.calibration), self.cut.words)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UnsupportedModelError
 from ..diffusers.architectures import unwrap
-from ..handle import HANDLE_ATTRIBUTE
+from ..guard import HANDLE_ATTRIBUTE
 from .chat_swap import ChatSwap
 from .generate_gate import GenerateGate
 from .prompt_swap import PromptSwap, text_encoders

@@ -76,4 +76,4 @@ def test_a_document_encoded_by_hand(private: Any) -> None:
 def test_a_bare_unet_has_nothing_to_encode(private: Any) -> None:
     handle = dpx.protect(tiny_unet(), private)
     with handle.encoding(), pytest.raises(dpx.ProtectionLostError):
-        handle.unet(latents(), 5, torch.randn(1, LENGTH, CHANNELS))
+        handle.model(latents(), 5, torch.randn(1, LENGTH, CHANNELS))

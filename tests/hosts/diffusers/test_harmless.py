@@ -38,7 +38,7 @@ def test_harmless_calls_are_harmless(name: str, pipe: Any, private: Any) -> None
     assert {c.number_of_releases for c in charged} == {1}  # the text as itself, and its token ids
     assert len({c.digest for c in charged}) == len(charged) > 1
     CALLS[name](pipe)
-    handle.check_thoroughly()
+    handle.guard.check_thoroughly()
     assert close(before, picture(pipe, PROMPT)) and handle.ledger.entries() == charged
     dpx.unprotect(pipe)
     CALLS[name](pipe)

@@ -129,7 +129,7 @@ def test_phrases_that_cannot_be_released(name: str, pipe: Any, groups: Any) -> N
     handle = protect(pipe, groups)
     with pytest.raises((ContextError, dpx.ConfigError)):
         handle.release(BAD[name], groups="phrases")
-    if isinstance(BAD[name], str) and handle.by_phrases:
+    if isinstance(BAD[name], str) and handle.host.by_phrases:
         with pytest.raises(ContextError):
             picture(pipe, BAD[name])
     assert handle.report().releases == () and handle.ledger.entries() == ()

@@ -20,6 +20,7 @@ from ....errors import ConfigError, DPXAttnError, ProtectionLostError
 from ....mechanisms.merge import exact_partial, merge
 from ...access import NO_COPY, Access, permitted
 from ...tables import LayerTable
+from ..generating import OwnCalls
 from ..reading import group_queries, host_attention, read_partial, ungroup
 
 NAME = "dp_xattn_prefix"
@@ -64,21 +65,11 @@ class Call:
         return self.biases[key]
 
 
-class Calls(threading.local):
-    """The forward that this thread is in; no other thread can see or replace it. generating: `generate` calls it; served: the tables that
-    were made in this thread last, and what for."""
+class Calls(OwnCalls):
+    """See `OwnCalls`. served: the tables that were made in this thread last, and what for."""
 
     current: Call | None = None
     served: tuple[object, dict[str, LayerTable]] | None = None
-    generating: bool = False
-
-    @contextmanager
-    def inside_generate(self) -> Iterator[None]:
-        before, self.generating = self.generating, True
-        try:
-            yield
-        finally:
-            self.generating = before
 
 
 @dataclass(frozen=True)

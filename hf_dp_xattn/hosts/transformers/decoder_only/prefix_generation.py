@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
@@ -11,9 +10,9 @@ from typing import Any, Protocol
 import torch
 
 from ....errors import ConfigError, ProtectionLostError
-from ...access import Access
+from ...guard import Guard
 from .. import generating
-from ..generating import generation_settings, named_arguments, refuse_arguments, while_protected
+from ..generating import Shadows, generation_settings, named_arguments, refuse_arguments, while_protected
 from .prefix_attention import Calls, check_window
 from .prefix_cache import PrefixCache
 
@@ -67,56 +66,41 @@ def infer_mask(model: Any, ids: torch.Tensor, options: Mapping[str, Any]) -> tor
 
 
 class GeneratesBehindPrefix(Protocol):
-    """What `generate` asks of the handle. limit: positions that the layers see at once. serve: makes a cache's release readable."""
+    """What `generate` asks of the host. limit: positions that the layers see at once. serve: makes a cache's release readable."""
 
-    access: Access
+    guard: Guard
 
+    @property
+    def model(self) -> Any: ...
     @property
     def calls(self) -> Calls: ...
     @property
     def limit(self) -> int | None: ...
-    def check(self) -> None: ...
-    def check_thoroughly(self) -> None: ...
     def serve(self, cache: PrefixCache) -> Any: ...
 
 
-class GenerateShadow:
+class GenerateShadow(Shadows):
     """Stands in for `model.generate` and `model.generate_batch` while the model is protected."""
 
-    def __init__(self, model: Any, handle: GeneratesBehindPrefix) -> None:
-        self._model, self._handle = model, handle
+    def __init__(self, host: GeneratesBehindPrefix) -> None:
+        super().__init__(host.model, {"generate": self._generate, "generate_batch": self._generate_batch})
+        self._host = host
         self._warned = False
-        self._shadows: dict[str, Callable[..., Any]] = {}
-
-    def install(self) -> None:
-        for name, serve in (("generate", self._generate), ("generate_batch", self._generate_batch)):
-            original = getattr(self._model, name, None)
-            if original is not None:
-                self._shadows[name] = self._model.__dict__[name] = _shadow(original, serve)
-
-    def installed(self) -> bool:
-        own = self._model.__dict__
-        return bool(self._shadows) and all(own.get(n) is s for n, s in self._shadows.items())
-
-    def remove(self) -> None:
-        for name, shadow in self._shadows.items():
-            if self._model.__dict__.get(name) is shadow:
-                del self._model.__dict__[name]
 
     def _generate_batch(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
-        self._handle.check_thoroughly()
-        if self._handle.access.public:
+        self._host.guard.check_thoroughly()
+        if self._host.guard.access.public:
             return original(*bound.args, **bound.kwargs)
         raise ConfigError(
             "Continuous batching (generate_batch) keeps a paged cache of its own, which cannot hold a release. Call model.generate."
         )
 
     def _generate(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
-        self._handle.check_thoroughly()
+        self._host.guard.check_thoroughly()
         arguments = named_arguments(bound)
         cache = arguments.get("past_key_values")
         if not isinstance(cache, PrefixCache):
-            if self._handle.access.public:
+            if self._host.guard.access.public:
                 return original(*bound.args, **bound.kwargs)
             raise ProtectionLostError(NO_INPUTS)
         config = generation_settings(self._model, arguments)
@@ -134,15 +118,15 @@ class GenerateShadow:
                 "generate needs input_ids, attention_mask and past_key_values as release.inputs(input_ids=..., attention_mask=...) gives "
                 "them. For a further turn, call release.inputs with all token ids of the conversation."
             )
-        self._handle.serve(cache)
-        check_window(self._handle.limit, cache.offset + cache.own + self._planned(arguments, config, ids))
+        self._host.serve(cache)
+        check_window(self._host.limit, cache.offset + cache.own + self._planned(arguments, config, ids))
         self._warn_once(arguments, config)
         cache = cache.fork()  # so that the same inputs can be used again
         cache.elastic, cache.expected = True, int(ids.shape[-1])
         arguments["cache_implementation"] = (
             None  # a dynamic one, as here: transformers refuses its name beside a cache
         )
-        with while_protected(self._handle.check), self._handle.calls.inside_generate():
+        with while_protected(self._host.guard.check), self._host.calls.inside_generate():
             return original(**{**arguments, "past_key_values": cache})
 
     def _warn_once(self, arguments: dict[str, Any], config: Any) -> None:
@@ -188,13 +172,3 @@ class GenerateShadow:
             raise ConfigError(
                 "use_cache=False is not supported on a protected model: the cache names its release."
             )
-
-
-def _shadow(original: Callable[..., Any], serve: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def shadow(*args: Any, **kwargs: Any) -> Any:
-        return serve(original, signature.bind(*args, **kwargs))
-
-    return shadow

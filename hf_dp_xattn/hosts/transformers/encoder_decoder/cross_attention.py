@@ -22,6 +22,7 @@ from ....errors import DPXAttnError, ProtectionLostError
 from ....mechanisms.merge import exact_partial
 from ...access import NO_COPY, Access, permitted
 from ...tables import LayerTable
+from ..generating import OwnCalls
 from ..reading import group_queries, host_attention, read, ungroup
 
 if TYPE_CHECKING:
@@ -50,9 +51,9 @@ class DryRunOver(Exception):
     """Ends a dry run (`dry_run.py`) at a forward that is one too many."""
 
 
-class Calls(threading.local):
-    """The forward that this thread is in; no other thread can see or replace it. seen: the placeholder (and its state) parsed last,
-    a copy of it, and what it gave. left: forwards that a dry run may still make."""
+class Calls(OwnCalls):
+    """See `OwnCalls`. seen: the placeholder (and its state) parsed last, a copy of it, and what it gave. left: forwards that a dry run may
+    still make."""
 
     current: Call | None = None
     seen: tuple[weakref.ref[torch.Tensor], object, torch.Tensor, Call] | None = None

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 
 from ....errors import ConfigError, ContextError
-from ...access import Access
 from ...bindings import unique
+from ...guard import Guard
 from ...placeholder import read_tags
-from ...promised import Promises
 from .. import generating
-from ..generating import generation_settings, named_arguments, refuse_arguments, while_protected
+from ..generating import Shadows, generation_settings, named_arguments, refuse_arguments, while_protected
 from .audio_lengths import refuse_lengths, transcribes
 from .cross_attention import Calls
 from .document_contexts import ENCODER_INPUTS, MAIN_INPUTS, MASK, STATES, TYPES
@@ -44,48 +41,28 @@ STEPS = 2  # of a dry run; Whisper's first is the detection of a language
 
 
 class Generates(Protocol):
-    """What `generate` asks of the handle. serve: the inputs that stand in place of the encoder's."""
+    """What `generate` asks of the host. serve: the inputs that stand in place of the encoder's."""
 
-    access: Access
-    promises: Promises
+    guard: Guard
 
-    def check(self) -> None: ...
-    def check_thoroughly(self) -> None: ...
-    def refuse_others(self, given: dict[str, Any]) -> None: ...
-    def serve(self, given: dict[str, Any], copies: int) -> dict[str, Any]: ...
-    def public(self) -> AbstractContextManager[None]: ...
+    @property
+    def model(self) -> Any: ...
     @property
     def calls(self) -> Calls: ...
+    def refuse_others(self, given: dict[str, Any]) -> None: ...
+    def serve(self, given: dict[str, Any], copies: int) -> dict[str, Any]: ...
 
 
-class GenerateShadow:
+class GenerateShadow(Shadows):
     """Stands in for `model.generate` while the model is protected."""
 
-    def __init__(self, model: Any, handle: Generates) -> None:
-        self._model, self._handle = model, handle
-        self._shadow: Callable[..., Any] | None = None
-
-    def install(self) -> None:
-        original = self._model.generate
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            return self._generate(original, signature.bind(*args, **kwargs))
-
-        self._shadow = generate
-        self._model.__dict__["generate"] = generate
-
-    def installed(self) -> bool:
-        return self._shadow is not None and self._model.__dict__.get("generate") is self._shadow
-
-    def remove(self) -> None:
-        if self.installed():
-            del self._model.__dict__["generate"]
+    def __init__(self, host: Generates) -> None:
+        super().__init__(host.model, {"generate": self._generate})
+        self._host = host
 
     def _generate(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
-        self._handle.check_thoroughly()
-        if self._handle.access.public:
+        self._host.guard.check_thoroughly()
+        if self._host.guard.access.public:
             return original(*bound.args, **bound.kwargs)
         arguments = named_arguments(bound)
         config = generation_settings(self._model, arguments)
@@ -93,25 +70,25 @@ class GenerateShadow:
         if transcribes(self._model):
             refuse_lengths(arguments, config)
         given = self._encoder_inputs(arguments)
-        self._handle.refuse_others(arguments)
+        self._host.refuse_others(arguments)
         if getattr(config, "encoder_no_repeat_ngram_size", None):
             arguments["encoder_no_repeat_ngram_size"] = 0
         copies = 1
         if transcribes(self._model):  # repeats the batch by itself
             asked = arguments.get("num_return_sequences") or getattr(config, "num_return_sequences", None)
             copies, arguments["num_return_sequences"] = asked or 1, 1
-        inputs = self._handle.serve(given, copies)
+        inputs = self._host.serve(given, copies)
         states = inputs[STATES].last_hidden_state
-        if self._handle.promises.due(unique(read_tags(states))):
+        if self._host.guard.promises.due(unique(read_tags(states))):
             zeros = as_inputs(torch.zeros_like(states), MASK in inputs)
             self._dry_run(STEPS, original, arguments, zeros)
-        with while_protected(self._handle.check):
+        with while_protected(self._host.guard.check):
             return original(**arguments, **inputs)
 
     def _dry_run(
         self, steps: int, original: Callable[..., Any], arguments: dict[str, Any], stand_in: dict[str, Any]
     ) -> None:
-        public, limit = self._handle.public(), self._handle.calls.at_most(steps)
+        public, limit = self._host.guard.public(), self._host.calls.at_most(steps)
         dry_run(public, limit, torch.device(self._model.device), original, arguments, stand_in)
 
     @staticmethod

@@ -26,23 +26,23 @@ class GeneratesFromImages(Generates, Protocol):
 class ImageGenerateShadow(GenerateShadow):
     """As for encoder-decoder models; a call without an image is the host's own."""
 
-    def __init__(self, model: Any, handle: GeneratesFromImages) -> None:
-        super().__init__(model, handle)
-        self._images = handle
+    def __init__(self, host: GeneratesFromImages) -> None:
+        super().__init__(host)
+        self._images = host
 
     def _generate(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
-        self._handle.check_thoroughly()
+        self._host.guard.check_thoroughly()
         arguments = named_arguments(bound)
         image = {n: arguments[n] for n in IMAGE_INPUTS if arguments.get(n) is not None}
-        if self._handle.access.public or not image:
+        if self._host.guard.access.public or not image:
             return original(*bound.args, **bound.kwargs)
         config = generation_settings(self._model, arguments)
         self._check(arguments, config)
         for name in IMAGE_INPUTS:
             arguments.pop(name, None)
         states = self._images.stand_in(image, arguments)
-        if self._handle.promises.due(unique(read_tags(states))):
+        if self._host.guard.promises.due(unique(read_tags(states))):
             zeros = self._images.zeros_for(states, arguments)
             self._dry_run(1, original, arguments, {STATES: zeros})
-        with while_protected(self._handle.check):
+        with while_protected(self._host.guard.check):
             return original(**arguments, **{STATES: states})

@@ -37,7 +37,7 @@ def test_accepted_models_are_right_at_several_hundred_tokens(name: str, exact: d
     except dpx.UnsupportedModelError as error:
         assert name in UNUSUAL and type(model).__name__ in str(error)
         return
-    count = min(handle.limit or MANY, MANY)
+    count = min(handle.host.limit or MANY, MANY)
     for prefix in (5, count // 2, count - 6):
         assert far_off(handle, count, prefix) < 1e-4, prefix
 
@@ -52,7 +52,7 @@ def test_a_number_of_kept_tokens_is_found(dtype: torch.dtype, private: dpx.DPXAt
 
 def test_a_length_that_no_probe_goes_beyond_is_a_limit(exact: dpx.DPXAttnConfig) -> None:
     handle = dpx.protect(tiny("doge_2048"), exact)
-    assert handle.limit == 2048
+    assert handle.host.limit == 2048
     with pytest.raises(dpx.ContextError, match="2048"):
         handle.release(tokens(9), prefix_bucket=2048)
     release = handle.release(tokens(9), prefix_bucket=2000)

@@ -96,13 +96,13 @@ def test_equal_segments_elsewhere_are_encoded_bit_for_bit_alike(
     model, parts = tiny("llama"), segments((3, 5, 2), 4)
     handle = protect(model, private.replace(mechanism=mechanism, unit="group"))
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    run = type(handle._maker.prepare(handle._current_fingerprint())).run
+    run = type(handle.guard.prepare(handle.guard.fingerprint())).run
 
     def watch(self: Any, rows: torch.Tensor, groups: torch.Tensor, entropy: Any) -> Any:
         seen.append((rows.clone(), groups.clone()))
         return run(self, rows, groups, entropy)
 
-    monkeypatch.setattr(type(handle._maker.prepare(handle._current_fingerprint())), "run", watch)
+    monkeypatch.setattr(type(handle.guard.prepare(handle.guard.fingerprint())), "run", watch)
     others = segments((4, 1), 9)
     handle.release(parts, groups="segments", public_head=[1, 4])
     handle.release([*others, parts[1]], groups="segments", public_head=[1, 4])

@@ -72,9 +72,9 @@ def test_the_calls_that_were_spared_gave_the_same_numbers(mechanism: str, privat
     with protect(model, config, ledger=dpx.Ledger()) as handle:
         inputs = handle.release(**one("bart")).inputs()
         spared = logits(model, inputs)
-        handle._sketched = type(handle._sketched)()
-        handle._built, handle._calls.seen = None, None
-        handle._tables.clear()
+        handle.host.weights.forget()
+        handle.guard._built, handle.host.calls.seen = None, None
+        handle.guard._tables.clear()
         assert torch.equal(logits(model, inputs), spared)
 
 
@@ -95,7 +95,7 @@ def test_changed_weights_are_seen_at_the_next_forward(how: str, private: dpx.DPX
         release = handle.release(**one("bart"))
         logits(model, release.inputs())
         inputs = release.inputs()
-        _change(next(iter(handle.cross.values())).module, how)
+        _change(next(iter(handle.layers.values())).module, how)
         with pytest.raises(dpx.ReleaseError, match="differ"):
             logits(model, inputs)
         with pytest.raises(dpx.ReleaseError, match="differ"):
@@ -103,10 +103,11 @@ def test_changed_weights_are_seen_at_the_next_forward(how: str, private: dpx.DPX
     with protect(model, private.replace(mechanism="anchors"), ledger=dpx.Ledger()) as handle:
         release = handle.release(**one("bart"))
         before = logits(model, release.inputs())
-        _change(next(iter(handle.cross.values())).module, how)
+        _change(next(iter(handle.layers.values())).module, how)
         inputs = release.inputs()
         after = logits(model, inputs)
         assert not torch.allclose(after, before)
-        handle._sketched, handle._built, handle._calls.seen = type(handle._sketched)(), None, None
-        handle._tables.clear()
+        handle.host.weights.forget()
+        handle.guard._built, handle.host.calls.seen = None, None
+        handle.guard._tables.clear()
         assert torch.equal(logits(model, inputs), after)

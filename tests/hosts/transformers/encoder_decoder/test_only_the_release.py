@@ -12,7 +12,7 @@ import hf_dp_xattn as dpx
 from hf_dp_xattn.hosts.placeholder import CODE_CHANNELS
 from hf_dp_xattn.hosts.releases import Releases
 from hf_dp_xattn.hosts.transformers.encoder_decoder import cross_attention as attention
-from hf_dp_xattn.hosts.transformers.encoder_decoder.encoder_decoder_handle import PLACEHOLDER_ROWS
+from hf_dp_xattn.hosts.transformers.encoder_decoder.encoder_decoder_host import PLACEHOLDER_ROWS
 
 from ...fail_closed import refused_logits
 from .calibrations import protect
@@ -124,11 +124,11 @@ def test_a_layer_that_lost_its_attention_function_gives_nan(name: str, private: 
     model = tiny(name)
     handle = dpx.protect(model, private)
     inputs = handle.release(**one(name)).inputs(decoder_input_ids=torch.tensor([[4, 5]]))
-    layer = next(iter(handle.cross))
-    handle.cross[layer].module.config = handle._configs[layer]
+    layer = next(iter(handle.layers))
+    handle.layers[layer].module.config = handle.host._configs[layer]
     with pytest.raises(dpx.ProtectionLostError, match="attention function"):
         model(**inputs)
-    handle.check = lambda: None  # and with the gate's eyes shut
+    handle.guard.check = lambda: None  # and with the gate's eyes shut
     assert bool(refused_logits(model, inputs).isnan().all())
 
 

@@ -98,7 +98,7 @@ def test_documents_encoded_apart(exact: dpx.DPXAttnConfig) -> None:
         got = model(**release.inputs(decoder_input_ids=ids)).logits
     [context] = release.contexts
     assert (
-        context.rows == handle.hidden_length != 15 and context.guarantee.rows is None
+        context.rows == handle.host.hidden_length != 15 and context.guarantee.rows is None
     )  # not the documents' 15 rows
     assert float((got - want).abs().max()) < TOLERANCE
 

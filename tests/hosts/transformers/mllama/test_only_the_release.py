@@ -95,11 +95,11 @@ def test_a_layer_that_lost_its_attention_function_gives_nan(private: dpx.DPXAttn
     model = tiny()
     handle = dpx.protect(model, private)
     inputs = handle.release(**images()).inputs(**texts(mask=False))
-    layer = next(iter(handle.cross))
-    handle.cross[layer].module.config = handle._configs[layer]
+    layer = next(iter(handle.layers))
+    handle.layers[layer].module.config = handle.host._configs[layer]
     with pytest.raises(dpx.ProtectionLostError, match="attention function"):
         model(**inputs)
-    handle.check = lambda: None  # and with the gate's eyes shut
+    handle.guard.check = lambda: None  # and with the gate's eyes shut
     shown = inputs["attention_mask"].bool()
     assert bool(refused_logits(model, inputs)[shown].isnan().all())
 

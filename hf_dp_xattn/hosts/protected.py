@@ -1,0 +1,285 @@
+"""`Protected`: the handle of a protected host, of whatever kind."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..config import DPXAttnConfig
+from ..errors import DPXAttnError, ReleaseError
+from ..mechanisms.groups import as_groups
+from ..privacy.ledger import Budget, Ledger
+from ..report import PrivacyReport
+from .access import NO_COPY
+from .growing import GrowingContext, append_to, only, open_growing
+from .guard import HANDLE_ATTRIBUTE, Guard
+from .host import Host
+from .locks import Lock, locked
+from .release import Release
+from .released import ReleasedContext
+from .storage import ReleaseFile
+from .terms import Terms, terms_of
+
+if TYPE_CHECKING:
+    from ..calibration.calibration import AnyCalibration
+    from ..privacy.bits import Entropy
+    from .text.text_release_file import TextReleaseFile
+
+
+class Protected:
+    """A protected UNet (with the pipelines that share it) or model. Made by `dpx.protect`; a context manager that unprotects.
+
+    While it is active, what is private reaches the layers as a release, whoever calls the host:
+
+    * of a pipeline, prompts and prompt_embeds; a bare UNet takes `release.inputs()` only;
+    * of an encoder-decoder model, what `generate` is given for the encoder;
+    * of a decoder-only model, the prefix (a system prompt) that `release` is given; `generate` runs with `release.inputs(input_ids=ids)`;
+    * of Mllama, the image.
+
+    Each context is released once (charged to the ledger before it is encoded), and the layers receive a placeholder in its stead. Every
+    step, image, beam, sample, turn and layer reads the release.
+
+    *Threads and tasks.* What a forward reads is bound to its thread, a permission (`public`) to its context. Calls of a pipeline wait
+    for each other, which diffusers needs (they share a scheduler); so do releases, which need not wait for a call to end.
+
+    *Formal guarantee.* Everything that leaves the host about a private context is post-processing of its `Release`, and of what `report()`
+    says is public.
+
+    Args:
+        host: not protected yet. config, calibration, ledger, budget, entropy: see `protect`.
+        serving_only: no release is to be made here without a ledger (`accounts.NoLedger`).
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        config: DPXAttnConfig,
+        *,
+        calibration: AnyCalibration | None = None,
+        ledger: Ledger | None = None,
+        budget: Budget | None = None,
+        entropy: Entropy | None = None,
+        serving_only: bool = False,
+    ) -> None:
+        self.host, self.config = host, config
+        self.guard = Guard(
+            host,
+            config,
+            calibration,
+            ledger=ledger,
+            budget=budget,
+            entropy=entropy,
+            serving_only=serving_only,
+        )
+        self.releases = self.guard.releases
+
+    @property
+    def model(self) -> Any:
+        """The UNet or model."""
+        return self.host.model
+
+    @property
+    def text(self) -> Any:
+        """The text side of the pipeline that joined first; None where there is none."""
+        return self.host.text
+
+    @property
+    def calibration(self) -> AnyCalibration | None:
+        """What was fitted to public contexts."""
+        return self.guard.calibration
+
+    @property
+    def layers(self) -> Mapping[str, Any]:
+        """Those that read a context, by name."""
+        return self.host.layers
+
+    @property
+    def ledger(self) -> Ledger:
+        """What was spent, and on which context."""
+        return self.releases.ledger
+
+    @property
+    def budget(self) -> Budget:
+        """Of a context."""
+        return self.releases.budget
+
+    @property
+    def entropy(self) -> Entropy | None:
+        """The source of the noise; None: the operating system's."""
+        return self.releases.entropy
+
+    @property
+    def active(self) -> bool:
+        """Whether the host is protected by this handle now."""
+        return self.guard.active
+
+    @property
+    def lock(self) -> Lock:
+        """Held while anything of this handle is changed, never while a host runs."""
+        return self.guard.lock
+
+    # ---- installing and removing -------------------------------------------------------------------------------------------
+
+    @locked
+    def install(self) -> None:
+        """Installs the host's gates; undone by `unprotect`."""
+        for message in self.guard.warnings():
+            warnings.warn(message, stacklevel=5)
+        self.guard.active = True
+        vars(self.model)[HANDLE_ATTRIBUTE] = self
+        self.host.install(self.guard)
+        self.guard.saving.install()
+
+    def unprotect(self) -> None:
+        """Restores the host bit for bit: no hooks, no attributes. Releases stay valid on disk."""
+        with self.guard.calling, self.lock:
+            if not self.active:
+                return
+            self.guard.active = False
+            self.host.remove()
+            self.guard.saving.remove()
+            if vars(self.model).get(HANDLE_ATTRIBUTE) is self:
+                del vars(self.model)[HANDLE_ATTRIBUTE]
+            self.guard.clear()
+
+    def __enter__(self) -> Protected:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.unprotect()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise DPXAttnError(NO_COPY)
+
+    def __repr__(self) -> str:
+        c = self.config
+        state = "active" if self.active else "unprotected"
+        return (
+            f"Protected({state}, {type(self.model).__name__}, layers={len(self.layers)}, mechanism={c.mechanism!r}, "
+            f"epsilon={c.epsilon:g}, delta={c.delta:g}, unit={c.unit!r}, releases={len(self.releases.spent)})"
+        )
+
+    def check(self) -> None:
+        """Raises `ProtectionLostError` unless everything that `protect` installed is still in place."""
+        self.guard.check()
+
+    @contextmanager
+    def public(self) -> Iterator[None]:
+        """Inside, text is declared PUBLIC: nothing is released or charged, prompts go to the host as they are.
+
+        For baselines and for other uses of a shared text encoder. Holds for the running context (a thread, a task of asyncio, and what
+        is copied from it meanwhile) until the block is left; in a generator, while the generator itself runs.
+        """
+        with self.guard.public():
+            yield
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        """Inside, the host's encoder runs for the caller, on PRIVATE text: for prompt weighting and the like.
+
+        What it returns is exact and private, and in the caller's hands; nothing is charged yet. Pass it on as a private context:
+        `pipe(prompt_embeds=...)`, `protected.release(embeds)`, `model.generate(encoder_outputs=...)`, which release and charge it under its
+        own name (not that of its text). A protected UNet or model refuses it by itself in any other place; beside a placeholder
+        in one batch, or as a negative prompt, it counts as public, and nothing else refuses it: keep to encoding inside, and give the
+        result to nothing else.
+        """
+        with self.guard.access.enter("encoding"):
+            yield
+
+    # ---- releases ----------------------------------------------------------------------------------------------------------
+
+    @locked
+    def release(
+        self,
+        context: Any = None,
+        *,
+        groups: Any = None,
+        fresh: bool = False,
+        horizon: int | None = None,
+        **named: Any,
+    ) -> Release:
+        """Releases private contexts, one budget each. A context that this handle released before is reused and not charged again.
+
+        Args:
+            context: of a pipeline a string, a list of strings, token ids [n] or [B, n], or embeddings [n, C] or [B, n, C]; of a UNet,
+                embeddings. Of an encoder-decoder model token ids, or rows of the encoder's output; of a decoder-only one token ids (lists,
+                tensors, or what a chat template gives); of Mllama, rows of the projected vision output.
+            groups: for `unit="group"`, public: integers [n] that name each row's group, the same for every context. Or how the units of
+                ONE context are encoded, each apart from all others: "phrases" of a pipeline (a list of phrases, or a string that is split
+                into them by `phrases.split_phrases`; with a calibration for phrases every string is split), "documents" of an
+                encoder-decoder model (the batch), "segments" of a decoder-only model (a list of token id lists).
+            fresh: release again with new noise; charged again.
+            horizon: ONE context that grows, by at most so many appends, this one included: `Release.append`. Each is charged when it
+                comes. Not for prefixes and images.
+            named: of an encoder-decoder model, in place of `context`, what the encoder takes (input_ids, inputs_embeds, input_features,
+                input_values, pixel_values with attention_mask, or encoder_outputs; what the mask hides is no row), and of Mllama what the
+                image processor gives (pixel_values, aspect_ratio_ids, aspect_ratio_mask; tiles that the mask hides are no rows).
+
+                text, of token ids: what they are tokens of, where there is such a text: charged as well, so that it has one budget on all
+                hosts. One for each context; with "documents" and "segments" one for each unit, or the whole with a unit on each line.
+
+                public_head, of a prefix: how many tokens at its start are PUBLIC (BOS, a chat template's fixed words), or their ids, which
+                then stand before those of `context`. They stay exact.
+
+                prefix_bucket, of a prefix: positions that it (or each segment) takes, public; by default the next multiple of 64. A user's
+                tokens start behind head and bucket.
+
+        Raises:
+            ContextError, ConfigError: not valid; nothing was spent.
+            BudgetExceededError: the ledger refuses; nothing was spent or computed, for no context of the batch.
+        """
+        contexts, own = self.host.name(context, as_groups(groups), **named)
+        if horizon is None:
+            return Release(self.releases.make(contexts, groups=own, fresh=fresh), self.config, self)
+        self.host.check_growing(contexts)
+        growing = open_growing(self.guard, only(contexts), own, horizon)
+        self.releases.spent.append(growing.spent)
+        return Release([growing.latest], self.config, self, growing)
+
+    @locked
+    def append(self, growing: GrowingContext, context: Any, groups: Any) -> ReleasedContext:
+        """See `Release.append`."""
+        contexts, own = self.host.name(context, as_groups(groups))
+        return append_to(self.guard, growing, only(contexts), own)
+
+    def take_in(self, file: ReleaseFile | TextReleaseFile) -> Release:
+        """A release that was made elsewhere: verified, and named in the report.
+
+        Raises:
+            ReleaseError: it is of texts, or does not fit this model.
+        """
+        made_for, present = file.terms.host, type(self.model).__name__
+        if not isinstance(file, ReleaseFile):
+            raise ReleaseError(
+                f"This is a release of texts, and the {present} is protected with mechanism={self.config.mechanism!r}. Call "
+                "dpx.unprotect(host) first, and load the release again."
+            )
+        if present != made_for:
+            raise ReleaseError(
+                f"The release does not fit this model: it was made for a {made_for}, and this is a {present}. Load the model that it "
+                "was made with."
+            )
+        self.guard.adopt(file.contexts)
+        return Release(file.contexts, file.config, self, terms=file.terms)
+
+    @locked
+    @torch.no_grad()
+    def inputs(self, release: Release, prompt: Any = None, **public: Any) -> dict[str, Any]:
+        """See `Release.inputs`."""
+        self.guard.check_changes()
+        self.host.weights.expect()
+        return self.host.inputs(release, prompt, **public)
+
+    # ---- report ------------------------------------------------------------------------------------------------------------
+
+    def report(self) -> PrivacyReport:
+        """What was promised, spent and left open. Holds no private content; str(), to_dict(), to_json()."""
+        return self.guard.report()
+
+    def terms(self) -> Terms:
+        """What a release carries along about its host."""
+        return terms_of(self.report(), self.host.parts)
