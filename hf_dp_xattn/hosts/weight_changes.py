@@ -23,7 +23,7 @@ from ..errors import ProtectionLostError
 COLUMNS = 1021  # a prime, so that rows of a weight that change places fall into other columns
 _BY_LENGTH = ("dynamic", "longrope")  # kinds of rotation whose frequencies each forward sets
 _steps: Any = WeakIdKeyDictionary()
-_OF_A_CALL = {"adapter_names", "alora_offsets", "task_ids"}  # what PEFT's hooks are partial functions of
+_OF_A_CALL = {"adapter_names", "alora_offsets"}  # what PEFT's hooks are partial functions of
 OTHER_ADAPTERS = (
     "Adapters that are chosen for one call (PEFT's adapter_names, aLoRA) are not supported beside a release, which is made with the "
     "weights of all calls. Set the adapter before (model.set_adapter), and call once for each adapter with a release of its own. Nothing "

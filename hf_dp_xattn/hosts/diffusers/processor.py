@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
 
+NO_GATE = (
+    "A protected layer was run outside of a call of its UNet (by unet.forward, which runs no gate, by itself, or again in a backward pass "
+    "after another release was read), and what it was given names no release that it can read. Call the UNet itself, once with one "
+    "release from forward to backward."
+)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Which batch elements of one tensor are private, as the UNet's gate read it in eager mode; it spares each side the other's work.
@@ -209,11 +216,26 @@ class DPAttnProcessor:
                 )
             return out
         marked = is_marked(states)
-        public = self._attend_public(attn, query, states, attention_mask)
+        # not of NaN: what is not chosen below has a gradient of 0 times it
+        plain = torch.where(marked[:, None, None], torch.zeros_like(states), states)
+        public = self._attend_public(attn, query, plain, attention_mask)
         private = self._attend_private(table, query, states, attention_mask)
         allowed = marked.any() | self._public_allowed(states)
+        beside_a_gate = forward is None and not torch.compiler.is_compiling()
+        if beside_a_gate and not self._readable(table, states, marked, allowed):
+            raise ProtectionLostError(NO_GATE)
         public = torch.where(allowed, public, torch.full_like(public, torch.nan))
         return torch.where(marked[:, None, None, None], private.to(query.dtype), public)
+
+    @staticmethod
+    def _readable(
+        table: LayerTable, states: torch.Tensor, marked: torch.Tensor, allowed: torch.Tensor | bool
+    ) -> bool:
+        """Whether every element names an active release or may pass as public. Waits for the device."""
+        if table.tags is None:
+            return bool((~marked & allowed).all())
+        known = match_tags(states, table.tags.to(states.device)).any(dim=1)
+        return bool(((marked & known) | (~marked & allowed)).all())
 
     def _public_allowed(self, states: torch.Tensor) -> torch.Tensor | bool:
         """Whether a batch without any placeholder may pass; asked of the context that runs this, compiled or not."""
