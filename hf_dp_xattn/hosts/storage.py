@@ -17,6 +17,7 @@ from ..artefacts.codec import Codec, Encoded, Tensors
 from ..config import DPXAttnConfig
 from ..errors import ReleaseError
 from ..mechanisms.context_rows import ContextRows
+from ..mechanisms.inputs import MAX_ROWS
 from ..mechanisms.registry import FEATURES, STRUCTURES
 from ..mechanisms.structure import AttentionStructure, KernelSumStructure
 from ..report import Guarantee, PrivacyReport, release_entry
@@ -107,6 +108,8 @@ class ReleaseFile(Encoded):
     def verify(self) -> None:
         if not self.contexts:
             CHECKS.refuse("no contexts")
+        for guarantee in self.guarantees:
+            check_promise(guarantee, self.config)
 
     def card(self, options: CardOptions) -> ModelCard:
         return release_card(self.contexts, self.config.mechanism, self.terms, options)
@@ -237,10 +240,17 @@ def _read_context(i: int, header: Mapping[str, Any], tensors: Tensors) -> Releas
         structures=structures,
         guarantee=read_guarantee(header, where),
         public_rows=public_rows,
-        rows=CHECKS.integer(header["rows"], f"rows of {where}"),
+        rows=CHECKS.integer(header["rows"], f"rows of {where}", high=MAX_ROWS),
         fingerprint=Fingerprint(layers, sketch, str(header["fingerprint"]["dtype"])),
         context=context,
     )
+
+
+def check_promise(guarantee: Guarantee, config: DPXAttnConfig) -> None:
+    """Raises ReleaseError where a release promises something else than its config says."""
+    for name in ("mechanism", "epsilon", "delta", "unit", "neighboring"):
+        if getattr(guarantee, name) != getattr(config, name):
+            CHECKS.refuse(f"{name} of a guarantee is another one than the config's")
 
 
 def read_guarantee(header: Mapping[str, Any], where: str) -> Guarantee:

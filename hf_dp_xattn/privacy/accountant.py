@@ -269,7 +269,8 @@ def compose_unlike(events: Sequence[Event], delta: float) -> float:
 
     accountant = dp_accounting.rdp.RdpAccountant(ORDERS, dp_accounting.NeighboringRelation.REPLACE_ONE)
     accountant.compose(to_dp_event(events, pure_as="randomized_response"))
-    return _next(float(accountant.get_epsilon(delta)))
+    with np.errstate(all="ignore"):  # its arithmetic underflows, which some programs make an error
+        return _next(float(accountant.get_epsilon(delta)))
 
 
 def delta_of(events: Sequence[Event], epsilon: float) -> float:

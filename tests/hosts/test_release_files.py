@@ -179,6 +179,14 @@ def claim(**changes: Any) -> Any:
     return lambda f: edit_context(f, lambda entry: entry["guarantee"].update(changes))
 
 
+def claim_in_words_too(**changes: Any) -> Any:
+    def change(entry: Any) -> None:
+        entry["guarantee"].update(changes)
+        entry["guarantee_text"] = dpx.Guarantee.from_dict(entry["guarantee"]).sentence()
+
+    return lambda f: edit_context(f, change)
+
+
 DAMAGE: dict[str, Any] = {
     "a flipped bit": lambda f: flip(f / TENSORS_NAME, -5),
     "a flipped header": lambda f: flip(f / TENSORS_NAME, 3),
@@ -223,6 +231,12 @@ DAMAGE: dict[str, Any] = {
     "a negative epsilon": claim(epsilon=-1.0),
     "a promise without noise": claim(private_noise=False),
     "an unknown unit": claim(unit="word"),
+    "a smaller epsilon than the config's": claim_in_words_too(epsilon=1e-9),
+    "another delta than the config's": claim_in_words_too(delta=0.0),
+    "another unit than the config's": claim_in_words_too(unit="context"),
+    "another relation than the config's": claim_in_words_too(neighboring="add_or_remove_one"),
+    "another mechanism than the config's": claim_in_words_too(mechanism="dptree"),
+    "more rows than a release has": lambda f: edit_context(f, lambda entry: entry.update(rows=10**13)),
     "an unknown promise": claim(quantum=True),
 }
 

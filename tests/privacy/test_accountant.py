@@ -242,3 +242,10 @@ def test_unlike_releases_go_through_dp_accounting(monkeypatch):
     assert epsilon_of(events, 1e-5) >= theirs > 0
     monkeypatch.setattr(accountant, "epsilon_of_curve", lambda *_: theirs / 2)
     assert epsilon_of(events, 1e-5) == theirs
+
+
+def test_programs_that_make_underflow_an_error() -> None:
+    events = [PureEvent(8), GaussianEvent(1, 1)]
+    with np.errstate(all="raise"):
+        strict = epsilon_of(events, 1e-5)
+    assert strict == epsilon_of(events, 1e-5)

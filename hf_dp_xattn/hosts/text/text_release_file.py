@@ -14,7 +14,7 @@ from ...artefacts.words import ONE_RELEASE, code, name_of
 from ...config import DPXAttnConfig
 from ...errors import ReleaseError
 from ...report import Guarantee, PrivacyReport, release_entry
-from ..storage import CHECKS, CODEC, ReleaseFile, read_guarantee, read_terms
+from ..storage import CHECKS, CODEC, ReleaseFile, check_promise, read_guarantee, read_terms
 from ..terms import Terms
 from .released_texts import ReleasedText, ReleasedTexts
 
@@ -85,6 +85,8 @@ class TextReleaseFile(Encoded):
     def verify(self) -> None:
         if not self.contexts or not all(c.text for c in self.contexts):
             CHECKS.refuse("no contexts, or one without a text")
+        for context in self.contexts:
+            check_promise(context.guarantee, self.config)
 
     def card(self, options: CardOptions) -> ModelCard:
         several = len(self.contexts) > 1
