@@ -267,9 +267,9 @@ def compose_unlike(events: Sequence[Event], delta: float) -> float:
     response), rounded up. `delta` is what truncation leaves of it. The answer is infinite where dp-accounting's arithmetic overflows."""
     import dp_accounting
 
-    accountant = dp_accounting.rdp.RdpAccountant(ORDERS, dp_accounting.NeighboringRelation.REPLACE_ONE)
-    accountant.compose(to_dp_event(events, pure_as="randomized_response"))
     with np.errstate(all="ignore"):  # its arithmetic underflows, which some programs make an error
+        accountant = dp_accounting.rdp.RdpAccountant(ORDERS, dp_accounting.NeighboringRelation.REPLACE_ONE)
+        accountant.compose(to_dp_event(events, pure_as="randomized_response"))
         return _next(float(accountant.get_epsilon(delta)))
 
 
