@@ -64,6 +64,7 @@ def calibrate(
     tokenizer: Any = None,
     encoder: Any = None,
     folder: str | os.PathLike[str] | None = None,
+    expand: bool | int = False,
 ) -> Any:
     """Everything data-dependent that a mechanism reads, fitted to PUBLIC prompts.
 
@@ -108,6 +109,8 @@ def calibrate(
         tokenizer: `library` only: of a model that comes without a pipeline.
         encoder: `library` only: what makes the codes in place of the host's own text encoder, as in `protect`.
         folder: `library` only: keeps codes, so that a run that was broken off is taken up again.
+        expand: `library` only: adds new texts, in which words that stand in the same public texts take each other's place; for phrases of
+            one grammar. True: up to 50,000 of them; or how many at most.
 
     Raises:
         ConfigError: too few contexts, wrong type.
@@ -151,12 +154,13 @@ def calibrate(
             "seed": seed,
             "progress": progress,
             "folder": folder,
+            "expand": expand,
         }
         return make_library(
             pipe, public_contexts, config, grouping=grouping, tokenizer=tokenizer, encoder=encoder, **settings
         )
-    if not (tokenizer is None and encoder is None and folder is None):
-        raise ConfigError("`tokenizer`, `encoder` and `folder` are for mechanism='library'.")
+    if not (tokenizer is None and encoder is None and folder is None and expand is False):
+        raise ConfigError("`tokenizer`, `encoder`, `folder` and `expand` are for mechanism='library'.")
     kind = kind_of(pipe)
     for name, message in _REFUSED.items():
         asked = getattr(options, name)

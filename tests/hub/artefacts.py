@@ -12,10 +12,11 @@ import hf_dp_xattn as dpx
 from ..calibration.anchor_calibrations import calibration
 from ..calibration.synthetic import SyntheticModel
 from ..hosts.anchor_calibrations import protect
+from ..hosts.text.libraries import library
 from ..hosts_tiny import picture, tiny_sd
 
 CONFIG = dpx.DPXAttnConfig(epsilon=2.0, degree=1, projection_dim=4)
-KINDS = ("config", "calibration", "anchors calibration", "release")
+KINDS = ("config", "calibration", "anchors calibration", "library", "release")
 
 
 @functools.cache
@@ -30,6 +31,8 @@ def make(kind: str) -> Any:
         return _fitted()
     if kind == "anchors calibration":
         return calibration()
+    if kind == "library":
+        return library(tiny_sd())
     return protect(tiny_sd(), CONFIG, ledger=dpx.Ledger()).release("a red circle")  # made as if elsewhere
 
 
@@ -55,6 +58,8 @@ def content(kind: str, thing: Any) -> Any:
         return thing.settings, thing.clip_norm, [p.predicted_fvu for p in thing.plans]
     if kind == "anchors calibration":
         return thing.plans[0].quality, thing.scores, thing.host.layers
+    if kind == "library":
+        return thing.texts, thing.plans[0].quality, thing.codes.tolist()
     return thing.guarantees, thing.terms, thing.contexts[0].structures[0].sums.tolist()
 
 

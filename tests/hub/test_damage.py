@@ -27,6 +27,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "config": dpx.DPXAttnConfig.from_file,
     "calibration": load_calibration,
     "anchors calibration": load_calibration,
+    "library": load_calibration,
     "release": ReleaseFile.load,
 }
 JSON = "dp_xattn_calibration.json"
