@@ -15,17 +15,21 @@ MAX_BINDINGS = 1024
 
 
 class Bindings:
-    """The placeholders that are in circulation, the latest `MAX_BINDINGS` of them."""
+    """The placeholders that are in circulation: the latest `MAX_BINDINGS`, or all of one call that has more."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[Tag, Binding] = OrderedDict()
 
-    def add(self, binding: Binding) -> Tag:
-        self._known[binding.tag] = binding
-        self._known.move_to_end(binding.tag)
-        while len(self._known) > MAX_BINDINGS:
+    def add(self, bindings: Iterable[Binding]) -> list[Tag]:
+        """All those of one call, whose tags these are; older ones go first."""
+        tags = []
+        for binding in bindings:
+            self._known[binding.tag] = binding
+            self._known.move_to_end(binding.tag)
+            tags.append(binding.tag)
+        while len(self._known) > max(MAX_BINDINGS, len(tags)):
             self._known.popitem(last=False)
-        return binding.tag
+        return tags
 
     def find(self, tags: Iterable[Tag]) -> list[Binding]:
         """Raises ReleaseError for a tag that is not in circulation."""

@@ -226,7 +226,7 @@ class Guard:
     @locked
     def bind(self, contexts: Iterable[ReleasedContext]) -> list[Tag]:
         """Puts their own placeholders in circulation."""
-        return [self.bindings.add(bind(c, None, c.tag)) for c in contexts]
+        return self.bindings.add(bind(c, None, c.tag) for c in contexts)
 
     def placeholder(self, tags: Sequence[Tag], rows: int, device: torch.device | str) -> torch.Tensor:
         """[len(tags), rows, C]."""

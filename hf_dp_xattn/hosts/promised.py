@@ -28,7 +28,8 @@ class MakesReleases(Protocol):
 
 
 class Promises:
-    """The private contexts whose placeholders are in circulation and whose release is due; in memory, the latest `MAX_BINDINGS`."""
+    """The private contexts whose placeholders are in circulation and whose release is due; in memory, the latest `MAX_BINDINGS`,
+    or all of one call that has more."""
 
     def __init__(self, releases: MakesReleases, bindings: Bindings) -> None:
         self._releases, self._bindings = releases, bindings
@@ -47,16 +48,11 @@ class Promises:
         """
         known = self._releases.known(contexts)
         fresh = {c: new_tag() for c, release in zip(contexts, known, strict=True) if release is None}
-        tags = []
-        for context, release in zip(contexts, known, strict=True):
-            if release is not None:
-                tags.append(self._bindings.add(bind(release, None, release.tag)))
-                continue
-            tags.append(fresh[context])
-            self._due[fresh[context]] = context
-        while len(self._due) > MAX_BINDINGS:
+        self._bindings.add(bind(release, None, release.tag) for release in known if release is not None)
+        self._due.update((tag, context) for context, tag in fresh.items())
+        while len(self._due) > max(MAX_BINDINGS, len(fresh)):
             self._due.popitem(last=False)
-        return tuple(tags)
+        return tuple(fresh[c] if r is None else r.tag for c, r in zip(contexts, known, strict=True))
 
     def due(self, tags: Iterable[Tag]) -> bool:
         """Whether releases of some of these are still to be made."""
@@ -72,8 +68,9 @@ class Promises:
         due = {tag: context for tag in tags if (context := self._due.get(tag)) is not None}
         if not due:
             return
-        for tag, release in zip(due, self._releases.make(list(due.values())), strict=True):
-            self._bindings.add(bind(release, None, tag))
+        made = self._releases.make(list(due.values()))
+        self._bindings.add(bind(release, None, tag) for tag, release in zip(due, made, strict=True))
+        for tag in due:
             self._due.pop(tag, None)
 
     def clear(self) -> None:

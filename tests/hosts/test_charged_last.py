@@ -10,6 +10,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 
 import hf_dp_xattn as dpx
+from hf_dp_xattn.hosts import bindings, promised
 
 from ..hosts_tiny import CHANNELS, LENGTH, latents, picture, tiny_sd, tiny_unet
 from .transformers.encoder_decoder.tiny import documents, tiny
@@ -50,6 +51,8 @@ TEXT: dict[str, dict[str, Any]] = {
     "half a picture per prompt": {"num_images_per_prompt": 1.5},
     "eta as text": {"eta": "some"},
     "unknown callback tensors": {"callback_on_step_end_tensor_inputs": ["secrets"]},
+    "a callback of former versions that is none": {"callback": 5, "callback_steps": 1},
+    "a callback of former versions without arguments": {"callback": lambda: None, "callback_steps": 1},
     "attention arguments as a list": {"cross_attention_kwargs": ["scale"]},
     "a LoRA scale": {"cross_attention_kwargs": {"scale": 0.5}},
     "clip_skip": {"clip_skip": 1},
@@ -286,3 +289,28 @@ def test_an_image_of_another_size(private: Any) -> None:
             call()
     assert handle.ledger.entries() == ()
     handle.release(pixel_values=large[..., :size, :size])
+
+
+@pytest.mark.parametrize("known", [0, 1], ids=["all new", "one known"])
+def test_one_call_with_more_contexts_than_are_kept(
+    known: int, private: dpx.DPXAttnConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it was charged for it is served, whatever the number; placeholders of earlier calls make room."""
+    for module in (bindings, promised):
+        monkeypatch.setattr(module, "MAX_BINDINGS", 2)
+    pipe, texts = tiny_sd(), ["one", "two", "three", "four"]
+    with dpx.protect(pipe, private, ledger=dpx.Ledger()) as handle:
+        for text in texts[:known]:
+            handle.release(text)
+        drawn = picture(pipe, texts, guidance_scale=1.0)
+        read = picture(pipe, **handle.release(texts).inputs(), guidance_scale=1.0)
+        assert drawn.isfinite().all() and torch.equal(drawn, read)
+        picture(pipe, **handle.release(texts).inputs("public words"), guidance_scale=1.0)
+        assert len(handle.report().releases) == len(texts)
+    model, given = tiny("bart"), {"input_ids": torch.arange(10, 34).reshape(4, 6)}
+    with dpx.protect(model, private, ledger=dpx.Ledger()) as handle:
+        for ids in given["input_ids"][:known]:
+            handle.release(ids)
+        options = {"max_new_tokens": 2, "do_sample": False}
+        reply = model.generate(**given, **options)
+        assert torch.equal(reply, model.generate(**handle.release(**given).inputs(), **options))

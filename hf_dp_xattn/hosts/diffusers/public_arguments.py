@@ -22,10 +22,13 @@ def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
             Inf, GLIGEN, or no VAE for a picture. Nothing was spent.
     """
     callback = arguments.get("callback_on_step_end")
-    if callback is not None and not _takes_a_step(callback):
+    if callback is not None and not _takes(callback, None, 0, 0, {}):
         raise ConfigError(
             "`callback_on_step_end` must be a function of (pipe, step, timestep, callback_kwargs). Nothing was spent."
         )
+    deprecated = {**arguments, **arguments.get("kwargs", {})}.get("callback")
+    if deprecated is not None and not _takes(deprecated, 0, 0, None):
+        raise ConfigError("`callback` must be a function of (step, timestep, latents). Nothing was spent.")
     steps = arguments.get("num_inference_steps")
     if isinstance(steps, float):
         raise ConfigError("`num_inference_steps` must be an integer, got float. Nothing was spent.")
@@ -45,12 +48,12 @@ def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
         )
 
 
-def _takes_a_step(callback: Any) -> bool:
-    """Whether it can be called with the four arguments of a step; taken on trust where its signature cannot be read."""
+def _takes(callback: Any, *given: object) -> bool:
+    """Whether it can be called with so many arguments; taken on trust where its signature cannot be read."""
     if not callable(callback):
         return False
     try:
-        inspect.signature(callback).bind(None, 0, 0, {})
+        inspect.signature(callback).bind(*given)
     except TypeError:
         return False
     except ValueError:

@@ -168,14 +168,15 @@ class UNetHost(Host):
         rows = {c.rows for c in release.contexts}
         if len(rows) != 1:
             raise ReleaseError("Contexts of different lengths cannot be batched; release them one by one.")
-        tags: list[Tag] = []
+        bindings = []
         for context, text in release.beside(prompt):
             if text is None:
-                tags += self.guard.bind([context])
+                bindings.append(bind(context, None, context.tag))
                 continue
             if self.text is None:
                 raise ConfigError("This host has no text encoder, so it cannot encode a public prompt.")
-            tags.append(self.guard.bindings.add(bind(context, self.text.public_rows(text), new_tag())))
+            bindings.append(bind(context, self.text.public_rows(text), new_tag()))
+        tags = self.guard.bindings.add(bindings)
         device = self.model.device if self.text is None else self.text.pipe._execution_device
         self.activate(tags, device)
         name = "prompt_embeds" if self._patches else "encoder_hidden_states"

@@ -90,10 +90,9 @@ class GenerateGate:
     # ---- generate ----------------------------------------------------------------------------------------------------------
 
     def _refuse(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
-        if self._handle.access.public:
-            return original(*bound.args, **bound.kwargs)
         raise ConfigError(
-            "Continuous batching (generate_batch) runs in threads of its own, which have no permission to. Call model.generate."
+            "Continuous batching (generate_batch) runs in threads of its own, where no `public()` holds. Call model.generate, also with "
+            "public text."
         )
 
     def _generate(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
@@ -182,7 +181,7 @@ class GenerateGate:
             for begin in begins:
                 self._known[tuple(begin)] = None
                 self._known.move_to_end(tuple(begin))
-            while len(self._known) > MAX_BINDINGS:
+            while len(self._known) > max(MAX_BINDINGS, len(begins)):
                 self._known.popitem(last=False)
         return {**self._padded(rows), **public}
 

@@ -88,11 +88,9 @@ class GenerateShadow(Shadows):
         self._warned = False
 
     def _generate_batch(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
-        self._host.guard.check_thoroughly()
-        if self._host.guard.access.public:
-            return original(*bound.args, **bound.kwargs)
         raise ConfigError(
-            "Continuous batching (generate_batch) keeps a paged cache of its own, which cannot hold a release. Call model.generate."
+            "Continuous batching (generate_batch) keeps a paged cache of its own, which cannot hold a release, and runs in a thread of its "
+            "own, where no `public()` holds. Call model.generate, also with public text."
         )
 
     def _generate(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:

@@ -221,10 +221,10 @@ class EncoderDecoderHost(RoutedHost):
         contexts = release.contexts * (batch if len(release.contexts) == 1 else 1)
         count = len(contexts)
         rows = [None] * count if ids is None else self._public_rows(ids, mask, types, count)
-        tags: list[Tag] = []
-        for context, exact in zip(contexts, rows, strict=True):
-            tag = context.tag if exact is None else new_tag()
-            tags.append(self.guard.bindings.add(bind(context, exact, tag)))
+        tags = self.guard.bindings.add(
+            bind(context, exact, context.tag if exact is None else new_tag())
+            for context, exact in zip(contexts, rows, strict=True)
+        )
         return {**public, **as_inputs(self.ready(tags), self._takes_mask)}
 
     def ready(self, tags: Sequence[Tag]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import threading
@@ -194,11 +195,13 @@ def test_compiled_with_graph_breaks(private: dpx.DPXAttnConfig) -> None:
 
 
 def test_assistants_and_continuous_batching_are_refused(model: Any, private: dpx.DPXAttnConfig) -> None:
-    inputs = protect(model, private).release(tokens(9)).inputs(input_ids=OWN)
+    handle = protect(model, private)
+    inputs = handle.release(tokens(9)).inputs(input_ids=OWN)
     with pytest.raises(dpx.ConfigError, match="assisted"):
         model.generate(**inputs, assistant_model=tiny("llama"), max_new_tokens=2)
-    with pytest.raises(dpx.ConfigError, match="Continuous"):
-        model.generate_batch([[5, 6]], generation_config=GenerationConfig(max_new_tokens=2))
+    for access in (contextlib.nullcontext(), handle.public()):  # its thread would not see the permission
+        with access, pytest.raises(dpx.ConfigError, match="Continuous"):
+            model.generate_batch([[5, 6]], generation_config=GenerationConfig(max_new_tokens=2))
 
 
 def test_a_protected_model_is_no_assistant(model: Any, private: dpx.DPXAttnConfig) -> None:
