@@ -20,14 +20,17 @@ class Bindings:
     def __init__(self) -> None:
         self._known: OrderedDict[Tag, Binding] = OrderedDict()
 
-    def add(self, bindings: Iterable[Binding]) -> list[Tag]:
-        """All those of one call, whose tags these are; older ones go first."""
-        tags = []
-        for binding in bindings:
+    def add(self, bindings: Iterable[Binding], beside: Iterable[Tag] = ()) -> list[Tag]:
+        """Those of one call, whose tags these are; of others, all but those that it names beside them, older ones go first."""
+        bindings = list(bindings)
+        tags, kept = (
+            [b.tag for b in bindings],
+            [b for tag in beside if (b := self._known.get(tag)) is not None],
+        )
+        for binding in (*kept, *bindings):
             self._known[binding.tag] = binding
             self._known.move_to_end(binding.tag)
-            tags.append(binding.tag)
-        while len(self._known) > max(MAX_BINDINGS, len(tags)):
+        while len(self._known) > max(MAX_BINDINGS, len({*tags, *(b.tag for b in kept)})):
             self._known.popitem(last=False)
         return tags
 
