@@ -11,6 +11,7 @@ from ..config import DPXAttnConfig
 from ..errors import ConfigError, ContextError
 from ..hosts.making import LayerRecipe
 from ..hosts.rows import layer_specs
+from ..known_mechanisms import KNOWN
 from .audit_report import NOT_APPLICABLE, AuditReport, Check, EpsilonBound, Extraction
 from .empirical import audit_releases, preparer, targets
 from .extraction import extract, verdict
@@ -75,12 +76,20 @@ def audit(
     )
 
 
+NO_ATTENTION = (
+    "Audits, benchmarks and the demo try a host whose attention is protected. With mechanism='library' none is: what leaves is the "
+    "released text, which protected.report() shows."
+)
+
+
 def check_config(config: DPXAttnConfig) -> None:
     """Raises ConfigError where nothing is promised."""
     if not isinstance(config, DPXAttnConfig):
         raise ConfigError(f"config must be a DPXAttnConfig, got {type(config).__name__}.")
     if not config.is_private:
         raise ConfigError("mechanism='none' is exact attention: NOT private, and there is nothing to audit.")
+    if KNOWN[config.mechanism].releases == "texts":
+        raise ConfigError(NO_ATTENTION)
 
 
 def _canaries(subject: Subject, texts: Sequence[str] | None, contexts: Sequence[Any] | None) -> list[Canary]:

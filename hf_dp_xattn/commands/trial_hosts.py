@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..records import read_records
-from .models import protected_model
+from .models import by_text, protected_model
 from .texts import load_tokenizer
 
 
@@ -30,9 +30,12 @@ def load_trial(args: argparse.Namespace) -> TrialHost:
     Raises:
         ConfigError, UnsupportedModelError: see `models.protected_model`.
     """
+    from ..audit.auditing import NO_ATTENTION
     from ..privacy.ledger import Ledger
 
     handle = protected_model(args, Ledger())
+    if by_text(handle):
+        raise ConfigError(NO_ATTENTION)
     host = handle.host.parts[0]
     handle.unprotect()
     tokenizer = None

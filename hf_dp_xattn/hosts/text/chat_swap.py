@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import functools
 import secrets
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from ...errors import ConfigError, DPXAttnError
-from ..access import NO_COPY
+from ...errors import ConfigError
 from ..content_names import Part
-from ..guard import HANDLE_ATTRIBUTE
 from ..transformers.decoder_only.chat import BESIDE, private_message, refuse_others
 from .generate_gate import GenerateGate
+from .one_step import one_step
 from .released_texts import ReleasedPrompt, ReleasedText
+from .swapped_class import SwappedClass
+from .unit_encoders import PROBES
 
 if TYPE_CHECKING:
     from .protected_text import ProtectedText
@@ -38,28 +39,22 @@ class ChatSwap:
         self.host, self.model = pipe, pipe.model
         self._handle, self._gate, self._shared = handle, gate, shared
         self.saving = gate.saving
-        self._class: type[Any] = type(pipe)
-        self._swapped: type[Any] | None = None
+        self._swapped = SwappedClass(pipe, handle, self._make_call())
 
     def install(self) -> None:
         if not self._shared:
             self._gate.install()
-        self.host.__class__ = self._swapped = self._make_class()
-        vars(self.host)[HANDLE_ATTRIBUTE] = self._handle
+        self._swapped.install()
 
     def remove(self) -> None:
-        if type(self.host) is self._swapped:
-            self.host.__class__ = self._class
-        vars(self.host).pop(HANDLE_ATTRIBUTE, None)
+        self._swapped.remove()
         if not self._shared:
             self._gate.remove()
 
     def lost(self) -> str | None:
-        if type(self.host) is not self._swapped:
-            return f"the call of {self._class.__name__} was replaced"
         if self.host.model is not self.model:
             return "the pipeline's model was replaced"
-        return None if self._shared else self._gate.lost()
+        return self._swapped.lost() or (None if self._shared else self._gate.lost())
 
     def read_ids(self, context: Any) -> tuple[list[str], list[Part]] | None:
         return self._gate.read_ids(context)
@@ -77,8 +72,8 @@ class ChatSwap:
 
     # ---- calls -------------------------------------------------------------------------------------------------------------
 
-    def _make_class(self) -> type[Any]:
-        original: Any = self._class.__call__
+    def _make_call(self) -> Callable[..., Any]:
+        original: Any = type(self.host).__call__
 
         @functools.wraps(original)
         def call(pipe: Any, text_inputs: Any, **kwargs: Any) -> Any:
@@ -87,26 +82,22 @@ class ChatSwap:
             if handle.access.public:
                 return original(pipe, text_inputs, **kwargs)
             handle.check()
-            swapped = self._swap(text_inputs, kwargs, public_system=bool(public_system))
+            swapped = self._swap(original, text_inputs, kwargs, public_system=bool(public_system))
             with handle.serving():
                 result = original(pipe, swapped, **kwargs)
             handle.check()
             return result
 
-        def no_copy(pipe: Any, protocol: Any) -> NoReturn:
-            raise DPXAttnError(NO_COPY)
+        return call
 
-        like = {n: getattr(self._class, n) for n in ("__module__", "__qualname__", "__doc__")}
-        return type(
-            self._class.__name__, (self._class,), {**like, "__call__": call, "__reduce_ex__": no_copy}
-        )
-
-    def _swap(self, given: Any, options: Mapping[str, Any], *, public_system: bool) -> Any:
+    def _swap(
+        self, original: Callable[..., Any], given: Any, options: dict[str, Any], *, public_system: bool
+    ) -> Any:
         """The chats with released text for their system messages.
 
         Raises:
             ConfigError: no chat, no system message, a further one, tools or documents that are not declared public, or a template that
-                leaves the system message out; nothing was spent.
+                leaves the system message out. What the pipeline raises until its first token is chosen. Nothing was spent.
         """
         chats, several = _chats(given)
         beside = dict(options.get("tokenizer_encode_kwargs") or {})
@@ -120,6 +111,11 @@ class ChatSwap:
             if not isinstance(first["content"], ReleasedPrompt):
                 private.append(content)
         contexts = [context for text in private for context in self._handle.name(text)]
+        if contexts and None in self._handle.releases.known(contexts):
+            public = [{**chats[0][0], "content": PROBES[0]}, *chats[0][1:]]
+            alone = {n: v for n, v in options.items() if n != "streamer"}  # which would print it
+            with one_step([self.model], options.values()), self._handle.serving():
+                original(self.host, public, **alone)
         made = iter(self._handle.releases.make(contexts) if contexts else ())
         swapped = []
         for chat in chats:

@@ -118,10 +118,10 @@ class GenerateGate:
         mask = arguments.get("attention_mask")
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != ids.shape):
             return False
-        rows = [
-            tuple(row.tolist() if mask is None else row[mask[i].to(row.device).bool()].tolist())
-            for i, row in enumerate(ids)
-        ]
+        seen = torch.ones_like(ids).bool() if mask is None else mask.to(ids.device).bool()
+        if not bool((ids[~seen] == self._pad()).all()):  # some models read what a mask hides
+            return False
+        rows = [tuple(row[own].tolist()) for row, own in zip(ids, seen, strict=True)]
         with self._handle.lock:
             if self._seq2seq:
                 return all(row in self._known for row in rows)
@@ -197,10 +197,13 @@ class GenerateGate:
         first = self._words()(text="a").input_ids[:1]
         return first if first and first[0] == self._words().bos_token_id else []
 
+    def _pad(self) -> int:
+        named = (self._words().pad_token_id, self._words().eos_token_id)
+        return next((int(p) for p in named if p is not None), 0)
+
     def _padded(self, rows: Sequence[list[int]]) -> dict[str, torch.Tensor]:
         """On the left, or on the right for an encoder."""
-        longest, words = max(map(len, rows)), self._words()
-        pad = next((p for p in (words.pad_token_id, words.eos_token_id) if p is not None), 0)
+        longest, pad = max(map(len, rows)), self._pad()
 
         def laid(row: list[int], fill: int) -> list[int]:
             gap = [fill] * (longest - len(row))
@@ -215,7 +218,7 @@ def _rows(ids: Any, mask: Any) -> list[list[int]]:
     """The user's own token ids, without padding. Raises ConfigError where they are none."""
     if ids is None:
         return [[]]
-    tensor = torch.as_tensor(ids)
+    tensor, mask = torch.as_tensor(ids), None if mask is None else torch.as_tensor(mask)
     tensor = tensor.unsqueeze(0) if tensor.ndim == 1 else tensor
     if tensor.ndim != 2 or tensor.is_floating_point() or (mask is not None and mask.shape != tensor.shape):
         raise ConfigError("`input_ids` must be integers [B, m], and `attention_mask` of the same shape.")

@@ -7,26 +7,26 @@ pipeline that shares them, or a callback would read a text that was not released
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from ...errors import ConfigError, DPXAttnError, UnsupportedModelError
-from ..access import NO_COPY, TextGate
+from ...errors import ConfigError, UnsupportedModelError
+from ..access import TextGate
 from ..content_names import Part
 from ..diffusers.architectures import unwrap
 from ..diffusers.text_side import as_texts
 from ..guard import HANDLE_ATTRIBUTE
 from ..saving import SaveShadow
+from .one_step import one_step
 from .released_texts import ReleasedPrompt, ReleasedText
+from .swapped_class import SwappedClass
 from .unit_encoders import PROBES
 
 if TYPE_CHECKING:
@@ -63,22 +63,18 @@ class PromptSwap:
             )
         self.host = self.model = pipe
         self._handle = handle
-        self._class: type[Any] = type(pipe)
-        self._swapped: type[Any] | None = None
+        self._swapped = SwappedClass(pipe, handle, self._make_call())
         self._gates: dict[nn.Module, TextGate] = {}
         self.saving = SaveShadow(pipe, handle)
 
     def install(self) -> None:
         self._close()
         self.saving.install()
-        self.host.__class__ = self._swapped = self._make_class()
-        vars(self.host)[HANDLE_ATTRIBUTE] = self._handle
+        self._swapped.install()
 
     def remove(self) -> None:
-        if type(self.host) is self._swapped:
-            self.host.__class__ = self._class
+        self._swapped.remove()
         self.saving.remove()
-        vars(self.host).pop(HANDLE_ATTRIBUTE, None)
         for part, gate in self._gates.items():
             gate.remove()
             if vars(part).get(HANDLE_ATTRIBUTE) is self._handle:
@@ -86,11 +82,9 @@ class PromptSwap:
         self._gates.clear()
 
     def lost(self) -> str | None:
-        if type(self.host) is not self._swapped:
-            return f"the call of {self._class.__name__} was replaced"
         if not all(gate.installed() for gate in self._gates.values()):
             return "the gate of a text encoder was removed"
-        return None
+        return self._swapped.lost()
 
     def read_ids(self, context: Any) -> tuple[list[str], list[Part]] | None:
         return None
@@ -116,9 +110,8 @@ class PromptSwap:
 
     # ---- calls -------------------------------------------------------------------------------------------------------------
 
-    def _make_class(self) -> type[Any]:
-        """A class of the same name: a call is looked up on the class."""
-        original: Any = self._class.__call__
+    def _make_call(self) -> Callable[..., Any]:
+        original: Any = type(self.host).__call__
         signature = inspect.signature(original)
 
         @functools.wraps(original)
@@ -136,13 +129,7 @@ class PromptSwap:
                 handle.check()
                 return result
 
-        def no_copy(pipe: Any, protocol: Any) -> NoReturn:
-            raise DPXAttnError(NO_COPY)
-
-        like = {n: getattr(self._class, n) for n in ("__module__", "__qualname__", "__doc__")}
-        return type(
-            self._class.__name__, (self._class,), {**like, "__call__": call, "__reduce_ex__": no_copy}
-        )
+        return call
 
     def _swap(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> None:
         """Released text in the place of each private one, charged before it is encoded; and callbacks that run behind closed gates.
@@ -195,23 +182,8 @@ class PromptSwap:
             stand_in.arguments[name] = (
                 PROBES[0] if isinstance(given, str) else [PROBES[0]] * len(_items(given))
             )
-        with ExitStack() as stack:
-            stack.enter_context(_same_noise(stand_in.arguments.values()))
-            stack.enter_context(_no_progress(self.host))
-            for model in models:
-                stack.callback(model.register_forward_hook(_reach).remove)
-            stack.enter_context(self._handle.serving())
-            with contextlib.suppress(_Reached):
-                original(*stand_in.args, **stand_in.kwargs)
-
-
-class _Reached(BaseException):
-    """The rehearsal is over."""
-
-
-@torch.compiler.disable
-def _reach(module: nn.Module, args: Any, output: Any) -> NoReturn:
-    raise _Reached
+        with one_step(models, stand_in.arguments.values()), _no_progress(self.host), self._handle.serving():
+            original(*stand_in.args, **stand_in.kwargs)
 
 
 def _items(value: Any) -> list[Any]:
@@ -261,19 +233,6 @@ def _closed(callback: Callable[..., Any], handle: ProtectedText) -> Callable[...
             return callback(*args, **kwargs)
 
     return closed
-
-
-@contextmanager
-def _same_noise(values: Any) -> Iterator[None]:
-    """What is drawn inside does not count: the call's own generators, and torch's."""
-    flat = [g for v in values for g in (v if isinstance(v, (list, tuple)) else [v])]
-    states = [(g, g.get_state()) for g in flat if isinstance(g, torch.Generator)]
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            for generator, state in states:
-                generator.set_state(state)
 
 
 @contextmanager

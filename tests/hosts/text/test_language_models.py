@@ -117,10 +117,15 @@ def test_nothing_but_released_text_runs() -> None:
     secret = ids(SECRET)
     shifted = {k: v.roll(1, 1) for k, v in inputs.items()}
     hidden = torch.cat([torch.zeros_like(secret), inputs["input_ids"]], 1)
+    masked = {
+        "input_ids": torch.cat([secret, inputs["input_ids"]], 1),
+        "attention_mask": torch.cat([torch.zeros_like(secret), inputs["attention_mask"]], 1),
+    }
     for run in (
         lambda: model.generate(secret, **WORDS),
         lambda: model.generate(torch.cat([secret, inputs["input_ids"]], 1), **WORDS),
         lambda: model.generate(hidden, **WORDS),
+        lambda: model.generate(**masked, **WORDS),
         lambda: model.generate(**shifted, **WORDS),
         lambda: model.generate(inputs_embeds=torch.zeros(1, 3, 32), **WORDS),
         lambda: model.generate(**inputs, inputs_embeds=torch.zeros(1, 3, 32), **WORDS),
@@ -240,7 +245,16 @@ def test_bad_chats_spend_nothing() -> None:
         pipe(chat(), tools=[{"name": "secret"}], **WORDS)
     with pytest.raises(dpx.ConfigError, match="documents"):
         pipe(chat(), tokenizer_encode_kwargs={"documents": [{"text": "x"}]}, **WORDS)
-    assert not protected.ledger.entries()
+    for wrong in (
+        {"max_new_tokens": 0},
+        {"num_beams": 0},
+        {"no_such_option": 1},
+        {"do_sample": True, "temperature": -1.0},
+    ):
+        with pytest.raises(Exception, match=r".") as failed:
+            pipe(chat(), **{**WORDS, **wrong})
+        assert "number" not in str(failed.value).split("got")[0]
+    assert not protected.ledger.entries() and not pipe.model._forward_hooks
     assert len(pipe(chat(SECRET, system, QUESTION), public_system=True, **WORDS)) == 1
     assert len(protected.report().releases) == 1
     with protected.public():

@@ -196,6 +196,9 @@ def test_the_command_line(name: str, folders: Path, capsys: pytest.CaptureFixtur
         == 2
     )
     assert _run("release", model, *own, "--prefix-bucket", 4, "--out", folders / "y") == 2
+    for command in ("audit", "bench"):
+        assert _run(command, model, *own[:4]) == 2
+        assert "attention" in capsys.readouterr().err
 
 
 def test_a_chat_on_the_command_line_is_the_pipelines(folders: Path) -> None:
