@@ -18,6 +18,7 @@ from .text_library import LibraryPlan, LibraryQuality, spread
 
 _NEAR = (1, 2, 4, 8, 16)
 _LARGEST_LEVEL = 12  # 2^12; beyond it all texts may answer
+_BLOCK = 2**24  # cosines that are held at once
 _HELD = 1000  # held-out units that are looked at
 _ELSEWHERE = 0.15  # weight of a text that stands at other places, and of one in contexts of other lengths
 _ENOUGH = 60  # contexts, for buckets of lengths
@@ -69,15 +70,31 @@ def sizes_for(epsilon: float) -> list[int]:
     return [*(2**i for i in range(1, _LARGEST_LEVEL + 1) if low <= 2**i <= high), 0]
 
 
-def expected(similarity: torch.Tensor, response: RankResponse) -> torch.Tensor:
-    """[n]: each unit's expected cosine. similarity [n, K]: to each entry, in any order."""
-    near = similarity.topk(response.near, dim=1).values
-    last = response.weights[-1] / response.total
-    total, done = last * similarity.sum(1), 0
-    for count, weight in zip(response.counts[:-1], response.weights[:-1], strict=True):
-        total = total + (weight / response.total - last) * near[:, done : done + count].sum(1)
-        done += count
-    return total
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """top [n, t]: each unit's largest cosines with the entries of its shelf, falling. total [n]: the sum over all K of them."""
+
+    top: torch.Tensor
+    total: torch.Tensor
+    size: int
+
+    @classmethod
+    def of(cls, units: torch.Tensor, entries: torch.Tensor) -> Ranked:
+        """Codes [n, p] and [K, p] of length 1; no more than a block of cosines is ever held."""
+        keep, parts = min(_NEAR[-1], len(entries)), []
+        for block in units.split(max(1, _BLOCK // len(entries))):
+            cosines = block @ entries.mT
+            parts.append((cosines.topk(keep, dim=1).values, cosines.sum(1)))
+        return cls(torch.cat([t for t, _ in parts]), torch.cat([s for _, s in parts]), len(entries))
+
+    def expected(self, response: RankResponse) -> torch.Tensor:
+        """[n]: each unit's expected cosine."""
+        last = response.weights[-1] / response.total
+        found, done = last * self.total, 0
+        for count, weight in zip(response.counts[:-1], response.weights[:-1], strict=True):
+            found = found + (weight / response.total - last) * self.top[:, done : done + count].sum(1)
+            done += count
+        return found
 
 
 @dataclass(frozen=True)
@@ -109,14 +126,16 @@ class Shelving:
             [medoids(self.codes, units.weights(texts, shelf), size, epsilon, self.seed) for shelf in shelves]
         )
 
-    def similarity(self, units: PublicUnits, entries: torch.Tensor) -> torch.Tensor:
-        """[n, K]: the cosine of each unit with the entries of its shelf."""
+    def ranked(self, units: PublicUnits, entries: torch.Tensor) -> Ranked:
+        """The cosines of each unit with the entries of its shelf."""
         if len(entries) == 1:
-            return self.codes[units.text] @ self.codes[entries[0]].mT
-        found = torch.empty(len(units.text), entries.shape[1])
+            return Ranked.of(self.codes[units.text], self.codes[entries[0]])
+        keep, size = min(_NEAR[-1], entries.shape[1]), entries.shape[1]
+        found = Ranked(torch.empty(len(units.text), keep), torch.empty(len(units.text)), size)
         for shelf in units.shelf.unique().tolist():
             here = units.shelf == shelf
-            found[here] = self.codes[units.text[here]] @ self.codes[entries[shelf]].mT
+            own = Ranked.of(self.codes[units.text[here]], self.codes[entries[shelf]])
+            found.top[here], found.total[here] = own.top, own.total
         return found
 
     def choose(self, public: PublicUnits, held: PublicUnits, epsilon: float) -> Choice:
@@ -130,14 +149,14 @@ class Shelving:
         exact = torch.zeros(1)
         for size in sizes_for(epsilon):
             for apart in (False, True) if size else (False,):
-                similarity = self.similarity(held, self.entries(public, size, apart, epsilon))
-                exact = similarity.amax(1)  # at last of all texts
-                for near in (t for t in _NEAR if t < similarity.shape[1]):
+                ranked = self.ranked(held, self.entries(public, size, apart, epsilon))
+                exact = ranked.top[:, 0]  # at last of all texts
+                for near in (t for t in _NEAR if t < ranked.size):
                     try:
-                        response = RankResponse.of(epsilon, similarity.shape[1], near)
+                        response = RankResponse.of(epsilon, ranked.size, near)
                     except ConfigError:
                         continue  # weights beyond 2^48
-                    found = expected(similarity, response)
+                    found = ranked.expected(response)
                     if best is None or float(found.mean()) > best[0]:
                         best = float(found.mean()), size, near, apart, found
         if best is None:

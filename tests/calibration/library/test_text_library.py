@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.calibration.library import encoding
+from hf_dp_xattn.calibration.library import encoding, library_plans
 from hf_dp_xattn.calibration.library.levels import medoids
 from hf_dp_xattn.calibration.library.library_fit import LibraryOptions, build_library
-from hf_dp_xattn.calibration.library.library_plans import expected, places_for, sizes_for
+from hf_dp_xattn.calibration.library.library_plans import Ranked, places_for, sizes_for
 from hf_dp_xattn.errors import ConfigError
 from hf_dp_xattn.privacy.bits import SeededEntropy
 from hf_dp_xattn.privacy.rank_response import RankResponse
@@ -164,12 +164,14 @@ def test_bad_encoders(codes: encoding.Encode, message: str) -> None:
         build_library(contexts(), codes, CONFIG, QUIET)
 
 
-def test_expected_is_the_sum_over_ranks() -> None:
+def test_expected_is_the_sum_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library_plans, "_BLOCK", 20)  # several blocks, and a rest
     response = RankResponse.of(2.0, 9, 3)
-    similarity = torch.rand(5, 9, generator=torch.Generator().manual_seed(0))
-    by_rank = similarity.sort(dim=1, descending=True).values
+    generator = torch.Generator().manual_seed(0)
+    units, entries = (torch.nn.functional.normalize(torch.randn(n, 4, generator=generator)) for n in (5, 9))
+    by_rank = (units @ entries.T).sort(dim=1, descending=True).values
     naive = [response.expect(row.numpy()) for row in by_rank]
-    assert expected(similarity, response).tolist() == pytest.approx(naive, abs=1e-6)
+    assert Ranked.of(units, entries).expected(response).tolist() == pytest.approx(naive, abs=1e-6)
 
 
 def test_medoids_are_clusters_and_lean_to_the_middle_at_small_epsilon() -> None:
