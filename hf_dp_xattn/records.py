@@ -4,6 +4,8 @@
 corpus: it would be two units, and a guarantee for one of them covers half of what was meant.
 *Name.* A byte order mark at the start of a text or of one of its lines is left out, and of CR LF the CR: with them, one text had two
 names and two budgets.
+*Surrogates.* One that stands alone (of cut UTF-16, of `json.loads`, of file names) is U+FFFD: no tokenizer takes it, and that a text is
+refused would be a fact about it.
 Otherwise a text is read as it is. Composed and decomposed letters (NFC, NFD) stay what they are: most tokenizers give them other tokens.
 """
 
@@ -15,12 +17,13 @@ from pathlib import Path
 from .errors import ConfigError
 
 _LINE_ENDS = re.compile("\r+\n")  # all of them at once: what was read so is read so again
+_SURROGATES = re.compile("[\ud800-\udfff]")
 _MARKS = re.compile("^\ufeff+", re.MULTILINE)  # after a line feed only, as ^ is
 
 
 def plain_text(text: str) -> str:
-    """The text without byte order marks at the start of its lines; CR LF is one line end, CR alone is none."""
-    return _MARKS.sub("", _LINE_ENDS.sub("\n", text))
+    """The text without byte order marks at the start of its lines, and without lone surrogates; CR LF is one line end, CR alone is none."""
+    return _MARKS.sub("", _LINE_ENDS.sub("\n", _SURROGATES.sub("\ufffd", text)))
 
 
 def decode_text(data: bytes) -> str:

@@ -45,6 +45,11 @@ def test_a_byte_order_mark_gives_no_second_name(records: list[str]) -> None:
     assert records_of(marked) == records
 
 
+def test_a_lone_surrogate_is_no_reason_to_refuse_a_text() -> None:
+    found = plain_text("a \ud800b\udfff \U0001f600")
+    assert found == "a \ufffdb\ufffd \U0001f600" and found.encode()
+
+
 def test_the_rest_of_a_text_stays() -> None:
     assert plain_text(f"a{MARK}b\n c") == f"a{MARK}b\n c"
     assert plain_text("é") != plain_text("e\u0301")  # other tokens: another context, see docs/sharp-edges.md

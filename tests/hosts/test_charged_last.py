@@ -268,6 +268,20 @@ def test_generate(host: str, name: str, private: Any) -> None:
     check_generate(model, dpx.protect(model, private), documents(host), GENERATE[name])
 
 
+@pytest.mark.parametrize("host", ["bart", "bert2gpt2"])
+def test_a_text_that_the_decoder_has_no_positions_for(host: str, private: Any) -> None:
+    """64 learned ones: the model would fail at the last of them, behind the charge."""
+    model = tiny(host)
+    handle, inputs = dpx.protect(model, private, ledger=dpx.Ledger()), documents(host, batch=1)
+    length = {"min_new_tokens": 64, "max_new_tokens": 64, "do_sample": False}  # the last is not read again
+    with pytest.raises(dpx.ConfigError, match="64 positions"):
+        model.generate(**inputs, **{**length, "min_new_tokens": 65, "max_new_tokens": 100})
+    assert handle.ledger.entries() == ()
+    assert model.generate(**inputs, **length).shape[-1] == 65
+    with pytest.warns(UserWarning, match="64 positions"):
+        model.generate(**inputs, max_new_tokens=65, max_time=0.0)
+
+
 @pytest.mark.parametrize("name", [n for n in GENERATE if not n.startswith("decoder")])
 def test_generate_from_an_image(name: str, private: Any) -> None:
     model = image_text.tiny()

@@ -56,10 +56,11 @@ def _lengths(config: Any) -> list[int]:
     return [v for _, v in named] + products
 
 
-def longest(encoder: nn.Module) -> int | None:
-    """How many tokens an encoder with a table of positions takes; None where there is no such table."""
-    tables = [m for n, m in encoder.named_modules() if isinstance(m, nn.Embedding) and "position" in n]
-    limit: int | None = getattr(encoder.config, "max_position_embeddings", None)
+def longest(part: nn.Module) -> int | None:
+    """How many tokens an encoder or decoder with a table of positions takes; None where there is no such table."""
+    named = ((n, m) for n, m in part.named_modules() if isinstance(m, nn.Embedding))
+    tables = [m for n, m in named if "position" in n or n.endswith("wpe")]
+    limit: int | None = getattr(getattr(part, "config", None), "max_position_embeddings", None)
     if not tables or limit is None:
         return None
     # RoBERTa's: the first token's position is the one behind the padding's

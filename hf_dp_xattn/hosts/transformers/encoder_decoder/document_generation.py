@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +16,7 @@ from ...guard import Guard
 from ...placeholder import read_tags
 from .. import generating
 from ..generating import Shadows, generation_settings, named_arguments, refuse_arguments, while_protected
+from ..named_lengths import longest
 from .audio_lengths import refuse_lengths, transcribes
 from .cross_attention import Calls
 from .document_contexts import ENCODER_INPUTS, MAIN_INPUTS, MASK, STATES, TYPES
@@ -69,6 +72,8 @@ class GenerateShadow(Shadows):
         self._check(arguments, config)
         if transcribes(self._model):
             refuse_lengths(arguments, config)
+        else:
+            refuse_longer(longest(self._model.get_decoder()), arguments, config)
         given = self._encoder_inputs(arguments)
         self._host.refuse_others(arguments)
         if getattr(config, "encoder_no_repeat_ngram_size", None):
@@ -108,6 +113,32 @@ class GenerateShadow(Shadows):
                 "generate needs a private document: pass release.inputs(), or the encoder's inputs, which are released first."
             )
         return given
+
+
+def refuse_longer(limit: int | None, arguments: Mapping[str, Any], config: Any) -> None:
+    """Of a decoder with so many learned positions: what is longer fails at the last of them, behind the charge.
+
+    Raises:
+        ConfigError: the shortest text that is asked for is longer. A warning is given where only the longest one is.
+    """
+
+    def asked(name: str) -> int:
+        value = arguments.get(name)
+        value = getattr(config, name, None) if value is None else value
+        return value if isinstance(value, int) else 0
+
+    start = arguments.get("decoder_input_ids")
+    begun = start.shape[-1] if isinstance(start, torch.Tensor) and start.ndim == 2 else 1
+    most = begun + asked("max_new_tokens") if asked("max_new_tokens") else asked("max_length")
+    least = min(max(asked("min_length"), begun + asked("min_new_tokens")), most or math.inf)
+    if limit is None or most - 1 <= limit:  # the last token is not read again
+        return
+    has = f"The decoder has {limit} positions, and max_new_tokens (or max_length) asks for {most} tokens"
+    if least - 1 > limit:
+        raise ConfigError(
+            f"{has}, at least {least}: it would fail on the way. Ask for fewer. Nothing was spent."
+        )
+    warnings.warn(f"{has}: a longer text than {limit} fails. Ask for fewer.", stacklevel=4)
 
 
 def read_placeholder(given: dict[str, Any]) -> torch.Tensor | None:
