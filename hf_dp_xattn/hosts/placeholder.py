@@ -25,6 +25,10 @@ NOT_WHOLE = (
     "These embeddings hold a placeholder that is not whole: rows were joined to it or cut off, or it was weighted, averaged or masked. "
     "Nothing of that would have an effect: pass release.inputs() on as it is; public words go to release.inputs(...)."
 )
+NAN_ROWS = (
+    "These embeddings hold rows of NaN: of a text encoder that overflows, as float16 does (run it in bfloat16 or float32), or of a "
+    "placeholder that is not whole (cut off, weighted or averaged; pass release.inputs() on as it is). Nothing was run."
+)
 
 Tag = tuple[int, ...]
 
@@ -97,19 +101,19 @@ def read_tags(states: torch.Tensor) -> list[Tag | None]:
     """The tag of each batch element of [B, n, C], or None where there is no placeholder. Waits for the device.
 
     Raises:
-        ReleaseError: a placeholder that is not whole, or a piece of one.
+        ReleaseError: a placeholder that is not whole, a piece of one, or rows of NaN.
     """
     if states.ndim != 3 or states.shape[1] == 0 or states.shape[2] < len(MAGIC):
         return [None] * (states.shape[0] if states.ndim else 0)
     states = states.detach()
     code = states[:, 0, len(MAGIC) : len(MAGIC) + TAG_DIGITS].to("cpu", torch.float32).tolist()
-    pieces = _pieces(states) | states.isnan().all(-1).any(-1)
-    found = torch.stack([is_marked(states), pieces], dim=-1).tolist()
+    marks, empty = _pieces(states), states.isnan().all(-1).any(-1)
+    found = torch.stack([is_marked(states), marks, empty], dim=-1).tolist()
     result: list[Tag | None] = []
-    for digits, (whole, piece) in zip(code, found, strict=True):
+    for digits, (whole, marked, nan) in zip(code, found, strict=True):
         if not whole:
-            if piece:
-                raise ReleaseError(NOT_WHOLE)
+            if marked or nan:
+                raise ReleaseError(NOT_WHOLE if marked else NAN_ROWS)
             result.append(None)
             continue
         if not all(d == d and d == int(d) and 0 <= d < 128 for d in digits):

@@ -185,3 +185,20 @@ def test_finite_rows_are_no_placeholder_whatever_they_hold(private: dpx.DPXAttnC
     rows[0, 5, : len(MAGIC)] = torch.tensor(MAGIC, dtype=rows.dtype)
     rows[1, 0, : len(MAGIC)] = torch.tensor(MAGIC, dtype=rows.dtype)
     assert len(handle.release(rows)) == 2 and read_tags(rows) == [None, None]
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_nan_of_a_text_encoder_is_named(public: bool, private: dpx.DPXAttnConfig) -> None:
+    """It overflows on the negative prompt, or on a text that was declared public; before anything is charged."""
+    pipe = tiny_sd()
+    with dpx.protect(pipe, private, ledger=dpx.Ledger()) as handle:
+        pipe.text_encoder.register_forward_hook(
+            lambda module, args, out: type(out)(last_hidden_state=out[0] * torch.nan)
+        )
+        with pytest.raises(dpx.DPXAttnError, match="text encoder that overflows"):
+            if public:
+                with handle.public():
+                    picture(pipe, "a cat")
+            else:
+                picture(pipe, "a cat", negative_prompt="a dog", guidance_scale=3.0)
+        assert not handle.ledger.entries()
