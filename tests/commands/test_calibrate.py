@@ -11,6 +11,7 @@ import pytest
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.cli import main
+from hf_dp_xattn.commands.calibrate_command import read_lists
 from hf_dp_xattn.commands.models import load_plain, parse_dtype
 
 from .conftest import WORDS
@@ -124,3 +125,7 @@ def test_a_file_that_is_not_there(models_folder: Path, tmp_path: Path, capsys: A
     start = ["calibrate", str(models_folder / "plain"), "--out", str(tmp_path / "made")]
     assert main([*start, "--public", str(tmp_path / "nothing")]) == 2
     assert "--public takes the name" in capsys.readouterr().err
+
+
+def test_a_mark_is_no_part_of_a_text_in_json() -> None:
+    assert read_lists([json.dumps(["\ufeffone\r\ntwo", "three"])]) == [["one two", "three"]]

@@ -151,12 +151,13 @@ def test_a_bare_unet_with_another_sample(private: Any) -> None:
 def test_a_batch_is_refused_as_a_whole(pipe: Any, private: Any) -> None:
     """By the ledger, before the host starts."""
     handle = dpx.protect(pipe, private)
-    handle.release(PROMPTS[0])
-    handle.releases.cache.clear()  # so that the first would have to be made again
-    started = []
-    pipe.vae.register_forward_pre_hook(lambda *a: started.append(1))
+    handle.release(PROMPTS[1])
+    handle.releases.cache.clear()  # so that the second would have to be made again
+    before, started = handle.ledger.entries(), []
+    pipe.unet.register_forward_pre_hook(lambda *a: started.append(1))
     with pytest.raises(dpx.BudgetExceededError):
         picture(pipe, PROMPTS)
+    assert handle.ledger.entries() == before
     assert len(handle.report().releases) == 1 and not started
 
 

@@ -54,6 +54,11 @@ HOSTS: dict[str, Host] = {
         lambda h, **o: h.release(IDS, **o),
         lambda m: m.get_encoder(),
     ),
+    "documents": (
+        lambda: seq2seq_tiny("bart"),
+        lambda h, **o: h.release(IDS.reshape(2, -1), groups="documents", **o),
+        lambda m: m.get_encoder(),
+    ),
     "llama": (
         lambda: decoder_tiny("llama"),
         lambda h, **o: h.release(IDS, **o),
@@ -65,6 +70,8 @@ HOSTS: dict[str, Host] = {
         lambda m: m.base_model.vision_model,
     ),
 }
+
+APART = ("phrases", "documents")
 
 
 def changes(name: str) -> list[Callable[[Any], None]]:
@@ -86,7 +93,7 @@ def changes(name: str) -> list[Callable[[Any], None]]:
 @pytest.mark.parametrize("name", HOSTS)
 def test_a_changed_encoder_is_asked_anew_and_charged(name: str, private: dpx.DPXAttnConfig) -> None:
     make, release, encoder_of = HOSTS[name]
-    unit = "group" if name == "phrases" else "row"
+    unit = "group" if name in APART else "row"
     config = private.replace(unit=unit)
     for change in changes(name):
         model = make()
@@ -109,7 +116,7 @@ def test_a_changed_encoder_is_asked_anew_and_charged(name: str, private: dpx.DPX
 def test_beyond_the_budget_the_error_says_why(name: str, private: dpx.DPXAttnConfig) -> None:
     make, release, encoder_of = HOSTS[name]
     model = make()
-    handle = dpx.protect(model, private.replace(unit="group" if name == "phrases" else "row"))
+    handle = dpx.protect(model, private.replace(unit="group" if name in APART else "row"))
     release(handle)
     before = handle.ledger.entries()
     changes(name)[0](encoder_of(model))

@@ -9,7 +9,7 @@ import torch
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.errors import ContextError
-from hf_dp_xattn.hosts.diffusers.phrases import MAX_PHRASES, encode_phrases, split_phrases
+from hf_dp_xattn.hosts.diffusers.phrases import MAX_PHRASES, check_phrases, encode_phrases, split_phrases
 
 from ...hosts_tiny import CHANNELS, LENGTH, picture, tiny_sd, tiny_unet
 from ..anchor_calibrations import BOTH, CONFIG, calibration_for, protect
@@ -39,6 +39,10 @@ SPLITS = {
 @pytest.mark.parametrize("text", SPLITS)
 def test_the_rule(text: str) -> None:
     assert split_phrases(text) == SPLITS[text]
+
+
+def test_a_mark_is_no_part_of_a_phrase_in_a_list() -> None:
+    assert check_phrases(["\ufeffa red cat", " by day\r\n"]) == PHRASES
 
 
 @pytest.fixture
