@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers.hooks import apply_layerwise_casting
@@ -11,6 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn import ConfigError, ProtectionLostError
+from hf_dp_xattn.hosts.diffusers.public_arguments import check_arguments
 
 from ...hosts_tiny import CHANNELS, LENGTH, latents, picture, tiny_img2img, tiny_sd
 
@@ -96,6 +98,38 @@ def test_a_picture_without_a_vae_costs_nothing(pipe: Any, private: Any) -> None:
     with pytest.raises(ConfigError, match="VAE"):
         pipe("a cat", num_inference_steps=2, height=16, width=16)
     assert handle.ledger.entries() == ()
+
+
+def test_a_vae_of_another_dtype_costs_nothing(pipe: Any, private: Any) -> None:
+    handle = dpx.protect(pipe, private, ledger=dpx.Ledger())
+    draw = {"num_inference_steps": 2, "height": 16, "width": 16}
+    pipe.vae.to(torch.float64)
+    with pytest.raises(ConfigError, match="The VAE is"):
+        pipe("a cat", **draw)
+    assert handle.ledger.entries() == ()
+    picture(pipe, "a cat")  # of latents
+    decode = pipe.vae.decode
+    pipe.vae.decode = lambda z, *args, **kwargs: decode(z.double(), *args, **kwargs)  # the caller's own way
+    assert len(pipe("a cat", **draw).images) == 1
+
+
+@pytest.mark.parametrize("name", ["KarrasVeScheduler", "ScoreSdeVeScheduler", "RePaintScheduler"])
+def test_a_scheduler_with_other_steps_costs_nothing(name: str, pipe: Any, private: Any) -> None:
+    handle = dpx.protect(pipe, private, ledger=dpx.Ledger())
+    before, pipe.scheduler = pipe.scheduler, getattr(diffusers, name)()
+    with pytest.raises(ConfigError, match=name):
+        picture(pipe, "a cat")
+    assert handle.ledger.entries() == ()
+    pipe.scheduler = before
+    picture(pipe, "a cat")
+
+
+def test_the_schedulers_of_stable_diffusion_are_taken(pipe: Any) -> None:
+    """Those that diffusers itself says can take each other's place."""
+    for kind in pipe.scheduler.compatibles:
+        if kind is not diffusers.DPMSolverSDEScheduler:  # needs a library
+            pipe.scheduler = kind()
+        check_arguments(pipe, {"output_type": "latent"})
 
 
 def test_a_unet_whose_weights_are_gone_says_so(pipe: Any, private: Any) -> None:
