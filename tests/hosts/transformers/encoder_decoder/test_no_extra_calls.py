@@ -66,6 +66,22 @@ def test_a_forward_makes_no_further_calls(name: str, mechanism: str, private: dp
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_a_release_calls_no_cross_attention(mechanism: str, private: dpx.DPXAttnConfig) -> None:
+    """Rows are projected past the hooks of the layer that does it, when a release is made and when it is first read."""
+    model, calls = tiny("bart"), []
+    config = private.replace(mechanism=mechanism, tree_bins=4)
+    with protect(model, config, ledger=dpx.Ledger()) as handle:
+        layers = [layer.module for layer in handle.layers.values()]
+        hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in layers]
+        inputs = handle.release(**one("bart")).inputs()
+        assert not calls
+        logits(model, inputs)
+        assert len(calls) == len(layers)
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_the_calls_that_were_spared_gave_the_same_numbers(mechanism: str, private: dpx.DPXAttnConfig) -> None:
     model = tiny("bart")
     config = private.replace(mechanism=mechanism, tree_bins=4)
