@@ -8,7 +8,7 @@ from ..calibration.anchors.anchors_calibration import AnchorCalibration
 from ..calibration.calibration import Calibration
 from ..calibration.library.text_library import TextLibrary
 from ..config import DPXAttnConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModelError
 from ..known_mechanisms import KNOWN
 from ..privacy.ledger import Budget, Ledger
 from .accounts import PROTECT_AGAIN, STAYS
@@ -19,12 +19,17 @@ from .protected import Protected
 from .release import Release
 from .text.protected_text import ProtectedText
 from .text.text_hosts import handle_of_parts, surface_of
+from .weights import own_precision
 
 if TYPE_CHECKING:
     from ..calibration.calibration import AnyCalibration
     from ..privacy.bits import Entropy
 
 
+PREPARED = (
+    "The model was prepared by Accelerate for mixed precision, and what it does cannot be told from outside: its forward rounds. Call "
+    "dpx.protect before accelerator.prepare (or in between, accelerator.unwrap_model(model, keep_fp32_wrapper=False)). Nothing was patched."
+)
 _installing = Lock()  # two threads that protect one host get one handle
 
 
@@ -166,8 +171,15 @@ def _protect(
         if pipe is not None and not handle.host.has(pipe):
             handle.host.join(pipe, handle.host.side_of(pipe, handle.guard.maker))
         return handle
+    try:
+        with own_precision(model):
+            served = kind.host(model)
+    except UnsupportedModelError as error:
+        if "_original_forward" in vars(model):
+            raise UnsupportedModelError(PREPARED) from error
+        raise
     handle = Protected(
-        kind.host(model),
+        served,
         config,
         calibration=calibration,
         ledger=ledger,

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from .fingerprint import Fingerprint, stamp
 from .weight_changes import is_away, written
+
+
+@contextmanager
+def own_precision(model: Any) -> Iterator[None]:
+    """While it lasts, no autocast of the caller's: what is compared is compared in the model's own precision."""
+    device = torch.device(model.device).type
+    with torch.autocast("cpu" if device == "meta" else device, enabled=False):
+        yield
 
 
 class Weights:
@@ -64,7 +74,8 @@ class Weights:
         """
         now = self.state()
         if not self._kept or self._known is None or self._known[0] != now or is_away(self.roots()):
-            self._known = now, self._take()
+            with own_precision(self._model):
+                self._known = now, self._take()
         return self._known[1]
 
     def forget(self) -> None:

@@ -14,6 +14,8 @@ import hf_dp_xattn as dpx
 
 from ..hosts_tiny import CHANNELS, latents, picture, tiny_sd, tiny_unet
 from .anchor_calibrations import BOTH, protect
+from .transformers.decoder_only.tiny import tiny as decoder_tiny
+from .transformers.encoder_decoder.tiny import tiny as seq2seq_tiny
 
 PROMPT = "a red circle"
 
@@ -206,3 +208,15 @@ def test_inductor(pipe: Any, private: Any) -> None:
     pipe.unet = torch.compile(pipe.unet, fullgraph=True)
     assert torch.allclose(eager, picture(pipe, PROMPT), atol=1e-3)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_a_language_model_is_protected_under_autocast(name: str, private: Any) -> None:
+    """What is supported does not depend on the caller's precision; a model that rounds by itself is refused with the reason."""
+    model = decoder_tiny(name) if name == "llama" else seq2seq_tiny(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        dpx.protect(model, private, ledger=dpx.Ledger()).unprotect()
+    model._original_forward = model.forward  # as Accelerator.prepare does
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    with pytest.raises(dpx.UnsupportedModelError, match=r"before accelerator\.prepare"):
+        dpx.protect(model, private)
