@@ -116,6 +116,17 @@ def add(subparsers: Any) -> None:
         help="decoder-only models: train the decoder on the model's own replies to N questions behind each public prefix as well; "
         "slower, and what a user sees gains most",
     )
+    parser.add_argument(
+        "--grouping",
+        choices=("phrases", "sentences", "lines", "segments", "documents", "context"),
+        help="library: where texts are cut in units (default: phrases of prompts, documents of encoder-decoder models, else sentences)",
+    )
+    parser.add_argument(
+        "--expand",
+        action="store_true",
+        default=None,
+        help="library: add texts in which words that stand in the same public texts take each other's place",
+    )
     add_text_options(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the fit; public (default: 0)")
     parser.add_argument("--dtype", default="float32", help="type of the weights (default: float32)")
@@ -143,6 +154,8 @@ def run(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {k: v for k, v in named.items() if v is not None}
     if args.mechanism == "library":
         public, more = _texts_of(args, texts)
+    elif args.expand is not None or args.grouping is not None:
+        raise ConfigError("--grouping and --expand are for --mechanism library.")
     else:
         public, more = _public(model, args, texts, questions)
     made = calibrate(model, public, config, seed=args.seed, progress=not args.json, **more, **options)
@@ -166,8 +179,9 @@ def _texts_of(args: argparse.Namespace, texts: list[str]) -> tuple[list[Any], di
     if refused or args.chat:
         name = "chat" if args.chat else refused[0].replace("_", "-")
         raise ConfigError(f"--{name} is not for --mechanism library, which is made of the texts alone.")
+    own = {n: getattr(args, n) for n in ("grouping", "expand") if getattr(args, n) is not None}
     listed = args.unit == "group" and all(text.startswith("[") for text in texts)
-    return (read_lists(texts) if listed else texts), {}
+    return (read_lists(texts) if listed else texts), own
 
 
 def _told(plan: Any) -> dict[str, Any]:

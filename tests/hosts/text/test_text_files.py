@@ -195,6 +195,13 @@ def test_the_command_line(name: str, folders: Path, capsys: pytest.CaptureFixtur
         _run("calibrate", model, "--public", public, "--anchors", 16, *options[:4], "--out", folders / "x")
         == 2
     )
+    assert (
+        _run("calibrate", model, "--public", public, "--unit", "group", "--expand", "--out", folders / "x")
+        == 2
+    )
+    more = [*options[:6], "--grouping", "lines", "--expand", "--out", folders / "more"]
+    assert _run("calibrate", model, "--public", public, *more) == 0
+    assert read_artefact(str(folders / "more"))[1].grouping == "lines"
     assert _run("release", model, *own, "--prefix-bucket", 4, "--out", folders / "y") == 2
     for command in ("audit", "bench"):
         assert _run(command, model, *own[:4]) == 2
