@@ -46,10 +46,10 @@ def test_of_a_compiled_layer(guided: bool, pipe: Any) -> None:
     if guided:
         states = torch.cat([torch.randn(states.shape), states])
     layer = _layer(pipe.unet)
-    forward = handle.gate.read((latents(len(states)), torch.tensor(5), states), {})
-    handle.gate.forwards.current = forward
+    forward = handle.host.gate.read((latents(len(states)), torch.tensor(5), states), {})
+    handle.host.gate.forwards.current = forward
     want = _gradient(layer, layer, states)
-    handle.gate.forwards.current = None
+    handle.host.gate.forwards.current = None
     compiled = torch.compile(layer, backend="aot_eager")
     for run in (layer, compiled):
         for found, right in zip(_gradient(run, layer, states), want, strict=True):
