@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,11 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the picture or the text; 1 where the ledger refuses, or where it fails after a charge or with a saved release."""
+    with nullcontext() if args.keep is None else new_folder(Path(args.keep)):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     private = _check(args)
     say(args, "loading the model")
     ledger, release = None, None
@@ -159,8 +165,6 @@ def _check(args: argparse.Namespace) -> str | None:
             names = ", --".join(n.replace("_", "-") for n in given)
             raise ConfigError(f"--release reads what was released before; leave out --{names}.")
         return None
-    if args.keep is not None:
-        new_folder(Path(args.keep))
     return read_private_text(args.prompt_file)
 
 

@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,24 +68,24 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the release and prints its report; 1 where the ledger refuses, or after a charge something fails."""
-    out = new_folder(Path(args.out))
-    text = read_private_text(args.prompt_file)
-    say(args, "loading the model")
-    ledger = open_ledger(args)
-    handle = protected_model(args, ledger)
-    say(args, "releasing")
-    with watching(ledger, Stage("Releasing")) as stage:
-        release = release_or_refuse(handle, args, text)
-        if release is None:
-            return REFUSED
-        keep(release, out, stage)
-        stage.doing = "Printing the report"
-        report = handle.report()
-        if args.json:
-            told = {"folder": str(out), "ledger": str(ledger.path), "report": report.to_dict()}
-            print(json.dumps(told, sort_keys=True))
-        else:
-            print(f"{report}\ncharged to {ledger.path}\nwrote {out}")
+    with new_folder(Path(args.out)) as out:
+        text = read_private_text(args.prompt_file)
+        say(args, "loading the model")
+        ledger = open_ledger(args)
+        handle = protected_model(args, ledger)
+        say(args, "releasing")
+        with watching(ledger, Stage("Releasing")) as stage:
+            release = release_or_refuse(handle, args, text)
+            if release is None:
+                return REFUSED
+            keep(release, out, stage)
+            stage.doing = "Printing the report"
+            report = handle.report()
+            if args.json:
+                told = {"folder": str(out), "ledger": str(ledger.path), "report": report.to_dict()}
+                print(json.dumps(told, sort_keys=True))
+            else:
+                print(f"{report}\ncharged to {ledger.path}\nwrote {out}")
     return 0
 
 
@@ -126,8 +128,9 @@ def release_or_refuse(handle: Any, args: argparse.Namespace, text: str) -> Any |
         return None
 
 
-def new_folder(out: Path) -> Path:
-    """Makes the folder of a release.
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Makes the folder of a release, before anything is spent; what is still empty at the end, because nothing was released, goes again.
 
     Raises:
         ConfigError: it holds a release already, or cannot be made or written to.
@@ -138,15 +141,21 @@ def new_folder(out: Path) -> Path:
         raise ConfigError(
             f"There is a release in {out.name!r} already; choose a new folder. Nothing was spent."
         )
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{out.name!r} cannot be made ({type(error).__name__}). Nothing was spent."
-        ) from None
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise ConfigError(f"Nothing can be written to {out.name!r}. Nothing was spent.")
-    return out
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{out.name!r} cannot be made ({type(error).__name__}). Nothing was spent."
+            ) from None
+        if not os.access(out, os.W_OK | os.X_OK):
+            raise ConfigError(f"Nothing can be written to {out.name!r}. Nothing was spent.")
+        yield out
+    finally:
+        with suppress(OSError):  # not empty
+            for folder in missing:
+                folder.rmdir()
 
 
 def say(args: argparse.Namespace, what: str) -> None:
