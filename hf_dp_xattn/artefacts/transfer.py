@@ -99,6 +99,8 @@ def locate(
             folder was asked for. ConfigError: unknown options.
     """
     check_options(options, HubOptions, "from_pretrained")
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise error(f"Pass the name of a folder, or a Hub id, not {type(name_or_path).__name__}.")
     subfolder = options.pop("subfolder", None)
     parts = _parts(subfolder, error)
     folder = Path(name_or_path)

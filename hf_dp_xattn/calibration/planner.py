@@ -90,7 +90,7 @@ def plan(
     shelf = _library(calibration)
     if shelf is not None:
         _of_library(shelf[1], unit, neighboring, want_score)
-        want = None if want_fvu is None else _number("want_fvu", want_fvu)
+        want = None if want_fvu is None else _number("want_fvu", want_fvu, low=0.0)
         return plan_library(*shelf, epsilons=asked, units=n, want=want, measure=measure)
     name, chosen = _choose(calibration, unit, neighboring, n)
     units = chosen.units if n is None else n
@@ -105,7 +105,7 @@ def plan(
     score_curve = _score_curve(chosen, score)
     wanted = []
     if want_fvu is not None:
-        wanted.append(fvu_curve.wanted(_number("want_fvu", want_fvu)))
+        wanted.append(fvu_curve.wanted(_number("want_fvu", want_fvu, low=0.0)))
     if want_score is not None:
         if score_curve is None:
             raise ConfigError(
@@ -261,9 +261,11 @@ def _default_delta(calibration: AnchorCalibration) -> float:
     return float(calibration.settings.get("delta", DPXAttnConfig().delta))
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: Any, *, low: float = -math.inf) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ConfigError(f"{name} must be a finite number, got {value!r}.")
+    if value < low:
+        raise ConfigError(f"{name} must be at least {low:g}, got {value!r}.")
     return float(value)
 
 

@@ -244,6 +244,7 @@ def test_add_or_remove_one() -> None:
         {"n": True},
         {"delta": 2.0},
         {"want_fvu": math.inf},
+        {"want_fvu": -1},
         {"want_score": "high"},
         {"score": "fame"},
         {"layers": ["mid.0"]},

@@ -115,3 +115,10 @@ def test_what_is_not_private_is_not_pushed(why: str, hub: FakeHub) -> None:
     with pytest.raises(dpx.ReleaseError, match="never written"):
         release.push_to_hub("me/thing")
     assert hub.repos == {} and hub.log == []
+
+
+@pytest.mark.parametrize("name", [None, 3, ["a"]], ids=str)
+@pytest.mark.parametrize("kind", [dpx.Calibration, dpx.DPXAttnConfig, dpx.Release], ids=lambda k: k.__name__)
+def test_what_is_no_name_of_a_folder(kind: Any, name: Any) -> None:
+    with pytest.raises(dpx.DPXAttnError, match="name of a folder"):
+        kind.from_pretrained(name, **({"host": None} if kind is dpx.Release else {}))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 
 from ...errors import ConfigError, DPXAttnError
@@ -134,6 +135,17 @@ def generation_settings(model: Any, arguments: Mapping[str, Any]) -> Any:
         if getattr(settings, name, None) is None:
             setattr(settings, name, value)
     return settings
+
+
+def check_public_ids(name: str, ids: Any, module: Any) -> None:
+    """Raises ConfigError for public token ids that the embeddings of `module` would stumble over. Anything but a tensor is left alone."""
+    if not isinstance(ids, torch.Tensor):
+        return
+    size = module.get_input_embeddings().num_embeddings
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ConfigError(f"{name} must be token ids, integers, got {ids.dtype}. Nothing was run.")
+    if bool(((ids < 0) | (ids >= size)).any()):
+        raise ConfigError(f"{name} must be token ids of this model, in [0, {size}). Nothing was run.")
 
 
 def refuse_arguments(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from transformers import GenerationConfig
 
 import hf_dp_xattn as dpx
@@ -94,3 +95,17 @@ def test_what_is_no_generation_config(private: dpx.DPXAttnConfig) -> None:
         with pytest.raises(dpx.ConfigError, match="GenerationConfig"):
             run(generation_config={"max_new_tokens": 2})
         assert len(handle.report().releases) == before
+
+
+@pytest.mark.parametrize("ids", [[[5, 999]], [[5, -1]], [[5.0, 6.0]], [[True, False]]], ids=str)
+def test_public_ids_that_are_none_of_the_models(ids: Any, private: dpx.DPXAttnConfig) -> None:
+    with dpx.protect(decoders.tiny("llama"), private, ledger=dpx.Ledger()) as handle:
+        release = handle.release(decoders.tokens(9))
+        with pytest.raises(dpx.ConfigError, match=r"input_ids.*token ids"):
+            release.inputs(input_ids=torch.tensor(ids))
+    with dpx.protect(encoder_decoders.tiny("bart"), private, ledger=dpx.Ledger()) as handle:
+        release = handle.release(**encoder_decoders.one("bart"))
+        with pytest.raises(dpx.ConfigError, match=r"decoder_input_ids.*token ids"):
+            release.inputs(decoder_input_ids=torch.tensor(ids))
+        with pytest.raises(dpx.DPXAttnError, match="oken ids"):
+            release.inputs(input_ids=torch.tensor(ids))

@@ -18,6 +18,7 @@ from ...placeholder import Tag
 from ...released import ReleasedContext
 from ...tables import LayerTable
 from ...weight_changes import refuse_call_adapters
+from ..generating import check_public_ids
 from ..routed_host import RoutedHost
 from ..routing import Routing, evaluating
 from .prefix_attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, check_window, dp_xattn_prefix
@@ -190,6 +191,7 @@ class DecoderHost(RoutedHost):
         ids, mask = public.pop("input_ids", None), public.pop("attention_mask", None)
         if not isinstance(ids, torch.Tensor) or ids.ndim not in (1, 2) or ids.shape[-1] == 0:
             raise ConfigError("Pass the user's tokens: release.inputs(input_ids=ids) with ids [B, m] or [m].")
+        check_public_ids("input_ids", ids, self.model)
         ids = ids.unsqueeze(0) if ids.ndim == 1 else ids
         mask = infer_mask(self.model, ids, public) if mask is None else torch.atleast_2d(mask).to(ids)
         if mask.shape != ids.shape:

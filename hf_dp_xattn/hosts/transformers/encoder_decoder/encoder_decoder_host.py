@@ -20,6 +20,7 @@ from ...host import Named, Readable
 from ...host_words import HostWords, Setting, document_words
 from ...placeholder import Tag, new_tag, read_tags, rewritten
 from ...weight_changes import refuse_call_adapters
+from ..generating import check_public_ids
 from ..routed_host import RoutedHost
 from ..routing import Routing
 from .cross_attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, dp_xattn
@@ -217,6 +218,7 @@ class EncoderDecoderHost(RoutedHost):
             raise ConfigError(f"`{TYPES}` are of public input_ids; the release is read as it is.")
         self.refuse_others(public)
         asked = public.get("decoder_input_ids")
+        check_public_ids("decoder_input_ids", asked, self.model.get_decoder())
         batch = len(asked) if isinstance(asked, torch.Tensor) and asked.ndim == 2 else 1
         contexts = release.contexts * (batch if len(release.contexts) == 1 else 1)
         count = len(contexts)
