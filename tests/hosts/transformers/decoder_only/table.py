@@ -70,6 +70,10 @@ What is refused: assisted decoding and prompt lookup, static, offloaded and page
 release, gradient checkpointing in training, PEFT's prompt learning (LoRA is supported), models that read pictures or sounds as well, and
 going beyond a sliding window or a table of learned positions.
 
+Not supported: to go on with a cache that `generate` returned (for a further turn call `release.inputs` with all token ids of the
+conversation), and a batch of prefixes whose heads and padded lengths differ (release them with the same `public_head` and
+`prefix_bucket`, or call the model once for each).
+
 The prefix is not among `input_ids`. What a setting of `generate` says of all tokens so far it says of the user's own tokens and the reply:
 `max_length` and `min_length` do not count the prefix (`max_new_tokens` and `min_new_tokens` mean what they do elsewhere), and for
 `repetition_penalty`, `no_repeat_ngram_size` and logits processors of your own no word of the prefix is a repetition. A model warns once.
