@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument(
         "--encoder", type=Path, help="folder of a sentence encoder; by default the chat model's own states"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for library.json and library.md")
+    parser.add_argument("--out", type=Path, required=True, help="folder for replies.json and replies.md")
     parser.add_argument("--prompts", type=int, default=24, help="held-out prompts")
     parser.add_argument(
         "--codes", type=Path, help="folder that keeps codes, so that a run that was broken off goes on"
@@ -74,8 +74,8 @@ def main() -> None:
         "conditions": found,
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "library.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.out / "library.md").write_text(page(results))
+    (args.out / "replies.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.out / "replies.md").write_text(page(results))
     print(page(results))
 
 
