@@ -72,7 +72,7 @@ class TextLibrary(Stored):
 
     Args:
         unit: what it was made for.
-        grouping: how contexts are cut in units ("phrases", "sentences", "segments", "lines", "documents", "context").
+        grouping: how contexts are cut in units.
         encoder: the name of what made the codes.
         contexts: how many public contexts.
         units: the largest number of units in one.
@@ -81,17 +81,23 @@ class TextLibrary(Stored):
         settings: how it was made, for the card.
         texts: N public texts.
         codes: [N, p] int8, as `lattice_codes` makes them.
-        center: [C], subtracted from the encoder's codes.
+        center: [C] of the encoder's codes.
         projection: [C, p], from the encoder's codes to the library's.
         probe: [r, C], codes of the first r texts.
-        plans: what answers at each epsilon.
+        plans: what may answer at each epsilon.
+
+    Raises:
+        ConfigError: from `from_pretrained` and `check_encoder`, see there.
 
     Example:
+        >>> public = [["a red circle", "pink background"], ["a blue star", "black background"], ["a red star", "pink background"]]
         >>> config = dpx.DPXAttnConfig(mechanism="library", epsilon=8.0, unit="group")
-        >>> public = ["a red circle, in snow", "a blue square, at night", "a green star, on wood"]
         >>> library = dpx.calibrate(pipe, public, config, epsilons=8.0, progress=False)
-        >>> protected = dpx.protect(pipe, config, calibration=library)
-        >>> set(protected.release("a purple cross, in rain").text) <= set(library.texts)
+        >>> "a blue star" in library.texts
+        True
+        >>> library.save_pretrained("library").name
+        'library'
+        >>> dpx.TextLibrary.from_pretrained("library").texts == library.texts
         True
     """
 
@@ -141,6 +147,9 @@ class TextLibrary(Stored):
 
     def check_encoder(self, encode: Encode) -> None:
         """Refuses another encoder than the one that made the codes, by the codes of a few public entries.
+
+        Args:
+            encode: n strings -> codes [n, C].
 
         Args:
             encode: n strings -> float codes [n, C].
