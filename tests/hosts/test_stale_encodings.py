@@ -218,7 +218,7 @@ def test_a_table_of_positions_that_grew_is_no_other_state(private: dpx.DPXAttnCo
     handle = dpx.protect(model, private)
     first = handle.release(IDS).contexts[0].tag
     sizes = [b.shape for b in model.get_encoder().buffers()]
-    handle.release(torch.randint(5, 30, (100,)))
+    handle.release(torch.randint(5, 30, (400,)))
     assert sizes != [b.shape for b in model.get_encoder().buffers()]
     with torch.no_grad():
         next(model.get_encoder().parameters()).add_(0.0)  # so that the state is read anew

@@ -397,7 +397,7 @@ def test_other_rotary_frequencies_are_other_weights(model: Any, private: dpx.DPX
     model(**inputs)
     model.model.rotary_emb.inv_freq.data.mul_(0.25)  # not counted: seen by the next look at the weights
     with pytest.raises(dpx.ReleaseError, match="fit this model"):
-        release.inputs(input_ids=OWN)
+        model(**release.inputs(input_ids=OWN))
 
 
 def test_adapters_of_one_call_are_refused(private: dpx.DPXAttnConfig) -> None:
