@@ -50,7 +50,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hf-dp-xattn {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        command.add(subparsers)
+        one = subparsers.add_parser(
+            command.NAME,
+            help=command.HELP,
+            description=command.DESCRIPTION,
+            epilog=command.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=getattr(
+                command, "ABBREVIATES", False
+            ),  # --prompt must not be taken for --prompt-file
+        )
+        command.add_options(one)
+        one.add_argument("--json", action="store_true", help="print JSON in place of text, and no progress")
+        one.set_defaults(run=command.run)
     return parser
 
 

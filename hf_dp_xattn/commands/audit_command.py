@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from typing import Any
 
 from .models import add_protection
 from .release_command import say
 from .trial_hosts import load_trial, read_texts
 
 NAME = "audit"
+HELP = "try to break a protection on your own model; spends nothing"
 FAILED = 1
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Tries to break a protection on your own model, with canaries (random words), before you trust it with anything private:
 
   leaks        the release held fixed, two canaries must give bitwise equal outputs; no module may be given a private row; a layer that lost
@@ -24,7 +24,7 @@ Tries to break a protection on your own model, with canaries (random words), bef
 An audit is no proof: it shows failures, or that these attempts failed. An empirical epsilon is a lower bound; one far below the claim says
 that the audit was weak. Everything is charged to a ledger in memory that only the audit has: no budget of yours is spent.
 """
-_EXAMPLES = """\
+EXAMPLES = """\
 examples:
   a pipeline as you would protect it:
     hf-dp-xattn audit ./my-pipeline --mechanism anchors --epsilon 8 --calibration ./my-calibration
@@ -40,18 +40,10 @@ A sound release fails by chance with probability at most 1 - CONFIDENCE (and 10^
 """
 
 
-def add(subparsers: Any) -> None:
-    """Registers the subcommand."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """All of them but `--json`."""
     from ..audit.settings import CONFIDENCE, DRAWS, TRIALS
 
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        NAME,
-        help="try to break a protection on your own model; spends nothing",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
     add_protection(parser)
     parser.add_argument(
         "--draws",
@@ -77,8 +69,6 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--candidates", metavar="FILE", help="texts for the extraction in place of random words, one a line"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, and no progress")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

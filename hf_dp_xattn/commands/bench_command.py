@@ -18,7 +18,8 @@ from .release_command import say
 from .trial_hosts import load_trial
 
 NAME = "bench"
-_DESCRIPTION = """\
+HELP = "what a protection costs in time on this machine"
+DESCRIPTION = """\
 Measures what a protection costs on this machine, on your own model, with canaries (random words) in place of private text:
 
   pipelines         one denoising step with guidance (batch 2)
@@ -29,7 +30,7 @@ Protected and unprotected runs alternate in one process, so that what else the m
 median and the range of the ratios are printed. Times of different runs or machines are not to be compared. Nothing private is read, and
 canaries are charged to a ledger in memory.
 """
-_EXAMPLES = """\
+EXAMPLES = """\
 examples:
   a pipeline, at the size of its latents or a smaller one:
     hf-dp-xattn bench ./my-pipeline --mechanism anchors --epsilon 8 --calibration ./my-calibration
@@ -45,16 +46,8 @@ Times = dict[str, list[float]]
 Runs = dict[str, Callable[[], Any]]
 
 
-def add(subparsers: Any) -> None:
-    """Registers the subcommand."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        NAME,
-        help="what a protection costs in time on this machine",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """All of them but `--json`."""
     add_protection(parser)
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="pairs of runs (default: 7)")
     parser.add_argument(
@@ -63,8 +56,6 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--new-tokens", type=int, metavar="N", help="language models: tokens of an answer (default: 16)"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, and no progress")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,7 +15,9 @@ from .public_numbers import check_numbers
 from .texts import add_text_options, load_tokenizer, plain_ids, read_documents, read_prefix, read_question
 
 NAME = "calibrate"
-_DESCRIPTION = """\
+HELP = "fit a calibration to public texts; spends nothing"
+ABBREVIATES = True  # nothing private could be taken for an option
+DESCRIPTION = """\
 Fits everything data-dependent that a release will read (codebooks, clipping maps, priors, decoders) to PUBLIC texts, and writes it to a
 folder, with a card. No budget is spent, and the calibration may be shared.
 
@@ -25,7 +27,7 @@ and that resemble the private ones; about 100 are the least that works, thousand
 For --unit group of a transformers model a text is made of segments (decoder-only) or documents (encoder-decoder), each encoded apart: each
 line is then JSON, a list of strings, such as ["be polite", "close at five"].
 """
-_EXAMPLES = """\
+EXAMPLES = """\
 examples:
   a Stable Diffusion pipeline, one public prompt a line:
     hf-dp-xattn calibrate ./my-pipeline --public prompts.txt --unit context --out ./my-calibration
@@ -49,15 +51,8 @@ exit codes: 0 done; 2 bad input (the message is on stderr).
 """
 
 
-def add(subparsers: Any) -> None:
-    """Registers the subcommand."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        NAME,
-        help="fit a calibration to public texts; spends nothing",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """All of them but `--json`."""
     parser.add_argument("model", help="folder or Hub id of a diffusers pipeline or a transformers model")
     parser.add_argument(
         "--public",
@@ -131,8 +126,6 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the fit; public (default: 0)")
     parser.add_argument("--dtype", default="float32", help="type of the weights (default: float32)")
     parser.add_argument("--license", help="license id of the Hub for the card, such as apache-2.0")
-    parser.add_argument("--json", action="store_true", help="print JSON, and no progress")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,12 +17,13 @@ from .release_command import say
 from .trial_hosts import load_trial
 
 NAME = "demo"
+HELP = "one public text at several epsilons: pictures or replies"
 EPSILONS = (1.0, 4.0, 8.0, 16.0, 64.0)
 _SHIPPED = Path("examples") / "shapes"
 _SHIPPED_TEXT = ("a large green star on the right", "black background")
 _TEXT = ("the meeting is at noon", "the house by the river is red")
 _QUESTION = "when is the meeting?"
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Shows what a protection leaves of a text: the same text unprotected, and released at several epsilons. A pipeline draws a strip of
 pictures (one PNG, the same initial noise in all of them, and first what it draws without a text); a language model gives a table of
 replies. Then comes the privacy report. In a checkout, without MODEL, it takes the pipeline that is shipped, with its calibrations.
@@ -30,7 +31,7 @@ replies. Then comes the privacy report. In a checkout, without MODEL, it takes t
 The text is for demonstration, and must be PUBLIC: it is an argument, which shells and process tables keep, it is drawn unprotected, and it
 is released once for each epsilon, which adds up. For a private text: hf-dp-xattn release, hf-dp-xattn generate.
 """
-_EXAMPLES = """\
+EXAMPLES = """\
 examples:
   in a checkout:
     hf-dp-xattn demo
@@ -53,16 +54,8 @@ class Column:
     made: Any
 
 
-def add(subparsers: Any) -> None:
-    """Registers the subcommand."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        NAME,
-        help="one public text at several epsilons: pictures or replies",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """All of them but `--json`."""
     parser.add_argument(
         "model",
         nargs="?",
@@ -88,8 +81,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the pictures; not of the releases"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, and no progress")
-    parser.set_defaults(run=run, config=None, epsilon=None)
+    parser.set_defaults(config=None, epsilon=None)
 
 
 def run(args: argparse.Namespace) -> int:

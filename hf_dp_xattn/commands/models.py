@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .texts import lines_of, read_documents, read_prefix
 
 if TYPE_CHECKING:
     from ..calibration.calibration import AnyCalibration
     from ..config import DPXAttnConfig
     from ..privacy.ledger import Ledger
-    from .texts import PrefixText
 
 SETTINGS = ("mechanism", "epsilon", "delta", "unit", "neighboring")
 _DTYPES = ("float16", "half", "bfloat16", "float32", "float", "float64", "double")
@@ -156,84 +154,3 @@ def load_plain(name: str, dtype: Any) -> Any:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"The model cannot be loaded ({type(error).__name__}): {error}") from None
-
-
-def check_texts(handle: Any, args: argparse.Namespace) -> None:
-    """Refuses, before anything is spent, what the command line cannot do with this kind of host.
-
-    Raises:
-        ConfigError: a model that reads images; options of decoder-only models for another one.
-    """
-    from ..hosts.transformers.decoder_only.decoder_host import DecoderHost
-    from ..hosts.transformers.mllama.mllama_host import MllamaHost
-
-    if isinstance(getattr(handle, "host", None), MllamaHost):
-        raise ConfigError(
-            "The private context of this model is an image, which the command line does not read: in Python, protected.release(**processor."
-            "image_processor(image, return_tensors='pt'))."
-        )
-    given = [n for n in ("chat", "prefix_bucket") if is_given(getattr(args, n))]
-    if by_text(handle) and args.prefix_bucket is not None:
-        raise ConfigError(
-            "--prefix-bucket is not for --mechanism library: released text has a length of its own."
-        )
-    if given and not (
-        isinstance(getattr(handle, "host", None), DecoderHost) or writes_text(handle) == "decoder"
-    ):
-        raise ConfigError(f"--{given[0].replace('_', '-')} is for decoder-only models.")
-
-
-def by_text(handle: Any) -> bool:
-    """Whether a host reads released text."""
-    from ..hosts.text.protected_text import ProtectedText
-
-    return isinstance(handle, ProtectedText)
-
-
-def writes_text(handle: Any) -> str | None:
-    """ "decoder" or "encoder-decoder" for what writes text; None for a pipeline of pictures."""
-    from ..hosts.transformers.decoder_only.decoder_host import DecoderHost
-    from ..hosts.transformers.encoder_decoder.encoder_decoder_host import EncoderDecoderHost
-
-    seq2seq: bool | None = isinstance(getattr(handle, "host", None), EncoderDecoderHost)
-    if by_text(handle):
-        seq2seq = getattr(handle.model.config, "is_encoder_decoder", None)
-        if seq2seq is None:
-            return None
-    elif not seq2seq and not isinstance(getattr(handle, "host", None), DecoderHost):
-        return None
-    return "encoder-decoder" if seq2seq else "decoder"
-
-
-def is_given(value: Any) -> bool:
-    """Whether an option was given; 0 was."""
-    return value is not None and value is not False
-
-
-def read_private_prefix(handle: Any, args: argparse.Namespace, text: str) -> PrefixText:
-    """A decoder-only model's private prefix; with unit="group" its lines are segments. Raises as `read_prefix` does."""
-    return read_prefix(args.model, lines_of(text) if handle.config.unit == "group" else text, chat=args.chat)
-
-
-def release_text(handle: Any, args: argparse.Namespace, text: str) -> Any:
-    """Releases one text, by the tokenizer beside the model; with unit="group", its lines (phrases of a prompt) are the groups."""
-    from ..hosts.transformers.decoder_only.decoder_host import DecoderHost
-    from ..hosts.transformers.encoder_decoder.encoder_decoder_host import EncoderDecoderHost
-
-    check_texts(handle, args)
-    if by_text(handle):
-        return handle.release(text)
-    apart = handle.config.unit == "group"
-    if isinstance(getattr(handle, "host", None), DecoderHost):
-        prefix = read_private_prefix(handle, args, text)
-        return handle.release(
-            prefix.context,
-            groups="segments" if apart else None,
-            public_head=prefix.head,
-            prefix_bucket=args.prefix_bucket,
-            text=text,
-        )
-    if isinstance(getattr(handle, "host", None), EncoderDecoderHost):
-        documents = read_documents(args.model, lines_of(text) if apart else [text])
-        return handle.release(documents, groups="documents" if apart else None, text=text)
-    return handle.release(text, groups="phrases" if apart else None)

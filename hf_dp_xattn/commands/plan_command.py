@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
 NAME = "plan"
-_DESCRIPTION = """\
+HELP = "predict quality, odds and cost of a release; spends nothing"
+ABBREVIATES = True  # nothing private could be taken for an option
+DESCRIPTION = """\
 Tells, from public calibrations only and before any budget is spent, what a release would give at each epsilon: predicted quality with its
 95 % interval, what would leave, an attacker's best odds, memory and time. Nothing is released or charged.
 """
-_EXAMPLES = """\
+EXAMPLES = """\
 examples:
   all epsilons that the calibration was made for:
     hf-dp-xattn plan ./my-calibration
@@ -28,15 +29,8 @@ exit codes: 0 done; 1 a wanted quality is not reached at any calibrated epsilon;
 """
 
 
-def add(subparsers: Any) -> None:
-    """Registers the subcommand."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        NAME,
-        help="predict quality, odds and cost of a release; spends nothing",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """All of them but `--json`."""
     parser.add_argument("calibration", nargs="+", help="folder or Hub id of an anchors calibration")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--epsilon", type=float, metavar="E", help="privacy loss of one release")
@@ -72,9 +66,7 @@ def add(subparsers: Any) -> None:
     )
     parser.add_argument("--dtype", help="type of keys and values in memory, such as float16")
     parser.add_argument("--no-measure", action="store_true", help="do not time releases on this machine")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--plot", metavar="FILE", help="also draw it: plan.png, .svg or .pdf")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

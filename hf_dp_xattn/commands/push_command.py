@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
 
 from ..errors import ConfigError
 from .read_artefact import read_artefact
 
 NAME = "push"
-_DESCRIPTION = """\
+HELP = "upload a saved release, config or calibration to the Hub"
+ABBREVIATES = True  # nothing private could be taken for an option
+DESCRIPTION = """\
 Reads and checks a saved release, config or calibration, and uploads it to a Hub repository in one commit, with a card that states the
 guarantee. Only its own files go up, whatever else stands in the folder. Exact rows and seeded noise are never pushed.
 
@@ -19,7 +20,7 @@ A release is differentially private: what it tells at its epsilon, it tells to e
 
 The token is read from `hf auth login` or from HF_TOKEN, never from the argument list, which shells and process tables keep.
 """
-_EXAMPLES = """\
+EXAMPLES = """\
 examples:
     hf-dp-xattn push ./my-calibration me/my-calibration --license apache-2.0 --base-model owner/model
     hf-dp-xattn push ./release me/my-release --private --json
@@ -28,15 +29,8 @@ exit codes: 0 done; 2 bad input, or the upload failed and the repository is as i
 """
 
 
-def add(subparsers: Any) -> None:
-    """Registers the subcommand."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        NAME,
-        help="upload a saved release, config or calibration to the Hub",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """All of them but `--json`."""
     parser.add_argument("folder", help="folder that save_pretrained or `release` wrote")
     parser.add_argument("repo", help="Hub id, owner/name; made if needed")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
@@ -46,8 +40,6 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--license", help="license id of the Hub for the card, such as apache-2.0")
     parser.add_argument("--base-model", help="Hub id of the model that it is for, for the card")
     parser.add_argument("--message", help="commit message")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

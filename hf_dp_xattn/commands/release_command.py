@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BudgetExceededError, ConfigError
-from .models import add_protection, protected_model, release_text
+from .families import Family, family_of
+from .models import add_protection, protected_model
 from .private_text import WHY, add_private_text, read_private_text
 from .texts import LINES, add_text_options
 from .watching import Stage, watching
@@ -21,15 +22,16 @@ if TYPE_CHECKING:
     from .watched_ledger import WatchedLedger
 
 NAME = "release"
+HELP = "release a private context once and write it to a folder"
 REFUSED = 1
-_DESCRIPTION = f"""\
+DESCRIPTION = f"""\
 Releases a private context once, with noise, and writes the release: any number of pictures or texts can then be made from it, on any
 machine, and nothing else of the context leaves. The ledger is charged before the context is encoded; the same context twice is refused
 where that exceeds its budget. Without --ledger that is one file for all that you release from the command line.
 
 {WHY}
 {LINES}"""
-_EXAMPLES = """\
+EXAMPLES = """\
 examples:
   a hidden prompt asks for the text:
     hf-dp-xattn release ./my-pipeline --config ./my-config --calibration ./my-calibration --ledger ledger.json --out ./release
@@ -50,20 +52,10 @@ and whether the release was kept); 2 bad input, nothing was spent (the message i
 """
 
 
-def add(subparsers: Any) -> None:
-    """Registers the subcommand."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        NAME,
-        help="release a private context once and write it to a folder",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # --prompt must not be taken for --prompt-file
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """All of them but `--json`."""
     add_releasing(parser)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the release")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the report")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,9 +65,10 @@ def run(args: argparse.Namespace) -> int:
         say(args, "loading the model")
         ledger = open_ledger(args)
         handle = protected_model(args, ledger)
+        family = family_of(handle, args)
         say(args, "releasing")
         with watching(ledger, Stage("Releasing")) as stage:
-            release = release_or_refuse(handle, args, text)
+            release = release_or_refuse(family, text)
             if release is None:
                 return REFUSED
             keep(release, out, stage)
@@ -119,10 +112,10 @@ def open_ledger(args: argparse.Namespace) -> WatchedLedger:
     return ledger
 
 
-def release_or_refuse(handle: Any, args: argparse.Namespace, text: str) -> Any | None:
+def release_or_refuse(family: Family, text: str) -> Any | None:
     """The release, or None where the ledger refuses, with its reason on stderr."""
     try:
-        return release_text(handle, args, text)
+        return family.release(text)
     except BudgetExceededError as error:
         print(f"hf-dp-xattn: {error}", file=sys.stderr)
         return None

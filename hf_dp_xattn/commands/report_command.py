@@ -10,13 +10,15 @@ from typing import Any
 from .read_artefact import read_artefact
 
 NAME = "report"
+HELP = "what a saved release, model, config or calibration promises"
+ABBREVIATES = True  # nothing private could be taken for an option
 NOT_PRIVATE = 1
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Says what a saved release, protected model, config or calibration promises: (epsilon, delta), unit, neighbouring relation, what is public,
 and what is NOT covered. What was charged before stays with the ledger of whoever made it. Reads and checks the files only; no model is
 loaded, nothing is spent.
 """
-_EXAMPLES = """\
+EXAMPLES = """\
 examples:
     hf-dp-xattn report ./release
     hf-dp-xattn report ./my-protected-pipeline
@@ -27,20 +29,11 @@ on stderr).
 """
 
 
-def add(subparsers: Any) -> None:
-    """Registers the subcommand."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        NAME,
-        help="what a saved release, model, config or calibration promises",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """All of them but `--json`."""
     parser.add_argument("artefact", help="folder or Hub id")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
     parser.add_argument("--subfolder", help="of the folder or repository")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,8 +12,8 @@ import transformers
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.cli import main
+from hf_dp_xattn.commands import families
 from hf_dp_xattn.commands import generate_command as module
-from hf_dp_xattn.commands import release_command as release_module
 from hf_dp_xattn.hosts.release import Release
 
 from ..hosts.transformers.decoder_only.tiny import tiny as decoder_tiny
@@ -118,11 +118,16 @@ def fail(error: BaseException) -> Callable[..., Any]:
     return run
 
 
-FAILURES: dict[str, tuple[str, BaseException, str]] = {
-    "foreign": ("_draw", RuntimeError("no\nmemory is left"), "RuntimeError: no memory is left"),
-    "one of ours": ("_draw", dpx.ConfigError("not so"), "ConfigError: not so"),
-    "stopped": ("_draw", KeyboardInterrupt(), "KeyboardInterrupt"),
-    "a full disk at the end": ("_tell", OSError(28, "No space left on device"), "No space left"),
+FAILURES: dict[str, tuple[Any, str, BaseException, str]] = {
+    "foreign": (
+        families.Prompts,
+        "make",
+        RuntimeError("no\nmemory is left"),
+        "RuntimeError: no memory is left",
+    ),
+    "one of ours": (families.Prompts, "make", dpx.ConfigError("not so"), "ConfigError: not so"),
+    "stopped": (families.Prompts, "make", KeyboardInterrupt(), "KeyboardInterrupt"),
+    "a full disk at the end": (module, "_tell", OSError(28, "No space left on device"), "No space left"),
 }
 
 
@@ -137,10 +142,10 @@ def test_what_fails_after_the_charge_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    where, error, expected = FAILURES[name]
+    target, where, error, expected = FAILURES[name]
     start = [*DRAW, *PICTURE, "--prompt-file", prompt, "--json", *(["--keep", "kept"] if kept else [])]
     with monkeypatch.context() as patched:
-        patched.setattr(module, where, fail(error))
+        patched.setattr(target, where, fail(error))
         assert generate(models_folder, "plain", *start) == 1
     shown = capsys.readouterr()
     [line] = [x for x in shown.err.splitlines() if x.startswith("hf-dp-xattn: ")]
@@ -225,7 +230,7 @@ def test_what_fails_before_the_charge_is_not_said_to_be_charged(
     here: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(release_module, "release_text", fail(RuntimeError("a bug")))
+    monkeypatch.setattr(families.Prompts, "release", fail(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         generate(models_folder, "plain", *DRAW, "--prompt-file", prompt)
     assert charges() == 0
@@ -240,10 +245,10 @@ def test_a_failure_with_a_saved_release_costs_nothing(
 ) -> None:
     assert main(["release", str(models_folder / "plain"), "--out", "r", *SPEND, "--prompt-file", prompt]) == 0
     start = ["--release", "r", "--out", "a.png", *PICTURE]
-    monkeypatch.setattr(module, "_draw", fail(MemoryError()))
+    monkeypatch.setattr(families.Prompts, "make", fail(MemoryError()))
     assert generate(models_folder, "plain", *start) == 1
     assert "Generating failed (MemoryError). Nothing was charged" in capsys.readouterr().err
-    monkeypatch.setattr(module, "_draw", fail(dpx.ReleaseError("it does not fit")))
+    monkeypatch.setattr(families.Prompts, "make", fail(dpx.ReleaseError("it does not fit")))
     assert generate(models_folder, "plain", *start) == 2
 
 
