@@ -14,11 +14,10 @@ from typing import Any
 import torch
 
 from ..errors import BudgetExceededError, DPXAttnError, ProtectionLostError
-from ..hosts.placeholder import CODE_CHANNELS
 from .audit_report import FAIL, NOT_APPLICABLE, PASS, Check
 from .snapshot import differences, snapshot
 from .spy import Spy
-from .subjects import Canary, DecoderSubject, Outputs, PipelineSubject, Subject
+from .subjects import Canary, Outputs, Subject
 
 NO_POWER = "the unprotected host answers both canaries alike, bit for bit: this check could not fail here"
 Pair = tuple[Canary, Canary]
@@ -99,7 +98,7 @@ def nothing_travels(subject: Subject, pair: Pair) -> Check:
     with subject.protected() as handle, captured(handle) as kept:
         inputs = subject.inputs(subject.release(pair[0]))
         rows, unless = kept[0][0], kept[1][0] if subject.release_alone(pair[0]) else None
-        if not _blank(subject, inputs):  # before the host, which would refuse it
+        if not subject.is_blank(inputs):  # before the host, which would refuse it
             return Check(name, FAIL, "the placeholder of a release holds numbers besides its marker")
         spy = Spy(rows, unless)
         with spy.watching(subject.serving):
@@ -120,21 +119,6 @@ def nothing_travels(subject: Subject, pair: Pair) -> Check:
     return Check(name, PASS, text)
 
 
-def _blank(subject: Subject, inputs: dict[str, Any]) -> bool:
-    """No number in what stands in for the private rows but the marker's."""
-    if isinstance(subject, DecoderSubject):
-        cache = inputs["past_key_values"]
-        return all(layer.keys is None or layer.keys.numel() == 0 for layer in cache.layers)
-    found = []
-    for value in inputs.values():
-        states = getattr(value, "last_hidden_state", value)
-        if isinstance(states, torch.Tensor) and states.is_floating_point():
-            found.append(
-                bool(states[:, 1:].isnan().all()) and bool(states[:, 0, CODE_CHANNELS:].isnan().all())
-            )
-    return bool(found) and all(found)
-
-
 def a_lost_layer(subject: Subject, pair: Pair) -> Check:
     """Invariant 3: a layer that lost its processor or attention function stops the host; with the gate shut as well, nothing leaks."""
     name = "a lost layer fails closed"
@@ -145,7 +129,7 @@ def a_lost_layer(subject: Subject, pair: Pair) -> Check:
     for i in chosen:
         with subject.protected() as handle, held_fixed(handle):
             inputs = [subject.inputs(subject.release(c)) for c in pair]
-            restore = _lose(subject, handle, names[i])
+            restore = subject.lose(names[i])
             try:
                 with suppress(ProtectionLostError):
                     subject.answer(inputs[0])
@@ -162,32 +146,11 @@ def a_lost_layer(subject: Subject, pair: Pair) -> Check:
     return Check(name, PASS, text)
 
 
-def _lose(subject: Subject, handle: Any, name: str) -> Callable[[], None]:
-    """Takes the protection off one layer; returns what puts it back."""
-    if isinstance(subject, PipelineSubject):
-        attn, processor = handle.layers[name], handle.layers[name].processor
-        attn.set_processor(handle.host._originals[name])
-        return lambda: attn.set_processor(processor)
-    module = handle.layers[name].module
-    routed, module.config = module.config, handle.host._configs[name]
-    return lambda: setattr(module, "config", routed)
-
-
 def _without_gates(subject: Subject, handle: Any, inputs: list[dict[str, Any]]) -> str:
     """What comes out where nothing looks any more: "an error", "NaN", "the same for both", or "leak"."""
-
-    def run(given: dict[str, Any]) -> Outputs:
-        if isinstance(subject, PipelineSubject):
-            with torch.no_grad():
-                states = next(iter(given.values()))
-                return [subject.unet(*subject.step_inputs(), states).sample]
-        return subject.answer(given)
-
-    if isinstance(subject, PipelineSubject):
-        handle.host.gate.remove()
     vars(handle.guard)["check"] = lambda: None
     try:
-        outputs = [run(given) for given in inputs]
+        outputs = [subject.ungated(given) for given in inputs]
     except (DPXAttnError, RuntimeError, ValueError, TypeError, AttributeError):
         return "an error"
     finally:

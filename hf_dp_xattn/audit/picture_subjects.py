@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ class PipelineSubject(Subject):
     """A Stable Diffusion pipeline of diffusers."""
 
     kind = "pipeline"
+    draws = True
     steps = 2
 
     @property
@@ -77,6 +78,17 @@ class PipelineSubject(Subject):
         self.unet(
             *self.step_inputs(), torch.zeros(1, 8, channels, dtype=self.unet.dtype, device=self.unet.device)
         )
+
+    def lose(self, name: str) -> Callable[[], None]:
+        attn = self.handle.layers[name]
+        processor = attn.processor
+        attn.set_processor(self.handle.host.originals[name])
+        return lambda: attn.set_processor(processor)
+
+    @torch.no_grad()
+    def ungated(self, inputs: dict[str, Any]) -> Outputs:
+        self.handle.host.gate.remove()
+        return [self.unet(*self.step_inputs(), next(iter(inputs.values()))).sample]
 
     @property
     def edge(self) -> int:

@@ -6,7 +6,7 @@ which each is a unit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
+from ..hosts.placeholder import CODE_CHANNELS
 from ..hosts.protect import protect
 from ..privacy.ledger import Budget, Ledger
 
@@ -27,6 +28,7 @@ class Subject:
     """A host that is not protected, and how it would be. handle: while it is protected."""
 
     kind: ClassVar[str]
+    draws: ClassVar[bool] = False  # pictures, and no texts
     joint: ClassVar[str] = ", "  # between texts that are joined
 
     def __init__(
@@ -126,3 +128,23 @@ class Subject:
     def refused(self) -> None:
         """Calls the protected host without a release; must raise."""
         raise NotImplementedError
+
+    # ---- what a leak test does to a protected host -------------------------------------------------------------------------
+
+    def is_blank(self, inputs: dict[str, Any]) -> bool:
+        """No number in what stands in for the private rows but the marker's."""
+        found = []
+        for value in inputs.values():
+            states = getattr(value, "last_hidden_state", value)
+            if isinstance(states, torch.Tensor) and states.is_floating_point():
+                rest = (states[:, 1:], states[:, 0, CODE_CHANNELS:])
+                found.append(all(bool(part.isnan().all()) for part in rest))
+        return bool(found) and all(found)
+
+    def lose(self, name: str) -> Callable[[], None]:
+        """Takes the protection off one layer; returns what puts it back."""
+        raise NotImplementedError
+
+    def ungated(self, inputs: dict[str, Any]) -> Outputs:
+        """As `answer`, where the host's gate looks no more."""
+        return self.answer(inputs)

@@ -38,10 +38,7 @@ def subject_of(host: Any, config: DPXAttnConfig, calibration: Any = None, tokeni
     Raises:
         UnsupportedModelError: see `protect`. ConfigError: it is protected already.
     """
-    from diffusers import DiffusionPipeline, UNet2DConditionModel
-
     from ..hosts.accounts import STAYS
-    from ..hosts.diffusers.architectures import refuse_host
     from ..hosts.host_registry import kind_of
     from ..hosts.protect import handle_of
 
@@ -50,12 +47,8 @@ def subject_of(host: Any, config: DPXAttnConfig, calibration: Any = None, tokeni
             "This host is protected: call dpx.unprotect(host) first. It is protected here with a ledger of its own, and left "
             f"unprotected ({STAYS})."
         )
-    if isinstance(host, DiffusionPipeline):
-        kind: type[Subject] = PipelineSubject
-    elif isinstance(host, UNet2DConditionModel):
-        kind = UNetSubject
-    elif (family := kind_of(host).family) in SUBJECTS:
-        kind = SUBJECTS[family]
-    else:
-        raise refuse_host(host)
-    return kind(host, config, calibration, tokenizer)
+    kind = kind_of(host)
+    subject = SUBJECTS.get(kind.family)
+    if subject is None:
+        subject = UNetSubject if kind.pipeline(host) is None else PipelineSubject
+    return subject(host, config, calibration, tokenizer)

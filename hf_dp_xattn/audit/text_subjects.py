@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,11 @@ class TransformersSubject(Subject):
             return_dict_in_generate=True,
         )
         return [out.sequences, torch.stack(tuple(out.scores))]
+
+    def lose(self, name: str) -> Callable[[], None]:
+        module = self.handle.layers[name].module
+        routed, module.config = module.config, self.handle.host.originals[name]
+        return lambda: setattr(module, "config", routed)
 
     def _parts(self, count: int) -> list[Any]:
         if self.tokenizer is None:
@@ -147,6 +152,10 @@ class DecoderSubject(TransformersSubject):
         given: Any = [p.tolist() for p in canary] if self.by_groups else torch.cat(canary)
         groups = {"groups": "segments"} if self.by_groups else {}
         return self.handle.release(given, public_head=self.public()[0], **groups, **options)
+
+    def is_blank(self, inputs: dict[str, Any]) -> bool:
+        cache = inputs["past_key_values"]
+        return all(layer.keys is None or layer.keys.numel() == 0 for layer in cache.layers)
 
     def release_alone(self, canary: Canary) -> bool:
         tokens = [[token] for token in torch.cat(canary).unique().tolist()]

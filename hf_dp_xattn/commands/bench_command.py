@@ -83,9 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _pairs_of(subject: Any, args: argparse.Namespace) -> tuple[str, int, Callable[[Any, Any], Runs]]:
     """What is timed, in words; tokens of an answer (1: no answers); and, for a canary and its release (None: unprotected), named runs."""
-    from ..audit.subjects import PipelineSubject
-
-    if isinstance(subject, PipelineSubject):
+    if subject.draws:
         if args.new_tokens is not None:
             raise ConfigError("--new-tokens is for language models, and this is a pipeline of pictures.")
         edge = _edge(subject, args.latents)

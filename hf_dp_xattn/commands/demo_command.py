@@ -91,11 +91,11 @@ def run(args: argparse.Namespace) -> int:
     say(args, "loading the model")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from ..audit.subjects import PipelineSubject, subject_of
+        from ..audit.subjects import subject_of
 
         trial = load_trial(args)
         subject = subject_of(trial.host, trial.config, trial.calibration, trial.tokenizer)
-        pictures = isinstance(subject, PipelineSubject)
+        pictures = subject.draws
         if pictures:
             check_pictures(trial.host, args)
         canary = _canary(subject, args)
@@ -147,12 +147,10 @@ def _take_the_shipped(args: argparse.Namespace) -> None:
 
 def _canary(subject: Any, args: argparse.Namespace) -> Any:
     """The text as the subject takes it: its parts, or one whole."""
-    from ..audit.subjects import DecoderSubject
-
     texts = list(args.text or _TEXT)
     if not all(t.strip() for t in texts):
         raise ConfigError("--text must not be empty.")
-    if isinstance(subject, DecoderSubject):
+    if subject.kind == "decoder-only":
         subject.question = args.question or _QUESTION
     elif args.question is not None:
         raise ConfigError("--question is for decoder-only models.")

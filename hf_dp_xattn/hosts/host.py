@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ from .lengths import HIDDEN
 from .making import Maker
 from .released import ReleasedContext
 from .weights import Weights
+
+Family = Literal["diffusers", "encoder-decoder", "decoder-only", "image-text"]
 
 
 class Named(NamedTuple):
@@ -44,13 +46,16 @@ class Host(ABC):
     """One UNet or model.
 
     projects_rows: its layers make keys and values of rows of context space by their present weights. undo: what to do where the protection
-    was lost. layers: by name, those that read a context. weights: those that a release must fit. guard: from `install` on.
+    was lost. layers: by name, those that read a context. originals: what stood in each of
+    them before, a processor or a config. weights: those that a release must fit. guard: from `install` on.
     """
 
+    family: ClassVar[Family]
     projects_rows: ClassVar[bool] = True
     undo: ClassVar[str] = "Undo that change, call dpx.unprotect(model)"
     keeps_sketch: ClassVar[bool] = True
     guard: Guard
+    originals: dict[str, Any]
 
     def __init__(self, model: Any) -> None:
         """Raises UnsupportedModelError where the model is not supported; it is left as it was."""

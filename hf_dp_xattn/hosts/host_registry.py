@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ..calibration.calibration_options import CalibrationOptions
 from ..calibration.public_data import PublicData
@@ -14,7 +14,7 @@ from .diffusers.architectures import check_pipeline_class, refuse_host, unwrap
 from .diffusers.public_prompts import public_prompts
 from .diffusers.unet_host import UNetHost
 from .guard import handle_on
-from .host import Host
+from .host import Family, Host
 from .transformers.decoder_only.decoder_host import DecoderHost
 from .transformers.decoder_only.prefix_probing import is_decoder_only
 from .transformers.decoder_only.public_prefixes import public_prefixes
@@ -24,8 +24,6 @@ from .transformers.encoder_decoder.public_documents import public_documents
 from .transformers.mllama.mllama_host import MllamaHost
 from .transformers.mllama.mllama_probing import is_image_text
 from .transformers.mllama.public_images import public_images
-
-Family = Literal["diffusers", "encoder-decoder", "decoder-only", "image-text"]
 
 
 @dataclass(frozen=True)
@@ -37,13 +35,17 @@ class HostKind:
     what of a given host is the pipeline that its model is to be protected in, or None; raises where it is neither.
     """
 
-    family: Family
     matches: Callable[[Any], bool]
-    host: Callable[[Any], Host]
+    host: type[Host]
     public_data: Callable[[Any, Any, DPXAttnConfig, CalibrationOptions], AbstractContextManager[PublicData]]
     takes: frozenset[str] = frozenset()
     documents: bool = False
     pipeline: Callable[[Any], Any] = lambda host: None
+
+    @property
+    def family(self) -> Family:
+        """What the audit and the command line know it by."""
+        return self.host.family
 
 
 def _pipeline(host: Any) -> Any:
@@ -62,12 +64,12 @@ def _pipeline(host: Any) -> Any:
 
 QUESTIONS = frozenset({"questions"})
 PREFIXES = frozenset({"public_head", "prefix_bucket", "replies"})
-DIFFUSERS = HostKind("diffusers", lambda host: True, UNetHost, public_prompts, pipeline=_pipeline)
+DIFFUSERS = HostKind(lambda host: True, UNetHost, public_prompts, pipeline=_pipeline)
 # the first that matches; the last takes what no other takes, and refuses what it does not know
 KINDS = (
-    HostKind("encoder-decoder", is_seq2seq, EncoderDecoderHost, public_documents, QUESTIONS, documents=True),
-    HostKind("image-text", is_image_text, MllamaHost, public_images, QUESTIONS),
-    HostKind("decoder-only", is_decoder_only, DecoderHost, public_prefixes, QUESTIONS | PREFIXES),
+    HostKind(is_seq2seq, EncoderDecoderHost, public_documents, QUESTIONS, documents=True),
+    HostKind(is_image_text, MllamaHost, public_images, QUESTIONS),
+    HostKind(is_decoder_only, DecoderHost, public_prefixes, QUESTIONS | PREFIXES),
     DIFFUSERS,
 )
 

@@ -232,7 +232,7 @@ def test_fail_closed(pipe: Any) -> None:
     with torch.no_grad():
         attn.to_k.weight.sub_(0.1)
     kept = attn.processor
-    attn.set_processor(handle.host._originals[next(iter(handle.layers))])
+    attn.set_processor(handle.host.originals[next(iter(handle.layers))])
     with pytest.raises(ProtectionLostError):
         release.append(MORE)
     attn.set_processor(kept)

@@ -32,6 +32,7 @@ from .unet_forward import ForwardGate
 class UNetHost(Host):
     """Its cross-attention layers are given processors that read releases; a gate on its forward says which."""
 
+    family = "diffusers"
     undo = "Undo that change (unload the adapter, disable slicing or xformers), call dpx.unprotect(pipe)"
     keeps_sketch = False  # a call that reads one tensor at all steps asks once
 
@@ -39,7 +40,7 @@ class UNetHost(Host):
         super().__init__(unet)
         self._patches: list[PipelinePatch] = []
         self._gates: list[TextGate] = []
-        self._originals: dict[str, Any] = {}
+        self.originals: dict[str, Any] = {}
         self._processors: dict[str, DPAttnProcessor] = {}
         self._guards: tuple[Any, ...] = ()
 
@@ -78,7 +79,7 @@ class UNetHost(Host):
         super().install(guard)
         unet = self.model
         self.gate = ForwardGate(self)
-        self._originals = {name: attn.processor for name, attn in self.layers.items()}
+        self.originals = {name: attn.processor for name, attn in self.layers.items()}
         self._processors = {
             name: DPAttnProcessor(name, self.gate.forwards, guard.access) for name in self.layers
         }
@@ -113,7 +114,7 @@ class UNetHost(Host):
     def remove(self) -> None:
         for name, attn in self.layers.items():
             if isinstance(attn.processor, DPAttnProcessor):  # else the caller chose another one since
-                attn.set_processor(self._originals[name])
+                attn.set_processor(self.originals[name])
         parts: tuple[Any, ...] = (self.gate, *self._gates, *self._patches, *self._guards)
         for installed in parts:
             installed.remove()

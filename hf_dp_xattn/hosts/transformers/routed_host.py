@@ -36,8 +36,8 @@ class RoutedHost(Host):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self._modules: dict[str, Any] = {name: layer.module for name, layer in self.layers.items()}
-        self._configs = {name: module.config for name, module in self._modules.items()}
-        self._routes = {name: route(config, self.routing.name) for name, config in self._configs.items()}
+        self.originals = {name: module.config for name, module in self._modules.items()}
+        self._routes = {name: route(config, self.routing.name) for name, config in self.originals.items()}
         self._hooks: list[Any] = []
         self._gates: list[TextGate] = []
 
@@ -65,7 +65,7 @@ class RoutedHost(Host):
     def remove(self) -> None:
         for name, module in self._modules.items():
             if module.config is self._routes[name]:
-                module.config = self._configs[name]
+                module.config = self.originals[name]
             vars(module).pop(self.routing.attribute, None)
         for installed in (*self._hooks, *self._gates, self.generate):
             installed.remove()

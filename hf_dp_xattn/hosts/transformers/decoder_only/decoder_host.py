@@ -42,6 +42,7 @@ class DecoderHost(RoutedHost):
     the prefix's tokens, keys and values never enter it. Every layer, beam, sample, step and turn reads the release.
     """
 
+    family = "decoder-only"
     routing = Routing(NAME, LAYER_ATTRIBUTE, dp_xattn_prefix)
     projects_rows = False  # a row IS keys and values, of the weights that it was made with
     never_traced = "The gate of a protected decoder-only model is never traced: torch.compile runs it with fullgraph=False only."
@@ -82,7 +83,7 @@ class DecoderHost(RoutedHost):
     # ---- a forward ---------------------------------------------------------------------------------------------------------
 
     def layer_state(self, name: str) -> LayerState:
-        return LayerState(name, self.calls, self._configs[name], self.guard.access)
+        return LayerState(name, self.calls, self.originals[name], self.guard.access)
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = self.begin(module, args, kwargs)

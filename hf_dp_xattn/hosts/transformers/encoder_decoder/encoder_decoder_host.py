@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,7 +16,7 @@ from ...bindings import bind, unique
 from ...content_names import special_ids, with_texts
 from ...context import PrivateContext
 from ...guard import Guard
-from ...host import Named, Readable
+from ...host import Family, Named, Readable
 from ...host_words import HostWords, Setting, document_words
 from ...placeholder import Tag, new_tag, read_tags, rewritten
 from ...weight_changes import refuse_call_adapters
@@ -50,6 +50,7 @@ class EncoderDecoderHost(RoutedHost):
     the decoder receives a placeholder in place of the encoder's output. Every beam, sample and step reads the release.
     """
 
+    family: ClassVar[Family] = "encoder-decoder"
     routing = Routing(NAME, LAYER_ATTRIBUTE, dp_xattn)
     never_traced = "The gate of a protected encoder-decoder model is never traced: torch.compile runs it with fullgraph=False only."
     closed = CLOSED  # what the encoder's gate says
@@ -87,7 +88,7 @@ class EncoderDecoderHost(RoutedHost):
 
     def layer_state(self, name: str) -> LayerState:
         padding = self.layers[name].padding
-        return LayerState(name, self.calls, self._configs[name], self.guard.access, padding)
+        return LayerState(name, self.calls, self.originals[name], self.guard.access, padding)
 
     def install(self, guard: Guard) -> None:
         super().install(guard)

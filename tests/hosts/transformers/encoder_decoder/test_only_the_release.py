@@ -125,7 +125,7 @@ def test_a_layer_that_lost_its_attention_function_gives_nan(name: str, private: 
     handle = dpx.protect(model, private)
     inputs = handle.release(**one(name)).inputs(decoder_input_ids=torch.tensor([[4, 5]]))
     layer = next(iter(handle.layers))
-    handle.layers[layer].module.config = handle.host._configs[layer]
+    handle.layers[layer].module.config = handle.host.originals[layer]
     with pytest.raises(dpx.ProtectionLostError, match="attention function"):
         model(**inputs)
     handle.guard.check = lambda: None  # and with the gate's eyes shut

@@ -96,7 +96,7 @@ def test_a_layer_that_lost_its_attention_function_gives_nan(private: dpx.DPXAttn
     handle = dpx.protect(model, private)
     inputs = handle.release(**images()).inputs(**texts(mask=False))
     layer = next(iter(handle.layers))
-    handle.layers[layer].module.config = handle.host._configs[layer]
+    handle.layers[layer].module.config = handle.host.originals[layer]
     with pytest.raises(dpx.ProtectionLostError, match="attention function"):
         model(**inputs)
     handle.guard.check = lambda: None  # and with the gate's eyes shut
