@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 
 from hf_dp_xattn.calibration.anchors.objective import LayerProbe, fvu, fvu_interval
-from hf_dp_xattn.hosts.rows import project
 from hf_dp_xattn.mechanisms.structure import AttentionStructure
 
 from .setting import Setting
@@ -38,7 +37,7 @@ class RowsReleased:
 
     def attend(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         attn = self._layers[layer]
-        key, value = project(attn, self._rows)
+        key, value = attn.project(self._rows)
         scale = (attn.inner_dim // attn.heads) ** -0.5
         logits = query.unsqueeze(0) @ key.mT * scale + self._bias
         return (torch.softmax(logits, -1) @ value)[0]
@@ -56,7 +55,7 @@ class StructuresReleased:
 
     def attend(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         attn = self._layers[layer]
-        key, value = project(attn, self._public)
+        key, value = attn.project(self._public)
         scale = (attn.inner_dim // attn.heads) ** -0.5
         return self._structures[layer].attend_with(query.unsqueeze(0), key, value, scale)[0]
 
@@ -67,7 +66,7 @@ class MeanOutput:
     def __init__(self, setting: Setting, public: torch.Tensor) -> None:
         rows = setting.with_public(public.float())
         self._scales = [(a.inner_dim // a.heads) ** -0.5 for a in setting.layers.values()]
-        self._projected = [project(attn, rows) for attn in setting.layers.values()]
+        self._projected = [attn.project(rows) for attn in setting.layers.values()]
 
     def attend(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         key, value = self._projected[layer]

@@ -90,7 +90,7 @@ def fit(setting: Setting, k: int) -> AnchorCalibration:
         slots=slots,
         progress=False,
     )
-    host = host_identity(setting.layers, setting.pipeline.unet.dtype, setting.text)
+    host = host_identity(setting.layers.values(), setting.pipeline.unet.dtype, setting.text)
     contexts = PublicContexts(units, torch.ones(units.shape[:2], dtype=torch.bool), whole)
     return fit_anchors(config(8.0), PublicData(setting.public_objective, "rows", host, contexts), settings)
 

@@ -16,12 +16,11 @@ from shapes.reader import Reader, load_reader
 from shapes.scenes import IMAGE_SIZE, Example, heldout_examples, train_examples
 
 from hf_dp_xattn.calibration.anchors.objective import LayerProbe, Objective
-from hf_dp_xattn.hosts.access import Access
 from hf_dp_xattn.hosts.diffusers.architectures import find_layers
-from hf_dp_xattn.hosts.diffusers.public_prompts import encode_batches, output_gain
+from hf_dp_xattn.hosts.diffusers.attention_layer import split_heads
+from hf_dp_xattn.hosts.diffusers.public_prompts import encode_batches
 from hf_dp_xattn.hosts.diffusers.text_side import TextSide
-from hf_dp_xattn.hosts.layer_probes import layer_probes
-from hf_dp_xattn.hosts.rows import split_heads
+from hf_dp_xattn.hosts.layer import layer_probes
 
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 HELDOUT_SEED = 7
@@ -77,9 +76,8 @@ class Setting:
         self.sizes, self.calibrations = sizes, calibrations
         self.pipeline: Any = load_pipeline()
         self.reader: Reader = load_reader()
-        self.text = TextSide(self.pipeline, Access())
+        self.text = TextSide(self.pipeline)
         self.layers = find_layers(self.pipeline.unet)
-        self.gains = [output_gain(attn).float() for attn in self.layers.values()]
         self.first = self.text.public_first_row().float()  # the exact public row (BOS)
 
     def encode(self, captions: Sequence[str]) -> torch.Tensor:
@@ -131,11 +129,11 @@ class Setting:
         """Probes with queries of PUBLIC drawings: what a baseline's codebook and part c's calibrations are fitted with."""
         whole = self.with_public(self.public[: self.sizes.query_contexts].float())
         flat = [q.transpose(0, 1).flatten(1, 2) for q in self.record(whole, PUBLIC_SEED)]
-        return Objective(layer_probes(self.layers, flat, self.gains), self.first)
+        return Objective(layer_probes(self.layers.values(), flat), self.first)
 
     def probes(self, queries: Sequence[torch.Tensor]) -> list[LayerProbe]:
         """The layers, with these queries."""
-        return layer_probes(self.layers, queries, self.gains)
+        return layer_probes(self.layers.values(), queries)
 
 
 @torch.no_grad()
@@ -172,7 +170,7 @@ def record_queries(setting: Setting, whole: torch.Tensor, seed: int, batch: int 
             index = torch.randperm(query.shape[2], generator=generator)[:per_step]
             seen.append(query[:, :, index].float())
 
-        hooks.append(attn.to_q.register_forward_hook(hook))
+        hooks.append(attn.module.to_q.register_forward_hook(hook))
     parts: list[list[torch.Tensor]] = []
     try:
         for start in range(0, len(whole), batch):

@@ -214,7 +214,7 @@ class EncoderDecoder(Host):
 
     def _calibration(self, model: Any) -> Any:
         layers: dict[str, Any] = dict(find_cross_layers(model))
-        return unfitted(fingerprint(layers, model.dtype), self.channels)
+        return unfitted(fingerprint(layers.values(), model.dtype), self.channels)
 
     @property
     def channels(self) -> int:

@@ -10,7 +10,6 @@ import torch
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, ContextError
 from ..hosts.making import LayerRecipe
-from ..hosts.rows import layer_specs
 from ..known_mechanisms import KNOWN
 from .audit_report import NOT_APPLICABLE, AuditReport, Check, EpsilonBound, Extraction
 from .empirical import audit_releases, preparer, targets
@@ -120,7 +119,9 @@ def _releases(
     with subject.protected() as handle:
         recipe = handle.guard.prepare(handle.guard.fingerprint())
         prepared = recipe.prepared
-        specs = layer_specs(handle.layers, recipe.dtype) if isinstance(recipe, LayerRecipe) else ()
+        specs = (
+            [layer.spec(recipe.dtype) for layer in recipe.layers] if isinstance(recipe, LayerRecipe) else ()
+        )
     found = targets(prepared, subject.config, preparer(prepared, specs, subject.calibration), SMALLER)
     return audit_releases(found, draws=draws, confidence=confidence, step=step)
 

@@ -80,7 +80,7 @@ class PipelineSubject(Subject):
         )
 
     def lose(self, name: str) -> Callable[[], None]:
-        attn = self.handle.layers[name]
+        attn = self.handle.layers[name].module
         processor = attn.processor
         attn.set_processor(self.handle.host.originals[name])
         return lambda: attn.set_processor(processor)

@@ -12,20 +12,17 @@ from __future__ import annotations
 import hashlib
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ..errors import ConfigError
-from .private_run import parts_of, private_run
+from .private_run import private_run
 from .weight_changes import by_length, fixed_buffers, steps_of
-
-if TYPE_CHECKING:
-    from diffusers.models.attention_processor import Attention
 
 SIZE = 16
 # relative distance that rounding alone may cause in one projection, by the coarser of the two dtypes
@@ -102,30 +99,55 @@ class Fingerprint:
         )
 
 
-def sketch_of(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """[SIZE, SIZE] float32 CPU: a linear layer as it acts, its adapters included."""
-    base: Any = getattr(module, "base_layer", module)
+def sketch_map(
+    apply: Callable[[torch.Tensor], Sequence[torch.Tensor]],
+    module: nn.Module,
+    channels: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """[k, SIZE, SIZE] float32 CPU: k linear maps of rows [1, n, channels] to [1, n, ...], made by `apply` where `module` is."""
     device = next(module.parameters()).device
     if device.type == "meta" and not any(hasattr(part, "_hf_hook") for part in module.modules()):
         raise ConfigError("The host's weights are gone (on meta). Load them again; nothing was spent.")
-    probe = signs("in", base.in_features).to(torch.device("cpu") if device.type == "meta" else device, dtype)
+    probe = signs("in", channels).to(torch.device("cpu") if device.type == "meta" else device, dtype)
     with torch.autocast(probe.device.type, enabled=False):
-        # without the module's own hooks: users watch their model by them, and this is no call of it
-        out = getattr(module, "forward", module)(probe.unsqueeze(0))[0]
+        outs = [out[0] for out in apply(probe.unsqueeze(0))]
     with torch.autocast("cpu", enabled=False):
-        return out.to("cpu", torch.float32) @ signs("out", base.out_features).mT / base.out_features**0.5
+        return torch.stack(
+            [
+                out.to("cpu", torch.float32) @ signs("out", out.shape[-1]).mT / out.shape[-1] ** 0.5
+                for out in outs
+            ]
+        )
+
+
+def sketch_of(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """[SIZE, SIZE] float32 CPU: a linear layer as it acts, its adapters included."""
+    base: Any = getattr(module, "base_layer", module)
+    # without the module's own hooks: users watch their model by them, and this is no call of it
+    return sketch_map(lambda rows: [module.forward(rows)], module, base.in_features, dtype)[0]
+
+
+class Sketching(Protocol):
+    """A layer whose keys and values are linear maps of a row."""
+
+    @property
+    def shape(self) -> tuple[str, int, int, int]: ...
+    def parts(self) -> list[nn.Module]: ...
+    def sketch(self, dtype: torch.dtype) -> torch.Tensor:
+        """[2, SIZE, SIZE]: of keys and of values, as the layer is now."""
+        ...
 
 
 @torch.no_grad()
-def fingerprint(layers: dict[str, Attention], dtype: torch.dtype) -> Fingerprint:
+def fingerprint(layers: Iterable[Sketching], dtype: torch.dtype) -> Fingerprint:
     """The sketch of the layers as they are now. Costs sixteen rows through each projection."""
-    # dropout of an adapter is no change of it
-    with private_run(*(part for layer in layers.values() for part in parts_of(layer))):
-        sketches = [
-            torch.stack([sketch_of(a.to_k, dtype), sketch_of(a.to_v, dtype)]) for a in layers.values()
-        ]
+    layers = list(layers)
+    with private_run(*(part for layer in layers for part in layer.parts())):
+        # dropout of an adapter is no change of it
+        sketches = [layer.sketch(dtype) for layer in layers]
     return Fingerprint(
-        layers=tuple((n, a.heads, a.cross_attention_dim, a.inner_dim) for n, a in layers.items()),
+        layers=tuple(layer.shape for layer in layers),
         sketch=torch.stack(sketches),
         dtype=str(dtype).removeprefix("torch."),
     )

@@ -20,6 +20,7 @@ from .bindings import Bindings, bind, unique
 from .context import PrivateContext
 from .fingerprint import Fingerprint
 from .host_words import HostWords, Setting
+from .layer import Layer
 from .locks import Lock, locked
 from .making import Recipe, choose_maker
 from .placeholder import Tag, make_placeholder
@@ -43,7 +44,7 @@ class Guarded(Protocol):
     """What a guard asks of its host (`host.Host` says what each is)."""
 
     model: Any
-    layers: dict[str, Any]
+    layers: dict[str, Layer]
     weights: Weights
 
     @property

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from .context import PrivateContext
-from .fingerprint import Fingerprint, fingerprint
+from .fingerprint import Fingerprint
 from .guard import Guard, handle_on
 from .host_words import HostWords, Setting
+from .layer import Layer
 from .lengths import HIDDEN
 from .making import Maker
 from .released import ReleasedContext
@@ -60,22 +61,22 @@ class Host(ABC):
     def __init__(self, model: Any) -> None:
         """Raises UnsupportedModelError where the model is not supported; it is left as it was."""
         self.model = model
-        self.layers: dict[str, Any] = self.find_layers()
+        self.layers = self.find_layers()
         self.weights = Weights(model, self.watched, self.sketch, kept=self.keeps_sketch)
 
     # ---- what it is --------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def find_layers(self) -> dict[str, Any]:
+    def find_layers(self) -> dict[str, Layer]:
         """The layers that read a context, in module order. Raises UnsupportedModelError."""
 
     @abstractmethod
     def watched(self) -> list[nn.Module]:
         """The modules whose weights a release must fit, as they are now."""
 
+    @abstractmethod
     def sketch(self) -> Fingerprint:
         """Of the watched weights."""
-        return fingerprint(self.layers, self.model.dtype)
 
     @property
     @abstractmethod

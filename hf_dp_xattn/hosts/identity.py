@@ -5,17 +5,14 @@ Nothing about privacy rests on it: a release for another host is as private, and
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import torch
 
 from ..calibration.anchors.anchors_calibration import AnchorCalibration, HostIdentity
 from ..errors import ConfigError
 from .diffusers.text_side import TextSide
-from .fingerprint import FAR, Fingerprint, fingerprint
-
-if TYPE_CHECKING:
-    from diffusers.models.attention_processor import Attention
+from .fingerprint import FAR, Fingerprint, Sketching, fingerprint
 
 PROBE_TEXT = "a photograph of a red apple on a wooden table, and a window behind it"  # never change it: it is in saved calibrations
 TEXT_TOLERANCE = 0.05  # rounding to half precision stays far below, another encoder far above
@@ -32,7 +29,7 @@ def text_probe(text: TextSide) -> torch.Tensor:
     return text.encode(*text.tokenize(PROBE_TEXT)).to("cpu", torch.float32)
 
 
-def host_identity(layers: dict[str, Attention], dtype: torch.dtype, text: TextSide | None) -> HostIdentity:
+def host_identity(layers: Iterable[Sketching], dtype: torch.dtype, text: TextSide | None) -> HostIdentity:
     """What a calibration keeps of the host that it is made for."""
     now = fingerprint(layers, dtype)
     has_text = text is not None and text.available

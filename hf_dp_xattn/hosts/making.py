@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,12 +22,10 @@ from ..privacy.bits import Entropy
 from .diffusers.text_side import TextSide
 from .fingerprint import Fingerprint
 from .identity import OTHER_PROJECTIONS, check_layers, check_text, fingerprint_of
-from .private_run import parts_of, private_run
-from .rows import in_range, layer_specs, project_apart
+from .layer import Layer, in_range, project_apart
+from .private_run import private_run
 
 if TYPE_CHECKING:
-    from diffusers.models.attention_processor import Attention
-
     from ..calibration.calibration import AnyCalibration, Calibration
 
 
@@ -68,7 +67,7 @@ class LayerRecipe:
     """Keys and values of all layers are released together."""
 
     prepared: Mechanism[LayerRows]
-    layers: tuple[Attention, ...]
+    layers: tuple[Layer, ...]
     dtype: torch.dtype
 
     @property
@@ -86,8 +85,8 @@ class LayerRecipe:
             units = [torch.arange(len(rows))]
         else:
             units = unit_rows(self.prepared.config.unit, len(rows), groups)
-        with private_run(*(part for attn in self.layers for part in parts_of(attn))):
-            pairs = [project_apart(attn, rows, units) for attn in self.layers]
+        with private_run(*(part for layer in self.layers for part in layer.parts())):
+            pairs = [project_apart(layer, rows, units) for layer in self.layers]
         return LayerRows([in_range(k, k.dtype) for k, _ in pairs], [in_range(v, v.dtype) for _, v in pairs])
 
     def run(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy | None) -> Released:
@@ -99,23 +98,25 @@ class LayerMaker:
 
     def __init__(
         self,
-        unet: Any,
-        layers: dict[str, Attention],
+        model: Any,
+        layers: Mapping[str, Layer],
         config: DPXAttnConfig,
         calibration: Calibration | None,
         current: Fingerprint,
     ) -> None:
-        self._unet, self._layers, self._config, self._calibration = unet, layers, config, calibration
+        self._model, self._layers, self._config, self._calibration = model, layers, config, calibration
         self._made = current, self._recipe()
 
     def _recipe(self) -> LayerRecipe:
-        dtype = self._unet.dtype
-        prepared = prepare_release(self._config, layer_specs(self._layers, dtype), self._calibration)
+        dtype = self._model.dtype
+        prepared = prepare_release(
+            self._config, [layer.spec(dtype) for layer in self._layers.values()], self._calibration
+        )
         return LayerRecipe(prepared, tuple(self._layers.values()), dtype)
 
     def prepare(self, current: Fingerprint) -> LayerRecipe:
         before, recipe = self._made
-        if recipe.dtype != self._unet.dtype or before.difference(current) is not None:
+        if recipe.dtype != self._model.dtype or before.difference(current) is not None:
             recipe = self._recipe()
             self._made = current, recipe
         return recipe
@@ -180,8 +181,8 @@ class ServingOnly:
 
 
 def choose_maker(
-    unet: Any,
-    layers: dict[str, Attention],
+    model: Any,
+    layers: Mapping[str, Layer],
     config: DPXAttnConfig,
     calibration: AnyCalibration | None,
     current: Fingerprint,
@@ -197,7 +198,7 @@ def choose_maker(
             )
         if config.mechanism == "library":
             raise ConfigError("mechanism='library' releases texts, which are not served by patched layers.")
-        return LayerMaker(unet, layers, config, calibration, current)
+        return LayerMaker(model, layers, config, calibration, current)
     if calibration is None and serving_only:
         return ServingOnly()
     if calibration is None:
@@ -207,5 +208,5 @@ def choose_maker(
             f"This calibration is for mechanism={calibration.mechanism!r}, the config says 'anchors': change the config, or calibrate for "
             "it (dpx.calibrate(pipe, public_contexts, config))."
         )
-    channels = next(iter(layers.values())).cross_attention_dim
+    channels = next(iter(layers.values())).channels
     return ContextMaker(config, calibration, channels, current)

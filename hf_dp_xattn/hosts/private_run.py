@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 from torch import nn
 
@@ -36,12 +35,6 @@ def unlogged() -> Iterator[None]:
         yield
     finally:
         _silent.reset(before)
-
-
-def parts_of(layer: Any) -> list[nn.Module]:
-    """What runs when keys and values of a layer are made."""
-    named = (getattr(layer, name, None) for name in ("module", "bridge", "to_k", "to_v"))
-    return [part for part in named if isinstance(part, nn.Module)]
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,12 +12,9 @@ from ..errors import ReleaseError
 from ..mechanisms.rows_structure import RowsStructure, stack_rows
 from ..mechanisms.structure import AttentionStructure, stack
 from .fingerprint import Fingerprint
+from .layer import Layer, project_rows
 from .placeholder import Tag
 from .released import Binding
-from .rows import project_rows
-
-if TYPE_CHECKING:
-    from diffusers.models.attention_processor import Attention
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ MAX_CACHED_ROWS = (
 class Tables:
     """Builds the layers' tables; keeps keys and values of decoded rows for as long as the weights stay what they are."""
 
-    def __init__(self, layers: dict[str, Attention]) -> None:
+    def __init__(self, layers: dict[str, Layer]) -> None:
         self._layers = layers
         self._cache: OrderedDict[Tag, tuple[RowsStructure, ...]] = OrderedDict()
         self._cached_for: tuple[Fingerprint, torch.device] | None = None
@@ -78,8 +74,8 @@ class Tables:
                 for i, name in enumerate(self._layers)
             }
         return {
-            name: _structure_table(i, attn, bindings, tags, device, dtype)
-            for i, (name, attn) in enumerate(self._layers.items())
+            name: _structure_table(i, layer, bindings, tags, device, dtype)
+            for i, (name, layer) in enumerate(self._layers.items())
         }
 
     def clear(self) -> None:
@@ -100,7 +96,7 @@ class Tables:
             exact = binding.public_rows.to(device, dtype)
             rows = torch.cat([exact, context.rows.to(device, dtype)])
             weights = torch.cat([exact.new_zeros(len(exact)), context.log_weights.to(device, dtype)])
-            cached = tuple(_project(attn, rows, weights, device) for attn in self._layers.values())
+            cached = tuple(_project(layer, rows, weights, device) for layer in self._layers.values())
             self._cache[binding.tag] = cached
         self._cache.move_to_end(binding.tag)
         while len(self._cache) > MAX_CACHED_ROWS:
@@ -109,10 +105,10 @@ class Tables:
 
 
 def _project(
-    attn: Attention, rows: torch.Tensor, log_weights: torch.Tensor, device: torch.device
+    layer: Layer, rows: torch.Tensor, log_weights: torch.Tensor, device: torch.device
 ) -> RowsStructure:
-    key, value = (t.unsqueeze(0).to(device) for t in project_rows(attn, rows))
-    return RowsStructure(key, value, log_weights.view(1, 1, 1, -1), attn.scale)
+    key, value = (t.unsqueeze(0).to(device) for t in project_rows(layer, rows))
+    return RowsStructure(key, value, log_weights.view(1, 1, 1, -1), layer.scale)
 
 
 def _stack(structures: Sequence[AttentionStructure]) -> AttentionStructure:
@@ -122,15 +118,15 @@ def _stack(structures: Sequence[AttentionStructure]) -> AttentionStructure:
 
 
 def _structure_table(
-    layer: int,
-    attn: Attention,
+    index: int,
+    layer: Layer,
     bindings: Sequence[Binding],
     tags: torch.Tensor,
     device: torch.device,
     dtype: torch.dtype,
 ) -> LayerTable:
     """One layer's table with the stacked structures, and keys and values of exact PUBLIC rows."""
-    structure = _stack([b.context.structures[layer].to(device) for b in bindings])
+    structure = _stack([b.context.structures[index].to(device) for b in bindings])
     longest = max(b.public_rows.shape[0] for b in bindings)
     if longest == 0:
         return LayerTable(tags, structure)
@@ -138,7 +134,7 @@ def _structure_table(
     for b in bindings:
         count = b.public_rows.shape[0]
         padded = torch.nn.functional.pad(b.public_rows, (0, 0, 0, longest - count))
-        key, value = project_rows(attn, padded.to(dtype))
+        key, value = project_rows(layer, padded.to(dtype))
         bias = torch.zeros(1, 1, longest, device=device)
         bias[..., count:] = -torch.inf
         keys.append(key.to(device))

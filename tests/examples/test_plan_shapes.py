@@ -16,9 +16,9 @@ from hf_dp_xattn.calibration.anchors.anchors_fit import simulate
 from hf_dp_xattn.calibration.anchors.objective import Objective, fvu
 from hf_dp_xattn.calibration.calibration_options import CalibrationOptions
 from hf_dp_xattn.hosts.diffusers.architectures import find_layers
-from hf_dp_xattn.hosts.diffusers.public_prompts import gather_contexts, output_gain, public_queries
+from hf_dp_xattn.hosts.diffusers.public_prompts import gather_contexts, public_queries
 from hf_dp_xattn.hosts.diffusers.text_side import TextSide
-from hf_dp_xattn.hosts.layer_probes import layer_probes
+from hf_dp_xattn.hosts.layer import layer_probes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
@@ -45,7 +45,7 @@ def test_predicted_fvu_is_what_fresh_public_contexts_give(pipeline: Any, unit: s
     contexts, rows = gather_contexts(text, public, unit, calibration.grouping, options)
     options = dataclasses.replace(options, seed=5)
     queries = public_queries(pipeline, layers, text, contexts.whole[:8].float(), options)
-    objective = Objective(layer_probes(layers, queries, [output_gain(a) for a in layers.values()]), rows)
+    objective = Objective(layer_probes(layers.values(), queries), rows)
     plan = dpx.plan(calibration, epsilons=(4.0, 8.0), measure=False)
     for point in plan.points:
         own = next(p for p in calibration.plans if p.epsilon == point.epsilon)

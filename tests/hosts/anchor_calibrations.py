@@ -78,7 +78,7 @@ def calibration_for(host: Any, release: str = "sum", **changes: Any) -> AnchorCa
         "contexts": 100,
         "units": 15,
         "settings": {},
-        "host": host_identity(find_layers(unet), unet.dtype, text),
+        "host": host_identity(find_layers(unet).values(), unet.dtype, text),
         "plans": (plan,),
         "decoders": Decoders(None, cells) if by_cells else Decoders(detached(trainer.decoder()), None),
     }

@@ -44,7 +44,7 @@ def test_weights_that_change_between_two_steps_are_noticed(pipe: Any, how: str) 
         states = torch.cat([negative, inputs])
         before = pipe.unet(latents(2), 5, states).sample
         assert pipe.unet(latents(2), 5, states).sample.equal(before)
-        layer = next(iter(handle.layers.values())).to_v
+        layer = next(iter(handle.layers.values())).module.to_v
         if how == "written":
             layer.base_layer.weight.mul_(1.5)
         elif how == "scaled":
@@ -109,7 +109,7 @@ def test_the_cache_is_bounded_and_follows_the_weights(pipe: Any) -> None:
     assert torch.allclose(together[:1], alone, atol=1e-5)
     with torch.no_grad():
         for attn in handle.layers.values():
-            attn.to_v.weight.mul_(1.5)
+            attn.module.to_v.weight.mul_(1.5)
     moved = pipe.unet(noise[:1], 5, handle.release("prompt 0").inputs()["prompt_embeds"]).sample
     assert float((moved - alone).abs().max()) > 1e-3
     dpx.unprotect(pipe)

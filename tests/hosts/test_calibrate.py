@@ -9,7 +9,7 @@ from diffusers import EulerDiscreteScheduler
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.hosts.diffusers.architectures import find_layers
-from hf_dp_xattn.hosts.rows import project_rows
+from hf_dp_xattn.hosts.layer import project_rows
 
 from ..hosts_tiny import picture, tiny_inpaint, tiny_sd, tiny_unet
 

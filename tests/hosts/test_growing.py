@@ -224,7 +224,7 @@ def test_what_cannot_grow_is_refused_before_the_charge(pipe: Any) -> None:
 def test_fail_closed(pipe: Any) -> None:
     handle = protect(pipe, dpx.DPXAttnConfig(degree=1, projection_dim=4))
     release = handle.release(FIRST, horizon=4)
-    attn = next(iter(handle.layers.values()))
+    attn = next(iter(handle.layers.values())).module
     with torch.no_grad():
         attn.to_k.weight.add_(0.1)
     with pytest.raises(ReleaseError, match="does not fit"):

@@ -196,8 +196,7 @@ def test_rounding_that_depends_on_the_number_of_rows_is_caught(
     def together(attn: Any, rows: torch.Tensor, units: Any) -> Any:
         cut = 16 * len(rows)
         found = [
-            rows[:, :cut] @ m.weight[:, :cut].mT + rows[:, cut:] @ m.weight[:, cut:].mT
-            for m in (attn.to_k, attn.to_v)
+            rows[:, :cut] @ m.weight[:, :cut].mT + rows[:, cut:] @ m.weight[:, cut:].mT for m in attn.parts()
         ]
         return tuple(t.unflatten(-1, (attn.heads, -1)).transpose(0, 1) for t in found)
 

@@ -183,7 +183,7 @@ def test_how_small_a_change_is_noticed(size: float, private: Any) -> None:
     unet = tiny_unet()
     handle = dpx.protect(unet, private)
     release = handle.release(torch.randn(16, CHANNELS))
-    weight = next(iter(handle.layers.values())).to_k.weight
+    weight = next(iter(handle.layers.values())).module.to_k.weight
     with torch.no_grad():
         noise = torch.randn(weight.shape)
         weight += noise * (size * weight.norm() / noise.norm())

@@ -94,7 +94,7 @@ def test_a_bare_unet_that_lost_a_layer_and_its_checks(monkeypatch: pytest.Monkey
     inputs = handle.release(torch.randn(1, 16, CHANNELS)).inputs()
     monkeypatch.setattr(type(handle.guard), "check", lambda self: None)
     name, attn = next(iter(handle.layers.items()))
-    attn.set_processor(handle.host.originals[name])
+    attn.module.set_processor(handle.host.originals[name])
     with pytest.raises(dpx.ProtectionLostError, match="NaN"):
         unet(latents(), 5, **inputs)
 

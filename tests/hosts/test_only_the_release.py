@@ -213,7 +213,7 @@ def test_a_layer_that_lost_its_processor_gives_nan_not_a_leak(pipe: Any, private
     handle = protect(pipe, private)
     inputs = handle.release(PROMPTS[0]).inputs()
     name, attn = next(iter(handle.layers.items()))
-    attn.set_processor(handle.host.originals[name])
+    attn.module.set_processor(handle.host.originals[name])
     with pytest.raises(dpx.ProtectionLostError):
         picture(pipe, **inputs)
     handle.host.gate.remove()  # and with the gate gone as well

@@ -143,7 +143,7 @@ def test_a_loop_of_a_unet_reads_the_weights_behind_a_step() -> None:
         inputs = handle.release("a cat").inputs()["prompt_embeds"]
         with torch.no_grad():
             before = pipe.unet(latents(), 9, encoder_hidden_states=inputs).sample
-            fused([a.to_k.weight for a in handle.layers.values()])
+            fused([a.module.to_k.weight for a in handle.layers.values()])
             looped = pipe.unet(latents(), 9, encoder_hidden_states=inputs).sample
             fresh = pipe.unet(latents(), 9, encoder_hidden_states=inputs.clone()).sample
         assert not torch.equal(before, looped)

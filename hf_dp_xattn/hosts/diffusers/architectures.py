@@ -7,16 +7,14 @@ text embedding, no projection of the text inside the model, no image prompt, no 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from ...errors import UnsupportedModelError
 from ..placeholder import CODE_CHANNELS
-
-if TYPE_CHECKING:
-    from diffusers.models.attention_processor import Attention
+from .attention_layer import AttentionLayer
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 SUPPORTED = "Supported: " + ", ".join(PIPELINES) + " and their UNet2DConditionModel."
@@ -120,7 +118,7 @@ def _refuse_unet(reason: str) -> UnsupportedModelError:
     )
 
 
-def find_layers(unet: Any) -> dict[str, Attention]:
+def find_layers(unet: Any) -> dict[str, AttentionLayer]:
     """The text cross-attention layers by module name, in module order.
 
     Every attention layer of the model must be `attn1` or `attn2` of a plain `BasicTransformerBlock`, so each layer that
@@ -140,14 +138,14 @@ def find_layers(unet: Any) -> dict[str, Attention]:
     if unknown:
         raise _refuse_unet(f"its blocks {', '.join(unknown)} are not in the table")
     transformers = {n: m for n, m in unet.named_modules() if isinstance(m, BasicTransformerBlock)}
-    layers: dict[str, Attention] = {}
+    layers: dict[str, AttentionLayer] = {}
     known = set()
     for name, block in transformers.items():
         if block.only_cross_attention or block.attn2 is None or not block.attn2.is_cross_attention:
             raise _refuse_unet(f"{name} is not a block with self-attention followed by cross-attention")
         if block.attn1.is_cross_attention:
             raise _refuse_unet(f"{name}.attn1 attends to the text as well")
-        layers[f"{name}.attn2"] = block.attn2
+        layers[f"{name}.attn2"] = AttentionLayer(f"{name}.attn2", block.attn2)
         known |= {f"{name}.attn1", f"{name}.attn2"}
     attentions = {n for n, m in unet.named_modules() if isinstance(m, Attention)}
     if attentions != known or set(unet.attn_processors) != {f"{n}.processor" for n in known}:
@@ -155,15 +153,15 @@ def find_layers(unet: Any) -> dict[str, Attention]:
         raise _refuse_unet(f"it has attention layers outside its transformer blocks ({extra[0]}, ...)")
     if not layers:
         raise _refuse_unet("it has no cross-attention layers")
-    for name, attn in layers.items():
-        _check_layer(name, attn, unet.config.cross_attention_dim)
+    for name, layer in layers.items():
+        _check_layer(name, layer.module, unet.config.cross_attention_dim)
     return layers
 
 
-def changed_reason(unet: Any, layers: dict[str, Any]) -> str | None:
+def changed_reason(unet: Any, layers: dict[str, AttentionLayer]) -> str | None:
     """Why a UNet is no longer what `find_layers` found, or None."""
     names = {n for n, m in unet.named_modules() if hasattr(m, "get_processor") and n.endswith(".attn2")}
-    reasons = [*map(rowwise_reason, layers.values()), side_channel_reason(unet)]
+    reasons = [*(rowwise_reason(layer.module) for layer in layers.values()), side_channel_reason(unet)]
     if names != set(layers):
         reasons.append("it has gained or lost attention layers")
     return next((reason for reason in reasons if reason is not None), None)

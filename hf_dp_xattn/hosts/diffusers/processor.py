@@ -18,8 +18,8 @@ from ..access import NO_COPY, Access, public_allowed
 from ..accounts import PROTECT_AGAIN
 from ..placeholder import Tag, is_marked, match_tags
 from ..recorded_runs import refuse_recording
-from ..rows import project, split_heads
 from ..tables import LayerTable
+from .attention_layer import project, split_heads
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -19,14 +19,11 @@ from ...config import DPXAttnConfig
 from ...errors import ConfigError
 from ...mechanisms.anchors.sources import pool
 from ..identity import host_identity
-from ..layer_probes import layer_probes, row_flops
-from ..rows import layer_specs, split_heads
+from ..layer import layer_probes, row_flops
 from .architectures import check_pipeline_class, find_layers
+from .attention_layer import AttentionLayer, split_heads
 from .phrases import split_phrases
 from .text_side import TextSide
-
-if TYPE_CHECKING:
-    from diffusers.models.attention_processor import Attention
 
 Public = Sequence[str] | Sequence[Sequence[str]] | torch.Tensor
 ENCODER_BATCH = 64
@@ -41,7 +38,7 @@ def public_prompts(
     layers = find_layers(pipe.unet)
     dtype = pipe.unet.dtype
     text = TextSide(pipe)
-    flops = row_flops(layers)
+    flops = row_flops(layers.values())
     large = is_large(flops)
     prompts = (2 if large else 8) if options.query_prompts is None else options.query_prompts
     grouping = options.grouping or {"row": "rows", "group": "phrases", "context": "context"}[config.unit]
@@ -51,17 +48,20 @@ def public_prompts(
         shown = contexts.whole[:prompts]
         parts = {
             "contexts": contexts,
-            "host": host_identity(layers, dtype, text),
+            "host": host_identity(layers.values(), dtype, text),
             "row_flops": flops,
             "validation": 128 if large else 400,
         }
     else:
         private, whole = _encode(text, public, options.progress)
         shown, public_rows = torch.stack(whole[:prompts]), whole[0][:0]
-        parts = {"rows": lambda: private, "count": len(private), "specs": layer_specs(layers, dtype)}
+        parts = {
+            "rows": lambda: private,
+            "count": len(private),
+            "specs": [layer.spec(dtype) for layer in layers.values()],
+        }
     queries = public_queries(pipe, layers, text, shown.to(dtype), options)
-    gains = [output_gain(attn) for attn in layers.values()]
-    yield PublicData(Objective(layer_probes(layers, queries, gains), public_rows), grouping, **parts)
+    yield PublicData(Objective(layer_probes(layers.values(), queries), public_rows), grouping, **parts)
 
 
 def _check_embeddings(public: torch.Tensor) -> None:
@@ -169,20 +169,15 @@ def _encode(text: TextSide, public: Public, progress: bool) -> tuple[list[torch.
     return [rows[1:] if text.first_row_is_public else rows for rows in whole], whole
 
 
-def output_gain(attn: Attention) -> torch.Tensor:
-    """[H] mean squared gain from a head's output channel to the layer's output."""
-    projection: Any = getattr(attn.to_out[0], "base_layer", attn.to_out[0])
-    weight = projection.weight.detach().to("cpu", torch.float64)
-    per_head = weight.reshape(weight.shape[0], attn.heads, -1)
-    return per_head.square().sum((0, 2)) / per_head.shape[2]
-
-
 @contextmanager
-def _capture(layers: Iterable[Attention], per_step: int, seed: int) -> Iterator[list[list[torch.Tensor]]]:
+def _capture(
+    layers: Iterable[AttentionLayer], per_step: int, seed: int
+) -> Iterator[list[list[torch.Tensor]]]:
     """Collects `per_step` queries a call from each layer's `to_q`."""
     gen = torch.Generator().manual_seed(seed)
     hooks, store = [], []
-    for attn in layers:
+    for layer in layers:
+        attn = layer.module
         seen: list[torch.Tensor] = []
 
         def hook(
@@ -206,7 +201,7 @@ def _capture(layers: Iterable[Attention], per_step: int, seed: int) -> Iterator[
 @torch.no_grad()
 def public_queries(
     pipe: Any,
-    layers: dict[str, Attention],
+    layers: dict[str, AttentionLayer],
     text: TextSide,
     embeddings: torch.Tensor,
     options: CalibrationOptions,
@@ -220,7 +215,11 @@ def public_queries(
         embeddings: public ones [B, n, C], one run for each.
         options: query_steps (by default 6, on a large host 4), queries_per_step, seed and progress.
     """
-    steps = (4 if is_large(row_flops(layers)) else 6) if options.query_steps is None else options.query_steps
+    steps = (
+        (4 if is_large(row_flops(layers.values())) else 6)
+        if options.query_steps is None
+        else options.query_steps
+    )
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     device, unet = pipe._execution_device, pipe.unet
     scheduler.set_timesteps(steps, device=device)

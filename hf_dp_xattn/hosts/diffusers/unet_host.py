@@ -11,9 +11,11 @@ from torch import nn
 from ...errors import ConfigError, ReleaseError
 from ..access import TextGate
 from ..bindings import bind, unique
+from ..fingerprint import Fingerprint, fingerprint
 from ..guard import HANDLE_ATTRIBUTE, Guard, handle_on
 from ..host import Host, Named, Readable
 from ..host_words import HostWords, Setting, prompt_words
+from ..layer import Layer
 from ..lengths import HIDDEN
 from ..making import Maker
 from ..placeholder import Tag, new_tag
@@ -44,11 +46,15 @@ class UNetHost(Host):
         self._processors: dict[str, DPAttnProcessor] = {}
         self._guards: tuple[Any, ...] = ()
 
-    def find_layers(self) -> dict[str, Any]:
-        return dict(find_layers(self.model))
+    def find_layers(self) -> dict[str, Layer]:
+        self.attentions = find_layers(self.model)
+        return dict(self.attentions)
 
     def watched(self) -> list[nn.Module]:
-        return [m for layer in self.layers.values() for m in (layer.to_k, layer.to_v)]
+        return [part for layer in self.layers.values() for part in layer.parts()]
+
+    def sketch(self) -> Fingerprint:
+        return fingerprint(self.attentions.values(), self.model.dtype)
 
     @property
     def channels(self) -> int:
@@ -79,16 +85,16 @@ class UNetHost(Host):
         super().install(guard)
         unet = self.model
         self.gate = ForwardGate(self)
-        self.originals = {name: attn.processor for name, attn in self.layers.items()}
+        self.originals = {name: layer.module.processor for name, layer in self.attentions.items()}
         self._processors = {
             name: DPAttnProcessor(name, self.gate.forwards, guard.access) for name in self.layers
         }
         current = unet.attn_processors
         unet.set_attn_processor({**current, **{f"{n}.processor": p for n, p in self._processors.items()}})
         self.gate.install()
-        harmless = HarmlessCalls(unet, {self.layers[n]: p for n, p in self._processors.items()})
+        harmless = HarmlessCalls(unet, {self.attentions[n].module: p for n, p in self._processors.items()})
         harmless.install()
-        self._guards = (harmless, CopyGuard(self.layers))
+        self._guards = (harmless, CopyGuard({name: layer.module for name, layer in self.layers.items()}))
         self.activate((), "cpu")
 
     def has(self, pipe: Any) -> bool:
@@ -112,7 +118,8 @@ class UNetHost(Host):
             vars(pipe)[HANDLE_ATTRIBUTE] = handle_on(self.model)
 
     def remove(self) -> None:
-        for name, attn in self.layers.items():
+        for name, layer in self.attentions.items():
+            attn = layer.module
             if isinstance(attn.processor, DPAttnProcessor):  # else the caller chose another one since
                 attn.set_processor(self.originals[name])
         parts: tuple[Any, ...] = (self.gate, *self._gates, *self._patches, *self._guards)
@@ -131,18 +138,19 @@ class UNetHost(Host):
             return "an IP-Adapter (encoder_hid_proj) was loaded"
         replaced = [
             name
-            for name, attn in self.layers.items()
-            if attn.processor is not self._processors[name] or self.model.get_submodule(name) is not attn
+            for name, layer in self.attentions.items()
+            if layer.module.processor is not self._processors[name]
+            or self.model.get_submodule(name) is not layer.module
         ]
         if replaced:
-            now = type(self.layers[replaced[0]].processor).__name__
+            now = type(self.attentions[replaced[0]].module.processor).__name__
             return f"{len(replaced)} of {len(self.layers)} attention processors were replaced ({replaced[0]} now has {now})"
         if not all(gate.installed() for gate in self._gates):
             return "the gate of the text encoder was removed"
         return None
 
     def changed(self) -> str | None:
-        reason = changed_reason(self.model, self.layers)
+        reason = changed_reason(self.model, self.attentions)
         if reason is None:
             return None
         return f"The UNet was changed after it was protected: {reason}. Call dpx.unprotect(pipe)"

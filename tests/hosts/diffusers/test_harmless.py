@@ -64,7 +64,7 @@ def test_a_release_that_no_longer_fits_is_not_advised(pipe: Any, private: Any) -
     """Its weights changed since; only the old ones, or a larger budget, help."""
     handle = dpx.protect(pipe, private)
     release = handle.release(PROMPT)
-    layer = next(iter(handle.layers.values()))
+    layer = next(iter(handle.layers.values())).module
     weight = layer.to_k.weight.detach().clone()
     layer.to_k.weight.data.add_(0.3)
     for call in (lambda: picture(pipe, PROMPT), lambda: handle.release(PROMPT)):

@@ -13,7 +13,7 @@ from hf_dp_xattn.calibration.anchors.slot_schedule import slot_schedule
 from hf_dp_xattn.calibration.anchors.slots_fit import SlotSettings
 from hf_dp_xattn.calibration.public_data import choose_contexts, equal_contexts
 from hf_dp_xattn.hosts.diffusers.architectures import find_layers
-from hf_dp_xattn.hosts.layer_probes import row_flops
+from hf_dp_xattn.hosts.layer import row_flops
 
 from ...hosts_tiny import picture, tiny_unet
 
@@ -147,7 +147,7 @@ def test_only_what_fits_the_memory_is_chosen_before_encoding() -> None:
 def test_large_hosts_get_smaller_batches() -> None:
     def schedule(layers: dict[str, Any], steps: int | None = None) -> SlotSettings:
         public = equal_contexts(torch.zeros(1, 77, 4), "row")
-        return slot_schedule(public, len(layers), row_flops(layers), steps, 0)
+        return slot_schedule(public, len(layers), row_flops(layers.values()), steps, 0)
 
     small = schedule(find_layers(tiny_unet()))
     assert small.steps == 3000 and small.batch == 48

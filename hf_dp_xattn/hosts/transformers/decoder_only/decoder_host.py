@@ -14,6 +14,7 @@ from ...context import PrivateContext
 from ...fingerprint import Fingerprint
 from ...host import Named, Readable
 from ...host_words import HostWords, Setting, prefix_words
+from ...layer import Layer
 from ...placeholder import Tag
 from ...released import ReleasedContext
 from ...tables import LayerTable
@@ -26,7 +27,7 @@ from .prefix_cache import PrefixCache
 from .prefix_contexts import check_groups, name_prefix, read_prefixes
 from .prefix_encoder import PrefixEncoder
 from .prefix_generation import NO_INPUTS, REFUSED, REFUSED_IN_CALLS, GenerateShadow, infer_mask
-from .prefix_layers import PrefixLayer, device_of, prefix_fingerprint
+from .prefix_layers import device_of, prefix_fingerprint
 from .prefix_probing import ON_META, find_layers
 
 OTHER_TOKENS = (
@@ -46,17 +47,17 @@ class DecoderHost(RoutedHost):
     routing = Routing(NAME, LAYER_ATTRIBUTE, dp_xattn_prefix)
     projects_rows = False  # a row IS keys and values, of the weights that it was made with
     never_traced = "The gate of a protected decoder-only model is never traced: torch.compile runs it with fullgraph=False only."
-    layers: dict[str, PrefixLayer]
     calls: Calls
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self.encoder = PrefixEncoder(model, self.layers)
+        self.encoder = PrefixEncoder(model, self.own_layers)
         self.calls = Calls()
         self.generate = GenerateShadow(self)
 
-    def find_layers(self) -> dict[str, Any]:
-        return dict(find_layers(self.model))
+    def find_layers(self) -> dict[str, Layer]:
+        self.own_layers = find_layers(self.model)
+        return dict(self.own_layers)
 
     def watched(self) -> list[torch.nn.Module]:
         """A prefix's keys and values come from all of the model's body."""
@@ -69,11 +70,11 @@ class DecoderHost(RoutedHost):
                 f"The model's weights are gone ({ON_META}). Load them again; nothing was spent."
             )
         with evaluating(self.model):
-            return prefix_fingerprint(self.model, self.layers)
+            return prefix_fingerprint(self.model, self.own_layers)
 
     @property
     def channels(self) -> int:
-        return next(iter(self.layers.values())).cross_attention_dim
+        return next(iter(self.layers.values())).channels
 
     @property
     def limit(self) -> int | None:

@@ -1,4 +1,4 @@
-"""Layers of a decoder-only model, as `rows.py`, `tables.py` and `making.py` read layers.
+"""Layers of a decoder-only model, and their context space.
 
 *Context space.* A row is one position's keys and values of ALL layers side by side, as the layers' attention sees them: after rotary
 embedding. A layer "projects" a row by taking its own part. Keys are taken after the rotation, because a prefix has few, bounded and
@@ -14,20 +14,23 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ....mechanisms.base import LayerSpec
 from ...fingerprint import SIZE, Fingerprint, signs
+from ...layer import Layer
 from ..routing import routed
 from .prefix_attention import NAME, Recording, Seen, recording
 
+_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
 PROBE_STEP = 7  # of the token ids that a fingerprint is made of; never change it: it is in saved releases
 
 
 @dataclass(frozen=True, eq=False)
-class PrefixLayer:
+class PrefixLayer(Layer):
     """An attention module and its part of a row. heads: of keys and values; key_dim, value_dim: of one head; start: where its part begins.
 
-    config: the module's own, which names the host's own attention. cross_attention_dim: channels of a whole row.
+    config: the module's own, which names the host's own attention. channels: of a whole row.
     """
 
     name: str
@@ -40,18 +43,8 @@ class PrefixLayer:
     scale: float
     softcap: float | None
     start: int
-    cross_attention_dim: int
+    channels: int
     computes: ClassVar[bool] = False  # it cuts rows, without arithmetic
-
-    @property
-    def to_k(self) -> nn.Module:
-        """Where the weights are."""
-        return self.module
-
-    @property
-    def inner_dim(self) -> int:
-        """Channels of its keys."""
-        return self.heads * self.key_dim
 
     def project(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys [B, H, n, d] and values [B, H, n, dv] of rows [B, n, C]."""
@@ -61,9 +54,26 @@ class PrefixLayer:
         value = rows[..., middle : middle + self.heads * self.value_dim]
         return key.transpose(1, 2), value.reshape(batch, n, self.heads, self.value_dim).transpose(1, 2)
 
-    def spec(self) -> LayerSpec:
+    def spec(self, dtype: torch.dtype) -> LayerSpec:
         """Its public shape. The weights are left out: rotated keys are no linear map of a row that one matrix describes."""
         return LayerSpec(self.name, self.heads, self.key_dim, self.value_dim, self.scale)
+
+    @torch.no_grad()
+    def output_gain(self) -> torch.Tensor:
+        """[H] mean squared gain from a key head's output channel to the module's output; ones where its last projection is not known."""
+        width = self.query_heads * self.value_dim
+        for name in _OUTPUTS:
+            module: Any = getattr(self.module, name, None)
+            module = getattr(module, "base_layer", module)
+            if type(module) is nn.Linear and module.in_features == width:
+                weight = module.weight
+            elif type(module) is Conv1D and module.weight.shape[0] == width:
+                weight = module.weight.mT
+            else:
+                continue
+            squares = weight.detach().to("cpu", torch.float64).square().sum(0)
+            return squares.reshape(self.heads, -1).mean(1)
+        return torch.ones(self.heads, dtype=torch.float64)
 
 
 def make_layers(modules: Sequence[tuple[str, nn.Module, Any, Seen]]) -> dict[str, PrefixLayer]:
@@ -136,7 +146,7 @@ def prefix_fingerprint(model: Any, layers: dict[str, PrefixLayer]) -> Fingerprin
         flat = [t[0].transpose(0, 1).flatten(1).to("cpu", torch.float32) for t in (seen.key, seen.value)]
         sketches.append(torch.stack([f @ signs("out", f.shape[1]).mT / f.shape[1] ** 0.5 for f in flat]))
     return Fingerprint(
-        tuple((n, a.heads, a.cross_attention_dim, a.inner_dim) for n, a in layers.items()),
+        tuple(layer.shape for layer in layers.values()),
         torch.stack(sketches),
         str(model.dtype).removeprefix("torch."),
         running=True,

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 
 from ....calibration.anchors.anchors_calibration import HostIdentity
 from ....calibration.anchors.objective import LayerProbe, Objective
@@ -24,7 +23,6 @@ from ....config import DPXAttnConfig
 from ....errors import ConfigError
 from ...encode_once import EncodeOnce
 from ...placeholder import new_tag
-from ...rows import layer_specs
 from ..routing import evaluating
 from .prefix_attention import Call
 from .prefix_cache import PrefixCache
@@ -37,7 +35,6 @@ GROUPING = {"row": "rows", "group": "segments", "context": "context"}
 ENCODER_BATCH = 64
 GATHER_BATCH = 32  # prefixes whose rows are in memory at a time
 _SAMPLE = 256  # rows that are kept of longer contexts
-_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ class PrefixReader:
     def head(self, prefix: Prefix) -> torch.Tensor:
         """The public head's rows [h, C], float16 on the CPU."""
         if not len(prefix.head):
-            return torch.zeros(0, next(iter(self.layers.values())).cross_attention_dim, dtype=torch.float16)
+            return torch.zeros(0, next(iter(self.layers.values())).channels, dtype=torch.float16)
         rows = rows_of(run_recorded(self.model, self.layers, prefix.head.unsqueeze(0)))
         return rows[0].to("cpu", torch.float16)
 
@@ -183,11 +180,10 @@ def _rows_data(
         )
     queries, _ = _queries(model, layers, prefixes, private, head, options)
     lengths = torch.tensor(shapes.pop())
-    untyped: dict[str, Any] = dict(layers)
     return PublicData(
         Objective(_probes(layers, queries), head[:0]),
         GROUPING[config.unit],
-        specs=layer_specs(untyped, model.dtype),
+        specs=[layer.spec(model.dtype) for layer in layers.values()],
         rows=lambda: (torch.cat(parts).float() for parts in private),
         count=len(private),
         groups=torch.arange(len(lengths)).repeat_interleave(lengths) if config.unit == "group" else None,
@@ -196,7 +192,7 @@ def _rows_data(
 
 def _probes(layers: dict[str, PrefixLayer], queries: Sequence[torch.Tensor]) -> list[SoftmaxProbe]:
     return [
-        SoftmaxProbe(layer.project, layer.scale, q, output_gain(layer), layer.softcap)
+        SoftmaxProbe(layer.project, layer.scale, q, layer.output_gain(), layer.softcap)
         for layer, q in zip(layers.values(), queries, strict=True)
     ]
 
@@ -217,7 +213,7 @@ def _prefixes(
     apart = config.unit == "group" or _in_segments(public[0])
     size = model.get_input_embeddings().num_embeddings
     tokens = max(sum(map(len, c)) if apart else len(c) for c in public)
-    channels = next(iter(layers.values())).cross_attention_dim
+    channels = next(iter(layers.values())).channels
     # what `_gather` keeps of a prefix: as many numbers in units and outputs as in its rows, about
     kept = 4 * min(tokens, _SAMPLE) if config.mechanism == "anchors" and config.unit != "row" else tokens
     chosen = choose_contexts(public, 2 * kept * channels, options.memory_mb, options.seed)
@@ -357,21 +353,3 @@ def exact_outputs(rows: Sequence[torch.Tensor], probe: SoftmaxProbe, batch: int 
         padded = nn.utils.rnn.pad_sequence(list(rows[start : start + batch]), batch_first=True)
         outputs += probe.attend(padded.float(), probe.queries).half()
     return outputs
-
-
-@torch.no_grad()
-def output_gain(layer: PrefixLayer) -> torch.Tensor:
-    """[H] mean squared gain from a key head's output channel to the module's output; ones where its last projection is not known."""
-    width = layer.query_heads * layer.value_dim
-    for name in _OUTPUTS:
-        module: Any = getattr(layer.module, name, None)
-        module = getattr(module, "base_layer", module)
-        if type(module) is nn.Linear and module.in_features == width:
-            weight = module.weight
-        elif type(module) is Conv1D and module.weight.shape[0] == width:
-            weight = module.weight.mT
-        else:
-            continue
-        squares = weight.detach().to("cpu", torch.float64).square().sum(0)
-        return squares.reshape(layer.heads, -1).mean(1)
-    return torch.ones(layer.heads, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""One cross-attention layer of an encoder-decoder model, as `rows.py`, `tables.py` and `fingerprint.py` read layers.
+"""One cross-attention layer of an encoder-decoder model.
 
 Keys and values are computed by running the module itself as its host does, and taking what it hands to the attention function: fused
 projections, biases, norms, adapters and padding take part, whatever the architecture calls them.
@@ -6,7 +6,6 @@ projections, biases, norms, adapters and padding take part, whatever the archite
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ....errors import UnsupportedModelError
+from ....mechanisms.base import LayerSpec
+from ...fingerprint import sketch_map
+from ...layer import Layer, linear_map
 from ..routing import routed
 from .cross_attention import NAME, Capture, capturing, scale_of
 
@@ -42,30 +44,11 @@ class Invocation:
         return args, kwargs
 
 
-class Side:
-    """Keys, values or queries as a map of rows [1, n, in_features] -> [1, n, out_features]; looks like a linear layer."""
-
-    def __init__(
-        self, module: nn.Module, apply: Callable[[torch.Tensor], torch.Tensor], sizes: tuple[int, int]
-    ):
-        self.in_features, self.out_features = sizes
-        self._module, self._apply = module, apply
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return self._module.parameters()
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        return self._apply(rows).transpose(1, 2).flatten(2)
-
-
-class CrossLayer:
+class CrossLayer(Layer):
     """A cross-attention module, and how to get from rows of the encoder's output to its keys and values.
 
-    heads: of keys and values. inner_dim: heads times channels of a head, without `padding` (zero channels that a host appends).
-    softcap: the host's cap on logits, or None.
+    Channels of a head are without `padding` (zero channels that a host appends). bridge: what makes its context of the encoder's output.
     """
-
-    norm_cross = norm_k = None
 
     def __init__(
         self,
@@ -76,7 +59,7 @@ class CrossLayer:
         channels: int,
     ) -> None:
         self.name, self.module, self.bridge = name, module, bridge
-        self.cross_attention_dim = channels
+        self.channels = channels
         self._invocation = invocation
         self.padding = int(getattr(module, "head_dim_padding", 0) or 0)
         parameter = next(module.parameters())
@@ -89,12 +72,23 @@ class CrossLayer:
             raise UnsupportedModelError(
                 f"{name} has values of another width than keys, or odd numbers of heads."
             )
-        self.inner_dim = self.heads * width
-        sizes = (channels, self.inner_dim)
-        self.to_k = Side(module, lambda rows: self.project(rows)[0], sizes)
-        self.to_v = Side(module, lambda rows: self.project(rows)[1], sizes)
-        groups = self.query_heads // self.heads
-        self.to_q = Side(module, self._queries, (invocation.width * groups, self.inner_dim))
+        self.key_dim = self.value_dim = width
+
+    def parts(self) -> list[nn.Module]:
+        return [self.module] if self.bridge is None else [self.module, self.bridge]
+
+    def sketch(self, dtype: torch.dtype) -> torch.Tensor:
+        """See `fingerprint.Sketching`."""
+        return sketch_map(
+            lambda rows: [_joined(states) for states in self.project(rows)], self.module, self.channels, dtype
+        )
+
+    def spec(self, dtype: torch.dtype) -> LayerSpec:
+        width = self._invocation.width * (self.query_heads // self.heads)
+        key = linear_map(lambda rows: _joined(self.project(rows)[0]), self.module, self.channels, dtype)
+        query = linear_map(lambda rows: _joined(self._queries(rows)), self.module, width, dtype)
+        weights = (w.reshape(self.heads, -1, w.shape[-1]) for w in (query, key))
+        return LayerSpec(self.name, self.heads, self.key_dim, self.value_dim, self.scale, *weights)
 
     def _run(self, hidden: torch.Tensor, states: torch.Tensor) -> Capture:
         return self._call(hidden, states)[0]
@@ -123,10 +117,10 @@ class CrossLayer:
     @torch.no_grad()
     def output_gain(self) -> torch.Tensor:
         """[H] mean squared gain from a key head's output channel to the module's output, estimated with random signs."""
-        groups, width = self.query_heads // self.heads, self.inner_dim // self.heads
+        groups, width = self.query_heads // self.heads, self.key_dim
         like = next(self.module.parameters())
         hidden = like.new_zeros(1, _SIGNS, self._invocation.width)
-        states = like.new_zeros(1, 1, self.cross_attention_dim)
+        states = like.new_zeros(1, 1, self.channels)
         base = self._call(hidden, states)[1]
         generator = torch.Generator().manual_seed(0)
         gains = []
@@ -146,10 +140,15 @@ class CrossLayer:
         groups = self.query_heads // self.heads
         total: Any = 0
         for g, block in enumerate(rows.split(self._invocation.width, dim=-1)):
-            capture = self._run(block, rows.new_zeros(1, 1, self.cross_attention_dim))
+            capture = self._run(block, rows.new_zeros(1, 1, self.channels))
             assert capture.query is not None
             total = total + self._cut(capture.query)[:, g::groups]
         return total
+
+
+def _joined(states: torch.Tensor) -> torch.Tensor:
+    """[B, H, n, d] -> [B, n, H * d]."""
+    return states.transpose(1, 2).flatten(2)
 
 
 def rowwise_reason(module: nn.Module) -> str | None:

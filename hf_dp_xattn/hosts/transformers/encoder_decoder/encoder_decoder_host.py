@@ -15,9 +15,11 @@ from ...access import TextGate
 from ...bindings import bind, unique
 from ...content_names import special_ids, with_texts
 from ...context import PrivateContext
+from ...fingerprint import Fingerprint, fingerprint
 from ...guard import Guard
 from ...host import Family, Named, Readable
 from ...host_words import HostWords, Setting, document_words
+from ...layer import Layer
 from ...placeholder import Tag, new_tag, read_tags, rewritten
 from ...weight_changes import refuse_call_adapters
 from ..generating import check_public_ids
@@ -54,7 +56,6 @@ class EncoderDecoderHost(RoutedHost):
     routing = Routing(NAME, LAYER_ATTRIBUTE, dp_xattn)
     never_traced = "The gate of a protected encoder-decoder model is never traced: torch.compile runs it with fullgraph=False only."
     closed = CLOSED  # what the encoder's gate says
-    layers: dict[str, CrossLayer]
     calls: Calls
 
     def __init__(self, model: Any) -> None:
@@ -63,8 +64,16 @@ class EncoderDecoderHost(RoutedHost):
         self.encoder = self.make_encoder()
         self.generate = self.make_generate()
 
-    def find_layers(self) -> dict[str, Any]:
-        return dict(find_layers(self.model))
+    def find_layers(self) -> dict[str, Layer]:
+        self.cross = self.find_cross()
+        return dict(self.cross)
+
+    def find_cross(self) -> dict[str, CrossLayer]:
+        """Its cross-attention layers. Raises UnsupportedModelError."""
+        return find_layers(self.model)
+
+    def sketch(self) -> Fingerprint:
+        return fingerprint(self.cross.values(), self.model.dtype)
 
     def make_encoder(self) -> EncoderSide:
         """What encodes a context."""
@@ -76,7 +85,7 @@ class EncoderDecoderHost(RoutedHost):
 
     def watched(self) -> list[torch.nn.Module]:
         """The layers, and what makes their context from the encoder's output."""
-        return [m for c in self.layers.values() for m in (c.module, c.bridge) if m is not None]
+        return [part for layer in self.layers.values() for part in layer.parts()]
 
     @property
     def channels(self) -> int:
@@ -87,7 +96,7 @@ class EncoderDecoderHost(RoutedHost):
         return PLACEHOLDER_ROWS
 
     def layer_state(self, name: str) -> LayerState:
-        padding = self.layers[name].padding
+        padding = self.cross[name].padding
         return LayerState(name, self.calls, self.originals[name], self.guard.access, padding)
 
     def install(self, guard: Guard) -> None:

@@ -17,8 +17,7 @@ from ....calibration.public_data import PublicData, choose_contexts, equal_conte
 from ....config import DPXAttnConfig
 from ....errors import ConfigError
 from ...identity import host_identity
-from ...layer_probes import layer_probes, row_flops
-from ...rows import layer_specs
+from ...layer import layer_probes, row_flops
 from ..routing import routed
 from .cross_attention import NAME, Serving, serving
 from .cross_layers import CrossLayer
@@ -69,17 +68,16 @@ def rows_data(
     return PublicData(objective, grouping, rows=lambda: whole, count=len(whole), **shared)
 
 
-def _objective(layers: dict[str, Any], queries: Sequence[torch.Tensor], channels: int) -> Objective:
-    gains = [layer.output_gain() for layer in layers.values()]
-    return Objective(layer_probes(layers, queries, gains), torch.zeros(0, channels))
+def _objective(layers: dict[str, CrossLayer], queries: Sequence[torch.Tensor], channels: int) -> Objective:
+    return Objective(layer_probes(layers.values(), queries), torch.zeros(0, channels))
 
 
-def _shared(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
+def _shared(model: Any, layers: dict[str, CrossLayer]) -> dict[str, Any]:
     """What is known of the host alone."""
     return {
-        "host": host_identity(layers, model.dtype, None),
-        "specs": layer_specs(layers, model.dtype),
-        "row_flops": row_flops(layers),
+        "host": host_identity(layers.values(), model.dtype, None),
+        "specs": [layer.spec(model.dtype) for layer in layers.values()],
+        "row_flops": row_flops(layers.values()),
     }
 
 
@@ -111,7 +109,7 @@ def _documents_data(
     model: Any,
     public: Any,
     config: DPXAttnConfig,
-    layers: dict[str, Any],
+    layers: dict[str, CrossLayer],
     starts: Sequence[torch.Tensor],
     options: CalibrationOptions,
 ) -> PublicData:

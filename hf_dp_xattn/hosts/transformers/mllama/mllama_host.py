@@ -16,6 +16,7 @@ from ...host import Family, Named, Readable
 from ...host_words import HostWords, Setting, image_words
 from ...tables import LayerTable
 from ..encoder_decoder.cross_attention import Call
+from ..encoder_decoder.cross_layers import CrossLayer
 from ..encoder_decoder.encoder_decoder_host import PUBLIC_CALL, EncoderDecoderHost, one_of
 from .image_contexts import (
     IMAGE_INPUTS,
@@ -59,8 +60,8 @@ class MllamaHost(EncoderDecoderHost):
     closed = CLOSED
     encoder: VisionSide
 
-    def find_layers(self) -> dict[str, Any]:
-        return dict(find_layers(self.model))
+    def find_cross(self) -> dict[str, CrossLayer]:
+        return find_layers(self.model)
 
     def make_encoder(self) -> VisionSide:
         return VisionSide(self.model)
@@ -89,7 +90,7 @@ class MllamaHost(EncoderDecoderHost):
             raise ConfigError("Pass either release.inputs() or an image, not both.")
         self.calls.current = self._follow(call, given)
         if cached:
-            if len(cached) != len(self.layers) or not all(bool(keys.isnan().all()) for keys in cached):
+            if len(cached) != len(self.cross) or not all(bool(keys.isnan().all()) for keys in cached):
                 raise ReleaseError(
                     "past_key_values holds an image that was read outside of this release: start with a new cache."
                 )
@@ -99,7 +100,7 @@ class MllamaHost(EncoderDecoderHost):
     def _cached(self, cache: Any) -> list[torch.Tensor]:
         """The keys that a cache holds for the layers that read images."""
         layers = getattr(cache, "layers", ())
-        own = [int(layer.module.layer_idx) for layer in self.layers.values()]  # type: ignore[arg-type]
+        own = [int(layer.module.layer_idx) for layer in self.cross.values()]  # type: ignore[arg-type]
         keys = [getattr(layers[i], "keys", None) for i in own if i < len(layers)]
         return [k for k in keys if isinstance(k, torch.Tensor) and k.numel()]
 
@@ -136,7 +137,7 @@ class MllamaHost(EncoderDecoderHost):
             rows, tags = table.structure, table.tags
             assert isinstance(rows, RowsStructure) and tags is not None
             rows = rows.select(call.index) if len(tags) > 1 else rows
-            groups = self.layers[name].query_heads // self.layers[name].heads
+            groups = self.cross[name].query_heads // self.cross[name].heads
             own = F.pad(hidden, (0, rows.bias.shape[-1] - hidden.shape[-1])).repeat(1, groups, 1)
             masked = RowsStructure(
                 rows.key, rows.value, rows.bias + own.unsqueeze(1).to(rows.bias), rows.scale

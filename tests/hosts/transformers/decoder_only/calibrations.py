@@ -20,7 +20,7 @@ GROUPING = {"row": "rows", "group": "segments", "context": "context"}
 def calibration_for(model: Any, unit: str) -> AnchorCalibration:
     gen = torch.Generator().manual_seed(11)
     layers = find_layers(model)
-    channels = next(iter(layers.values())).cross_attention_dim
+    channels = next(iter(layers.values())).channels
     sketch = prefix_fingerprint(model, layers)
 
     def draw(*shape: int) -> torch.Tensor:

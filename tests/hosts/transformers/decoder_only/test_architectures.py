@@ -20,7 +20,7 @@ def test_layers_are_found_in_order(name: str) -> None:
     layers = list(find_layers(model).values())
     assert len(layers) == 2
     channels = sum(a.heads * (a.key_dim + a.value_dim) for a in layers)
-    assert all(a.cross_attention_dim == channels for a in layers)
+    assert all(a.channels == channels for a in layers)
     rows = torch.arange(3.0 * channels).view(1, 3, channels)
     parts = [t.transpose(1, 2).flatten(2) for a in layers for t in a.project(rows)]
     assert torch.equal(torch.cat(parts, dim=-1), rows)

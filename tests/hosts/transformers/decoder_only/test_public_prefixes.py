@@ -15,7 +15,7 @@ from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibratio
 from hf_dp_xattn.hosts.transformers.decoder_only import public_prefixes
 from hf_dp_xattn.hosts.transformers.decoder_only.prefix_layers import run_recorded
 from hf_dp_xattn.hosts.transformers.decoder_only.prefix_probing import find_layers
-from hf_dp_xattn.hosts.transformers.decoder_only.public_prefixes import SoftmaxProbe, output_gain
+from hf_dp_xattn.hosts.transformers.decoder_only.public_prefixes import SoftmaxProbe
 
 from .tiny import generate, questions, segments, tiny, tokens
 
@@ -110,7 +110,7 @@ def test_gains_are_those_of_the_output_projection(name: str) -> None:
     width = layer.query_heads * layer.value_dim
     basis = module(torch.eye(width)) - module(torch.zeros(1, width))
     want = basis.double().square().sum(1).view(layer.heads, -1).mean(1)
-    assert torch.allclose(output_gain(layer), want, rtol=1e-4)
+    assert torch.allclose(layer.output_gain(), want, rtol=1e-4)
 
 
 @pytest.mark.parametrize("mechanism", ["anchors", "kernel_sum"])

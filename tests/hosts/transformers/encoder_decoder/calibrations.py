@@ -20,7 +20,7 @@ def calibration_for(model: Any, layers: dict[str, Any] | None = None) -> AnchorC
     """layers: as the host's own probe finds them, where it is no encoder-decoder model."""
     gen = torch.Generator().manual_seed(11)
     layers = dict(find_layers(model)) if layers is None else layers
-    channels = next(iter(layers.values())).cross_attention_dim
+    channels = next(iter(layers.values())).channels
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=gen)
@@ -50,7 +50,7 @@ def calibration_for(model: Any, layers: dict[str, Any] | None = None) -> AnchorC
         contexts=100,
         units=15,
         settings={},
-        host=host_identity(layers, model.dtype, None),
+        host=host_identity(layers.values(), model.dtype, None),
         plans=(plan,),
         decoders=Decoders(None, cells),
     )

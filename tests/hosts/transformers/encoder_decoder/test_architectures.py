@@ -29,7 +29,7 @@ def test_all_cross_attention_layers_are_found_and_nothing_changes(name: str) -> 
     assert torch.equal(random, torch.get_rng_state())
     assert len(layers) == (1 if name == "bert2bert_wider" else 2)
     for layer in layers.values():
-        rows = torch.randn(1, 5, layer.cross_attention_dim)
+        rows = torch.randn(1, 5, layer.channels)
         key, value = layer.project(rows)
         assert key.shape == value.shape == (1, layer.heads, 5, layer.inner_dim // layer.heads)
         assert bool(key.abs().amax(dim=(0, 1, 2)).gt(0).all())  # padding is cut off
