@@ -21,9 +21,9 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, ReleaseError
-from .fingerprint import DEFAULT_TOLERANCE, TOLERANCE, signs, sketch_of, stamp
+from .fingerprint import DEFAULT_TOLERANCE, TOLERANCE, signs, sketch_of
 from .transformers.routing import evaluating
-from .weight_changes import checksum, fixed_buffers, is_away
+from .weight_changes import checksum, fixed_buffers, is_away, stamp
 
 SIGNS = 4  # random projections of each row of a weight
 CHUNK = 4096  # rows of a weight that are projected at once

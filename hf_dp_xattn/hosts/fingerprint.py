@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +21,6 @@ from torch import nn
 
 from ..errors import ConfigError
 from .private_run import private_run
-from .weight_changes import by_length, fixed_buffers, steps_of
 
 SIZE = 16
 # relative distance that rounding alone may cause in one projection, by the coarser of the two dtypes
@@ -151,51 +149,3 @@ def fingerprint(layers: Iterable[Sketching], dtype: torch.dtype) -> Fingerprint:
         sketch=torch.stack(sketches),
         dtype=str(dtype).removeprefix("torch."),
     )
-
-
-class _Same:
-    """Equal to one of the same living object. An address says less: the next object may be put where the last one was."""
-
-    __slots__ = ("_object",)
-    __hash__ = None  # type: ignore[assignment]
-
-    def __init__(self, thing: object) -> None:
-        self._object = weakref.ref(thing)
-
-    def __eq__(self, other: object) -> bool:
-        own = self._object()
-        return own is not None and isinstance(other, _Same) and other._object() is own
-
-
-def stamp(roots: Iterable[nn.Module]) -> tuple[object, ...]:
-    """Changes whenever these modules' weights do by ordinary means: another parameter or fixed buffer, a write to one, an optimiser's
-    step, an adapter's scale, switch or merge, another rotation. (A write to a parameter's `.data` in place is not seen:
-    `weight_changes.checksum` shows it.)
-
-    Without arithmetic or synchronisation, so that it can be taken at every step, where `fingerprint` cannot.
-    """
-    modules = [m for root in roots for m in root.modules()]
-    weights = [w for m in modules for w in m._parameters.values() if w is not None]
-    buffers = [b for m in modules if m._buffers for _, b in fixed_buffers(m)]
-    rotations = [m for m in modules if "rope_type" in m.__dict__]
-    adapters = [m.__dict__ for m in modules if isinstance(m.__dict__.get("scaling"), dict)]
-    return (
-        *((_Same(w), w.data_ptr(), w._version, steps_of(w)) for w in weights),
-        *((_Same(b), b.data_ptr(), b._version) for b in buffers),
-        *((_Same(m), str(m.rope_type), _scaling(m)) for m in rotations),
-        *(
-            (
-                tuple(a["scaling"].items()),
-                str(a.get("_active_adapter")),
-                a.get("_disable_adapters"),
-                str(a.get("merged_adapters")),
-            )
-            for a in adapters
-        ),
-    )
-
-
-def _scaling(rotation: nn.Module) -> object:
-    """The factors of a rotation, for all layers or for each type of layer."""
-    own = rotation.__dict__
-    return () if by_length(rotation) else [(k, own[k]) for k in own if k.endswith("attention_scaling")]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .fingerprint import Fingerprint, stamp
-from .weight_changes import is_away, written
+from .fingerprint import Fingerprint
+from .weight_changes import is_away, stamp, written
 
 
 @contextmanager

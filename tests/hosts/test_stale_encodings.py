@@ -15,7 +15,7 @@ from torch import nn
 import hf_dp_xattn as dpx
 from hf_dp_xattn import BudgetExceededError, ReleaseError
 from hf_dp_xattn.hosts.encoders import Encoders
-from hf_dp_xattn.hosts.fingerprint import stamp
+from hf_dp_xattn.hosts.weight_changes import stamp
 
 from ..hosts_tiny import CHANNELS, tiny_sd
 from .transformers.decoder_only.tiny import tiny as decoder_tiny

@@ -14,8 +14,7 @@ from torch import nn
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn import ReleaseError
-from hf_dp_xattn.hosts.fingerprint import stamp
-from hf_dp_xattn.hosts.weight_changes import checksum
+from hf_dp_xattn.hosts.weight_changes import checksum, stamp
 
 from ..hosts_tiny import latents, picture, tiny_sd
 from .anchor_calibrations import calibration_for
