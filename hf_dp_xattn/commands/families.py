@@ -300,13 +300,18 @@ RELEASED: dict[bool | None, type[Family]] = {
 
 def family_of(handle: Any, args: argparse.Namespace) -> Family:
     """The family of a protected host. Raises ConfigError, before anything is spent, for what the command line cannot do with it."""
-    if KNOWN[handle.config.mechanism].releases == "texts":
+    if by_text(handle):
         kind = RELEASED[getattr(handle.model.config, "is_encoder_decoder", None)]
     else:
         kind = FAMILIES[handle.host.family]
     found = kind(handle, args)
     found.check()
     return found
+
+
+def by_text(handle: Any) -> bool:
+    """Whether a host reads released text."""
+    return KNOWN[handle.config.mechanism].releases == "texts"
 
 
 def _words(ids: Any) -> Any:

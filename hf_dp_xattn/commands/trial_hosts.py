@@ -8,7 +8,8 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..records import read_records
-from .models import by_text, protected_model
+from .families import by_text
+from .models import protected_model
 from .texts import load_tokenizer
 
 
