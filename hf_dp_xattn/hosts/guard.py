@@ -15,7 +15,6 @@ from ..errors import ProtectionLostError
 from ..privacy.ledger import Budget, Ledger
 from ..report import PrivacyReport
 from .access import Access
-from .accounts import PROTECT_AGAIN
 from .bindings import Bindings, bind, unique
 from .context import PrivateContext
 from .fingerprint import Fingerprint
@@ -139,7 +138,7 @@ class Guard:
         lost = self._host.lost() if self.active else "it was unprotected"
         if lost is not None:
             raise ProtectionLostError(
-                f"The protection is no longer in place: {lost}. Nothing was run. {self._host.undo}, and {PROTECT_AGAIN}."
+                f"The protection is no longer in place: {lost}. Nothing was run. {self._host.undo}"
             )
 
     def check_changes(self) -> None:
@@ -147,7 +146,7 @@ class Guard:
         self.check()
         changed = self._host.changed()
         if changed is not None:
-            raise ProtectionLostError(f"{changed}, undo the change, {PROTECT_AGAIN}.")
+            raise ProtectionLostError(changed)
 
     def check_thoroughly(self) -> None:
         """`check_changes`, and a look at the weights. Before each release, and once for each call of the host."""

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from .accounts import PROTECT_AGAIN
 from .context import PrivateContext
 from .fingerprint import Fingerprint
 from .guard import Guard, handle_on
@@ -53,7 +54,7 @@ class Host(ABC):
 
     family: ClassVar[Family]
     projects_rows: ClassVar[bool] = True
-    undo: ClassVar[str] = "Undo that change, call dpx.unprotect(model)"
+    undo: ClassVar[str] = f"Undo that change, call dpx.unprotect(model), and {PROTECT_AGAIN}."
     keeps_sketch: ClassVar[bool] = True
     guard: Guard
     originals: dict[str, Any]

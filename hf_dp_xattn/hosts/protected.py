@@ -15,6 +15,7 @@ from ..mechanisms.groups import as_groups
 from ..privacy.ledger import Budget, Ledger
 from ..report import PrivacyReport
 from .access import NO_COPY
+from .accounts import STAYS
 from .growing import GrowingContext, append_to, only, open_growing
 from .guard import HANDLE_ATTRIBUTE, Guard
 from .host import Host
@@ -256,7 +257,7 @@ class Protected:
         if not isinstance(file, ReleaseFile):
             raise ReleaseError(
                 f"This is a release of texts, and the {present} is protected with mechanism={self.config.mechanism!r}. Call "
-                "dpx.unprotect(host) first, and load the release again."
+                f"dpx.unprotect(host) first, and load the release again ({STAYS})."
             )
         if present != made_for:
             raise ReleaseError(

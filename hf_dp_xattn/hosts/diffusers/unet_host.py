@@ -10,6 +10,7 @@ from torch import nn
 
 from ...errors import ConfigError, ReleaseError
 from ..access import TextGate
+from ..accounts import PROTECT_AGAIN
 from ..bindings import bind, unique
 from ..fingerprint import Fingerprint, fingerprint
 from ..guard import HANDLE_ATTRIBUTE, Guard, handle_on
@@ -35,7 +36,10 @@ class UNetHost(Host):
     """Its cross-attention layers are given processors that read releases; a gate on its forward says which."""
 
     family = "diffusers"
-    undo = "Undo that change (unload the adapter, disable slicing or xformers), call dpx.unprotect(pipe)"
+    undo = (
+        "Undo that change (unload the adapter, disable slicing or xformers), call dpx.unprotect(pipe), "
+        f"and {PROTECT_AGAIN}."
+    )
     keeps_sketch = False  # a call that reads one tensor at all steps asks once
 
     def __init__(self, unet: Any) -> None:
@@ -153,7 +157,10 @@ class UNetHost(Host):
         reason = changed_reason(self.model, self.attentions)
         if reason is None:
             return None
-        return f"The UNet was changed after it was protected: {reason}. Call dpx.unprotect(pipe)"
+        return (
+            f"The UNet was changed after it was protected: {reason}. Call dpx.unprotect(pipe), "
+            f"undo the change, {PROTECT_AGAIN}."
+        )
 
     # ---- private contexts --------------------------------------------------------------------------------------------------
 

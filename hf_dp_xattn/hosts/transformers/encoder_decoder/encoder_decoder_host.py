@@ -12,6 +12,7 @@ import torch
 
 from ....errors import ConfigError, ProtectionLostError, ReleaseError
 from ...access import TextGate
+from ...accounts import PROTECT_AGAIN
 from ...bindings import bind, unique
 from ...content_names import special_ids, with_texts
 from ...context import PrivateContext
@@ -111,7 +112,10 @@ class EncoderDecoderHost(RoutedHost):
         for name, layer in self.layers.items():
             reason = rowwise_reason(layer.module)
             if reason is not None:
-                return f"The model was changed after it was protected ({name}): {reason}. Call dpx.unprotect(model)"
+                return (
+                    f"The model was changed after it was protected ({name}): {reason}. Call dpx.unprotect(model), "
+                    f"undo the change, {PROTECT_AGAIN}."
+                )
         return None
 
     # ---- a forward ---------------------------------------------------------------------------------------------------------
