@@ -37,8 +37,9 @@ def test_every_message_that_advises_it() -> None:
         inside = {
             part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)
         } - {node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)}
+        skipped = inside | docstrings(tree)
         for node in ast.walk(tree):
-            if not isinstance(node, (ast.Constant, ast.JoinedStr)) or node in inside | docstrings(tree):
+            if not isinstance(node, (ast.Constant, ast.JoinedStr)) or node in skipped:
                 continue
             text = said(node)
             if ADVICE.search(text):

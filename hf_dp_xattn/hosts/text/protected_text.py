@@ -17,7 +17,7 @@ from ...mechanisms.library.library import NO_LIBRARY
 from ...privacy.ledger import Budget, Ledger
 from ...report import PrivacyReport
 from ..access import NO_COPY, Access
-from ..accounts import PROTECT_AGAIN
+from ..accounts import PROTECT_AGAIN, STAYS
 from ..context import Part, PrivateContext
 from ..host_words import HostWords, Setting, text_words
 from ..locks import Lock, locked
@@ -300,7 +300,7 @@ class ProtectedText:
         if not isinstance(file, TextReleaseFile):
             raise ReleaseError(
                 "This release is not of texts, and the host is protected with mechanism='library'. Call dpx.unprotect(host) first, and "
-                "load the release again."
+                f"load the release again ({STAYS})."
             )
         self.releases.adopt(file.contexts)
         self._told += [c.text for c in file.contexts]
