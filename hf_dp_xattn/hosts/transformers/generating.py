@@ -148,6 +148,29 @@ def check_public_ids(name: str, ids: Any, module: Any) -> None:
         raise ConfigError(f"{name} must be token ids of this model, in [0, {size}). Nothing was run.")
 
 
+def check_last_steps(arguments: Mapping[str, Any], config: Any, size: int) -> None:
+    """Raises ConfigError for settings that transformers stumbles over behind the first steps, when a release was charged. size: of the
+    vocabulary."""
+
+    def setting(name: str) -> Any:
+        return arguments[name] if name in arguments else getattr(config, name, None)
+
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        value = setting(name)
+        ids = [] if value is None else value if isinstance(value, (list, tuple)) else [value]
+        if not all(isinstance(i, int) and 0 <= i < size for i in ids):
+            raise ConfigError(f"{name} must be a token id of this model, in [0, {size}). Nothing was spent.")
+    penalty = setting("exponential_decay_length_penalty")
+    if penalty is not None and not (
+        isinstance(penalty, (list, tuple))
+        and len(penalty) == 2
+        and all(isinstance(p, (int, float)) for p in penalty)
+    ):
+        raise ConfigError(
+            "exponential_decay_length_penalty must be two numbers: a position and a factor. Nothing was spent."
+        )
+
+
 def refuse_arguments(
     arguments: Mapping[str, Any],
     config: Any,

@@ -15,7 +15,14 @@ from ...bindings import unique
 from ...guard import Guard
 from ...placeholder import read_tags
 from .. import generating
-from ..generating import Shadows, generation_settings, named_arguments, refuse_arguments, while_protected
+from ..generating import (
+    Shadows,
+    check_last_steps,
+    generation_settings,
+    named_arguments,
+    refuse_arguments,
+    while_protected,
+)
 from ..named_lengths import longest
 from .audio_lengths import refuse_lengths, transcribes
 from .cross_attention import Calls
@@ -96,10 +103,10 @@ class GenerateShadow(Shadows):
         public, limit = self._host.guard.public(), self._host.calls.at_most(steps)
         dry_run(public, limit, torch.device(self._model.device), original, arguments, stand_in)
 
-    @staticmethod
-    def _check(arguments: dict[str, Any], config: Any) -> None:
-        """Raises ConfigError for ways of generating that would go past the release, or that are not supported."""
+    def _check(self, arguments: dict[str, Any], config: Any) -> None:
+        """Raises ConfigError for ways of generating that would go past the release, that are not supported, or fail on the way."""
         refuse_arguments(arguments, config, REFUSED, HARMLESS, SWITCHED_OFF)
+        check_last_steps(arguments, config, self._model.get_input_embeddings().num_embeddings)
 
     def _encoder_inputs(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Takes the encoder's inputs out of `arguments`."""

@@ -59,6 +59,8 @@ WRONG: dict[str, dict[str, Any]] = {
     "words out of range": {"bad_words_ids": [[999]]},
     "biases out of range": {"sequence_bias": {(999,): 1.0}},
     "a forced token out of range": {"forced_bos_token_id": 999},
+    "a last token out of range": {"forced_eos_token_id": 999},
+    "a penalty that is no number": {"exponential_decay_length_penalty": (3, "a")},
 }
 
 
