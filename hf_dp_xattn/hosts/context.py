@@ -147,9 +147,12 @@ def plain_bytes(tensor: torch.Tensor) -> bytes:
 
 
 def casts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Numbers as models of half precision read them; nothing of integers. What they are given in another type is the same to them."""
-    halves = (torch.bfloat16, torch.float16)
-    return [tensor.to(dtype) for dtype in halves] if tensor.is_floating_point() else []
+    """Finite numbers as models of half precision read them, where they can; nothing of integers. In either type they are the same to
+    such a model."""
+    if not tensor.is_floating_point():
+        return []
+    halves = (tensor.to(dtype) for dtype in (torch.bfloat16, torch.float16))
+    return [half for half in halves if bool(torch.isfinite(half).all())]
 
 
 def from_embeddings(rows: torch.Tensor, channels: int) -> PrivateContext:

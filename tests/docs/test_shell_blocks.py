@@ -42,7 +42,7 @@ def test_pages_are_understood(page: Path) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.NAME)
 def test_the_examples_of_the_help_are_understood(command: object) -> None:
-    found = list(commands_in(command._EXAMPLES))  # type: ignore[attr-defined]
+    found = list(commands_in(command.EXAMPLES))  # type: ignore[attr-defined]
     assert found
     for arguments in found:
         build_parser().parse_args(arguments)

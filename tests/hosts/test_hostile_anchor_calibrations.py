@@ -65,4 +65,4 @@ def test_other_floats_are_read_as_float32(make: Any, tmp_path: Path) -> None:
     make(pipe).save_pretrained(tmp_path)
     handle = dpx.protect(pipe, CONFIG, calibration=dpx.Calibration.from_pretrained(tmp_path))
     handle.release(torch.randn(6, 32))
-    assert len(handle.ledger.entries()) == 1
+    assert len(handle.report().releases) == 1

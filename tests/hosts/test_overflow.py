@@ -76,10 +76,14 @@ def mixed(host: Any) -> Any:
     return dataclasses.replace(found, plans=(dataclasses.replace(plan, release="mixed"),), decoders=decoders_)
 
 
+# contexts that half precision cannot tell apart are charged as one
+ROOM = dpx.Budget(1000.0, 0.1)
+
+
 def protect(kind: str, dtype: torch.dtype, mechanism: str, **changes: Any) -> Any:
     host, ledger = model(kind, dtype), dpx.Ledger()
     if mechanism in LAYERED:
-        return dpx.protect(host, CONFIG.replace(mechanism=mechanism, **changes), ledger=ledger)
+        return dpx.protect(host, CONFIG.replace(mechanism=mechanism, **changes), ledger=ledger, budget=ROOM)
     config = CONFIG.replace(mechanism="anchors", **changes)
     if kind == "unet":
         make = (
@@ -87,9 +91,9 @@ def protect(kind: str, dtype: torch.dtype, mechanism: str, **changes: Any) -> An
             if mechanism == "mixed"
             else functools.partial(anchor_calibrations.calibration_for, release=mechanism)
         )
-        return dpx.protect(host, config, calibration=make(host), ledger=ledger)
+        return dpx.protect(host, config, calibration=make(host), ledger=ledger, budget=ROOM)
     kinds = {"llama": prefix_calibrations, "image": image_calibrations}
-    return kinds.get(kind, seq2seq_calibrations).protect(host, config, ledger=ledger)
+    return kinds.get(kind, seq2seq_calibrations).protect(host, config, ledger=ledger, budget=ROOM)
 
 
 def check_released(release: Any) -> None:

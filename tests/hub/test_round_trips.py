@@ -168,8 +168,9 @@ def test_a_protected_pipeline_in_a_subfolder(mechanism: str, hub: FakeHub, tmp_p
     first = repo.branches["main"]
     stray = {"a/[1]/unet/x.bin": b"x", "a/[1]/pipeline.py": b"x", "a/1/x.json": b"{}", "x.json": b"{}"}
     repo.commit("main", {**repo.files(), **stray})
-    with protect(tiny_sd(seed=3), config.replace(epsilon=4.0)) as other:
-        other._patches[0].pipe.push_to_hub("me/many", subfolder="b")
+    other = tiny_sd(seed=3)
+    with protect(other, config.replace(epsilon=4.0)):
+        other.push_to_hub("me/many", subfolder="b")
     hub.log.clear()
     restored = dpx.from_pretrained("me/many", subfolder="a/[1]")
     asked = [unquote(path).rsplit("/", 1)[-1] for method, path in hub.log if "/resolve/" in path]
