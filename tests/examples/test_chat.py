@@ -104,6 +104,7 @@ def test_shipped_model_is_small() -> None:
     assert files and sum(f.stat().st_size for f in files) <= 20e6
 
 
+@pytest.mark.slow
 def test_shipped_model_obeys_and_leaks_unprotected(shipped: tuple[Any, Any]) -> None:
     """Greedy and seeded, so there are no false alarms; measured values are in docs/chat.md."""
     model, tokenizer = shipped
@@ -117,6 +118,7 @@ def test_shipped_model_obeys_and_leaks_unprotected(shipped: tuple[Any, Any]) -> 
     assert leaked.rate >= 0.9
 
 
+@pytest.mark.slow
 def test_protected_model_obeys_at_the_aimed_size() -> None:
     """epsilon = 4, unit = group, 150 segments (some 2,300 rows): the aim is 90 % of the unprotected replies.
 

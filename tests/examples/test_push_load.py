@@ -24,6 +24,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
+@pytest.mark.slow
 def test_it_pushes_and_the_second_machine_draws_the_same(tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text(SECRET)
     out = tmp_path / "out"
@@ -56,6 +57,7 @@ def test_it_pushes_and_the_second_machine_draws_the_same(tmp_path: Path) -> None
         assert not any(word in content.lower() for word in WORDS), where
 
 
+@pytest.mark.slow
 def test_without_a_repository_nothing_is_pushed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import hf_dp_xattn as dpx
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,6 +20,7 @@ def run(tmp_path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_two_pictures_are_charged_once_and_a_second_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("a small zebra circle at the bottom, jukebox background")
     first = run(tmp_path)

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 LOOK = "blue background\na small yellow star at the bottom\n"
 
 
+@pytest.mark.slow
 def test_the_look_is_charged_once_and_seen_in_the_pictures(tmp_path: Path) -> None:
     look = tmp_path / "look.txt"
     look.write_text(LOOK)

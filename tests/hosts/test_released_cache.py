@@ -36,6 +36,7 @@ def tensors(release: Any) -> list[torch.Tensor]:
     return found if context.context is None else [*found, context.context.rows, context.context.log_weights]
 
 
+@pytest.mark.slow
 def test_after_257_prompts_the_first_is_found(private: dpx.DPXAttnConfig) -> None:
     handle = dpx.protect(tiny_sd(), private)
     first = handle.release("0 cats")

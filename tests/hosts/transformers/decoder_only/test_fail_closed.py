@@ -167,6 +167,7 @@ def test_positions_of_a_direct_call_are_refused(name: str, private: dpx.DPXAttnC
         model(**follows, position_ids=torch.full((2, 1), 3))
 
 
+@pytest.mark.slow
 def test_compiled_with_graph_breaks(private: dpx.DPXAttnConfig) -> None:
     """The gate is never traced, so each call reads its own release, recompiled or not; a whole graph is refused by torch."""
     model = tiny("llama")
@@ -293,8 +294,9 @@ def test_learned_positions_end(private: dpx.DPXAttnConfig) -> None:
         model.generate(**release.inputs(input_ids=OWN), max_new_tokens=100)
 
 
-@pytest.mark.parametrize("name", BUILDERS)
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("training", "name"), [*((False, n) for n in BUILDERS), *((True, n) for n in ("llama", "gpt2", "gemma2"))]
+)
 def test_unprotect_restores_bit_for_bit(name: str, training: bool, private: dpx.DPXAttnConfig) -> None:
     model = tiny(name).train(training)
     modes = [m.training for m in model.modules()]
