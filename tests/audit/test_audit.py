@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     "name", ["pipeline anchors", "unet kernel_sum group", "inpaint dptree", "llama anchors", "mllama anchors"]
 )
+@pytest.mark.slow
 def test_a_sound_host_passes(name: str) -> None:
     host, config, calibration = CASES[name]()
     found = audit(host, config, calibration=calibration, **FAST)

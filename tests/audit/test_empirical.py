@@ -81,6 +81,7 @@ SOUND = [
 
 
 @pytest.mark.parametrize(("kind", "unit", "neighboring"), SOUND, ids=lambda x: x)
+@pytest.mark.slow
 def test_at_the_right_noise_nothing_is_found(kind: str, unit: str, neighboring: str) -> None:
     prepared, config = prepare(kind, unit=unit, neighboring=neighboring)
     checks = run(prepared, config)

@@ -97,6 +97,7 @@ def test_a_release_with_a_heavier_noise_would_break_the_bound() -> None:
     assert worst > tree.uniform_error_bound(1e-6)
 
 
+@pytest.mark.slow
 def test_median_of_copies_against_an_adaptive_adversary() -> None:
     """The paper's construction, with its net and its number of copies; and one release of the same budget, which is better."""
     d, beta, width = 1, 1e-2, 0.25

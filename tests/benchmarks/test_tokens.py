@@ -129,6 +129,7 @@ def test_the_clock_counts_tokens_and_layers() -> None:
         clock.answer(host.plain, host.exact_inputs(9, 4)[0], watched, 4)
 
 
+@pytest.mark.slow
 def test_structure_and_page() -> None:
     rows = (1024, 4096)
     plan = tokens.Plan(

@@ -51,6 +51,7 @@ def check_config(config: dict[str, Any], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.slow
 def test_release_and_generate(
     name: str,
     calibrations: dict[str, Path],

@@ -154,6 +154,7 @@ except dpx.BudgetExceededError:
 """
 
 
+@pytest.mark.slow
 def test_the_variable_over_two_processes(tmp_path: Path) -> None:
     environment = {**os.environ, VARIABLE: str(tmp_path / "ledger.json")}
     told = [

@@ -150,6 +150,7 @@ def test_compile_without_recompiling(mechanism: str, pipe: Any, private: Any, co
 
 
 @BOTH
+@pytest.mark.slow
 def test_compiled_and_replaced_processors(pipe: Any, private: Any, counter: Any) -> None:
     """encode_prompt still checks; a compiled UNet that no pipeline holds gives NaN for what its gate would refuse."""
     handle = protect(pipe, private)

@@ -124,6 +124,7 @@ def test_nothing_of_the_context_stays_in_memory(pipe: Any, private: Any) -> None
 
 
 @BOTH
+@pytest.mark.slow
 def test_nothing_of_an_image_stays_in_memory(private: Any) -> None:
     """Likewise of the vision model's output, and of the pixels beside the caller's own."""
     # pixels that no other test holds in memory: they are searched for by value

@@ -71,6 +71,7 @@ def test_others_load_the_plain_pipeline(folder: Path, private: Any) -> None:
     assert torch.equal(picture(plain, PROMPT), picture(tiny_sd(), PROMPT))
 
 
+@pytest.mark.slow
 def test_it_loads_where_this_package_is_not_installed(pipe: Any, private: Any, tmp_path: Path) -> None:
     protect(pipe, private)
     pipe.save_pretrained(tmp_path)

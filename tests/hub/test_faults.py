@@ -19,6 +19,7 @@ from .server import TOKEN, FakeHub
 
 @pytest.mark.parametrize("status", [400, 403, 500, 503])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_an_upload_that_breaks(kind: str, status: int, hub: FakeHub) -> None:
     thing = make(kind)
     thing.push_to_hub("me/thing")

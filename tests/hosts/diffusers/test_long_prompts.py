@@ -61,6 +61,7 @@ def test_public_words_and_silence(pipe: Any) -> None:
         handle.release(LONG)
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path: Path) -> None:
     tiny_sd().save_pretrained(tmp_path / "model")
     command = [

@@ -49,6 +49,7 @@ def calibrate(
 @pytest.mark.parametrize(
     ("unit", "grouping"), [("row", "rows"), ("group", "phrases"), ("context", "context")]
 )
+@pytest.mark.slow
 def test_from_public_prompts_to_a_protected_picture(pipe: Any, unit: str, grouping: str) -> None:
     calibration = calibrate(pipe, settings=config(unit=unit))
     assert calibration.grouping == grouping and calibration.contexts == len(PUBLIC)
@@ -68,12 +69,14 @@ def test_anchors_are_the_default_mechanism_of_calibrate(pipe: Any) -> None:
     assert isinstance(calibration, AnchorCalibration) and calibration.unit == "row"
 
 
+@pytest.mark.slow
 def test_lists_of_phrases_are_the_same_as_prompts_that_split_into_them(pipe: Any) -> None:
     lists = [p.split(", ") for p in PUBLIC]
     a, b = (calibrate(pipe, public, config(unit="group")) for public in (PUBLIC, lists))
     assert all(torch.equal(p.matrix, q.matrix) for p, q in zip(a.plans, b.plans, strict=True))
 
 
+@pytest.mark.slow
 def test_embeddings_without_a_text_encoder_work_too(pipe: Any) -> None:
     channels = pipe.unet.config.cross_attention_dim
     rows = torch.randn(80, 7, channels, generator=torch.Generator().manual_seed(0))
@@ -82,6 +85,7 @@ def test_embeddings_without_a_text_encoder_work_too(pipe: Any) -> None:
         assert protected.release(rows[0]).guarantees[0].rows == 7
 
 
+@pytest.mark.slow
 def test_the_pipeline_and_the_random_state_are_left_alone(pipe: Any) -> None:
     torch.manual_seed(3)
     before, state = picture(pipe, "a red dog"), torch.get_rng_state()
@@ -93,6 +97,7 @@ def test_the_pipeline_and_the_random_state_are_left_alone(pipe: Any) -> None:
     assert torch.equal(picture(pipe, "a red dog"), before)
 
 
+@pytest.mark.slow
 def test_it_is_reproducible(pipe: Any) -> None:
     a, b = calibrate(pipe), calibrate(pipe)
     assert all(

@@ -135,6 +135,7 @@ def test_segments_are_parallel_context_windows(
     bucket=st.integers(5, 9),
     seed=st.integers(0, 99),
 )
+@pytest.mark.slow
 def test_any_split_into_windows(lengths: list[int], head: int, bucket: int, seed: int) -> None:
     model, fixed, own = tiny("llama"), tokens(head, seed + 1), tokens(3, seed + 2)
     parts = segments(lengths, seed)

@@ -83,6 +83,7 @@ def test_exact_rows_do_not_diverge_and_others_do() -> None:
     assert [layer.module.config for layer in layers.values()] == configs
 
 
+@pytest.mark.slow
 def test_a_decoder_learns_from_replies() -> None:
     """More training brings its replies closer to the exact ones, and the better of looking at the release or not is chosen. Seeded."""
     model = tiny("llama")
