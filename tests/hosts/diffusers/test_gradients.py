@@ -53,7 +53,7 @@ def test_of_a_compiled_layer(guided: bool, pipe: Any) -> None:
     compiled = torch.compile(layer, backend="aot_eager")
     for run in (layer, compiled):
         for found, right in zip(_gradient(run, layer, states), want, strict=True):
-            torch.testing.assert_close(found, right)
+            torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-3)  # sums in another order
 
 
 def test_of_a_layer_that_is_run_again(pipe: Any) -> None:
@@ -75,7 +75,7 @@ def test_of_a_layer_that_is_run_again(pipe: Any) -> None:
     block.forward = again
     y, value = loss(one)
     value.backward()
-    torch.testing.assert_close(y.grad, x.grad)
+    torch.testing.assert_close(y.grad, x.grad, rtol=1e-3, atol=1e-3)
     _, value = loss(one)
     with torch.no_grad():
         pipe.unet(latents(), torch.tensor(5), two)
