@@ -270,6 +270,17 @@ class Guard:
         return self.releases.report(words, heads, self.warnings())
 
 
+def mark(module: Any, handle: Any) -> None:
+    """Lets `handle_on` find the handle from this UNet, model, pipeline or part."""
+    vars(module)[HANDLE_ATTRIBUTE] = handle
+
+
+def unmark(module: Any, handle: Any) -> None:
+    """Undoes `mark`, unless another handle has marked it since."""
+    if handle_on(module) is handle:
+        del vars(module)[HANDLE_ATTRIBUTE]
+
+
 def handle_on(module: Any) -> Any:
     """What protects this UNet, model or pipeline: its handle, or None."""
     own: Mapping[str, Any] = getattr(module, "__dict__", {})

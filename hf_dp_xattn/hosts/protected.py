@@ -17,7 +17,7 @@ from ..report import PrivacyReport
 from .access import NO_COPY
 from .accounts import STAYS
 from .growing import GrowingContext, append_to, only, open_growing
-from .guard import HANDLE_ATTRIBUTE, Guard
+from .guard import Guard, mark, unmark
 from .host import Host
 from .locks import Lock, locked
 from .release import Release
@@ -131,7 +131,7 @@ class Protected:
         for message in self.guard.warnings():
             warnings.warn(message, stacklevel=5)
         self.guard.active = True
-        vars(self.model)[HANDLE_ATTRIBUTE] = self
+        mark(self.model, self)
         self.host.install(self.guard)
         self.guard.saving.install()
 
@@ -143,8 +143,7 @@ class Protected:
             self.guard.active = False
             self.host.remove()
             self.guard.saving.remove()
-            if vars(self.model).get(HANDLE_ATTRIBUTE) is self:
-                del vars(self.model)[HANDLE_ATTRIBUTE]
+            unmark(self.model, self)
             self.guard.clear()
 
     def __enter__(self) -> Protected:

@@ -13,7 +13,7 @@ from ..access import TextGate
 from ..accounts import PROTECT_AGAIN
 from ..bindings import bind, unique
 from ..fingerprint import Fingerprint, fingerprint
-from ..guard import HANDLE_ATTRIBUTE, Guard, handle_on
+from ..guard import Guard, handle_on, mark, unmark
 from ..host import Host, Named, Readable
 from ..host_words import HostWords, Setting, prompt_words
 from ..layer import Layer
@@ -119,7 +119,7 @@ class UNetHost(Host):
             self._patches.append(patch)
             patch.install()
             # to be found, whatever becomes of its UNet
-            vars(pipe)[HANDLE_ATTRIBUTE] = handle_on(self.model)
+            mark(pipe, handle_on(self.model))
 
     def remove(self) -> None:
         for name, layer in self.attentions.items():
@@ -130,8 +130,9 @@ class UNetHost(Host):
         for installed in parts:
             installed.remove()
         for patch in self._patches:
-            if getattr(handle_on(patch.pipe), "guard", None) is self.guard:
-                del vars(patch.pipe)[HANDLE_ATTRIBUTE]
+            found = handle_on(patch.pipe)
+            if getattr(found, "guard", None) is self.guard:
+                unmark(patch.pipe, found)
         for processor in self._processors.values():
             processor.clear()
 

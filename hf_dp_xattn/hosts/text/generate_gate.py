@@ -6,7 +6,6 @@ with. The model reads all of it as any text: every cache, attention implementati
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -19,9 +18,9 @@ from ..access import TextGate
 from ..bindings import MAX_BINDINGS
 from ..content_names import Part, id_parts, special_ids
 from ..diffusers.text_side import without_length_warning
-from ..guard import HANDLE_ATTRIBUTE
+from ..guard import mark, unmark
 from ..saving import SaveShadow
-from ..transformers.generating import named_arguments
+from ..transformers.generating import Shadows, named_arguments
 from .released_texts import ReleasedText
 from .unit_encoders import tokenizer_beside
 
@@ -55,35 +54,29 @@ class GenerateGate:
         self._seq2seq = bool(model.config.is_encoder_decoder)
         self._known: OrderedDict[tuple[int, ...], None] = OrderedDict()  # what rows of ids may begin with
         self._gates: list[TextGate] = []
-        self._shadows: dict[str, Callable[..., Any]] = {}
+        self._shadows = Shadows(model, {"generate": self._generate, "generate_batch": self._refuse})
         self.saving = SaveShadow(model, handle)
 
     def install(self) -> None:
         inner = [self.model.base_model, *([self.model.get_encoder()] if self._seq2seq else [])]
         for module in dict.fromkeys([self.model, *inner]):
             self._gates.append(TextGate(module, self._handle.access, CLOSED))
-        for name, shadow in (("generate", self._generate), ("generate_batch", self._refuse)):
-            original = getattr(self.model, name, None)
-            if original is not None:
-                self._shadows[name] = vars(self.model)[name] = _shadow(original, shadow)
+        self._shadows.install()
         self.saving.install()
-        vars(self.model)[HANDLE_ATTRIBUTE] = self._handle
+        mark(self.model, self._handle)
 
     def remove(self) -> None:
         for gate in self._gates:
             gate.remove()
-        for name, shadow in self._shadows.items():
-            if vars(self.model).get(name) is shadow:
-                del vars(self.model)[name]
+        self._shadows.remove()
         self.saving.remove()
-        if vars(self.model).get(HANDLE_ATTRIBUTE) is self._handle:
-            del vars(self.model)[HANDLE_ATTRIBUTE]
+        unmark(self.model, self._handle)
         self._known.clear()
 
     def lost(self) -> str | None:
         if not all(gate.installed() for gate in self._gates):
             return "a gate of the model was removed"
-        if any(vars(self.model).get(name) is not shadow for name, shadow in self._shadows.items()):
+        if not self._shadows.installed():
             return "the model's `generate` was replaced"
         return None
 
@@ -224,13 +217,3 @@ def _rows(ids: Any, mask: Any) -> list[list[int]]:
         raise ConfigError("`input_ids` must be integers [B, m], and `attention_mask` of the same shape.")
     kept = torch.ones_like(tensor) if mask is None else mask
     return [row[keep.bool()].tolist() for row, keep in zip(tensor, kept.to(tensor.device), strict=True)]
-
-
-def _shadow(original: Callable[..., Any], serve: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def shadow(*args: Any, **kwargs: Any) -> Any:
-        return serve(original, signature.bind(*args, **kwargs))
-
-    return shadow

@@ -22,7 +22,7 @@ from ..access import TextGate
 from ..content_names import Part
 from ..diffusers.architectures import unwrap
 from ..diffusers.text_side import as_texts
-from ..guard import HANDLE_ATTRIBUTE
+from ..guard import mark, unmark
 from ..saving import SaveShadow
 from .one_step import one_step
 from .released_texts import ReleasedPrompt, ReleasedText
@@ -77,8 +77,7 @@ class PromptSwap:
         self.saving.remove()
         for part, gate in self._gates.items():
             gate.remove()
-            if vars(part).get(HANDLE_ATTRIBUTE) is self._handle:
-                del vars(part)[HANDLE_ATTRIBUTE]
+            unmark(part, self._handle)
         self._gates.clear()
 
     def lost(self) -> str | None:
@@ -106,7 +105,7 @@ class PromptSwap:
             for part in (encoder, *encoder.children()):
                 if part not in self._gates:
                     self._gates[part] = TextGate(part, self._handle.access, CLOSED)
-                    vars(part)[HANDLE_ATTRIBUTE] = self._handle  # for other pipelines that share it
+                    mark(part, self._handle)  # for other pipelines that share it
 
     # ---- calls -------------------------------------------------------------------------------------------------------------
 
@@ -215,13 +214,6 @@ def text_encoders(pipe: Any) -> list[Any]:
         unwrap(c) for n, c in pipe.components.items() if "text_encoder" in n and isinstance(c, nn.Module)
     ]
     return list(dict.fromkeys([*named, *(m for c in _components(pipe) if reads(m := unwrap(c)))]))
-
-
-def _of_diffusers(callback: Any) -> bool:
-    """A callback of diffusers' own kinds, which it tells by their class."""
-    from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-
-    return isinstance(callback, (PipelineCallback, MultiPipelineCallbacks))
 
 
 def _closed(callback: Callable[..., Any], handle: ProtectedText) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from ...errors import DPXAttnError
 from ..access import NO_COPY
-from ..guard import HANDLE_ATTRIBUTE
+from ..guard import mark, unmark
 
 
 class SwappedClass:
@@ -22,13 +22,12 @@ class SwappedClass:
 
     def install(self) -> None:
         self._host.__class__ = self._own
-        vars(self._host)[HANDLE_ATTRIBUTE] = self._handle
+        mark(self._host, self._handle)
 
     def remove(self) -> None:
         if type(self._host) is self._own:
             self._host.__class__ = self.original
-        if vars(self._host).get(HANDLE_ATTRIBUTE) is self._handle:
-            del vars(self._host)[HANDLE_ATTRIBUTE]
+        unmark(self._host, self._handle)
 
     def lost(self) -> str | None:
         """That it was replaced, or None."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UnsupportedModelError
 from ..diffusers.architectures import unwrap
-from ..guard import HANDLE_ATTRIBUTE
+from ..guard import handle_on
 from .chat_swap import ChatSwap
 from .generate_gate import GenerateGate
 from .prompt_swap import PromptSwap, text_encoders
@@ -28,7 +28,7 @@ def surface_of(host: Any, handle: ProtectedText, tokenizer: Any = None) -> Surfa
     if isinstance(host, DiffusionPipeline):
         return PromptSwap(host, handle)
     if isinstance(host, TextGenerationPipeline):
-        known = vars(host.model).get(HANDLE_ATTRIBUTE) is handle
+        known = handle_on(host.model) is handle
         words = host.tokenizer if tokenizer is None else tokenizer
         return ChatSwap(host, handle, GenerateGate(host.model, handle, words), shared=known)
     if isinstance(unwrap(host), PreTrainedModel) and not isinstance(host, Pipeline):
@@ -43,5 +43,5 @@ def handle_of_parts(host: Any) -> Any:
     from diffusers import DiffusionPipeline
 
     parts = [host, *(text_encoders(host) if isinstance(host, DiffusionPipeline) else ())]
-    found = [vars(p).get(HANDLE_ATTRIBUTE) for p in map(unwrap, parts) if hasattr(p, "__dict__")]
+    found = [handle_on(p) for p in map(unwrap, parts)]
     return next((handle for handle in found if handle is not None), None)

@@ -31,9 +31,9 @@ class EncoderSide:
         return self._model.get_encoder()
 
     @property
-    def _masks(self) -> bool:
-        """Whether it takes a mask."""
-        return MASK in inspect.signature(self.module.forward).parameters
+    def _takes(self) -> Mapping[str, inspect.Parameter]:
+        """The arguments of its forward."""
+        return inspect.signature(self.module.forward).parameters
 
     @property
     def _shorten(self) -> Any:
@@ -44,7 +44,7 @@ class EncoderSide:
     def refuse_others(self, given: Mapping[str, Any]) -> None:
         """Raises ConfigError for an argument that the unprotected encoder would use and this one does not: without a word it would have
         no effect."""
-        for name in inspect.signature(self.module.forward).parameters:
+        for name in self._takes:
             value = given.get(name)
             if name not in (*ENCODER_INPUTS, *_OUTPUTS) and value is not None and value is not False:
                 raise ConfigError(
@@ -58,7 +58,7 @@ class EncoderSide:
         if types.is_floating_point() or types.is_complex() or types.dtype == torch.bool:
             raise ContextError(f"`{TYPES}` must be integers; nothing was spent.")
         tables = [m for n, m in self.module.named_modules() if n.endswith("token_type_embeddings")]
-        known = TYPES in inspect.signature(self.module.forward).parameters and len(tables) == 1
+        known = TYPES in self._takes and len(tables) == 1
         if STATES in inputs or not known:
             raise ConfigError(f"`{TYPES}` means nothing to this encoder, or beside its output: leave it out.")
         if bool(((types < 0) | (types >= tables[0].num_embeddings)).any()):
@@ -89,7 +89,7 @@ class EncoderSide:
 
     def _check_kind(self, inputs: dict[str, torch.Tensor]) -> None:
         """Raises ContextError for token ids where a model hears, and the like."""
-        known = set(inspect.signature(self.module.forward).parameters) & set(MAIN_INPUTS)
+        known = set(self._takes) & set(MAIN_INPUTS)
         given = next((name for name in inputs if name in MAIN_INPUTS), None)
         if given is not None and known and given not in known:
             raise ContextError(
@@ -137,7 +137,7 @@ class EncoderSide:
         if (
             MASK not in given and "input_ids" in given
         ):  # else some models warn, once, of a text that begins or ends with padding
-            given |= {MASK: torch.ones_like(given["input_ids"])} if self._masks else {}
+            given |= {MASK: torch.ones_like(given["input_ids"])} if MASK in self._takes else {}
         with private_run(self.module):
             states: torch.Tensor = self.module(**given, return_dict=True)[0]
         return states
