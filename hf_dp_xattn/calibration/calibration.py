@@ -180,7 +180,7 @@ class Calibration(Stored):
         )
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # the door to all kinds
         cls, name_or_path: str | os.PathLike[str], **options: Unpack[HubOptions]
     ) -> AnyCalibration:
         """Reads a folder or a Hub repository, of whichever mechanism.

@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 import numbers
 import os
-import platform
-import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,6 @@ from ..errors import ConfigError
 from ..mechanisms.anchors.anchors import PreparedAnchors
 from ..mechanisms.anchors.plan import AnchorPlan, Decoders
 from ..privacy.accountant import epsilon_of, needs_delta
-from ..privacy.bits import SeededEntropy
 from ..privacy.guessing import PRIORS, guess_bound
 from ..privacy.units import NeighboringRelation, Unit
 from .anchors.anchors_calibration import AnchorCalibration
@@ -28,12 +24,12 @@ from .curves import INTERPOLATED, OUTSIDE, Curve
 from .library.library_planner import plan_library
 from .library.text_library import TextLibrary
 from .plan_report import Plan, PlanPoint
+from .release_timing import REPEATS, median_seconds, this_machine
 
 __all__ = ["Plan", "PlanPoint", "plan"]
 
 One = AnchorCalibration | TextLibrary | str | os.PathLike[str]
 SAME_ROWS = 0.1  # priors and decoders for rows were fitted to contexts of one size: predictions hold near it
-REPEATS = 3
 _HOW = "make one with dpx.calibrate(pipe, public_contexts, dpx.DPXAttnConfig(mechanism='anchors', unit=...))"
 
 
@@ -116,7 +112,7 @@ def plan(
     kind = _dtype(chosen.host.dtype if dtype is None else dtype)
     row_bytes = 2 * sum(sizes) * kind.itemsize  # a key and a value in each layer
     exact = row_bytes * units if chosen.unit == Unit.ROW.value else None
-    machine = f"{platform.machine()}, {torch.get_num_threads()} thread(s)" if measure else None
+    machine = this_machine() if measure else None
     epsilons = [p.epsilon for p in chosen.plans] if asked is None else list(asked)
     if not epsilons:
         raise ConfigError("epsilons is empty: name at least one.")
@@ -319,12 +315,7 @@ def _measure(prepared: PreparedAnchors, units: int) -> float:
         2 * torch.rand(units, len(plan.center), generator=torch.Generator().manual_seed(0)) - 1
     )
     groups = torch.arange(units) if prepared.config.unit == Unit.GROUP.value else None
-    times = []
-    for i in range(REPEATS + 1):
-        start = time.perf_counter()
-        prepared.run(rows, groups=groups, entropy=SeededEntropy(i))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])  # the first one warms up
+    return median_seconds(prepared, rows, groups)
 
 
 def _notes(

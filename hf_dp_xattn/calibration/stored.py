@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
-from ..artefacts import CardOptions
+from ..artefacts import CardOptions, HubOptions, locate
 from ..artefacts.checks import Checks
 from ..artefacts.codec import Codec, Encoded
 from ..config import DPXAttnConfig
@@ -36,6 +37,19 @@ class Stored(Encoded):
                     f"The calibration was made with {name}={value!r}, the config says {getattr(config, name)!r}. Calibrate again, or "
                     "change the config."
                 )
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Unpack[HubOptions]) -> Self:
+        """Reads a calibration of this kind.
+
+        Args:
+            name_or_path: folder or Hub id.
+            options: revision, token, subfolder, ... (`artefacts.HubOptions`).
+
+        Raises:
+            ConfigError: missing, unknown, damaged or of another schema.
+        """
+        return cls.load(locate(name_or_path, CODEC.names, error=ConfigError, **options).folder)
 
     @abstractmethod
     def described(self) -> Described:

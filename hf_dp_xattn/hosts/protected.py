@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import DPXAttnConfig
-from ..errors import DPXAttnError, ReleaseError
+from ..errors import ReleaseError
 from ..mechanisms.groups import as_groups
 from ..privacy.ledger import Budget, Ledger
 from ..report import PrivacyReport
-from .access import NO_COPY
 from .accounts import STAYS
 from .growing import GrowingContext, append_to, only, open_growing
 from .guard import Guard, mark, unmark
+from .handle_base import Handle
 from .host import Host
 from .locks import Lock, locked
 from .release import Release
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .text.text_release_file import TextReleaseFile
 
 
-class Protected:
+class Protected(Handle):
     """A protected UNet (with the pipelines that share it) or model. Made by `dpx.protect`; a context manager that unprotects.
 
     While it is active, what is private reaches the layers as a release, whoever calls the host:
@@ -99,21 +99,6 @@ class Protected:
         return self.host.layers
 
     @property
-    def ledger(self) -> Ledger:
-        """What was spent, and on which context."""
-        return self.releases.ledger
-
-    @property
-    def budget(self) -> Budget:
-        """Of a context."""
-        return self.releases.budget
-
-    @property
-    def entropy(self) -> Entropy | None:
-        """The source of the noise; None: the operating system's."""
-        return self.releases.entropy
-
-    @property
     def active(self) -> bool:
         """Whether the host is protected by this handle now."""
         return self.guard.active
@@ -145,15 +130,6 @@ class Protected:
             self.guard.saving.remove()
             unmark(self.model, self)
             self.guard.clear()
-
-    def __enter__(self) -> Protected:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.unprotect()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise DPXAttnError(NO_COPY)
 
     def __repr__(self) -> str:
         c = self.config

@@ -117,19 +117,9 @@ class ReleaseFile(Encoded):
     def report(self) -> PrivacyReport:
         """What is promised, in the words of the host that made it."""
         layers = self.contexts[0].fingerprint.layers
-        return PrivacyReport(
-            host=self.terms.host,
-            layers=len(layers),
-            heads=sum(heads for _, heads, _, _ in layers),
-            config=self.config.to_dict(),
-            releases=tuple(
-                release_entry(f"context {i + 1}", c.guarantee) for i, c in enumerate(self.contexts)
-            ),
-            public=self.terms.public,
-            not_covered=self.terms.not_covered,
-            ledger="with whoever made the release",
-            warnings=self.terms.warnings,
-        )
+        entries = [release_entry(f"context {i + 1}", c.guarantee) for i, c in enumerate(self.contexts)]
+        heads = sum(heads for _, heads, _, _ in layers)
+        return self.terms.report(self.config.to_dict(), entries, layers=len(layers), heads=heads)
 
 
 def read_terms(header: Mapping[str, Any]) -> Terms:

@@ -20,6 +20,29 @@ class Terms:
     not_covered: tuple[str, ...]
     warnings: tuple[str, ...]
 
+    def report(
+        self, config: dict[str, Any], releases: Iterable[dict[str, Any]], *, layers: int = 0, heads: int = 0
+    ) -> PrivacyReport:
+        """What a release's file says of itself.
+
+        Args:
+            config: `DPXAttnConfig.to_dict`.
+            releases: one entry each (`report.release_entry`).
+            layers: how many read the context.
+            heads: of all these layers.
+        """
+        return PrivacyReport(
+            host=self.host,
+            layers=layers,
+            heads=heads,
+            config=config,
+            releases=tuple(releases),
+            public=self.public,
+            not_covered=self.not_covered,
+            ledger="with whoever made the release",
+            warnings=self.warnings,
+        )
+
 
 def base_model_of(host: Any) -> str | None:
     """The Hub id that a pipeline or model was loaded from. A local path says nothing to others, and may say too much."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 
-from ...artefacts import HubOptions, locate
 from ...artefacts.card import table
 from ...artefacts.codec import Tensors
 from ...config import DPXAttnConfig
@@ -230,14 +228,6 @@ class AnchorCalibration(Stored):
             settings=self.settings,
             utility=text,
         )
-
-    @classmethod
-    def from_pretrained(
-        cls, name_or_path: str | os.PathLike[str], **options: Unpack[HubOptions]
-    ) -> AnchorCalibration:
-        """Reads a folder or a Hub repository (`HubOptions`); raises ConfigError on anything missing, unknown, damaged or of another
-        schema."""
-        return cls.load(locate(name_or_path, CODEC.names, error=ConfigError, **options).folder)
 
 
 def _part(kind: Any, prefix: str, tensors: Tensors, **extra: Any) -> Any:

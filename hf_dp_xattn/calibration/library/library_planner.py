@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import statistics
-import time
 from collections.abc import Sequence
 
 import torch
@@ -13,13 +10,12 @@ from ...config import DPXAttnConfig
 from ...errors import ConfigError
 from ...mechanisms.library.library import PreparedLibrary
 from ...privacy.accountant import epsilon_of
-from ...privacy.bits import SeededEntropy
 from ...privacy.guessing import PRIORS, guess_bound
 from ..curves import Curve
 from ..plan_report import Plan, PlanPoint
+from ..release_timing import median_seconds, this_machine
 from .text_library import TextLibrary
 
-_REPEATS = 3
 _NOTES = (
     "distortion: 1 - cosine between a unit and the text that answers it, in the library's metric; 0 is the unit itself, 1 is a text that "
     "says nothing of it",
@@ -75,7 +71,7 @@ def plan_library(
         heads=0,
         dtype="text",
         exact_kv_bytes=None,
-        measured_on=f"{platform.machine()}, {torch.get_num_threads()} thread(s)" if measure else None,
+        measured_on=this_machine() if measure else None,
         points=points,
         fvu_curve=curve,
         score_curve=None,
@@ -111,9 +107,4 @@ def _measure(prepared: PreparedLibrary, units: int) -> float:
     count = units if grouped else prepared.answers
     center = prepared.shelves[0].lattice.map.center
     codes = (center + torch.randn(count, len(center), generator=torch.Generator().manual_seed(0))).float()
-    times = []
-    for i in range(_REPEATS + 1):
-        start = time.perf_counter()
-        prepared.run(codes, groups=torch.arange(count) if grouped else None, entropy=SeededEntropy(i))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return median_seconds(prepared, codes, torch.arange(count) if grouped else None)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 
-from ...artefacts import HubOptions, locate
 from ...artefacts.card import table
 from ...artefacts.codec import Tensors
 from ...config import DPXAttnConfig
@@ -23,7 +21,7 @@ from ...mechanisms.library.places import Places
 from ...privacy.rank_response import RankResponse
 from ...privacy.response import MAX_ALPHABET
 from ..calibration_card import Described
-from ..stored import CHECKS, CODEC, Stored
+from ..stored import CHECKS, Stored
 
 Encode = Callable[[Sequence[str]], torch.Tensor]
 
@@ -306,21 +304,6 @@ class TextLibrary(Stored):
             "nothing of it):\n\n"
             + table(("epsilon", "texts that may answer", "near", "distortion", "nearest, no noise"), rows),
         )
-
-    @classmethod
-    def from_pretrained(
-        cls, name_or_path: str | os.PathLike[str], **options: Unpack[HubOptions]
-    ) -> TextLibrary:
-        """Reads a library.
-
-        Args:
-            name_or_path: a folder or a Hub repository.
-            options: `HubOptions`.
-
-        Raises:
-            ConfigError: something is missing, unknown or damaged.
-        """
-        return cls.load(locate(name_or_path, CODEC.names, error=ConfigError, **options).folder)
 
 
 def _read_plan(i: int, numbers: Mapping[str, Any], entries: torch.Tensor) -> LibraryPlan:

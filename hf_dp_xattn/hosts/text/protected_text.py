@@ -12,13 +12,14 @@ import torch
 
 from ...calibration.library.text_library import TextLibrary
 from ...config import DPXAttnConfig
-from ...errors import ConfigError, DPXAttnError, ProtectionLostError, ReleaseError
+from ...errors import ConfigError, ProtectionLostError, ReleaseError
 from ...mechanisms.library.library import NO_LIBRARY
 from ...privacy.ledger import Budget, Ledger
 from ...report import PrivacyReport
-from ..access import NO_COPY, Access
+from ..access import Access
 from ..accounts import PROTECT_AGAIN, STAYS
 from ..context import Part, PrivateContext
+from ..handle_base import Handle
 from ..host_words import HostWords, Setting, text_words
 from ..locks import Lock, locked
 from ..making import ContextRecipe
@@ -65,7 +66,7 @@ class Surface(Protocol):
         ...
 
 
-class ProtectedText:
+class ProtectedText(Handle):
     """A host that reads released text in place of private text. Made by `dpx.protect`; a context manager that unprotects.
 
     A private text is cut in units, and each is answered once by an entry of a public library (charged to the ledger before it is encoded).
@@ -121,21 +122,6 @@ class ProtectedText:
         self.active = True
 
     @property
-    def ledger(self) -> Ledger:
-        """What was spent, and on which context."""
-        return self.releases.ledger
-
-    @property
-    def budget(self) -> Budget:
-        """Of a context."""
-        return self.releases.budget
-
-    @property
-    def entropy(self) -> Entropy | None:
-        """The source of the answers' coins; None: the operating system's."""
-        return self.releases.entropy
-
-    @property
     def saving(self) -> SaveShadow:
         """Of the host that was protected first."""
         return self.surfaces[0].saving
@@ -163,15 +149,6 @@ class ProtectedText:
             for surface in self.surfaces:
                 surface.remove()
             self.releases.clear()
-
-    def __enter__(self) -> ProtectedText:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.unprotect()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise DPXAttnError(NO_COPY)
 
     def __repr__(self) -> str:
         c, state = self.config, "active" if self.active else "unprotected"

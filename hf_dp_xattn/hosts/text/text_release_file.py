@@ -117,20 +117,11 @@ class TextReleaseFile(Encoded):
 
     def report(self) -> PrivacyReport:
         """What is promised, in the words of the host that made it."""
-        return PrivacyReport(
-            host=self.terms.host,
-            layers=0,
-            heads=0,
-            config=self.config.to_dict(),
-            releases=tuple(
-                {**release_entry(f"context {i + 1}", c.guarantee), "text": list(c.text)}
-                for i, c in enumerate(self.contexts)
-            ),
-            public=self.terms.public,
-            not_covered=self.terms.not_covered,
-            ledger="with whoever made the release",
-            warnings=self.terms.warnings,
-        )
+        entries = [
+            {**release_entry(f"context {i + 1}", c.guarantee), "text": list(c.text)}
+            for i, c in enumerate(self.contexts)
+        ]
+        return self.terms.report(self.config.to_dict(), entries)
 
 
 def locate_release(name_or_path: Any, **options: Any) -> Path:
