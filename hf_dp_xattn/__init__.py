@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .calibration.calibration import Calibration
     from .calibration.library.text_library import TextLibrary
     from .calibration.planner import Plan, plan
+    from .calibration.shipped_prompts import public_prompts
     from .config import DPXAttnConfig
     from .errors import (
         BudgetExceededError,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from .privacy.ledger import Budget, Ledger
     from .report import Guarantee, PrivacyReport
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Where each public name lives. Imported when first used, so that `import hf_dp_xattn` does not load torch or diffusers.
 _HOMES = {
@@ -53,6 +54,7 @@ _HOMES = {
     "calibration.calibration": ("Calibration",),
     "calibration.library.text_library": ("TextLibrary",),
     "calibration.planner": ("Plan", "plan"),
+    "calibration.shipped_prompts": ("public_prompts",),
     "hosts.calibrate": ("calibrate",),
     "hosts.transformers.decoder_only.chat": ("SplitChat", "split_chat"),
     "hosts.diffusers.phrases": ("split_phrases",),
@@ -92,6 +94,7 @@ __all__ = [
     "handle_of",
     "plan",
     "protect",
+    "public_prompts",
     "release_attention",
     "split_chat",
     "split_phrases",

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..calibration.calibration_options import EPSILONS, CalibrationOptions
 from ..calibration.fit import check, fit
+from ..calibration.shipped_prompts import public_prompts
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..known_mechanisms import KNOWN
@@ -40,9 +41,27 @@ def _epsilons(given: Any) -> tuple[float, ...]:
     return tuple(map(float, found))
 
 
+def _shipped(host: Any, config: DPXAttnConfig) -> list[Any]:
+    """The public prompts of the package for a host. Raises ConfigError where there are none that would do."""
+    from diffusers import DiffusionPipeline
+
+    if KNOWN[config.mechanism].releases != "texts":
+        raise ConfigError(
+            "Without public contexts only a library is made: pass texts that resemble the private ones, or "
+            "DPXAttnConfig(mechanism='library', unit='group')."
+        )
+    if isinstance(host, DiffusionPipeline):
+        return public_prompts("picture")
+    if getattr(getattr(getattr(host, "model", host), "config", None), "is_encoder_decoder", False):
+        raise ConfigError(
+            "An encoder-decoder model reads documents, and the prompts that are shipped are none: pass public documents like yours."
+        )
+    return public_prompts()
+
+
 def calibrate(
     pipe: Any,
-    public_contexts: Public,
+    public_contexts: Public | None = None,
     config: DPXAttnConfig | None = None,
     *,
     epsilons: float | Sequence[float] = EPSILONS,
@@ -85,7 +104,9 @@ def calibrate(
             unit="group" a list of contexts, each a batch of documents as `release(..., groups="documents")` takes it. For a Mllama:
             what its image processor gives for images of one number of tiles. For a
             decoder-only model: token ids [N, n] or a list of token id lists; for unit="group", a list of lists of segments.
-        config: mechanism, unit and relation to fit for; by default `anchors` with unit="row".
+            None: the prompts that are shipped (`dpx.public_prompts`), for a library of a pipeline or a decoder-only model.
+        config: mechanism, unit and relation to fit for; by default `anchors` with unit="row", and `library` with unit="group" where
+            public_contexts are those that are shipped.
         epsilons: for which there will be plans.
         anchors: cells of the histogram's codebook.
         releases: candidates of `anchors` ("sum", "response", "histogram", "mixed").
@@ -122,6 +143,9 @@ def calibrate(
         >>> fitted = dpx.calibrate(pipe, public, config, epsilons=8.0, rank=0, query_steps=1, progress=False)
         >>> protected = dpx.protect(pipe, config, calibration=fitted)
     """
+    if public_contexts is None:
+        config = DPXAttnConfig(mechanism="library", unit="group") if config is None else config
+        public_contexts = _shipped(pipe, config)
     config = DPXAttnConfig(mechanism="anchors") if config is None else config
     options = CalibrationOptions(
         epsilons=_epsilons(epsilons),
