@@ -38,11 +38,11 @@ class Checks:
             f"{self.again}."
         )
 
-    def keys(self, values: Any, known: Set[str], where: str) -> None:
-        """Unknown and missing keys are both refused."""
+    def keys(self, values: Any, known: Set[str], where: str, *, optional: Set[str] = frozenset()) -> None:
+        """Unknown and missing keys are both refused; `optional` ones may be missing."""
         if not isinstance(values, Mapping):
             self.refuse(f"{where} is no object")
-        if set(values) != known:
+        if set(values) - optional != known:
             self.refuse(f"unknown or missing keys in {where}: {sorted(set(values) ^ known)}")
 
     def number(self, value: Any, where: str, *, low: float = -math.inf, high: float = math.inf) -> float:

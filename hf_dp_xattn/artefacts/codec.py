@@ -100,11 +100,12 @@ class Codec:
 class Encoded(Shareable):
     """An artefact whose files a `Codec` writes and reads.
 
-    KEYS: of the JSON, besides schema and checksums. KIND: what "kind" is there, if it has one.
+    KEYS: of the JSON, besides schema and checksums; OPTIONAL: those that older files lack. KIND: what "kind" is there, if it has one.
     """
 
     CODEC: ClassVar[Codec]
     KEYS: ClassVar[frozenset[str]]
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset()
     KIND: ClassVar[str | None] = None
 
     @abstractmethod
@@ -145,7 +146,8 @@ class Encoded(Shareable):
             raise checks.error(
                 f"The {checks.word} in {folder.name!r} is of kind {header.get('kind')!r}, expected {cls.KIND!r}."
             )
-        checks.keys(header, {codec.schema_key, "tensors_sha256", *cls.KEYS}, codec.json_name)
+        known = {codec.schema_key, "tensors_sha256", *cls.KEYS}
+        checks.keys(header, known, codec.json_name, optional=cls.OPTIONAL)
         written = header["tensors_sha256"]
         blob = None if written is None else codec.read_tensors(folder, written)
         try:

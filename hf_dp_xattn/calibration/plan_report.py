@@ -19,7 +19,8 @@ class PlanPoint:
     """One epsilon. fvu, score: predicted (score: None where the publisher measured none). release: its kind; made_for: the epsilon
     that its decoder was trained for; meaning: what would leave, in words; noise: its numbers. charged: by the ledger's accountant, at
     charged_delta. rows: that every layer would attend to, at most; kv_bytes: of their keys and values. seconds: of one release,
-    measured. guesses: (prior, largest probability of guessing one unit afterwards).
+    measured. guesses: (prior, largest probability of guessing one unit afterwards). useless: why it is not known to be better than no
+    release, so that `protect` refuses it; None where it is, or was never compared.
     """
 
     epsilon: float
@@ -36,6 +37,7 @@ class PlanPoint:
     kv_bytes: int
     seconds: float | None
     guesses: tuple[tuple[float, float], ...]
+    useless: str | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,8 @@ class Plan:
         cells = [f"{p.epsilon:g}", *_cells(p.fvu)]
         if p.score is not None:
             cells += _cells(p.score)
-        cells += [p.release, f"<= {p.rows}", _bytes(p.kv_bytes)] if self.layers else [p.release, str(p.rows)]
+        release = p.release if p.useless is None else f"{p.release} x"
+        cells += [release, f"<= {p.rows}", _bytes(p.kv_bytes)] if self.layers else [p.release, str(p.rows)]
         if p.seconds is not None:
             cells.append(f"{1e3 * p.seconds:.3g} ms")
         return cells

@@ -172,6 +172,7 @@ def _point(
         kv_bytes=rows * row_bytes,
         seconds=_measure(prepared, units) if measure else None,
         guesses=tuple((p, guess_bound(charged, delta, p, config.neighboring)) for p in PRIORS),
+        useless=calibration.useless(config),
     )
 
 
@@ -298,14 +299,16 @@ def _dtype(name: str | torch.dtype) -> torch.dtype:
 
 def _rows(plan: AnchorPlan, decoders: Decoders) -> int:
     """The most rows that a release is decoded to; pruning leaves fewer."""
+    drawn = plan.worth is not None and plan.worth.weight < 1 and decoders.fallback is not None
+    beside = len(decoders.fallback.rows) if drawn and decoders.fallback is not None else 0
     if plan.release not in ("histogram", "mixed"):
-        return 0 if decoders.slots is None else decoders.slots.slots.shape[0]
+        return beside + (0 if decoders.slots is None else decoders.slots.slots.shape[0])
     if decoders.cells is None:
-        return 0
+        return beside
     m, each, _ = decoders.cells.anchors.shape
     heavy = min(m, max(1, decoders.cells.rows // each))
     merged = min(m - heavy, int(decoders.cells.coarse.max()) + 1)
-    return heavy * each + merged
+    return beside + heavy * each + merged
 
 
 def _measure(prepared: PreparedAnchors, units: int) -> float:
@@ -327,6 +330,12 @@ def _notes(
         "those and fresh noise, not contexts of another kind, which may do worse",
         "FVU: fraction of the attention outputs' variance left unexplained; 1 is the public mean alone, 0 exact attention",
         *_of_replies(calibration),
+    ]
+    notes += [
+        f"x epsilon {p.epsilon:g} is not known to be better than no release at all: {p.useless}; dpx.protect refuses it unless "
+        "allow_useless=True"
+        for p in points
+        if p.useless is not None
     ]
     origins = {q.origin for p in points for q in (p.fvu, p.score) if q is not None}
     if INTERPOLATED in origins:

@@ -38,6 +38,14 @@ class Stored(Encoded):
                     "change the config."
                 )
 
+    def useless(self, config: DPXAttnConfig) -> str | None:
+        """Why a release at config.epsilon is not known to be better than none; None where it is, or was never compared.
+
+        Args:
+            config: of the release.
+        """
+        return None
+
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Unpack[HubOptions]) -> Self:
         """Reads a calibration of this kind.

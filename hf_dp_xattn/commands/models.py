@@ -28,6 +28,11 @@ def add_protection(parser: argparse.ArgumentParser) -> None:
         help="folder or Hub id of a config, in place of the five settings that follow",
     )
     parser.add_argument("--epsilon", type=float, metavar="E", help="privacy loss of the release")
+    parser.add_argument(
+        "--allow-useless",
+        action="store_true",
+        help="go on where the calibration says that the release is not known to be better than none",
+    )
     add_settings(parser)
 
 
@@ -75,7 +80,9 @@ def protected_model(args: argparse.Namespace, ledger: Ledger) -> Any:
             raise ConfigError(
                 f"{Path(args.model).name!r} is protected already; leave out --{', --'.join(given)}."
             )
-        return handle_of(from_pretrained(args.model, ledger=ledger, dtype=dtype))
+        return handle_of(
+            from_pretrained(args.model, ledger=ledger, dtype=dtype, allow_useless=args.allow_useless)
+        )
     _check_settings(args, given)
     calibration = None
     if args.calibration is not None:
@@ -83,7 +90,8 @@ def protected_model(args: argparse.Namespace, ledger: Ledger) -> Any:
 
         calibration = Calibration.from_pretrained(args.calibration)
     config = _config(args, calibration)
-    return protect(load_plain(args.model, dtype), config, calibration=calibration, ledger=ledger)
+    model, useless = load_plain(args.model, dtype), args.allow_useless
+    return protect(model, config, calibration=calibration, ledger=ledger, allow_useless=useless)
 
 
 def parse_dtype(name: str) -> Any:

@@ -20,6 +20,7 @@ from .release import Release
 from .text.protected_text import ProtectedText
 from .text.text_hosts import handle_of_parts, surface_of
 from .weights import own_precision
+from .worth import require_worth
 
 if TYPE_CHECKING:
     from ..calibration.calibration import AnyCalibration
@@ -61,6 +62,7 @@ def protect(
     entropy: Entropy | None = None,
     tokenizer: Any = None,
     encoder: Any = None,
+    allow_useless: bool = False,
 ) -> Any:
     """Patches a Stable Diffusion pipeline (text-to-image, img2img, inpaint), a bare UNet, an encoder-decoder or a decoder-only model in
     place.
@@ -85,11 +87,12 @@ def protect(
         tokenizer: mechanism="library" only: of a model that comes without a pipeline.
         encoder: mechanism="library" only: what made the library's codes, where that was not the host's own text encoder: a function from a
             list of strings to codes [n, d], or (model, tokenizer) of an encoder of transformers.
+        allow_useless: go on where the calibration says that a release at this epsilon is not known to be better than none.
 
     Raises:
         UnsupportedModelError: the host is not in the table, or what is private has ways around cross-attention.
         ConfigError: the host is protected with other settings; the calibration is missing, or made for another mechanism, unit, model or
-            text encoder.
+            text encoder; or its plan for this epsilon is not known to be better than no release (see `allow_useless`).
         ProtectionLostError: the host is protected and something was replaced since.
         LedgerError: the process's ledger cannot be opened.
         In each case nothing was patched.
@@ -101,9 +104,8 @@ def protect(
         Privacy report: ...
     """
     with _installing:
-        return _protect(
-            host, config, calibration, ledger, budget, entropy, tokenizer=tokenizer, encoder=encoder
-        )
+        settings = (config, calibration, ledger, budget, entropy)
+        return _protect(host, *settings, tokenizer=tokenizer, encoder=encoder, allow_useless=allow_useless)
 
 
 def protect_to_serve(
@@ -152,10 +154,12 @@ def _protect(
     tokenizer: Any = None,
     encoder: Any = None,
     serving_only: bool = False,
+    allow_useless: bool = False,
 ) -> Handle:
     if not isinstance(config, DPXAttnConfig):
         raise ConfigError(f"config must be a DPXAttnConfig, got {type(config).__name__}.")
     _check_types(calibration, ledger, budget)
+    require_worth(config, calibration, allow_useless=allow_useless)
     if KNOWN[config.mechanism].releases == "texts" or isinstance(handle_of(host), ProtectedText):
         settings = (config, calibration, ledger, budget, entropy)
         return _protect_text(host, settings, tokenizer, encoder, serving_only=serving_only)

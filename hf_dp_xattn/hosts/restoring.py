@@ -16,7 +16,12 @@ _REFUSED = ("trust_remote_code", "custom_pipeline", "custom_revision", "use_safe
 
 
 def from_pretrained(
-    name_or_path: str | Path, *, ledger: Ledger | None = None, encoder: Any = None, **options: Any
+    name_or_path: str | Path,
+    *,
+    ledger: Ledger | None = None,
+    encoder: Any = None,
+    allow_useless: bool = False,
+    **options: Any,
 ) -> Any:
     """Restores a protected pipeline or model in one call: what its `save_pretrained` or `push_to_hub` wrote.
 
@@ -27,6 +32,7 @@ def from_pretrained(
         ledger: what has been spent so far. Without one it is the process's (HF_DP_XATTN_LEDGER, or in memory), which does not know what
             was spent in another ledger or process: contexts that were released there can be released once more.
         encoder: mechanism="library" only: what made the library's codes, where that was not the host's own text encoder.
+        allow_useless: as in `protect`.
         options: revision, token, subfolder, local_files_only, cache_dir, force_download; what else the host's own `from_pretrained` takes
             (dtype, ...) is passed on.
 
@@ -63,7 +69,13 @@ def from_pretrained(
         protect_to_serve(host, config, ledger=ledger, budget=protection.budget)
     else:
         protect(
-            host, config, calibration=calibration, ledger=ledger, budget=protection.budget, encoder=encoder
+            host,
+            config,
+            calibration=calibration,
+            ledger=ledger,
+            budget=protection.budget,
+            encoder=encoder,
+            allow_useless=allow_useless,
         )
     return host
 

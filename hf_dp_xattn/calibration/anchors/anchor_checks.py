@@ -8,6 +8,7 @@ import torch
 
 from ...artefacts.checks import Sizes
 from ...errors import ConfigError
+from ...mechanisms.anchors.fallback import FALLBACKS
 from ...mechanisms.anchors.plan import RELEASES, AnchorPlan, Decoders
 from ..stored import CHECKS
 
@@ -21,7 +22,10 @@ def verify_plans(plans: Sequence[AnchorPlan], decoders: Decoders, channels: int)
 
 
 def _verify_decoders(decoders: Decoders, plans: Sequence[AnchorPlan], shared: Sizes) -> None:
-    slots, cells, move = decoders.slots, decoders.cells, decoders.move
+    slots, cells, move, fallback = decoders.slots, decoders.cells, decoders.move, decoders.fallback
+    if fallback is not None:
+        shared.fit("fallback.rows", fallback.rows, "F", "C", floats=True)
+        shared.fit("fallback.log_weights", fallback.log_weights, "F", floats=True)
     if slots is not None:
         shared.fit("slots.hidden", slots.hidden, "H", "H")
         shared.fit("slots.slots", slots.slots, "R", "C")
@@ -59,6 +63,14 @@ def _verify_plan(plan: AnchorPlan, decoders: Decoders, shared: Sizes, channels: 
     for name in ("fvu", "low", "high"):
         CHECKS.number(getattr(plan.quality, name), f"{where}: {name}")
     CHECKS.integer(plan.quality.contexts, f"{where}: contexts")
+    if plan.worth is not None:
+        for name in ("ratio", "high"):
+            CHECKS.number(getattr(plan.worth, name), f"{where}: {name}", low=0.0)
+        CHECKS.number(plan.worth.weight, f"{where}: weight", low=0.0, high=1.0)
+        if plan.worth.against not in FALLBACKS or plan.worth.measure not in ("fvu", "divergence"):
+            CHECKS.refuse(f"{where}: what it was compared with")
+        if decoders.fallback is None:
+            CHECKS.refuse(f"{where}: no fall-back")
     if plan.release not in RELEASES:
         CHECKS.refuse(f"{where}: release {plan.release!r} is unknown")
     sizes = CHECKS.sizes(C=channels)

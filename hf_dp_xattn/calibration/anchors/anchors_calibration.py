@@ -13,8 +13,9 @@ from ...artefacts.card import table
 from ...artefacts.codec import Tensors
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
-from ...mechanisms.anchors.anchors import PreparedAnchors, prepare_anchors
+from ...mechanisms.anchors.anchors import PreparedAnchors, nearest_plan, prepare_anchors
 from ...mechanisms.anchors.cells import CellDecoder, Tilt
+from ...mechanisms.anchors.fallback import Fallback, Worth
 from ...mechanisms.anchors.move import RowMove
 from ...mechanisms.anchors.plan import AnchorPlan, Decoders, Quality
 from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
@@ -28,6 +29,8 @@ GROUPINGS = {"row": ("rows",), "group": ("rows", "phrases", "segments"), "contex
 HALF = ("matrix", "weight", "hidden", "coefficients", "directions", "anchors", "inner", "outer", "cells")
 _FIELDS = ("unit", "neighboring", "grouping", "channels", "contexts", "units", "settings")
 _PLAN_KEYS = {*AnchorPlan.FIELDS, "quality", "has_head", "has_tilt"}
+_MEASURES = {"fvu": "unexplained variance", "divergence": "divergence of replies"}
+_NOTHING = {"mean": "the public mean", "none": "no context at all"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +66,7 @@ class AnchorCalibration(Stored):
     """
 
     KEYS = frozenset({"kind", "host", "plans", "scores", "has_slots", "cells", *_FIELDS})
+    OPTIONAL = frozenset({"has_fallback"})
     KIND = mechanism = "anchors"
 
     unit: str
@@ -94,6 +98,15 @@ class AnchorCalibration(Stored):
         self.check(config, self.channels)
         return prepare_anchors(config, self.plans, self.decoders)
 
+    def useless(self, config: DPXAttnConfig) -> str | None:
+        worth = nearest_plan(self.plans, config.epsilon).worth
+        if worth is None or worth.useful:
+            return None
+        return (
+            f"on held-out public contexts the {_MEASURES[worth.measure]} is {worth.ratio:.3g} times that of {_NOTHING[worth.against]} "
+            f"(with 95 % confidence no more than {worth.high:.3g} times)"
+        )
+
     def header(self) -> dict[str, Any]:
         cells = self.decoders.cells
         return {
@@ -106,12 +119,14 @@ class AnchorCalibration(Stored):
                     "quality": dataclasses.asdict(p.quality),
                     "has_head": p.head is not None,
                     "has_tilt": p.tilt is not None,
+                    **({} if p.worth is None else {"worth": dataclasses.asdict(p.worth)}),
                 }
                 for p in self.plans
             ],
             "scores": [dataclasses.asdict(s) for s in self.scores],
             "has_slots": self.decoders.slots is not None,
             "cells": None if cells is None else {"rows": cells.rows},
+            **({} if self.decoders.fallback is None else {"has_fallback": True}),
         }
 
     def tensors(self) -> Tensors:
@@ -126,6 +141,7 @@ class AnchorCalibration(Stored):
         add("slots", self.decoders.slots)
         add("cells", self.decoders.cells)
         add("move", self.decoders.move)
+        add("fallback", self.decoders.fallback)
         for i, plan in enumerate(self.plans):
             add(f"plan.{i}", plan)
             add(f"plan.{i}.head", plan.head)
@@ -157,6 +173,7 @@ class AnchorCalibration(Stored):
                 _part(RowMove, "move", tensors)
                 if any(p["release"] == "mixed" for p in header["plans"])
                 else None,
+                _part(Fallback, "fallback", tensors) if header.get("has_fallback") else None,
             ),
         )
 
@@ -235,7 +252,7 @@ def _part(kind: Any, prefix: str, tensors: Tensors, **extra: Any) -> Any:
 
 
 def _read_plan(i: int, entry: Mapping[str, Any], tensors: Tensors) -> AnchorPlan:
-    CHECKS.keys(entry, _PLAN_KEYS, f"plan {i} of {CODEC.json_name}")
+    CHECKS.keys(entry, _PLAN_KEYS, f"plan {i} of {CODEC.json_name}", optional={"worth"})
     prefix = f"plan.{i}"
     parts: dict[str, Any] = {n: tensors[f"{prefix}.{n}"] for n in AnchorPlan.TENSORS}
     return AnchorPlan(
@@ -244,4 +261,5 @@ def _read_plan(i: int, entry: Mapping[str, Any], tensors: Tensors) -> AnchorPlan
         head=_part(SlotHead, f"{prefix}.head", tensors) if entry["has_head"] else None,
         tilt=_part(Tilt, f"{prefix}.tilt", tensors) if entry["has_tilt"] else None,
         quality=Quality(**entry["quality"]),
+        worth=Worth(**entry["worth"]) if "worth" in entry else None,
     )

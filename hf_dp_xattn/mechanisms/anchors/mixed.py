@@ -70,7 +70,7 @@ class MixedSource(Source):
         total = self.sum.real(noised[1])
         return torch.cat([self.histogram.code(noised[:1], rows), total, total.new_tensor([float(rows)])])
 
-    def decode(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
+    def decoded(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
         if decoders.cells is None or decoders.move is None:
             raise ConfigError(
                 "The calibration holds no anchors, or no move of them, for this plan; calibrate again."

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .cells import CellDecoder, Tilt
+from .fallback import Fallback, Worth
 from .move import RowMove
 from .slots import SlotDecoder, SlotHead
 
@@ -39,7 +40,7 @@ class AnchorPlan:
     bound: l1 bound of one unit's counts ("histogram" of larger units). share_plus: part of epsilon that keeps empty cells empty (A;
         1/2 is C).
     noise: standard deviation of the noise that the decoder was trained for ("sum"), or probability of a true answer ("response").
-    head: the slot decoder's own part; None where cells are decoded to anchors.
+    head: the slot decoder's own part; None where cells are decoded to anchors. worth: the plan beside no release; None: never compared.
     """
 
     epsilon: float
@@ -55,6 +56,7 @@ class AnchorPlan:
     head: SlotHead | None
     tilt: Tilt | None
     quality: Quality
+    worth: Worth | None = None
 
     TENSORS = ("center", "reach", "matrix", "bias", "codes")
     FIELDS = ("epsilon", "release", "bound", "share_plus", "noise")
@@ -62,8 +64,10 @@ class AnchorPlan:
 
 @dataclass(frozen=True, eq=False)
 class Decoders:
-    """What the plans share: the slot decoder, for cells the anchors' rows and priors, and for "mixed" how a mean code moves them."""
+    """What the plans share: the slot decoder, for cells the anchors' rows and priors, for "mixed" how a mean code moves them,
+    and what stands where a release says nothing."""
 
     slots: SlotDecoder | None = None
     cells: CellDecoder | None = None
     move: RowMove | None = None
+    fallback: Fallback | None = None

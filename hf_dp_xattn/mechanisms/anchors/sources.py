@@ -18,6 +18,7 @@ from ..base import Answers, GuaranteeNumbers, Integers, NoisePart, State, Summan
 from ..context_rows import ContextRows
 from ..inputs import units_of_rows
 from .cells import CellDecoder
+from .fallback import drawn
 from .histogram import PreparedHistogram, prepare_gaussian
 from .plan import AnchorPlan, Decoders
 from .quantizer import RowQuantizer
@@ -49,9 +50,13 @@ class Source(ABC):
     def code(self, noised: Integers, rows: int | None) -> torch.Tensor:
         """Noised integers as one float code, of `rows` rows where that number is public. Post-processing."""
 
-    @abstractmethod
     def decode(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
-        """Post-processing."""
+        """The plan's rows, drawn towards its fall-back. Post-processing."""
+        return drawn(self.decoded(code, plan, decoders), plan.worth, decoders.fallback)
+
+    @abstractmethod
+    def decoded(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
+        """What the plan's own decoder makes of the code. Post-processing."""
 
     @property
     @abstractmethod
@@ -135,7 +140,7 @@ class SumSource(Source):
     def code(self, noised: Integers, rows: int | None) -> torch.Tensor:
         return self.prepared.real(noised[0])
 
-    def decode(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
+    def decoded(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
         return _decode_slots(code, (plan.noise / self.prepared.sigma) ** 2, plan, decoders)
 
     @property
@@ -191,7 +196,8 @@ class LearnedSum:
         assert state.deviation is not None
         ratio, step = mean_ratio(self.units, state.units), 2.0**-self.exponent
         trust = (self.plan.noise / (state.deviation * ratio * step)) ** 2
-        return weighted(_decode_slots(noised[0] * (ratio * step), trust, self.plan, self.decoders), ratio)
+        found = _decode_slots(noised[0] * (ratio * step), trust, self.plan, self.decoders)
+        return weighted(drawn(found, self.plan.worth, self.decoders.fallback), ratio)
 
     def describe(self) -> str:
         return f"the image of each {self.source.what} under a public map into R^{self.size}"
@@ -229,7 +235,7 @@ class ResponseSource(Source):
             total = total + codes[answers].sum(0)
         return total
 
-    def decode(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
+    def decoded(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
         return _decode_slots(code, (self.response.truth / plan.noise) ** 2, plan, decoders)
 
     @property
@@ -312,7 +318,7 @@ class HistogramSource(Source):
     def code(self, noised: Integers, rows: int | None) -> torch.Tensor:
         return self.prepared.counts(noised[0])
 
-    def decode(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
+    def decoded(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
         if decoders.cells is None:
             raise ConfigError("The calibration holds no anchors for this plan; calibrate again.")
         return decoders.cells.decode(self.weights(code, plan, decoders.cells))
@@ -350,7 +356,7 @@ class HistogramSource(Source):
             neighboring=config.neighboring,
             group_bound=1 if config.unit == "row" else plan.bound,
         )
-        return CellCounts(counts, self.quantizer, decoders)
+        return CellCounts(counts, self.quantizer, plan, decoders)
 
 
 @dataclass(frozen=True, eq=False)
@@ -364,6 +370,7 @@ class CellCounts:
 
     prepared: PreparedHistogram
     quantizer: RowQuantizer
+    plan: AnchorPlan
     decoders: Decoders
 
     @property
@@ -398,7 +405,8 @@ class CellCounts:
         mean = n * prior / prior.sum()
         variance = (state.deviation * 2.0**-self.exponent) ** 2
         weights = mean + mean / (mean + variance) * (y - mean)
-        return cells.decode(weights.clamp_min(0.0).to(torch.float32)).pruned()
+        found = cells.decode(weights.clamp_min(0.0).to(torch.float32))
+        return drawn(found, self.plan.worth, self.decoders.fallback).pruned()
 
     def describe(self) -> str:
         return f"each {self.prepared.unit.value}'s counts in {self.size} public cells"
