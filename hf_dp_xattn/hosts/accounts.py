@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import ConfigError
@@ -10,6 +11,8 @@ from ..privacy.default_ledger import VARIABLE, default_ledger, is_default, named
 from ..privacy.ledger import Budget, Ledger, Name
 
 if TYPE_CHECKING:
+    from ..calibration.calibration import AnyCalibration
+    from ..config import DPXAttnConfig
     from ..privacy.accountant import Event
     from ..privacy.bits import Entropy
 
@@ -43,20 +46,40 @@ class NoLedger(Ledger):
         raise ConfigError(SERVING)
 
 
-def ledger_for(given: Ledger | None, entropy: Entropy | None, *, serving_only: bool) -> Ledger:
-    """The ledger of a handle that was given `given`.
+@dataclass(frozen=True)
+class Settings:
+    """What `protect` was told, whatever the host.
 
-    Without one it is the process's. Seeded noise promises nothing, whatever was charged, so that it has no place in an account of promises:
-    such a handle (of a test) counts for itself. A handle that only serves takes the account that the environment names, or none.
-
-    Raises:
-        LedgerError: see `default_ledger`.
+    config, calibration, ledger, budget, entropy: see `protect.protect`. serving_only: no release is to be made without a ledger.
     """
-    if given is not None:
-        return given
-    if serving_only and named_path() is None:
-        return NoLedger()
-    return Ledger() if entropy is not None else default_ledger()
+
+    config: DPXAttnConfig
+    calibration: AnyCalibration | None = None
+    ledger: Ledger | None = None
+    budget: Budget | None = None
+    entropy: Entropy | None = None
+    serving_only: bool = False
+
+    def ledger_used(self) -> Ledger:
+        """The ledger that was given, or the process's.
+
+        Seeded noise promises nothing, whatever was charged, so that it has no place in an account of promises: such a handle (of a test)
+        counts for itself. A handle that only serves takes the account that the environment names, or none.
+
+        Raises:
+            LedgerError: see `default_ledger`.
+        """
+        if self.ledger is not None:
+            return self.ledger
+        if self.serving_only and named_path() is None:
+            return NoLedger()
+        return Ledger() if self.entropy is not None else default_ledger()
+
+    def scoped(self) -> Budget:
+        """Of a context: what was given, or one release."""
+        c = self.config
+        own = Budget(c.epsilon, c.delta) if self.budget is None else self.budget
+        return own.scoped(c.unit, c.neighboring)
 
 
 def told(ledger: Ledger) -> str:

@@ -3,61 +3,56 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ..config import DPXAttnConfig
-from ..errors import ProtectionLostError
-from ..privacy.ledger import Budget, Ledger
+from ..errors import ProtectionLostError, ReleaseError
 from ..report import PrivacyReport
-from .access import Access
+from . import base_guard
+from .accounts import STAYS, Settings
+from .base_guard import BaseGuard
 from .bindings import Bindings, bind, unique
 from .context import PrivateContext
 from .fingerprint import Fingerprint
-from .host_words import HostWords, Setting
+from .growing import GrowingContext, append_to, only, open_growing
 from .layer import Layer
-from .locks import Lock, locked
+from .locks import locked
 from .making import Recipe, choose_maker
 from .placeholder import Tag, make_placeholder
 from .promised import Promises
 from .rehearsal import rehearse
 from .released import Binding, ReleasedContext, require_fit
 from .released_cache import ReleasedCache
-from .releases import Releases
 from .saving import SaveShadow
+from .storage import ReleaseFile
 from .tables import LayerTable, Tables
 from .weights import Weights
 
 if TYPE_CHECKING:
-    from ..calibration.calibration import AnyCalibration
     from ..privacy.bits import Entropy
+    from .text.text_release_file import TextReleaseFile
 
 HANDLE_ATTRIBUTE = "_dp_xattn_handle"
 
 
-class Guarded(Protocol):
-    """What a guard asks of its host (`host.Host` says what each is)."""
+class Guarded(base_guard.Guarded, Protocol):
+    """What a guard asks of its host (`layer_host.LayerHost` says what each is)."""
 
-    model: Any
     layers: dict[str, Layer]
     weights: Weights
 
     @property
     def projects_rows(self) -> bool: ...
     @property
-    def undo(self) -> str: ...
-    @property
     def channels(self) -> int: ...
     @property
     def hidden_length(self) -> int: ...
-    def lost(self) -> str | None: ...
     def changed(self) -> str | None: ...
     def finished(self, released: ReleasedContext) -> ReleasedContext: ...
-    def words(self, setting: Setting) -> HostWords: ...
+    def check_growing(self, contexts: Sequence[PrivateContext]) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,56 +65,23 @@ class _Built:
     tables: dict[str, LayerTable]
 
 
-class Guard:
-    """Made for one host and one handle. How releases are made for it (`releases.Making`), and how they are read.
+class Guard(BaseGuard[Fingerprint, Recipe, ReleasedContext]):
+    """Of a host whose layers read a context: how releases are made for it (`releases.Making`), and how they are read."""
 
-    lock: held while anything of the handle is changed, never while a host runs. calling: held while a pipeline runs; taken before `lock`.
-    active: from `install` until `unprotect`.
-    """
+    _host: Guarded
 
-    def __init__(
-        self,
-        host: Guarded,
-        config: DPXAttnConfig,
-        calibration: AnyCalibration | None,
-        *,
-        ledger: Ledger | None = None,
-        budget: Budget | None = None,
-        entropy: Entropy | None = None,
-        serving_only: bool = False,
-    ) -> None:
-        self._host, self.config, self.calibration = host, config, calibration
-        self.active = False
-        self.access = Access()
-        self.lock, self.calling = Lock(), Lock()
-        self.maker = choose_maker(
-            host.model, host.layers, config, calibration, host.weights.current(), serving_only=serving_only
-        )
-        self.releases: Releases[Fingerprint, Recipe, ReleasedContext] = Releases(
-            config,
-            self,
-            ReleasedCache(),
-            self.lock,
-            ledger=ledger,
-            budget=budget,
-            entropy=entropy,
-            serving_only=serving_only,
-        )
+    def __init__(self, host: Guarded, settings: Settings) -> None:
+        self.maker = choose_maker(host.model, host.layers, settings, host.weights.current())
+        super().__init__(host, settings, ReleasedCache())
         self.bindings = Bindings()
         self.promises = Promises(self.releases, self.bindings)
-        self.saving = SaveShadow(host.model, self)
+        self._saving = SaveShadow(host.model, self)
         self._tables = Tables(host.layers)
         self._built: _Built | None = None
 
     @property
-    def model(self) -> Any:
-        """The UNet or model."""
-        return self._host.model
-
-    @property
-    def budget(self) -> Budget:
-        """Of a context."""
-        return self.releases.budget
+    def saving(self) -> SaveShadow:
+        return self._saving
 
     @property
     def channels(self) -> int:
@@ -133,14 +95,6 @@ class Guard:
 
     # ---- is it still protected ---------------------------------------------------------------------------------------------
 
-    def check(self) -> None:
-        """Raises `ProtectionLostError` unless everything that `protect` installed is still in place."""
-        lost = self._host.lost() if self.active else "it was unprotected"
-        if lost is not None:
-            raise ProtectionLostError(
-                f"The protection is no longer in place: {lost}. Nothing was run. {self._host.undo}"
-            )
-
     def check_changes(self) -> None:
         """`check`, and that the model has gained no layer or way around its cross-attention since."""
         self.check()
@@ -149,15 +103,14 @@ class Guard:
             raise ProtectionLostError(changed)
 
     def check_thoroughly(self) -> None:
-        """`check_changes`, and a look at the weights. Before each release, and once for each call of the host."""
+        """`check_changes`, and a look at the weights."""
         self.check_changes()
         self._host.weights.look()
 
-    @contextmanager
-    def public(self) -> Iterator[None]:
-        """See `Protected.public`."""
-        with self.access.enter("public"):
-            yield
+    def check_inputs(self) -> None:
+        """`check_changes`; a call is about to come, which looks at the weights."""
+        self.check_changes()
+        self._host.weights.expect()
 
     # ---- how a release is made (`releases.Making`) -------------------------------------------------------------------------
 
@@ -209,12 +162,35 @@ class Guard:
     # ---- what a placeholder names, and what the layers read ----------------------------------------------------------------
 
     @locked
-    def adopt(self, contexts: Sequence[ReleasedContext]) -> None:
-        """Takes in releases that were made elsewhere: verified, and named in the report."""
+    def take_in(self, file: ReleaseFile | TextReleaseFile) -> None:
+        made_for, present = file.terms.host, type(self.model).__name__
+        if not isinstance(file, ReleaseFile):
+            raise ReleaseError(
+                f"This is a release of texts, and the {present} is protected with mechanism={self.config.mechanism!r}. Call "
+                f"dpx.unprotect(host) first, and load the release again ({STAYS})."
+            )
+        if present != made_for:
+            raise ReleaseError(
+                f"The release does not fit this model: it was made for a {made_for}, and this is a {present}. Load the model that it "
+                "was made with."
+            )
         current = self.fingerprint()
-        for context in contexts:
+        for context in file.contexts:
             require_fit(context.foreign(current, projected=self._host.projects_rows))
-        self.releases.adopt(contexts)
+        self.releases.adopt(file.contexts)
+
+    def open(
+        self, contexts: Sequence[PrivateContext], groups: torch.Tensor | None, horizon: int
+    ) -> GrowingContext:
+        self._host.check_growing(contexts)
+        growing = open_growing(self, only(contexts), groups, horizon)
+        self.releases.spent.append(growing.spent)
+        return growing
+
+    def append(
+        self, growing: GrowingContext, contexts: Sequence[PrivateContext], groups: torch.Tensor | None
+    ) -> ReleasedContext:
+        return append_to(self, growing, only(contexts), groups)
 
     def verify(self, contexts: Iterable[ReleasedContext]) -> Fingerprint:
         """The fingerprint of the present weights. Raises ReleaseError unless the releases can serve them."""
@@ -255,7 +231,7 @@ class Guard:
         self._built = None
         self._tables.clear()
         self.promises.clear()
-        self.releases.clear()
+        super().clear()
 
     # ---- report ------------------------------------------------------------------------------------------------------------
 
@@ -265,9 +241,8 @@ class Guard:
 
     def report(self) -> PrivacyReport:
         """See `Protected.report`."""
-        words = self._host.words(Setting.of(self.config, self.calibration))
         heads = [layer.heads for layer in self._host.layers.values()]
-        return self.releases.report(words, heads, self.warnings())
+        return self.releases.report(self.words(), heads, self.warnings())
 
 
 def mark(module: Any, handle: Any) -> None:

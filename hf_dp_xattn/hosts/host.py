@@ -1,30 +1,22 @@
 """`Host`: what a kind of host says of itself. A new one is a subclass beside its siblings, and a line in `host_registry.py`.
 
-A handle (`protected.Protected`) holds one. The host installs gates and says what they hand on; all that is private goes through the `Guard`
-that it is installed with.
+A handle (`protected.Protected`) holds one, and the guard that was made for it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
-from torch import nn
 
-from .accounts import PROTECT_AGAIN
+from .accounts import PROTECT_AGAIN, Settings
+from .base_guard import BaseGuard
 from .context import PrivateContext
-from .fingerprint import Fingerprint
-from .guard import Guard, handle_on
 from .host_words import HostWords, Setting
-from .layer import Layer
-from .lengths import HIDDEN
-from .making import Maker
-from .released import ReleasedContext
-from .weights import Weights
 
-Family = Literal["diffusers", "encoder-decoder", "decoder-only", "image-text"]
+Family = Literal["diffusers", "encoder-decoder", "decoder-only", "image-text", "released-text"]
 
 
 class Named(NamedTuple):
@@ -38,56 +30,27 @@ class Readable(Protocol):
     """A release as a host reads it."""
 
     @property
-    def contexts(self) -> tuple[ReleasedContext, ...]: ...
-    def beside(self, prompt: Any) -> list[tuple[ReleasedContext, str | None]]:
+    def contexts(self) -> tuple[Any, ...]: ...
+    def beside(self, prompt: Any) -> list[tuple[Any, str | None]]:
         """Each context with the public text that joins it."""
         ...
 
 
 class Host(ABC):
-    """One UNet or model.
+    """A UNet or model (`layer_host.LayerHost`), or whatever reads released text (`text.text_host.TextHost`).
 
-    projects_rows: its layers make keys and values of rows of context space by their present weights. undo: what to do where the protection
-    was lost. layers: by name, those that read a context. originals: what stood in each of
-    them before, a processor or a config. weights: those that a release must fit. guard: from `install` on.
+    undo: what to do where the protection was lost. layers: those that read a private context, by name. guard: from `install` on.
     """
 
     family: ClassVar[Family]
-    projects_rows: ClassVar[bool] = True
     undo: ClassVar[str] = f"Undo that change, call dpx.unprotect(model), and {PROTECT_AGAIN}."
-    keeps_sketch: ClassVar[bool] = True
-    guard: Guard
-    originals: dict[str, Any]
-
-    def __init__(self, model: Any) -> None:
-        """Raises UnsupportedModelError where the model is not supported; it is left as it was."""
-        self.model = model
-        self.layers = self.find_layers()
-        self.weights = Weights(model, self.watched, self.sketch, kept=self.keeps_sketch)
-
-    # ---- what it is --------------------------------------------------------------------------------------------------------
+    model: Any
+    layers: Mapping[str, Any] = {}
+    guard: Any
 
     @abstractmethod
-    def find_layers(self) -> dict[str, Layer]:
-        """The layers that read a context, in module order. Raises UnsupportedModelError."""
-
-    @abstractmethod
-    def watched(self) -> list[nn.Module]:
-        """The modules whose weights a release must fit, as they are now."""
-
-    @abstractmethod
-    def sketch(self) -> Fingerprint:
-        """Of the watched weights."""
-
-    @property
-    @abstractmethod
-    def channels(self) -> int:
-        """Of a row of context space."""
-
-    @property
-    def hidden_length(self) -> int:
-        """Length of a placeholder that must not tell how many rows there are."""
-        return HIDDEN
+    def guarded(self, settings: Settings) -> BaseGuard[Any, Any, Any]:
+        """Its guard. Raises ConfigError where the settings are not for this host; it is left as it was."""
 
     @property
     def text(self) -> Any:
@@ -101,9 +64,8 @@ class Host(ABC):
 
     # ---- installing and removing -------------------------------------------------------------------------------------------
 
-    @abstractmethod
-    def install(self, guard: Guard) -> None:
-        """Closes every way that a context has to the layers but through the guard."""
+    def install(self, guard: Any, handle: Any) -> None:
+        """Closes every way that a context has into the model but through the guard. handle: found on the model while it lasts."""
         self.guard = guard
 
     @abstractmethod
@@ -114,43 +76,24 @@ class Host(ABC):
     def lost(self) -> str | None:
         """What of it is no longer in place, in words; or None."""
 
-    def changed(self) -> str | None:
-        """What the model has gained since that a guarantee does not cover: a sentence without its end; or None."""
-        return None
-
     def has(self, pipe: Any) -> bool:
         """Whether a pipeline around the model has joined."""
         return True
 
-    def side_of(self, pipe: Any, maker: Maker) -> Any:
-        """The text side of a pipeline that may join; nothing is patched. Raises UnsupportedModelError, or ConfigError where the calibration
-        is for another text encoder."""
+    def side_of(self, pipe: Any, guard: Any) -> Any:
+        """What takes in private text for a pipeline that may join; nothing is patched. Raises UnsupportedModelError, or ConfigError where
+        the calibration is for another text encoder."""
         return None
 
-    def join(self, pipe: Any, side: Any) -> None:
-        """Adds a pipeline around the model."""
+    def join(self, pipe: Any, side: Any, handle: Any) -> None:
+        """Adds a pipeline around the model. side: of `side_of`. handle: found on its parts while it lasts."""
         return
 
-    @property
-    def is_held(self) -> bool:
-        """Whether the model still names the handle of this guard."""
-        return getattr(handle_on(self.model), "guard", None) is self.guard
-
-    # ---- private contexts --------------------------------------------------------------------------------------------------
+    # ---- what is private, and what is read ---------------------------------------------------------------------------------
 
     @abstractmethod
     def name(self, context: Any, groups: Any, **named: Any) -> Named:
         """Validates and names what `Protected.release` is given. Raises ContextError, ConfigError; nothing was spent."""
-
-    def check_growing(self, contexts: Sequence[PrivateContext]) -> None:
-        """Raises ConfigError where they cannot grow."""
-        return
-
-    def finished(self, released: ReleasedContext) -> ReleasedContext:
-        """A release as its layers read it."""
-        return released
-
-    # ---- what is read ------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def inputs(self, release: Readable, prompt: Any, **public: Any) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from .diffusers.architectures import check_pipeline_class, refuse_host, unwrap
 from .diffusers.public_prompts import public_prompts
 from .diffusers.unet_host import UNetHost
 from .guard import handle_on
-from .host import Family, Host
+from .host import Family
+from .layer_host import LayerHost
 from .transformers.decoder_only.decoder_host import DecoderHost
 from .transformers.decoder_only.prefix_probing import is_decoder_only
 from .transformers.decoder_only.public_prefixes import public_prefixes
@@ -36,7 +37,7 @@ class HostKind:
     """
 
     matches: Callable[[Any], bool]
-    host: type[Host]
+    host: type[LayerHost]
     public_data: Callable[[Any, Any, DPXAttnConfig, CalibrationOptions], AbstractContextManager[PublicData]]
     takes: frozenset[str] = frozenset()
     documents: bool = False

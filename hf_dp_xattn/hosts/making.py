@@ -19,6 +19,7 @@ from ..mechanisms.kernel_sum.contributions import unit_rows
 from ..mechanisms.registry import prepare_release
 from ..privacy.accountant import Event
 from ..privacy.bits import Entropy
+from .accounts import Settings
 from .diffusers.text_side import TextSide
 from .fingerprint import Fingerprint
 from .identity import OTHER_PROJECTIONS, check_layers, check_text, fingerprint_of
@@ -26,7 +27,7 @@ from .layer import Layer, in_range, project_apart
 from .private_run import private_run
 
 if TYPE_CHECKING:
-    from ..calibration.calibration import AnyCalibration, Calibration
+    from ..calibration.calibration import Calibration
 
 
 class Recipe(Protocol):
@@ -180,16 +181,9 @@ class ServingOnly:
         return ()
 
 
-def choose_maker(
-    model: Any,
-    layers: Mapping[str, Layer],
-    config: DPXAttnConfig,
-    calibration: AnyCalibration | None,
-    current: Fingerprint,
-    *,
-    serving_only: bool,
-) -> Maker:
+def choose_maker(model: Any, layers: Mapping[str, Layer], settings: Settings, current: Fingerprint) -> Maker:
     """The maker for `config.mechanism`. Raises ConfigError where the calibration is missing, or for something else."""
+    config, calibration = settings.config, settings.calibration
     if config.mechanism != "anchors":
         if isinstance(calibration, (AnchorCalibration, TextLibrary)):
             raise ConfigError(
@@ -199,7 +193,7 @@ def choose_maker(
         if config.mechanism == "library":
             raise ConfigError("mechanism='library' releases texts, which are not served by patched layers.")
         return LayerMaker(model, layers, config, calibration, current)
-    if calibration is None and serving_only:
+    if calibration is None and settings.serving_only:
         return ServingOnly()
     if calibration is None:
         raise ConfigError(NO_CALIBRATION)

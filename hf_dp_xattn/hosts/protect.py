@@ -1,24 +1,27 @@
-"""`protect` and `unprotect`."""
+"""`protect`, `unprotect`, and `Release`, which protects the host that it is loaded for."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+import os
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
+from ..artefacts import HubOptions
 from ..calibration.anchors.anchors_calibration import AnchorCalibration
 from ..calibration.calibration import Calibration
 from ..calibration.library.text_library import TextLibrary
 from ..config import DPXAttnConfig
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError, DPXAttnError, UnsupportedModelError
 from ..known_mechanisms import KNOWN
 from ..privacy.ledger import Budget, Ledger
-from .accounts import PROTECT_AGAIN, STAYS
+from .accounts import PROTECT_AGAIN, STAYS, Settings
 from .guard import handle_on
+from .host import Host
 from .host_registry import kind_of, model_of
 from .locks import Lock
 from .protected import Protected
-from .release import Release
-from .text.protected_text import ProtectedText
-from .text.text_hosts import handle_of_parts, surface_of
+from .release import BaseRelease
+from .text.text_host import TextHost, handle_of_parts
+from .text.text_release_file import load_release, locate_release
 from .weights import own_precision
 from .worth import require_worth
 
@@ -34,11 +37,8 @@ PREPARED = (
 _installing = Lock()  # two threads that protect one host get one handle
 
 
-Handle = Protected | ProtectedText
-
-
 def handle_of(host: Any) -> Any:
-    """The handle (`Protected`, `ProtectedText`) of a protected pipeline, UNet or model, or None.
+    """The handle (`Protected`) of a protected pipeline, UNet or model, or None.
 
     Args:
         host: what was given to `protect`, or a part of it.
@@ -103,9 +103,8 @@ def protect(
         >>> print(protected.report())
         Privacy report: ...
     """
-    with _installing:
-        settings = (config, calibration, ledger, budget, entropy)
-        return _protect(host, *settings, tokenizer=tokenizer, encoder=encoder, allow_useless=allow_useless)
+    settings = Settings(config, calibration, ledger, budget, entropy)
+    return _protect(host, settings, tokenizer=tokenizer, encoder=encoder, allow_useless=allow_useless)
 
 
 def protect_to_serve(
@@ -115,155 +114,149 @@ def protect_to_serve(
     ledger: Ledger | None = None,
     budget: Budget | None = None,
     tokenizer: Any = None,
-) -> Handle:
+) -> Protected:
     """`protect` for a release that was loaded: without a calibration or a ledger, which only new releases need (`accounts.NoLedger`)."""
-    with _installing:
-        return _protect(host, config, ledger=ledger, budget=budget, tokenizer=tokenizer, serving_only=True)
+    settings = Settings(config, ledger=ledger, budget=budget, serving_only=True)
+    return _protect(host, settings, tokenizer=tokenizer)
 
 
-def _serve(host: Any, config: DPXAttnConfig, ledger: Ledger | None) -> tuple[Handle, bool]:
-    """See `Release.from_pretrained`.
+class Release(BaseRelease):
+    """One release per context; every query, layer, step and output that uses it is post-processing.
+
+    *Formal guarantee.* `guarantees[i]` states what was released of context i; for `mechanism="none"` that is nothing private.
+    Made by `protected.release(...)`, saved and loaded with `save_pretrained` / `from_pretrained`; not by hand.
 
     Args:
-        host: what is to be served.
-        config: the release's.
-        ledger: what has been spent so far, or None.
+        contexts: what was released of each.
+        config: under which.
+        handle: that made or loaded it; held weakly.
+        growing: its growing side, where there is one.
+        terms: what was public and not covered where it was made; None: here.
+
+    Example:
+        >>> release = dpx.protect(pipe, dpx.DPXAttnConfig(epsilon=8.0)).release("a red circle")
+        >>> images = pipe(**release.inputs(), num_inference_steps=2).images
+        >>> folder = release.save_pretrained("red-circle")
+        >>> again = dpx.Release.from_pretrained("red-circle", host=pipe)
     """
-    handle = handle_of(host)
-    if handle is None:
-        return protect_to_serve(host, config, ledger=ledger), True
-    if ledger not in (None, handle.ledger):
-        raise ConfigError(
-            "This host is protected with another ledger, or with none, already. Load the release without `ledger`; or call "
-            f"dpx.unprotect(host) and load it with this one ({STAYS})."
-        )
-    return handle, False
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        host: Any,
+        ledger: Ledger | None = None,
+        **options: Unpack[HubOptions],
+    ) -> BaseRelease:
+        """Loads a release (a folder or a Hub repository, `HubOptions`) for `host`, which is protected with the release's config if it
+        is not yet.
 
-Release.server = staticmethod(_serve)
+        No calibration or ledger is needed to serve a release. A host that is protected here makes no release of its own without a ledger,
+        and no `anchors` release at all (protect it first, with the calibration).
+
+        Args:
+            name_or_path: folder or Hub id.
+            host: what it is to serve.
+            options: revision, token, subfolder, ... (`artefacts.HubOptions`).
+            ledger: what has been spent so far, if the host is to make releases too. The variable HF_DP_XATTN_LEDGER gives one as well.
+
+        Raises:
+            ConfigError: the host is protected already, with another ledger.
+            ReleaseError: damaged, truncated, of another schema, or made for another model. The host is as it was.
+        """
+        file = load_release(locate_release(name_or_path, **options))
+        known = handle_of(host)
+        if known is not None and ledger not in (None, known.ledger):
+            raise ConfigError(
+                "This host is protected with another ledger, or with none, already. Load the release without `ledger`; or call "
+                f"dpx.unprotect(host) and load it with this one ({STAYS})."
+            )
+        handle = protect_to_serve(host, file.config, ledger=ledger) if known is None else known
+        try:
+            return cast(BaseRelease, handle.take_in(file))
+        except DPXAttnError:
+            if known is None:
+                handle.unprotect()
+            raise
 
 
 def _protect(
-    host: Any,
-    config: DPXAttnConfig,
-    calibration: AnyCalibration | None = None,
-    ledger: Ledger | None = None,
-    budget: Budget | None = None,
-    entropy: Entropy | None = None,
-    *,
-    tokenizer: Any = None,
-    encoder: Any = None,
-    serving_only: bool = False,
-    allow_useless: bool = False,
-) -> Handle:
+    host: Any, settings: Settings, *, tokenizer: Any = None, encoder: Any = None, allow_useless: bool = False
+) -> Protected:
+    config = settings.config
     if not isinstance(config, DPXAttnConfig):
         raise ConfigError(f"config must be a DPXAttnConfig, got {type(config).__name__}.")
-    _check_types(calibration, ledger, budget)
-    require_worth(config, calibration, allow_useless=allow_useless)
-    if KNOWN[config.mechanism].releases == "texts" or isinstance(handle_of(host), ProtectedText):
-        settings = (config, calibration, ledger, budget, entropy)
-        return _protect_text(host, settings, tokenizer, encoder, serving_only=serving_only)
-    if tokenizer is not None or encoder is not None:
-        raise ConfigError("`tokenizer` and `encoder` are for mechanism='library'.")
-    model = model_of(host)
-    kind = kind_of(model)
-    pipe = kind.pipeline(host)
-    handle: Protected | None = handle_of(model)
-    if handle is not None:
-        _check_same(handle, config, calibration, ledger, budget, entropy)
+    _check_types(settings)
+    require_worth(config, settings.calibration, allow_useless=allow_useless)
+    with _installing:
+        handle: Protected | None = handle_of(host)
+        if KNOWN[config.mechanism].releases == "texts" or isinstance(getattr(handle, "host", None), TextHost):
+            handle, model, pipe = handle or handle_of_parts(host), host, host
+        else:
+            if tokenizer is not None or encoder is not None:
+                raise ConfigError("`tokenizer` and `encoder` are for mechanism='library'.")
+            model = model_of(host)
+            pipe = kind_of(model).pipeline(host)
+            handle = handle_of(model)
+        if handle is None:
+            return _installed(_host(model, settings, tokenizer, encoder), settings, pipe)
+        _check_same(handle, settings)
         handle.guard.check_thoroughly()
         if pipe is not None and not handle.host.has(pipe):
-            handle.host.join(pipe, handle.host.side_of(pipe, handle.guard.maker))
+            handle.host.join(pipe, handle.host.side_of(pipe, handle.guard), handle)
         return handle
+
+
+def _host(model: Any, settings: Settings, tokenizer: Any, encoder: Any) -> Host:
+    """What adapts a host that is not protected. Raises UnsupportedModelError."""
+    if KNOWN[settings.config.mechanism].releases == "texts":
+        return TextHost(model, tokenizer, encoder)
     try:
         with own_precision(model):
-            served = kind.host(model)
+            return kind_of(model).host(model)
     except UnsupportedModelError as error:
         if "_original_forward" in vars(model):
             raise UnsupportedModelError(PREPARED) from error
         raise
-    handle = Protected(
-        served,
-        config,
-        calibration=calibration,
-        ledger=ledger,
-        budget=budget,
-        entropy=entropy,
-        serving_only=serving_only,
-    )
-    side = None if pipe is None else handle.host.side_of(pipe, handle.guard.maker)
+
+
+def _installed(host: Host, settings: Settings, pipe: Any) -> Protected:
+    """The handle of a host, with the pipeline that was given. Nothing stays patched where it fails."""
+    handle = Protected(host, settings, Release)
+    side = None if pipe is None else host.side_of(pipe, handle.guard)
     try:
         handle.install()
         if pipe is not None:
-            handle.host.join(pipe, side)
+            host.join(pipe, side, handle)
     except BaseException:
         handle.unprotect()
         raise
     return handle
 
 
-def _protect_text(
-    host: Any, settings: tuple[Any, ...], tokenizer: Any, encoder: Any, *, serving_only: bool
-) -> ProtectedText:
-    """`_protect` for a host that reads released text. settings: config, calibration, ledger, budget, entropy."""
-    config, calibration, ledger, budget, entropy = settings
-    handle = handle_of(host) or handle_of_parts(host)
-    if handle is not None:
-        _check_same(handle, *settings)
-        handle.check()
-        if not handle.has(host):
-            handle.join(surface_of(host, handle, tokenizer))
-        return cast(ProtectedText, handle)
-    if calibration is not None and not isinstance(calibration, TextLibrary):
-        raise ConfigError(
-            f"This calibration is for mechanism={calibration.mechanism!r}, the config says {config.mechanism!r}: change the config, or "
-            "make a library (dpx.calibrate(host, public_contexts, config))."
-        )
-    made = ProtectedText(
-        config,
-        library=calibration,
-        encoder=encoder,
-        tokenizer=tokenizer,
-        host=host,
-        ledger=ledger,
-        budget=budget,
-        entropy=entropy,
-        serving_only=serving_only,
-    )
-    try:
-        if host is not None:
-            made.join(surface_of(host, made, tokenizer))
-    except BaseException:
-        made.unprotect()
-        raise
-    return made
-
-
-def _check_types(calibration: Any, ledger: Any, budget: Any) -> None:
+def _check_types(settings: Settings) -> None:
     """A path or a number in the place of an object would be noticed at the first release only, or be taken for something else."""
     for name, given, kinds, way in (
         (
             "calibration",
-            calibration,
+            settings.calibration,
             (Calibration, AnchorCalibration, TextLibrary),
             "dpx.Calibration.from_pretrained(path)",
         ),
-        ("ledger", ledger, (Ledger,), "dpx.Ledger(path)"),
-        ("budget", budget, (Budget,), "dpx.Budget(epsilon, delta)"),
+        ("ledger", settings.ledger, (Ledger,), "dpx.Ledger(path)"),
+        ("budget", settings.budget, (Budget,), "dpx.Budget(epsilon, delta)"),
     ):
         if given is not None and not isinstance(given, kinds):
             raise ConfigError(f"`{name}` is a {type(given).__name__}: pass {way}. Nothing was patched.")
 
 
-def _check_same(handle: Handle, config: DPXAttnConfig, *others: Any) -> None:
-    own = (handle.calibration, handle.ledger, handle.budget, handle.entropy)
-    same = all(
-        o is None
-        or o is mine
-        or (isinstance(o, Budget) and o.scoped(handle.config.unit, handle.config.neighboring) == mine)
-        for o, mine in zip(others, own, strict=True)
-    )
-    if config != handle.config or not same:
+def _check_same(handle: Protected, settings: Settings) -> None:
+    asked = (settings.calibration, settings.ledger, settings.entropy)
+    own = (handle.calibration, handle.ledger, handle.entropy)
+    same = all(a is None or a is mine for a, mine in zip(asked, own, strict=True))
+    budget = settings.budget is None or settings.scoped() == handle.budget
+    if settings.config != handle.config or not (same and budget):
         raise ConfigError(
             "This host is protected with other settings already. Call dpx.unprotect(host) first, then "
             f"{PROTECT_AGAIN}."

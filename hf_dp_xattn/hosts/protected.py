@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from ..config import DPXAttnConfig
-from ..errors import ReleaseError
+from ..errors import DPXAttnError
 from ..mechanisms.groups import as_groups
 from ..privacy.ledger import Budget, Ledger
 from ..report import PrivacyReport
-from .accounts import STAYS
-from .growing import GrowingContext, append_to, only, open_growing
-from .guard import Guard, mark, unmark
-from .handle_base import Handle
+from .access import NO_COPY
+from .accounts import Settings
 from .host import Host
 from .locks import Lock, locked
-from .release import Release
+from .release import BaseRelease
 from .released import ReleasedContext
-from .storage import ReleaseFile
 from .terms import Terms, terms_of
 
 if TYPE_CHECKING:
     from ..calibration.calibration import AnyCalibration
     from ..privacy.bits import Entropy
+    from .growing import GrowingContext
+    from .storage import ReleaseFile
     from .text.text_release_file import TextReleaseFile
 
 
-class Protected(Handle):
+class Protected:
     """A protected UNet (with the pipelines that share it) or model. Made by `dpx.protect`; a context manager that unprotects.
 
     While it is active, what is private reaches the layers as a release, whoever calls the host:
@@ -39,7 +37,9 @@ class Protected(Handle):
     * of a pipeline, prompts and prompt_embeds; a bare UNet takes `release.inputs()` only;
     * of an encoder-decoder model, what `generate` is given for the encoder;
     * of a decoder-only model, the prefix (a system prompt) that `release` is given; `generate` runs with `release.inputs(input_ids=ids)`;
-    * of Mllama, the image.
+    * of Mllama, the image;
+    * with mechanism="library", the text itself: each of its units is answered once by an entry of a public library, and the host runs on
+      these public texts as on any other, with all of its encoders, masks and caches. It refuses to run on anything else.
 
     Each context is released once (charged to the ledger before it is encoded), and the layers receive a placeholder in its stead. Every
     step, image, beam, sample, turn and layer reads the release.
@@ -51,36 +51,19 @@ class Protected(Handle):
     says is public.
 
     Args:
-        host: not protected yet. config, calibration, ledger, budget, entropy: see `protect`.
-        serving_only: no release is to be made here without a ledger (`accounts.NoLedger`).
+        host: not protected yet.
+        settings: what `protect` was told.
+        release_class: of the releases that are made here.
     """
 
-    def __init__(
-        self,
-        host: Host,
-        config: DPXAttnConfig,
-        *,
-        calibration: AnyCalibration | None = None,
-        ledger: Ledger | None = None,
-        budget: Budget | None = None,
-        entropy: Entropy | None = None,
-        serving_only: bool = False,
-    ) -> None:
-        self.host, self.config = host, config
-        self.guard = Guard(
-            host,
-            config,
-            calibration,
-            ledger=ledger,
-            budget=budget,
-            entropy=entropy,
-            serving_only=serving_only,
-        )
+    def __init__(self, host: Host, settings: Settings, release_class: type[BaseRelease]) -> None:
+        self.host, self.config, self._release_class = host, settings.config, release_class
+        self.guard = host.guarded(settings)
         self.releases = self.guard.releases
 
     @property
     def model(self) -> Any:
-        """The UNet or model."""
+        """The UNet or model; with mechanism="library" what was protected first, None where there is no host."""
         return self.host.model
 
     @property
@@ -92,6 +75,21 @@ class Protected(Handle):
     def calibration(self) -> AnyCalibration | None:
         """What was fitted to public contexts."""
         return self.guard.calibration
+
+    @property
+    def ledger(self) -> Ledger:
+        """What was spent, and on which context."""
+        return self.releases.ledger
+
+    @property
+    def budget(self) -> Budget:
+        """Of a context."""
+        return self.releases.budget
+
+    @property
+    def entropy(self) -> Entropy | None:
+        """The source of the noise or coins; None: the operating system's."""
+        return self.releases.entropy
 
     @property
     def layers(self) -> Mapping[str, Any]:
@@ -114,11 +112,9 @@ class Protected(Handle):
     def install(self) -> None:
         """Installs the host's gates; undone by `unprotect`."""
         for message in self.guard.warnings():
-            warnings.warn(message, stacklevel=5)
+            warnings.warn(message, stacklevel=6)
         self.guard.active = True
-        mark(self.model, self)
-        self.host.install(self.guard)
-        self.guard.saving.install()
+        self.host.install(self.guard, self)
 
     def unprotect(self) -> None:
         """Restores the host bit for bit: no hooks, no attributes. Releases stay valid on disk."""
@@ -127,9 +123,16 @@ class Protected(Handle):
                 return
             self.guard.active = False
             self.host.remove()
-            self.guard.saving.remove()
-            unmark(self.model, self)
             self.guard.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.unprotect()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise DPXAttnError(NO_COPY)
 
     def __repr__(self) -> str:
         c = self.config
@@ -143,18 +146,15 @@ class Protected(Handle):
         """Raises `ProtectionLostError` unless everything that `protect` installed is still in place."""
         self.guard.check()
 
-    @contextmanager
-    def public(self) -> Iterator[None]:
+    def public(self) -> AbstractContextManager[None]:
         """Inside, text is declared PUBLIC: nothing is released or charged, prompts go to the host as they are.
 
         For baselines and for other uses of a shared text encoder. Holds for the running context (a thread, a task of asyncio, and what
         is copied from it meanwhile) until the block is left; in a generator, while the generator itself runs.
         """
-        with self.guard.public():
-            yield
+        return self.guard.public()
 
-    @contextmanager
-    def encoding(self) -> Iterator[None]:
+    def encoding(self) -> AbstractContextManager[None]:
         """Inside, the host's encoder runs for the caller, on PRIVATE text: for prompt weighting and the like.
 
         What it returns is exact and private, and in the caller's hands; nothing is charged yet. Pass it on as a private context:
@@ -163,8 +163,7 @@ class Protected(Handle):
         in one batch, or as a negative prompt, it counts as public, and nothing else refuses it: keep to encoding inside, and give the
         result to nothing else.
         """
-        with self.guard.access.enter("encoding"):
-            yield
+        return self.guard.encoding()
 
     # ---- releases ----------------------------------------------------------------------------------------------------------
 
@@ -177,7 +176,7 @@ class Protected(Handle):
         fresh: bool = False,
         horizon: int | None = None,
         **named: Any,
-    ) -> Release:
+    ) -> BaseRelease:
         """Releases private contexts, one budget each. A context that this handle released before is reused and not charged again.
 
         Args:
@@ -210,44 +209,30 @@ class Protected(Handle):
         """
         contexts, own = self.host.name(context, as_groups(groups), **named)
         if horizon is None:
-            return Release(self.releases.make(contexts, groups=own, fresh=fresh), self.config, self)
-        self.host.check_growing(contexts)
-        growing = open_growing(self.guard, only(contexts), own, horizon)
-        self.releases.spent.append(growing.spent)
-        return Release([growing.latest], self.config, self, growing)
+            return self._released(self.releases.make(contexts, groups=own, fresh=fresh))
+        growing = self.guard.open(contexts, own, horizon)
+        return self._released([growing.latest], growing)
+
+    def _released(self, contexts: Sequence[Any], growing: GrowingContext | None = None) -> BaseRelease:
+        return self._release_class(contexts, self.config, self, growing)
 
     @locked
     def append(self, growing: GrowingContext, context: Any, groups: Any) -> ReleasedContext:
         """See `Release.append`."""
         contexts, own = self.host.name(context, as_groups(groups))
-        return append_to(self.guard, growing, only(contexts), own)
+        return self.guard.append(growing, contexts, own)
 
-    def take_in(self, file: ReleaseFile | TextReleaseFile) -> Release:
-        """A release that was made elsewhere: verified, and named in the report.
-
-        Raises:
-            ReleaseError: it is of texts, or does not fit this model.
-        """
-        made_for, present = file.terms.host, type(self.model).__name__
-        if not isinstance(file, ReleaseFile):
-            raise ReleaseError(
-                f"This is a release of texts, and the {present} is protected with mechanism={self.config.mechanism!r}. Call "
-                f"dpx.unprotect(host) first, and load the release again ({STAYS})."
-            )
-        if present != made_for:
-            raise ReleaseError(
-                f"The release does not fit this model: it was made for a {made_for}, and this is a {present}. Load the model that it "
-                "was made with."
-            )
-        self.guard.adopt(file.contexts)
-        return Release(file.contexts, file.config, self, terms=file.terms)
+    @locked
+    def take_in(self, file: ReleaseFile | TextReleaseFile) -> BaseRelease:
+        """A release that was made elsewhere: verified, and named in the report. Raises ReleaseError where it does not fit this host."""
+        self.guard.take_in(file)
+        return self._release_class(file.contexts, file.config, self, terms=file.terms)
 
     @locked
     @torch.no_grad()
-    def inputs(self, release: Release, prompt: Any = None, **public: Any) -> dict[str, Any]:
+    def inputs(self, release: BaseRelease, prompt: Any = None, **public: Any) -> dict[str, Any]:
         """See `Release.inputs`."""
-        self.guard.check_changes()
-        self.host.weights.expect()
+        self.guard.check_inputs()
         return self.host.inputs(release, prompt, **public)
 
     # ---- report ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`Release`: what was released of one or several contexts. DP artefacts and public data only."""
+"""What was released of one or several contexts: DP artefacts and public data only. `protect.Release` can be loaded, too."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Unpack
+from typing import Any, Literal, Protocol, Self, Unpack
 
 import torch
 
-from ..artefacts import CardOptions, HubOptions, PushOptions
+from ..artefacts import CardOptions, PushOptions
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, DPXAttnError, ReleaseError
-from ..privacy.ledger import Ledger
 from ..report import Guarantee
 from .accounts import STAYS
 from .released import ReleasedContext
 from .storage import ReleaseFile
 from .terms import Terms
-from .text.text_release_file import TextReleaseFile, load_release, locate_release
+from .text.released_texts import ReleasedText, ReleasedTexts
+from .text.text_release_file import TextReleaseFile
 
 
 class Growing(Protocol):
@@ -34,50 +34,23 @@ class Releasing(Protocol):
     @property
     def active(self) -> bool: ...
     def terms(self) -> Terms: ...
-    def inputs(self, release: Release, prompt: Any, **public: Any) -> dict[str, Any]: ...
+    def inputs(self, release: Any, prompt: Any, **public: Any) -> dict[str, Any]: ...
     def append(self, growing: Any, context: Any, groups: Any) -> ReleasedContext: ...
-    def take_in(self, file: ReleaseFile | TextReleaseFile) -> Release: ...
-    def unprotect(self) -> None: ...
 
 
-class Server(Protocol):
-    """Gives the handle that serves a loaded release on a host, and whether the host was protected for it only now."""
-
-    def __call__(self, host: Any, config: DPXAttnConfig, ledger: Ledger | None) -> tuple[Releasing, bool]: ...
-
-
-class Release:
-    """One release per context; every query, layer, step and output that uses it is post-processing.
-
-    *Formal guarantee.* `guarantees[i]` states what was released of context i; for `mechanism="none"` that is nothing private.
-    Made by `protected.release(...)`, saved and loaded with `save_pretrained` / `from_pretrained`; not by hand.
-
-    Args:
-        contexts: what was released of each.
-        config: under which.
-        handle: that made or loaded it; held weakly.
-        growing: its growing side, where there is one.
-        terms: what was public and not covered where it was made; None: here.
-
-    Example:
-        >>> release = dpx.protect(pipe, dpx.DPXAttnConfig(epsilon=8.0)).release("a red circle")
-        >>> images = pipe(**release.inputs(), num_inference_steps=2).images
-        >>> folder = release.save_pretrained("red-circle")
-        >>> again = dpx.Release.from_pretrained("red-circle", host=pipe)
-    """
-
-    server: ClassVar[Server]  # `protect.py` says it: `protect` stands above all that makes releases
+class BaseRelease:
+    """What a handle makes: `protect.Release` but for loading, which protects a host and so stands above all handles."""
 
     def __init__(
         self,
-        contexts: Sequence[ReleasedContext],
+        contexts: Sequence[ReleasedContext] | Sequence[ReleasedTexts],
         config: DPXAttnConfig,
         handle: Releasing,
         growing: Growing | None = None,
         *,
         terms: Terms | None = None,
     ) -> None:
-        self._contexts = tuple(contexts)
+        self._contexts: tuple[Any, ...] = tuple(contexts)
         self.config = config
         self._handle = weakref.ref(handle)
         self._growing = growing
@@ -97,7 +70,8 @@ class Release:
         )
 
     @property
-    def contexts(self) -> tuple[ReleasedContext, ...]:
+    def contexts(self) -> tuple[Any, ...]:
+        """`ReleasedContext`s, or `ReleasedTexts`."""
         return self._contexts if self._growing is None else (self._growing.latest,)
 
     @property
@@ -147,7 +121,7 @@ class Release:
         context: str | Sequence[str] | torch.Tensor,
         *,
         groups: torch.Tensor | Literal["phrases"] | None = None,
-    ) -> Release:
+    ) -> Self:
         """Adds a further document to a release that was opened with a horizon; later `inputs` read both.
 
         What leaves is covered by the guarantee of the opening: each row (or group) enters once, the noise is shared by all appends. So the
@@ -190,41 +164,6 @@ class Release:
         """
         return self._file().save_pretrained(directory, **card)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | os.PathLike[str],
-        *,
-        host: Any,
-        ledger: Ledger | None = None,
-        **options: Unpack[HubOptions],
-    ) -> Release:
-        """Loads a release (a folder or a Hub repository, `HubOptions`) for `host`, which is protected with the release's config if it
-        is not yet.
-
-        No calibration or ledger is needed to serve a release. A host that is protected here makes no release of its own without a ledger,
-        and no `anchors` release at all (protect it first, with the calibration).
-
-        Args:
-            name_or_path: folder or Hub id.
-            host: what it is to serve.
-            options: revision, token, subfolder, ... (`artefacts.HubOptions`).
-            ledger: what has been spent so far, if the host is to make releases too. The variable HF_DP_XATTN_LEDGER gives one as well.
-
-        Raises:
-            ConfigError: the host is protected already, with another ledger.
-            ReleaseError: damaged, truncated, of another schema, or made for another model. The host is as it was.
-        """
-        file = load_release(locate_release(name_or_path, **options))
-        handle, is_new = cls.server(host, file.config, ledger)
-        try:
-            release = handle.take_in(file)
-        except DPXAttnError:
-            if is_new:
-                handle.unprotect()
-            raise
-        return release
-
     def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
         """Uploads the files of `save_pretrained` to a Hub repository; returns the commit's address.
 
@@ -240,9 +179,33 @@ class Release:
         return self._file().push_to_hub(repo_id, **options)
 
     def _file(self) -> ReleaseFile | TextReleaseFile:
-        return ReleaseFile(self.contexts, self.config, self.terms)
+        kind = TextReleaseFile if isinstance(self._contexts[0], ReleasedTexts) else ReleaseFile
+        return kind(self.contexts, self.config, self.terms)
 
-    def beside(self, prompt: str | Sequence[str] | None) -> list[tuple[ReleasedContext, str | None]]:
+    @property
+    def texts(self) -> tuple[ReleasedText, ...]:
+        """The released texts of each context, of mechanism="library": they may be shown to anyone and given to any model, also to one that
+        this package cannot patch.
+
+        Raises:
+            ReleaseError: what was released are no texts.
+        """
+        if not isinstance(self._contexts[0], ReleasedTexts):
+            raise ReleaseError("This release holds no texts: mechanism='library' releases such.")
+        return tuple(c.text for c in self._contexts)
+
+    @property
+    def text(self) -> ReleasedText:
+        """The released texts of ONE context, one for each unit; `str(release.text)` is all of them as one text.
+
+        Raises:
+            ReleaseError: of several contexts, or of no texts; see `texts`.
+        """
+        if len(self.texts) != 1:
+            raise ReleaseError(f"This is a release of {len(self)} contexts: see release.texts.")
+        return self.texts[0]
+
+    def beside(self, prompt: str | Sequence[str] | None) -> list[tuple[Any, str | None]]:
         """Each context with the public text that joins it.
 
         Args:

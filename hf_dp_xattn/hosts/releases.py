@@ -9,12 +9,11 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from ..config import DPXAttnConfig
 from ..privacy.accountant import Event
 from ..privacy.bits import Entropy
-from ..privacy.ledger import Budget, Ledger, Name
+from ..privacy.ledger import Name
 from ..report import Guarantee, PrivacyReport
-from .accounts import ledger_for
+from .accounts import Settings
 from .charging import charge, keys_of, may_charge, names_of
 from .context import PrivateContext
 from .encoders import OTHER_STATE, Encoders
@@ -99,11 +98,10 @@ class Releases(Generic[State, Prepared, Made]):
     """The ledger, budget and entropy of a handle, the states of its encoders, and its releases.
 
     Args:
-        config: what a release promises.
+        settings: what a release promises, and who pays.
         making: how one is made.
         cache: where releases are found again.
         lock: held while releases are made.
-        ledger, budget, entropy: see `hosts.protect.protect`. serving_only: see `accounts.ledger_for`.
 
     *Formal guarantee.* `make` charges a context, under all its names, before `making.run` may read it; what was charged is found again, and
     a second release of it is charged anew, or refused.
@@ -111,21 +109,13 @@ class Releases(Generic[State, Prepared, Made]):
 
     def __init__(
         self,
-        config: DPXAttnConfig,
+        settings: Settings,
         making: Making[State, Prepared, Made],
         cache: Found[Made],
         lock: Lock,
-        *,
-        ledger: Ledger | None = None,
-        budget: Budget | None = None,
-        entropy: Entropy | None = None,
-        serving_only: bool = False,
     ) -> None:
-        self.config, self.making, self.cache, self.lock = config, making, cache, lock
-        self.ledger = ledger_for(ledger, entropy, serving_only=serving_only)
-        own = Budget(config.epsilon, config.delta) if budget is None else budget
-        self.budget = own.scoped(config.unit, config.neighboring)
-        self.entropy = entropy
+        self.config, self.making, self.cache, self.lock = settings.config, making, cache, lock
+        self.ledger, self.budget, self.entropy = settings.ledger_used(), settings.scoped(), settings.entropy
         self.encoders = Encoders()
         self.spent: list[Spent] = []
 

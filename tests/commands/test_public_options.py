@@ -14,7 +14,7 @@ import hf_dp_xattn as dpx
 from hf_dp_xattn.cli import main
 from hf_dp_xattn.commands import families
 from hf_dp_xattn.commands import generate_command as module
-from hf_dp_xattn.hosts.release import Release
+from hf_dp_xattn.hosts.protect import Release
 
 from ..hosts.transformers.decoder_only.tiny import tiny as decoder_tiny
 from ..hosts_tiny import tiny_img2img

@@ -14,11 +14,11 @@ from ..accounts import PROTECT_AGAIN
 from ..bindings import bind, unique
 from ..fingerprint import Fingerprint, fingerprint
 from ..guard import Guard, handle_on, mark, unmark
-from ..host import Host, Named, Readable
+from ..host import Named, Readable
 from ..host_words import HostWords, Setting, prompt_words
 from ..layer import Layer
+from ..layer_host import LayerHost
 from ..lengths import HIDDEN
-from ..making import Maker
 from ..placeholder import Tag, new_tag
 from ..tables import LayerTable
 from .architectures import changed_reason, find_layers, unwrap
@@ -32,7 +32,7 @@ from .text_side import TextSide
 from .unet_forward import ForwardGate
 
 
-class UNetHost(Host):
+class UNetHost(LayerHost):
     """Its cross-attention layers are given processors that read releases; a gate on its forward says which."""
 
     family = "diffusers"
@@ -85,8 +85,8 @@ class UNetHost(Host):
 
     # ---- installing and removing -------------------------------------------------------------------------------------------
 
-    def install(self, guard: Guard) -> None:
-        super().install(guard)
+    def install(self, guard: Guard, handle: Any) -> None:
+        super().install(guard, handle)
         unet = self.model
         self.gate = ForwardGate(self)
         self.originals = {name: layer.module.processor for name, layer in self.attentions.items()}
@@ -104,12 +104,12 @@ class UNetHost(Host):
     def has(self, pipe: Any) -> bool:
         return any(patch.pipe is pipe for patch in self._patches)
 
-    def side_of(self, pipe: Any, maker: Maker) -> TextSide:
+    def side_of(self, pipe: Any, guard: Guard) -> TextSide:
         side = TextSide(pipe)
-        maker.check_text(side)
+        guard.maker.check_text(side)
         return side
 
-    def join(self, pipe: Any, side: TextSide) -> None:
+    def join(self, pipe: Any, side: TextSide, handle: Any) -> None:
         with self.guard.lock:
             if side.available and all(g.encoder is not unwrap(side.encoder) for g in self._gates):
                 encoder = unwrap(side.encoder)
@@ -119,7 +119,7 @@ class UNetHost(Host):
             self._patches.append(patch)
             patch.install()
             # to be found, whatever becomes of its UNet
-            mark(pipe, handle_on(self.model))
+            mark(pipe, handle)
 
     def remove(self) -> None:
         for name, layer in self.attentions.items():
@@ -135,6 +135,7 @@ class UNetHost(Host):
                 unmark(patch.pipe, found)
         for processor in self._processors.values():
             processor.clear()
+        super().remove()
 
     def lost(self) -> str | None:
         if not self.gate.installed() or not self.is_held:

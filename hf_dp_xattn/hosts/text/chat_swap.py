@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
 from ..content_names import Part
+from ..guard import mark, unmark
+from ..swapped_class import SwappedClass
 from ..transformers.decoder_only.chat import BESIDE, private_message, refuse_others
 from .generate_gate import GenerateGate
 from .one_step import one_step
+from .prompt_swap import Names
 from .released_texts import ReleasedPrompt, ReleasedText
-from .swapped_class import SwappedClass
 from .unit_encoders import PROBES
 
 if TYPE_CHECKING:
-    from .protected_text import ProtectedText
+    from .text_guard import TextGuard
 
 NO_CHAT = (
     'A protected text-generation pipeline takes a chat (or a list of chats), a list of messages whose first one is private: {"role": '
@@ -34,20 +36,25 @@ class ChatSwap:
 
     each, apart = True, True
 
-    def __init__(self, pipe: Any, handle: ProtectedText, gate: GenerateGate, *, shared: bool) -> None:
+    def __init__(
+        self, pipe: Any, namer: Names, guard: TextGuard, gate: GenerateGate, *, shared: bool
+    ) -> None:
         """gate: of its model. shared: the model has one already."""
         self.host, self.model = pipe, pipe.model
-        self._handle, self._gate, self._shared = handle, gate, shared
+        self._namer, self._guard, self._gate, self._shared = namer, guard, gate, shared
         self.saving = gate.saving
-        self._swapped = SwappedClass(pipe, handle, self._make_call())
+        self._swapped = SwappedClass(pipe, self._make_call())
 
-    def install(self) -> None:
+    def install(self, handle: Any) -> None:
+        self._handle = handle
         if not self._shared:
-            self._gate.install()
+            self._gate.install(handle)
         self._swapped.install()
+        mark(self.host, handle)
 
     def remove(self) -> None:
         self._swapped.remove()
+        unmark(self.host, self._handle)
         if not self._shared:
             self._gate.remove()
 
@@ -77,15 +84,15 @@ class ChatSwap:
 
         @functools.wraps(original)
         def call(pipe: Any, text_inputs: Any, **kwargs: Any) -> Any:
-            handle = self._handle
+            guard = self._guard
             public_system = kwargs.pop("public_system", False)
-            if handle.access.public:
+            if guard.access.public:
                 return original(pipe, text_inputs, **kwargs)
-            handle.check()
+            guard.check()
             swapped = self._swap(original, text_inputs, kwargs, public_system=bool(public_system))
-            with handle.serving():
+            with guard.serving():
                 result = original(pipe, swapped, **kwargs)
-            handle.check()
+            guard.check()
             return result
 
         return call
@@ -110,13 +117,13 @@ class ChatSwap:
             self._check_template(chat, beside)
             if not isinstance(first["content"], ReleasedPrompt):
                 private.append(content)
-        contexts = [context for text in private for context in self._handle.name(text)]
-        if contexts and None in self._handle.releases.known(contexts):
+        contexts = [context for text in private for context in self._namer.name(text).contexts]
+        if contexts and None in self._guard.releases.known(contexts):
             public = [{**chats[0][0], "content": PROBES[0]}, *chats[0][1:]]
             alone = {n: v for n, v in options.items() if n != "streamer"}  # which would print it
-            with one_step([self.model], options.values()), self._handle.serving():
+            with one_step([self.model], options.values()), self._guard.serving():
                 original(self.host, public, **alone)
-        made = iter(self._handle.releases.make(contexts) if contexts else ())
+        made = iter(self._guard.releases.make(contexts) if contexts else ())
         swapped = []
         for chat in chats:
             content = chat[0]["content"]

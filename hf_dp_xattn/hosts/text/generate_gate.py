@@ -25,7 +25,7 @@ from .released_texts import ReleasedText
 from .unit_encoders import tokenizer_beside
 
 if TYPE_CHECKING:
-    from .protected_text import ProtectedText
+    from .text_guard import TextGuard
 
 CLOSED = (
     "This model is protected and runs on released text only: release the private text first, protected.release(text), and call "
@@ -43,27 +43,28 @@ class GenerateGate:
 
     each, apart = True, True
 
-    def __init__(self, model: Any, handle: ProtectedText, tokenizer: Any) -> None:
+    def __init__(self, model: Any, guard: TextGuard, tokenizer: Any) -> None:
         if not model.can_generate() or model.main_input_name != "input_ids":
             raise UnsupportedModelError(
                 f"{type(model).__name__} does not generate text from text. Supported are models of transformers with a language head "
                 "(...ForCausalLM, ...ForConditionalGeneration) whose input is text. Nothing was patched."
             )
         self.host = self.model = model
-        self._handle, self._tokenizer = handle, tokenizer
+        self._guard, self._tokenizer = guard, tokenizer
         self._seq2seq = bool(model.config.is_encoder_decoder)
         self._known: OrderedDict[tuple[int, ...], None] = OrderedDict()  # what rows of ids may begin with
         self._gates: list[TextGate] = []
         self._shadows = Shadows(model, {"generate": self._generate, "generate_batch": self._refuse})
-        self.saving = SaveShadow(model, handle)
+        self.saving = SaveShadow(model, guard)
 
-    def install(self) -> None:
+    def install(self, handle: Any) -> None:
+        self._handle = handle
         inner = [self.model.base_model, *([self.model.get_encoder()] if self._seq2seq else [])]
         for module in dict.fromkeys([self.model, *inner]):
-            self._gates.append(TextGate(module, self._handle.access, CLOSED))
+            self._gates.append(TextGate(module, self._guard.access, CLOSED))
         self._shadows.install()
         self.saving.install()
-        mark(self.model, self._handle)
+        mark(self.model, handle)
 
     def remove(self) -> None:
         for gate in self._gates:
@@ -89,17 +90,17 @@ class GenerateGate:
         )
 
     def _generate(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
-        access = self._handle.access
+        access = self._guard.access
         if access.public or access.encoding:  # the pipeline's own call
             return original(*bound.args, **bound.kwargs)
-        self._handle.check()
+        self._guard.check()
         arguments = named_arguments(bound)
         ids = arguments.get("input_ids", arguments.get("inputs"))
         if not self._may_run(ids, arguments):
             raise ProtectionLostError(OTHER_IDS)
-        with self._handle.serving():
+        with self._guard.serving():
             result = original(*bound.args, **bound.kwargs)
-        self._handle.check()
+        self._guard.check()
         return result
 
     def _may_run(self, ids: Any, arguments: dict[str, Any]) -> bool:
@@ -115,7 +116,7 @@ class GenerateGate:
         if not bool((ids[~seen] == self._pad()).all()):  # some models read what a mask hides
             return False
         rows = [tuple(row[own].tolist()) for row, own in zip(ids, seen, strict=True)]
-        with self._handle.lock:
+        with self._guard.lock:
             if self._seq2seq:
                 return all(row in self._known for row in rows)
             lengths = {len(known) for known in self._known}
@@ -170,7 +171,7 @@ class GenerateGate:
                 raise ConfigError(f"Got {len(users)} rows of input_ids for {len(begins)} contexts.")
             begins = begins * (count // len(begins))
             rows = [b + u for b, u in zip(begins, users * (count // len(users)), strict=True)]
-        with self._handle.lock:
+        with self._guard.lock:
             for begin in begins:
                 self._known[tuple(begin)] = None
                 self._known.move_to_end(tuple(begin))

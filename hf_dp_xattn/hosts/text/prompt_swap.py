@@ -13,7 +13,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
@@ -23,14 +23,15 @@ from ..content_names import Part
 from ..diffusers.architectures import unwrap
 from ..diffusers.text_side import as_texts
 from ..guard import mark, unmark
+from ..host import Named
 from ..saving import SaveShadow
+from ..swapped_class import SwappedClass
 from .one_step import one_step
 from .released_texts import ReleasedPrompt, ReleasedText
-from .swapped_class import SwappedClass
 from .unit_encoders import PROBES
 
 if TYPE_CHECKING:
-    from .protected_text import ProtectedText
+    from .text_guard import TextGuard
 
 PRIVATE = re.compile(r"prompt(_[2-9])?|source_prompt|editing_prompt|lyrics|transcription")
 """Arguments that hold private text."""
@@ -50,24 +51,32 @@ def takes_prompt(cls: type) -> bool:
     return "prompt" in inspect.signature(cls.__call__).parameters
 
 
+class Names(Protocol):
+    """Gives a private text the names that it is charged under."""
+
+    def name(self, context: Any) -> Named: ...
+
+
 class PromptSwap:
     """One pipeline whose calls read released text."""
 
     each, apart = False, False
 
-    def __init__(self, pipe: Any, handle: ProtectedText) -> None:
+    def __init__(self, pipe: Any, namer: Names, guard: TextGuard) -> None:
         if not takes_prompt(type(pipe)):
             raise UnsupportedModelError(
                 f"{type(pipe).__name__} takes no `prompt`, so there is no private text that could be released in its stead. Nothing was "
                 "patched."
             )
         self.host = self.model = pipe
-        self._handle = handle
-        self._swapped = SwappedClass(pipe, handle, self._make_call())
+        self._namer, self._guard = namer, guard
+        self._swapped = SwappedClass(pipe, self._make_call())
         self._gates: dict[nn.Module, TextGate] = {}
-        self.saving = SaveShadow(pipe, handle)
+        self.saving = SaveShadow(pipe, guard)
 
-    def install(self) -> None:
+    def install(self, handle: Any) -> None:
+        self._handle = handle
+        mark(self.host, handle)
         self._close()
         self.saving.install()
         self._swapped.install()
@@ -78,6 +87,7 @@ class PromptSwap:
         for part, gate in self._gates.items():
             gate.remove()
             unmark(part, self._handle)
+        unmark(self.host, self._handle)
         self._gates.clear()
 
     def lost(self) -> str | None:
@@ -104,7 +114,7 @@ class PromptSwap:
         for encoder in text_encoders(self.host):
             for part in (encoder, *encoder.children()):
                 if part not in self._gates:
-                    self._gates[part] = TextGate(part, self._handle.access, CLOSED)
+                    self._gates[part] = TextGate(part, self._guard.access, CLOSED)
                     mark(part, self._handle)  # for other pipelines that share it
 
     # ---- calls -------------------------------------------------------------------------------------------------------------
@@ -115,17 +125,17 @@ class PromptSwap:
 
         @functools.wraps(original)
         def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
-            handle = self._handle
-            with handle.calling:
-                if handle.access.public:
+            guard = self._guard
+            with guard.calling:
+                if guard.access.public:
                     return original(pipe, *args, **kwargs)
-                handle.check()
+                guard.check()
                 self._close()
                 bound = signature.bind(pipe, *args, **kwargs)
                 self._swap(original, bound)
-                with handle.serving():
+                with guard.serving():
                     result = original(*bound.args, **bound.kwargs)
-                handle.check()
+                guard.check()
                 return result
 
         return call
@@ -136,7 +146,7 @@ class PromptSwap:
         Raises:
             ConfigError: private text in another form. What the pipeline raises until its first denoising step is done. Nothing was spent.
         """
-        arguments, handle = bound.arguments, self._handle
+        arguments, guard = bound.arguments, self._guard
         self._refuse(arguments)
         texts = {
             name: as_texts(value, name)
@@ -144,11 +154,11 @@ class PromptSwap:
             if PRIVATE.fullmatch(name) and value is not None
         }
         private = [t for name in texts for t in _items(arguments[name]) if not isinstance(t, ReleasedPrompt)]
-        contexts = [context for text in private for context in handle.name(text)]
-        if contexts and None in handle.releases.known(contexts):
+        contexts = [context for text in private for context in self._namer.name(text).contexts]
+        if contexts and None in guard.releases.known(contexts):
             self._rehearse(original, bound, tuple(texts))
-        with handle.lock:
-            made = iter(handle.releases.make(contexts) if contexts else ())
+        with guard.lock:
+            made = iter(guard.releases.make(contexts) if contexts else ())
         for name in texts:
             given = arguments[name]
             # plain strings: some pipelines compare types
@@ -158,7 +168,7 @@ class PromptSwap:
             if name.startswith("callback") and inspect.isroutine(
                 value
             ):  # diffusers asks for the class of its own kinds
-                arguments[name] = _closed(value, handle)
+                arguments[name] = _closed(value, guard)
 
     def _refuse(self, arguments: dict[str, Any]) -> None:
         for name, value in arguments.items():
@@ -181,7 +191,7 @@ class PromptSwap:
             stand_in.arguments[name] = (
                 PROBES[0] if isinstance(given, str) else [PROBES[0]] * len(_items(given))
             )
-        with one_step(models, stand_in.arguments.values()), _no_progress(self.host), self._handle.serving():
+        with one_step(models, stand_in.arguments.values()), _no_progress(self.host), self._guard.serving():
             original(*stand_in.args, **stand_in.kwargs)
 
 
@@ -216,12 +226,12 @@ def text_encoders(pipe: Any) -> list[Any]:
     return list(dict.fromkeys([*named, *(m for c in _components(pipe) if reads(m := unwrap(c)))]))
 
 
-def _closed(callback: Callable[..., Any], handle: ProtectedText) -> Callable[..., Any]:
+def _closed(callback: Callable[..., Any], guard: TextGuard) -> Callable[..., Any]:
     """A user's callback, which may not run the text encoders though the pipeline may."""
 
     @functools.wraps(callback)
     def closed(*args: Any, **kwargs: Any) -> Any:
-        with handle.access.leave("encoding"):
+        with guard.access.leave("encoding"):
             return callback(*args, **kwargs)
 
     return closed

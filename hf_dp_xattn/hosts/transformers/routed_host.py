@@ -14,7 +14,7 @@ from ...errors import ConfigError, ProtectionLostError
 from ...mechanisms.rows_structure import as_rows
 from ..access import TextGate
 from ..guard import Guard
-from ..host import Host
+from ..layer_host import LayerHost
 from ..nan import main_output, refuse_nan
 from ..recorded_runs import refuse_recording
 from ..released import ReleasedContext
@@ -22,7 +22,7 @@ from .generating import OwnCalls, Shadows, named_arguments
 from .routing import Routing, route
 
 
-class RoutedHost(Host):
+class RoutedHost(LayerHost):
     """Its layers' attention is routed to a function of ours, which reads what the gate on its forward has said.
 
     routing: the function. never_traced: what is said to torch.compile. calls: the forward that each thread is in. generate: its shadow.
@@ -51,8 +51,8 @@ class RoutedHost(Host):
 
     # ---- installing and removing -------------------------------------------------------------------------------------------
 
-    def install(self, guard: Guard) -> None:
-        super().install(guard)
+    def install(self, guard: Guard, handle: Any) -> None:
+        super().install(guard, handle)
         for name, module in self._modules.items():
             vars(module)[self.routing.attribute] = self.layer_state(name)
             module.config = self._routes[name]
@@ -70,6 +70,7 @@ class RoutedHost(Host):
         for installed in (*self._hooks, *self._gates, self.generate):
             installed.remove()
         self.calls = type(self.calls)()  # what was served, by all threads
+        super().remove()
 
     def lost(self) -> str | None:
         with self.guard.lock:  # a release routes modules for a moment

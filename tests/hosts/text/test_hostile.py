@@ -109,7 +109,7 @@ def test_a_permission_is_of_its_own_thread_and_task(pipe: Any, protected: Any) -
     asyncio.run(both())
 
     def suspended() -> Any:
-        with protected.serving():
+        with protected.guard.serving():
             yield
 
     generator = suspended()

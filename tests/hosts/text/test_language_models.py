@@ -87,10 +87,8 @@ def test_batches_heads_and_contexts() -> None:
 
 
 def _two(protected: Any) -> Any:
-    from hf_dp_xattn.hosts.text.text_release import TextRelease
-
-    made = [protected.release(t)._texts[0] for t in ("say red", "be open")]
-    return TextRelease(made, protected.config, protected)
+    made = [protected.release(t).contexts[0] for t in ("say red", "be open")]
+    return dpx.Release(made, protected.config, protected)
 
 
 def test_units_of_ids_are_their_text() -> None:
@@ -202,7 +200,9 @@ def test_a_system_message_is_swapped_and_charged_once() -> None:
 def test_no_private_token_reaches_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = chat_pipe()
     protected = protect_chats(pipe)
-    monkeypatch.setattr(type(protected.encode), "__call__", lambda self, texts: torch.zeros(len(texts), 32))
+    monkeypatch.setattr(
+        type(protected.guard.encode), "__call__", lambda self, texts: torch.zeros(len(texts), 32)
+    )
     seen: list[list[int]] = []
     pipe.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].flatten().tolist()), with_kwargs=True

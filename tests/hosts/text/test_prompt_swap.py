@@ -66,7 +66,7 @@ def test_a_call_is_one_on_the_released_text(kind: str) -> None:
 def test_no_private_token_reaches_an_encoder(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = PIPELINES[kind]()
     protected = protect(pipe)
-    monkeypatch.setattr(type(protected.encode), "__call__", _stand_in_codes)
+    monkeypatch.setattr(type(protected.guard.encode), "__call__", _stand_in_codes)
     spy = Spy(pipe)
     outputs, seen = [], []
     for secret in (SECRET, "the code is 123456, at midnight"):

@@ -100,8 +100,8 @@ class EncoderDecoderHost(RoutedHost):
         padding = self.cross[name].padding
         return LayerState(name, self.calls, self.originals[name], self.guard.access, padding)
 
-    def install(self, guard: Guard) -> None:
-        super().install(guard)
+    def install(self, guard: Guard, handle: Any) -> None:
+        super().install(guard, handle)
         self._gates = [TextGate(self.encoder.module, guard.access, self.closed)]
 
     def lost(self) -> str | None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from ...errors import DPXAttnError
-from ..access import NO_COPY
-from ..guard import mark, unmark
+from ..errors import DPXAttnError
+from .access import NO_COPY
 
 
 class SwappedClass:
-    """call: in place of the class's own. handle: found on the object while it lasts. Copies of the object are refused."""
+    """call: in place of the class's own. Copies of the object are refused."""
 
-    def __init__(self, host: Any, handle: Any, call: Callable[..., Any]) -> None:
-        self._host, self._handle = host, handle
+    def __init__(self, host: Any, call: Callable[..., Any]) -> None:
+        self._host = host
         self.original: type[Any] = type(host)
         like = {n: getattr(self.original, n) for n in ("__module__", "__qualname__", "__doc__")}
         own = {**like, "__call__": call, "__reduce_ex__": _no_copy}
@@ -22,12 +21,10 @@ class SwappedClass:
 
     def install(self) -> None:
         self._host.__class__ = self._own
-        mark(self._host, self._handle)
 
     def remove(self) -> None:
         if type(self._host) is self._own:
             self._host.__class__ = self.original
-        unmark(self._host, self._handle)
 
     def lost(self) -> str | None:
         """That it was replaced, or None."""

@@ -1,0 +1,136 @@
+"""`BaseGuard`: what every protected host is asked and charged by, whatever of it is private."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Generic, Protocol
+
+from ..errors import ConfigError, ProtectionLostError, ReleaseError
+from ..privacy.ledger import Budget
+from ..report import PrivacyReport
+from .access import Access
+from .accounts import Settings
+from .host_words import HostWords, Setting
+from .locks import Lock
+from .releases import Found, Made, Making, Prepared, Releases, State
+
+if TYPE_CHECKING:
+    import torch
+
+    from .context import PrivateContext
+    from .growing import GrowingContext
+    from .released import ReleasedContext
+    from .saving import SaveShadow
+    from .storage import ReleaseFile
+    from .text.text_release_file import TextReleaseFile
+
+NO_GROWTH = "A release of texts does not grow: release each new text by itself."
+
+
+class Guarded(Protocol):
+    """What a guard asks of its host (`host.Host` says what each is)."""
+
+    @property
+    def model(self) -> Any: ...
+    @property
+    def undo(self) -> str: ...
+    def lost(self) -> str | None: ...
+    def words(self, setting: Setting) -> HostWords: ...
+
+
+class BaseGuard(ABC, Making[State, Prepared, Made], Generic[State, Prepared, Made]):
+    """Made for one host and one handle: whether it is still protected, who may run it, and how its releases are made.
+
+    lock: held while anything of the handle is changed, never while a host runs. calling: held while a pipeline runs that keeps a call's
+    state on itself; taken before `lock`. active: from `install` until `unprotect`.
+    """
+
+    def __init__(self, host: Guarded, settings: Settings, cache: Found[Made]) -> None:
+        self._host, self.config, self.calibration = host, settings.config, settings.calibration
+        self.active = False
+        self.access = Access()
+        self.lock, self.calling = Lock(), Lock()
+        self.releases: Releases[State, Prepared, Made] = Releases(settings, self, cache, self.lock)
+
+    @property
+    def model(self) -> Any:
+        """The UNet, model or pipeline."""
+        return self._host.model
+
+    @property
+    def budget(self) -> Budget:
+        """Of a context."""
+        return self.releases.budget
+
+    @property
+    @abstractmethod
+    def saving(self) -> SaveShadow:
+        """Of the model."""
+
+    # ---- is it still protected ---------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raises `ProtectionLostError` unless everything that `protect` installed is still in place."""
+        lost = self._host.lost() if self.active else "it was unprotected"
+        if lost is not None:
+            raise ProtectionLostError(
+                f"The protection is no longer in place: {lost}. Nothing was run. {self._host.undo}"
+            )
+
+    def check_thoroughly(self) -> None:
+        """`check`, and all that costs more to see. Before each release, and once for each call of the host."""
+        self.check()
+
+    def check_inputs(self) -> None:
+        """`check`, before what a release gives to the host is made."""
+        self.check()
+
+    @contextmanager
+    def public(self) -> Iterator[None]:
+        """See `Protected.public`."""
+        with self.access.enter("public"):
+            yield
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        """See `Protected.encoding`."""
+        with self.access.enter("encoding"):
+            yield
+
+    # ---- releases ----------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def take_in(self, file: ReleaseFile | TextReleaseFile) -> None:
+        """Names a release that was made elsewhere in the report. Raises ReleaseError where it does not fit this host."""
+
+    def open(
+        self, contexts: Sequence[PrivateContext], groups: torch.Tensor | None, horizon: int
+    ) -> GrowingContext:
+        """A release that grows; see `Protected.release`."""
+        raise ConfigError(NO_GROWTH)
+
+    def append(
+        self, growing: GrowingContext, contexts: Sequence[PrivateContext], groups: torch.Tensor | None
+    ) -> ReleasedContext:
+        """See `Release.append`."""
+        raise ReleaseError(NO_GROWTH)
+
+    def clear(self) -> None:
+        """Forgets what was released and read, not what was spent."""
+        self.releases.clear()
+
+    # ---- report ------------------------------------------------------------------------------------------------------------
+
+    def warnings(self) -> tuple[str, ...]:
+        """Of the releases that are made now."""
+        return ()
+
+    def words(self) -> HostWords:
+        """What is public and what is not covered here."""
+        return self._host.words(Setting.of(self.config, self.calibration))
+
+    def report(self) -> PrivacyReport:
+        """See `Protected.report`."""
+        return self.releases.report(self.words(), [], self.warnings())

@@ -1,0 +1,143 @@
+"""`TextGuard`: how the releases of a host are made that is served by released text. No attention is patched."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from ...calibration.library.text_library import TextLibrary
+from ...errors import ConfigError, ReleaseError
+from ...mechanisms.library.library import NO_LIBRARY
+from ...report import PrivacyReport
+from ..accounts import STAYS, Settings
+from ..base_guard import BaseGuard, Guarded
+from ..context import PrivateContext
+from ..locks import locked
+from ..making import ContextRecipe
+from ..rehearsal import rehearse
+from .released_texts import ReleasedText, ReleasedTexts, Shelf
+from .text_contexts import Cut
+from .text_release_file import TextReleaseFile
+from .unit_encoders import PROBES, UnitEncoder, unit_encoder
+
+if TYPE_CHECKING:
+    from ...privacy.bits import Entropy
+    from ..saving import SaveShadow
+    from ..storage import ReleaseFile
+
+
+class GuardedText(Guarded, Protocol):
+    """What it asks of its host beside."""
+
+    @property
+    def saving(self) -> SaveShadow: ...
+
+
+class TextGuard(BaseGuard[None, ContextRecipe, ReleasedTexts]):
+    """A private text is cut in units, and each is answered once by an entry of a public library, charged before it is encoded.
+
+    cut: in which units. encode: makes their codes; None where releases are served only.
+    """
+
+    _host: GuardedText
+
+    def __init__(self, host: GuardedText, settings: Settings, encoder: Any, tokenizer: Any) -> None:
+        library, config = settings.calibration, settings.config
+        if library is not None and not isinstance(library, TextLibrary):
+            raise ConfigError(
+                f"This calibration is for mechanism={library.mechanism!r}, the config says {config.mechanism!r}: change the config, or "
+                "make a library (dpx.calibrate(host, public_contexts, config))."
+            )
+        if library is None and not settings.serving_only:
+            raise ConfigError(NO_LIBRARY)
+        super().__init__(host, settings, Shelf())
+        self.encode: UnitEncoder | None = None
+        self._prepared: Callable[[int | None], ContextRecipe] | None = None
+        if library is not None:
+            library.check(config)
+            self.encode = unit_encoder(host.model, tokenizer, encoder=encoder, permit=self.serving)
+            library.check_encoder(self.encode)
+            self._prepared = lru_cache(maxsize=16)(lambda n: ContextRecipe(library.prepare(config, n)))
+            self._costs = self._prepared(1 if library.plan_for(config.epsilon).answers == 0 else None)
+        grouping = "lines" if library is None else library.grouping
+        self.cut = Cut(grouping if config.unit == "group" or library is not None else "context")
+        self._told: list[ReleasedText] = []  # as `releases.spent`
+
+    @property
+    def saving(self) -> SaveShadow:
+        return self._host.saving
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Inside, the host's gates are open: it runs on text that was released, or for a release that was charged."""
+        with self.access.enter("encoding"):
+            yield
+
+    def encoding(self) -> Any:
+        raise ConfigError(
+            "This host reads released text only: what it would make of a private one could not be released. Give the text to "
+            "protected.release."
+        )
+
+    # ---- how a release is made (`releases.Making`) -------------------------------------------------------------------------
+
+    def current(self) -> None:
+        """Nothing of a host's state matters to a text; but that it is protected."""
+        self.check()
+
+    def prepare(self, state: None) -> ContextRecipe:
+        if self._prepared is None:
+            raise ConfigError(NO_LIBRARY)
+        return self._costs  # what any number of units costs
+
+    def misfit(self, made: ReleasedTexts, state: None) -> str | None:
+        return None
+
+    def rehearse(self, contexts: Iterable[PrivateContext]) -> None:
+        """Whether the encoder runs, and whether contexts of so many units can be released; by public texts alone."""
+        assert self.encode is not None and self._prepared is not None
+        due, code = list(contexts), self.encode(PROBES[:1])
+        for context in due:
+            recipe = self._prepared(None if self.config.unit == "group" else context.rows)
+            recipe.prepared.count(code.expand(context.rows, -1), context.phrases)
+        rehearse(due, code.shape[-1], self.config)
+
+    def run(
+        self,
+        prepared: ContextRecipe,
+        context: PrivateContext,
+        groups: torch.Tensor | None,
+        state: None,
+        entropy: Entropy | None,
+    ) -> ReleasedTexts:
+        """Encodes and releases one charged context; keeps nothing of it but the release."""
+        assert self._prepared is not None
+        if groups is None:  # one unit, which may be answered part by part
+            prepared = self._prepared(context.rows)
+        made = prepared.run(context.load()[0], groups, entropy)
+        text = ReleasedText(made.texts, self.cut.joint)
+        self._told.append(text)
+        return ReleasedTexts(text, made.guarantee)
+
+    @locked
+    def take_in(self, file: ReleaseFile | TextReleaseFile) -> None:
+        if not isinstance(file, TextReleaseFile):
+            raise ReleaseError(
+                "This release is not of texts, and the host is protected with mechanism='library'. Call dpx.unprotect(host) first, and "
+                f"load the release again ({STAYS})."
+            )
+        self.releases.adopt(file.contexts)
+        self._told += [c.text for c in file.contexts]
+
+    def report(self) -> PrivacyReport:
+        """With the released texts, which are public."""
+        made = super().report()
+        entries = [
+            {**entry, "text": list(text)} for entry, text in zip(made.releases, self._told, strict=True)
+        ]
+        return dataclasses.replace(made, releases=tuple(entries))

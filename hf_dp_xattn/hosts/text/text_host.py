@@ -1,0 +1,164 @@
+"""`TextHost`: whatever is served by released text, and what takes in private text for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ...errors import ConfigError, ReleaseError, UnsupportedModelError
+from ..accounts import PROTECT_AGAIN, Settings
+from ..content_names import Part
+from ..diffusers.architectures import unwrap
+from ..guard import handle_on
+from ..host import Host, Named, Readable
+from ..host_words import HostWords, Setting, text_words
+from .chat_swap import ChatSwap
+from .generate_gate import GenerateGate
+from .prompt_swap import PromptSwap, text_encoders
+from .released_texts import ReleasedText, ReleasedTexts
+from .text_contexts import name_text
+from .text_guard import TextGuard
+
+if TYPE_CHECKING:
+    from ..saving import SaveShadow
+
+SUPPORTED = (
+    "With mechanism='library' a host is a diffusers pipeline with a `prompt`, a text-generation pipeline of transformers, a model of "
+    "transformers that generates text from text, or None (the released text is for a host that is elsewhere)."
+)
+
+
+class Surface(Protocol):
+    """Where one host takes in text, and how a release gets there.
+
+    host: the pipeline or model. model: whose class a report names. each: units are charged under their own names as well. apart: a list of
+    strings is ONE context of units, not several contexts.
+    """
+
+    host: Any
+    model: Any
+    each: bool
+    apart: bool
+    saving: SaveShadow
+
+    def install(self, handle: Any) -> None: ...
+    def remove(self) -> None: ...
+    def lost(self) -> str | None:
+        """What of its parts was replaced, or None."""
+        ...
+
+    def read_ids(self, context: Any) -> tuple[list[str], list[Part]] | None:
+        """The units that a context of token ids spells, and the names of the ids; None where it holds none."""
+        ...
+
+    def inputs(self, texts: Sequence[tuple[ReleasedText, str | None]], **public: Any) -> dict[str, Any]:
+        """See `Release.inputs`. texts: of each context, and the public text beside it."""
+        ...
+
+
+class TextHost(Host):
+    """Pipelines and models that share parts, or None.
+
+    Args:
+        model: what is protected first.
+        tokenizer, encoder: see `protect`.
+    """
+
+    family = "released-text"
+    undo = f"Undo that change, call dpx.unprotect(host), and {PROTECT_AGAIN}."
+    guard: TextGuard
+
+    def __init__(self, model: Any, tokenizer: Any = None, encoder: Any = None) -> None:
+        self.given, self._tokenizer, self._encoder = model, tokenizer, encoder
+        self._surfaces: list[Surface] = []
+
+    @property
+    def model(self) -> Any:
+        return self._surfaces[0].model if self._surfaces else self.given
+
+    def guarded(self, settings: Settings) -> TextGuard:
+        return TextGuard(self, settings, self._encoder, self._tokenizer)
+
+    @property
+    def saving(self) -> SaveShadow:
+        """Of the host that was protected first."""
+        return self._surfaces[0].saving
+
+    # ---- installing and removing -------------------------------------------------------------------------------------------
+
+    def has(self, pipe: Any) -> bool:
+        return any(surface.host is pipe for surface in self._surfaces)
+
+    def side_of(self, pipe: Any, guard: TextGuard) -> Surface:
+        from diffusers import DiffusionPipeline
+        from transformers import Pipeline, PreTrainedModel, TextGenerationPipeline
+
+        if isinstance(pipe, DiffusionPipeline):
+            return PromptSwap(pipe, self, guard)
+        if isinstance(pipe, TextGenerationPipeline):
+            known = getattr(handle_on(pipe.model), "guard", None) is guard
+            words = pipe.tokenizer if self._tokenizer is None else self._tokenizer
+            return ChatSwap(pipe, self, guard, GenerateGate(pipe.model, guard, words), shared=known)
+        if isinstance(unwrap(pipe), PreTrainedModel) and not isinstance(pipe, Pipeline):
+            return GenerateGate(unwrap(pipe), guard, self._tokenizer)
+        raise UnsupportedModelError(
+            f"{type(unwrap(pipe)).__name__} cannot be protected. {SUPPORTED} Nothing was patched."
+        )
+
+    def join(self, pipe: Any, side: Surface, handle: Any) -> None:
+        with self.guard.lock:
+            self._surfaces.append(side)
+            side.install(handle)
+
+    def remove(self) -> None:
+        for surface in self._surfaces:
+            surface.remove()
+
+    def lost(self) -> str | None:
+        return next((why for surface in self._surfaces if (why := surface.lost()) is not None), None)
+
+    # ---- what is private, and what is read ---------------------------------------------------------------------------------
+
+    def name(self, context: Any, groups: Any = None, **named: Any) -> Named:
+        """A string, which is cut in units as the library says; or a list of strings: for a diffusers pipeline one context each, for a
+        language model (and with `groups`) the units of ONE context, which may also be lists of token ids."""
+        if named:
+            raise TypeError(f"A text is released without {', '.join(sorted(named))}.")
+        if groups is not None and not isinstance(groups, str):
+            raise ConfigError(
+                'Units of a text are given as a list of strings, groups="phrases", "segments" or "documents".'
+            )
+        surface = self._surfaces[0] if self._surfaces else None
+        others: list[Part] = []
+        apart = groups is not None
+        found = None if surface is None else surface.read_ids(context)
+        if found is not None:
+            (context, others), apart = found, True
+        one = isinstance(context, str) or apart or surface is None or surface.apart
+        each = surface is None or surface.each
+        guard = self.guard
+        grouped = guard.config.unit == "group"
+        several = isinstance(context, (list, tuple)) and len(context) > 0 and not one
+        listed = context if several else [context]
+        contexts = [
+            name_text(*guard.cut(c), guard.encode, grouped=grouped, each=each, others=others) for c in listed
+        ]
+        return Named(contexts, None)
+
+    def inputs(self, release: Readable, prompt: Any, **public: Any) -> dict[str, Any]:
+        if not self._surfaces or not all(isinstance(c, ReleasedTexts) for c in release.contexts):
+            raise ReleaseError("This release has no host to give inputs to: read release.texts.")
+        return self._surfaces[0].inputs([(c.text, p) for c, p in release.beside(prompt)], **public)
+
+    def words(self, setting: Setting) -> HostWords:
+        name = "no host: the text is for any" if self.model is None else type(self.model).__name__
+        return text_words(name, setting, self.guard.cut.words)
+
+
+def handle_of_parts(host: Any) -> Any:
+    """The handle of a part that a host shares with one that is protected by released text; None where there is none."""
+    from diffusers import DiffusionPipeline
+
+    parts = [host, *(text_encoders(host) if isinstance(host, DiffusionPipeline) else ())]
+    found = [handle_on(p) for p in map(unwrap, parts)]
+    return next((handle for handle in found if handle is not None), None)
