@@ -120,7 +120,7 @@ def test_what_is_served_again_needs_no_ledger(pipe: Any, monkeypatch: pytest.Mon
     def locked(self: Any) -> Any:
         raise AssertionError("the ledger was asked")
 
-    monkeypatch.setattr(dpx.Ledger, "_locked", locked)
+    monkeypatch.setattr(dpx.Ledger, "_reserved", locked)
     assert handle.releases.make(handle.host.name(TEXT, None)[0]) == [context]
 
 

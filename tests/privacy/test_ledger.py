@@ -17,7 +17,7 @@ from filelock import FileLock
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-import hf_dp_xattn.privacy.ledger as ledger_module
+import hf_dp_xattn.privacy.ledger_file as ledger_module
 from hf_dp_xattn.errors import BudgetExceededError, ConfigError, LedgerError
 from hf_dp_xattn.privacy.accountant import GaussianEvent, LaplaceEvent, PureEvent, epsilon_of
 from hf_dp_xattn.privacy.ledger import Budget, Ledger
@@ -198,7 +198,9 @@ def test_the_race_catches_a_ledger_without_a_lock(path, monkeypatch):
 
     Ledger(path)
     monkeypatch.setattr(ledger_module, "_write", slow_write)
-    monkeypatch.setattr(Ledger, "_seen", property(lambda self: (), lambda self, value: None), raising=False)
+    monkeypatch.setattr(
+        ledger_module.FileStore, "_seen", property(lambda self: (), lambda self, value: None), raising=False
+    )
     assert _race(path) > 7
     monkeypatch.setattr(ledger_module, "_write", real_write)
 
@@ -232,7 +234,7 @@ def _in_child(ledger, digest, results):
 def test_fork(path, persistent):
     ledger, results = Ledger(path if persistent else None), fork.Queue()
     digest = ledger.digest(PARTS)
-    with ledger._thread_lock:  # a thread of the parent may hold it while another one forks
+    with ledger._store.lock:  # a thread of the parent may hold it while another one forks
         child = fork.Process(target=_in_child, args=(ledger, digest, results))
         child.start()
         got = results.get(timeout=30)
@@ -436,7 +438,7 @@ def test_nothing_private_at_rest(path, tmp_path):
         content = file.read_bytes()
         assert b"elephant" not in content and b"secret" not in content
         assert file.suffix == ".key" or key.encode() not in content
-    assert key not in repr(ledger) + repr(ledger.entries()) and ledger._key.hex() == key
+    assert key not in repr(ledger) + repr(ledger.entries()) and ledger._store.key.hex() == key
     for call in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(LedgerError, match="pickled"):
             call(ledger)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import hf_dp_xattn.privacy.ledger as ledger_module
 from hf_dp_xattn.errors import BudgetExceededError, ConfigError, LedgerError
 from hf_dp_xattn.privacy.accountant import PureEvent
 from hf_dp_xattn.privacy.ledger import Budget, Ledger, Name
+from hf_dp_xattn.privacy.ledger_file import mac
 
 ONE = [PureEvent(1)]
 GROUP = Budget(3.0, 0.0, "group", "replace_one")
@@ -19,13 +19,13 @@ ROW = Budget(3.0, 0.0, "row", "replace_one")
 
 def as_version_1(path: Path) -> None:
     """Rewrites a ledger as the version before wrote it: no charge says how rows were grouped."""
-    key = Ledger(path)._key
+    key = Ledger(path)._store.key
     body = json.loads(path.read_bytes())
     del body["checksum"]
     body["schema"] = "hf_dp_xattn.ledger/1"
     for charge in body["charges"]:
         del charge["grouping"]
-    body["checksum"] = ledger_module._mac(key, b"checksum", json.dumps(body, sort_keys=True).encode())
+    body["checksum"] = mac(key, b"checksum", json.dumps(body, sort_keys=True).encode())
     path.write_text(json.dumps(body))
 
 
