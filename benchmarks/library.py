@@ -28,9 +28,11 @@ from transformers import AutoModel, AutoTokenizer
 import hf_dp_xattn as dpx
 from hf_dp_xattn.calibration.library.library_fit import LibraryOptions, build_library
 from hf_dp_xattn.hosts.text.unit_encoders import unit_encoder
+from hf_dp_xattn.mechanisms.anchors.quantizer import ExactAffine
+from hf_dp_xattn.mechanisms.library.entry_lattice import EntryLattice
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
-EPSILONS = (2.0, 4.0, 8.0, 16.0)
+EPSILONS = (4.0, 8.0, 16.0)
 
 
 def main() -> None:
@@ -56,27 +58,34 @@ def main() -> None:
     private = [p for p in prompts(held_out=True) if 4 <= len(p.segments) <= 10][: args.prompts]
     begun = time.time()
     config = dpx.DPXAttnConfig(mechanism="library", unit="group")
-    options = LibraryOptions(epsilons=EPSILONS, grouping="segments", encoder=encode.name, folder=args.codes)
-    library = build_library(public, encode, config, options)
+    options = LibraryOptions(
+        epsilons=EPSILONS,
+        grouping="segments",
+        encoder=encode.name,
+        folder=args.codes,
+        flatten=0.0 if args.encoder else 0.5,
+    )
+    library = build_library(public, encode.public, config, options)
     seconds = time.time() - begun
     systems = released(library, private, encode, config)
-    found = measure(replies, private, systems)
-    results = {
+    about: dict[str, Any] = {
         "encoder": encode.name,
         "texts": len(library.texts),
-        "library_seconds": round(seconds),
-        "prompts": len(private),
-        "questions": list(QUESTIONS),
-        "plans": {
-            f"{p.epsilon:g}": [*p.entries.shape, p.near, round(p.quality.distortion, 3)]
-            for p in library.plans
-        },
-        "conditions": found,
+        "library_seconds": None if args.codes else round(seconds),
+        "questions": {kind: list(asked) for kind, asked in QUESTIONS.items()},
+        "plans": {f"{p.epsilon:g}": [*p.described(), round(p.quality.distortion, 3)] for p in library.plans},
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "replies.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.out / "replies.md").write_text(page(results))
-    print(page(results))
+    rows: list[dict[str, Any]] = []
+    for i, prompt in enumerate(tqdm(private, desc="replies")):
+        rows.append(measure(replies, prompt, {name: texts[i] for name, texts in systems.items()}))
+        write(args.out, {**about, "prompts": len(rows), "kinds": summaries(rows)})
+    print((args.out / "replies.md").read_text())
+
+
+def write(out: Path, results: dict[str, Any]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "replies.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "replies.md").write_text(page(results))
 
 
 def released(
@@ -95,36 +104,54 @@ def released(
             for i, c in enumerate(codes)
         ]
         out[f"epsilon {epsilon:g}"] = [" ".join(r) for r in runs]
-    everything = library.prepare(config.replace(epsilon=19.0)).shelves[0]
-    nearest = [everything.lattice.nearest(c, 1)[:, 0].tolist() for c in codes]
-    out["nearest, no noise"] = [" ".join(everything.texts[i] for i in own) for own in nearest]
+    affine = ExactAffine.from_tensors(library.center, library.projection, reach=library.reach)
+    everything = EntryLattice(affine, library.codes)
+    nearest = [everything.nearest(c, 1)[:, 0].tolist() for c in codes]
+    out["nearest, no noise"] = [" ".join(library.texts[i] for i in own) for own in nearest]
     return out
 
 
-def measure(
-    replies: Replies, private: Sequence[Prompt], systems: dict[str, list[str | None]]
-) -> dict[str, dict[str, Any]]:
-    kl: dict[str, list[float]] = {name: [] for name in systems}
-    same: dict[str, list[float]] = {name: [] for name in systems}
-    for i, prompt in enumerate(tqdm(private, desc="replies")):
-        own: dict[str, list[tuple[float, float]]] = {name: [] for name in systems}
-        for question in QUESTIONS:
-            reply = replies.reply(" ".join(prompt.segments), question)
-            exact = replies.log_probabilities(" ".join(prompt.segments), question, reply)
-            for name, texts in systems.items():
-                own[name].append(divergence(exact, replies.log_probabilities(texts[i], question, reply)))
-        for name, pairs in own.items():
-            kl[name].append(float(np.mean([p[0] for p in pairs])))
-            same[name].append(float(np.mean([p[1] for p in pairs])))
-    base = np.array(kl["no system prompt"])
-    return {name: summary(np.array(kl[name]), base, np.array(same[name])) for name in systems}
+def measure(replies: Replies, prompt: Prompt, systems: dict[str, str | None]) -> dict[str, Any]:
+    """For each kind of questions and each condition (KL, share of tokens whose first choice is the same)."""
+    own = replies.head(" ".join(prompt.segments))
+    asked = [(kind, question) for kind, questions in QUESTIONS.items() for question in questions]
+    said = [replies.reply(own, question) for _, question in asked]
+    exact = [replies.log_probabilities(own, q, r) for (_, q), r in zip(asked, said, strict=True)]
+    known: dict[str | None, list[tuple[float, float]]] = {}
+    for text in dict.fromkeys(systems.values()):
+        head = replies.head(text)
+        known[text] = [
+            divergence(e, replies.log_probabilities(head, q, r))
+            for (_, q), r, e in zip(asked, said, exact, strict=True)
+        ]
+    return {
+        kind: {
+            name: np.mean([known[text][i] for i, (k, _) in enumerate(asked) if k == kind], axis=0)
+            for name, text in systems.items()
+        }
+        for kind in QUESTIONS
+    }
+
+
+def summaries(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for kind in QUESTIONS:
+        base = np.array([row[kind]["no system prompt"][0] for row in rows])
+        found[kind] = {
+            name: summary(
+                np.array([row[kind][name][0] for row in rows]),
+                base,
+                np.array([row[kind][name][1] for row in rows]),
+            )
+            for name in rows[0][kind]
+        }
+    return found
 
 
 def summary(kl: np.ndarray, base: np.ndarray, same: np.ndarray) -> dict[str, Any]:
     """Means over prompts; the share of the reference's KL that is left, with its interval."""
     draws = np.random.default_rng(0).integers(len(kl), size=(4000, len(kl)))
-    shares = kl[draws].mean(1) / base[draws].mean(1)
-    low, high = np.percentile(shares, [2.5, 97.5])
+    low, high = np.percentile(kl[draws].mean(1) / base[draws].mean(1), [2.5, 97.5])
     return {
         "kl": round(float(kl.mean()), 4),
         "share": round(float(kl.mean() / base.mean()), 3),
@@ -135,16 +162,24 @@ def summary(kl: np.ndarray, base: np.ndarray, same: np.ndarray) -> dict[str, Any
 
 
 def page(results: dict[str, Any]) -> str:
+    """The table of the documents: one column for each kind of questions."""
+    kinds = results["kinds"]
     lines = [
-        f"Replies of a chat model under a released system prompt: {results['prompts']} held-out prompts, a library of {results['texts']} "
-        f"public texts made in {results['library_seconds']} s.",
+        f"{results['prompts']} held-out prompts, {results['texts']:,} sentences; "
+        "share of the KL without a system prompt that is left (95 %), and share of tokens whose first choice is the same:",
         "",
-        "| the model reads | KL | share of the KL without a system prompt (95 %) | same first choice |",
-        "| --- | --- | --- | --- |",
+        "| the model reads | " + " | ".join(f"questions {kind} | same first choice" for kind in kinds) + " |",
+        "| --- |" + " --- | --- |" * len(kinds),
     ]
-    for name, c in results["conditions"].items():
-        share = f"{c['share']:.2f} ({c['low']:.2f} to {c['high']:.2f})"
-        lines.append(f"| {name} | {c['kl']:.3f} | {share} | {c['same_first_choice']:.3f} |")
+    for name in next(iter(kinds.values())):
+        own = [found[name] for found in kinds.values()]
+        cells = [
+            f"{c['share']:.2f} ({c['low']:.2f} to {c['high']:.2f}) | {c['same_first_choice']:.3f}"
+            for c in own
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    means = ", ".join(f"{found['no system prompt']['kl']:.3f} {kind}" for kind, found in kinds.items())
+    lines += ["", f"The KL without a system prompt: {means}."]
     return "\n".join(lines) + "\n"
 
 

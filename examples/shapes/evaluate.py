@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import diffusers
@@ -41,12 +42,16 @@ def generate(
     steps: int = STEPS,
     guidance: float = GUIDANCE,
     batch: int = 50,
+    numbers: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """Pictures of the captions, float [n, 32, 32, 3] in 0..1; the i-th always has the same noise."""
-    images = []
+    """Pictures of the captions, float [n, 32, 32, 3] in 0..1; the i-th always has the same noise (of its number, where there are some)."""
+    images: list[np.ndarray] = []
+    numbers = range(len(captions)) if numbers is None else numbers
     for start in range(0, len(captions), batch):
         part = captions[start : start + batch]
-        generators = [torch.Generator().manual_seed(seed * 1_000_003 + start + i) for i in range(len(part))]
+        generators = [
+            torch.Generator().manual_seed(seed * 1_000_003 + i) for i in numbers[start : start + batch]
+        ]
         result = pipeline(
             part,
             height=IMAGE_SIZE,
@@ -57,7 +62,7 @@ def generate(
             output_type="np",
         )
         images.append(result.images)
-    return np.concatenate(images)
+    return np.concatenate(images) if images else np.zeros((0, IMAGE_SIZE, IMAGE_SIZE, 3))
 
 
 def evaluate_pipeline(

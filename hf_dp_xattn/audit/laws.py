@@ -21,6 +21,7 @@ from ..mechanisms.base import Mechanism, NoisePart, by_tensor
 from ..privacy.accountant import Event, GaussianEvent, TruncatedLaplaceEvent, epsilon_of, needs_delta
 from ..privacy.additive import AdditiveNoise, GaussianNoise, GeometricNoise
 from ..privacy.bits import Entropy
+from ..privacy.joint_response import PlacedResponse, ProductResponse
 from ..privacy.rank_response import RankResponse
 from ..privacy.response import RandomizedResponse
 
@@ -29,6 +30,7 @@ SAMPLED = (
 )
 MOST = 2**14  # likewise, of noise that is not Gaussian
 _CHUNK = 2**22
+ANSWERS = (RankResponse, PlacedResponse, ProductResponse)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,27 +137,28 @@ class ResponseViews:
         return int((self.cells[one] != self.cells[other]).sum()) / self.stages
 
 
-@dataclass(frozen=True, eq=False)
-class RankViews:
-    """near [k, U, t]: of each context's U units the nearest entries, in order. stages: how many of them one unit has."""
+class AnswerNoise(Protocol):
+    """A response by rank, by place or of all parts together (`privacy/rank_response.py`, `privacy/joint_response.py`)."""
 
-    response: RankResponse
-    near: torch.Tensor
+    def perturb(self, integers: torch.Tensor, entropy: Entropy) -> torch.Tensor: ...
+    def log_weights(self, integers: torch.Tensor, answers: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerViews:
+    """integers [k, m, .]: of each context's m texts. stages: how many of them one unit has."""
+
+    response: AnswerNoise
+    integers: torch.Tensor
     stages: int
 
     def scores(self, which: int, draws: int, entropy: Entropy) -> np.ndarray:
-        response, found = self.response, np.zeros((draws, len(self.near)))
-        by_rank = np.repeat(np.log(np.array(response.weights, dtype=np.float64)), response.counts)
-        for unit in range(self.near.shape[1]):
-            own = self.near[which, unit].numpy()
-            answers = response.answer(np.broadcast_to(own, (draws, len(own))), response.draw(draws, entropy))
-            weight = np.full((len(self.near), response.size), by_rank[-1])
-            np.put_along_axis(weight, self.near[:, unit].numpy(), by_rank[None, : response.near], axis=1)
-            found += weight[:, answers].T
-        return found
+        own = self.integers[which]
+        answers = self.response.perturb(own.repeat(draws, 1), entropy).view(draws, len(own)).numpy()
+        return np.stack([self.response.log_weights(other, answers) for other in self.integers], axis=1)
 
     def gap(self, one: int, other: int) -> float:
-        return int((self.near[one] != self.near[other]).any(-1).sum()) / self.stages
+        return int((self.integers[one] != self.integers[other]).any(-1).sum()) / self.stages
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +190,7 @@ class Law:
         for context in contexts:
             exact = self.prepared.exact(context.rows, context.groups)
             for own, (part, tensors) in zip(flat, by_tensor(parts, exact), strict=True):
-                stacked = isinstance(part.noise, (RandomizedResponse, RankResponse))
+                stacked = isinstance(part.noise, (RandomizedResponse, *ANSWERS))
                 numbers = (
                     torch.stack(tensors, dim=-1).reshape(-1)
                     if stacked
@@ -206,11 +209,13 @@ def _views(part: NoisePart, filled: Sequence[tuple[torch.Tensor, torch.Tensor]])
         if len({len(cells) for _, cells in filled}) > 1:
             raise ConfigError("Randomised response answers once for each unit: their number is public.")
         return ResponseViews(part.noise, torch.stack([cells for _, cells in filled]), len(part.events))
-    if isinstance(part.noise, RankResponse):
+    if isinstance(part.noise, ANSWERS):
         if len({len(near) for _, near in filled}) > 1:
             raise ConfigError("Each unit is answered once: their number is public.")
-        near = torch.stack([near for _, near in filled])
-        return RankViews(part.noise, near.view(len(filled), -1, part.noise.near), len(part.events))
+        joint = isinstance(part.noise, ProductResponse)
+        width = 1 if joint else part.noise.near + isinstance(part.noise, PlacedResponse)
+        integers = torch.stack([near for _, near in filled]).view(len(filled), -1, width)
+        return AnswerViews(part.noise, integers, integers.shape[1] if joint else len(part.events))
     if not isinstance(part.noise, AdditiveNoise):
         raise ConfigError(f"{type(part.noise).__name__} has no law to audit.")
     every = torch.unique(torch.cat([at for at, _ in filled]))

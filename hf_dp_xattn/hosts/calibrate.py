@@ -9,6 +9,7 @@ from typing import Any
 
 from ..calibration.calibration_options import EPSILONS, CalibrationOptions
 from ..calibration.fit import check, fit
+from ..calibration.library.metric import Responses
 from ..calibration.shipped_prompts import public_prompts
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
@@ -84,6 +85,7 @@ def calibrate(
     encoder: Any = None,
     folder: str | os.PathLike[str] | None = None,
     expand: bool | int = False,
+    responses: Responses | None = None,
 ) -> Any:
     """Everything data-dependent that a mechanism reads, fitted to PUBLIC prompts.
 
@@ -132,6 +134,8 @@ def calibrate(
         folder: `library` only: keeps codes, so that a run that was broken off is taken up again.
         expand: `library` only: adds new texts, in which words that stand in the same public texts take each other's place; for phrases of
             one grammar. True: up to 50,000 of them; or how many at most.
+        responses: `library` only: what the host does with each of n PUBLIC strings, floats [n, d] (a picture that is begun from the same
+            noise, or log-probabilities of a reply). Texts that it treats alike then count as near, so that more answers are told right.
 
     Raises:
         ConfigError: too few contexts, wrong type.
@@ -179,12 +183,15 @@ def calibrate(
             "progress": progress,
             "folder": folder,
             "expand": expand,
+            "responses": responses,
         }
         return make_library(
             pipe, public_contexts, config, grouping=grouping, tokenizer=tokenizer, encoder=encoder, **settings
         )
-    if not (tokenizer is None and encoder is None and folder is None and expand is False):
-        raise ConfigError("`tokenizer`, `encoder`, `folder` and `expand` are for mechanism='library'.")
+    if expand is not False or any(given is not None for given in (tokenizer, encoder, folder, responses)):
+        raise ConfigError(
+            "`tokenizer`, `encoder`, `folder`, `expand` and `responses` are for mechanism='library'."
+        )
     kind = kind_of(pipe)
     for name, message in _REFUSED.items():
         asked = getattr(options, name)

@@ -30,7 +30,7 @@ from .accountant import PureEvent
 from .bits import Entropy, uniform_below
 from .response import MAX_ALPHABET, RandomizedResponse, check_odds
 
-_LIMIT = 1 << 48  # of `uniform_below`
+LIMIT = 1 << 48  # of `uniform_below`
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class RankResponse:
             raise ConfigError("Counts and weights of a profile are positive integers.")
         if list(self.weights) != sorted(self.weights, reverse=True):
             raise ConfigError("A profile's weights must not rise with the rank.")
-        if self.size > MAX_ALPHABET or self.total > _LIMIT:
+        if self.size > MAX_ALPHABET or self.total > LIMIT:
             raise ConfigError(
                 f"The profile is too large: at most {MAX_ALPHABET} entries, and weights that sum to 2^48 or less. Take fewer near entries."
             )
@@ -176,3 +176,11 @@ class RankResponse:
             ConfigError: see `answer`.
         """
         return torch.from_numpy(self.answer(integers.cpu().numpy(), self.draw(len(integers), entropy)))
+
+    def log_weights(self, integers: torch.Tensor, answers: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """[draws]: log-likelihood of answers [draws, m] of units whose nearest entries are `integers` [m, near], up to a public number."""
+        logs = np.log(np.repeat(np.array(self.weights, dtype=np.float64), self.counts)[: self.near])
+        found = np.zeros(len(answers))
+        for unit, own in enumerate(integers.cpu().numpy()):
+            found += (answers[:, unit, None] == own) @ (logs - math.log(self.weights[-1]))
+        return found

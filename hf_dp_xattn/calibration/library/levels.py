@@ -8,7 +8,11 @@ import torch
 
 _ROUNDS = 5
 _TEXTS, _PER_MEDOID = 4096, 4
-_MOVED, _TRIED = 64, 64  # levels up to this size are searched further, by so many candidates at a time
+_MOVES, _MOVED, _WORK = (
+    8,
+    48,
+    2**34,
+)  # rounds of moves, clusters moved in one, products that all rounds may cost
 _BLOCK = 2**25  # entries of a block of scores
 
 
@@ -26,7 +30,8 @@ def medoids(
 
     A unit of cluster k is answered by its medoid with odds e^epsilon to each other one, so the medoid m_k adds
     m_k . (e^epsilon S_k + S - S_k) / W, S_k the sum of the cluster's codes and S of all: a medoid leans towards the middle of all units
-    where answers are seldom true.
+    where answers are seldom true. Clusters are found with free centres, which are moved from where one is missed least to where one is
+    missed most; then each centre gives way to a text.
 
     Args:
         codes: [N, p], of length 1. weights: [N], how often each text stands in public contexts; 0: it may not answer. size: K.
@@ -48,10 +53,8 @@ def _medoids(
 ) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     odds = math.exp(min(epsilon, 30.0))
-    chosen = _settled(codes, weights, _seeds(codes, weights, size, generator), odds)
-    if size <= _MOVED:
-        chosen = _settled(codes, weights, _moved(codes, weights, chosen, generator), odds)
-    chosen = torch.unique(chosen)
+    centres = _moved(codes, weights, codes[_seeds(codes, weights, size, generator)], generator)
+    chosen: torch.Tensor = torch.unique(_settled(codes, weights, _members(codes, centres), odds))
     if len(chosen) < size:  # a medoid stood twice: fill up with texts that are served worst
         far = (codes * codes[chosen][nearest_of(codes, codes[chosen])]).sum(1)
         far[chosen] = math.inf
@@ -77,31 +80,66 @@ def _settled(codes: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, o
     return chosen
 
 
+def _members(codes: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """Of each centre that has a cluster: its nearest text there."""
+    cells = nearest_of(codes, centres)
+    near = (codes * centres[cells]).sum(1)
+    top = torch.full((len(centres),), -math.inf).scatter_reduce_(0, cells, near, "amax")
+    at = (near == top[cells]).nonzero().squeeze(1)
+    best = torch.full((len(centres),), len(codes)).scatter_reduce_(0, cells[at], at, "amin")
+    members: torch.Tensor = best[best < len(codes)]
+    return members
+
+
+def _centred(codes: torch.Tensor, weighted: torch.Tensor, centres: torch.Tensor, rounds: int) -> torch.Tensor:
+    """Lloyd's rounds with free centres."""
+    for _ in range(rounds):
+        sums = torch.zeros_like(centres).index_add_(0, nearest_of(codes, centres), weighted)
+        centres = torch.where(sums.any(1, keepdim=True), torch.nn.functional.normalize(sums, dim=1), centres)
+    return centres
+
+
 def _moved(
-    codes: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, generator: torch.Generator
+    codes: torch.Tensor, weights: torch.Tensor, centres: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """The medoid that is missed least goes to where one is missed most, as long as that helps."""
-    chosen = chosen.clone()
-    for _ in range(_MOVED // 2):
-        first, cells = (codes @ codes[chosen].mT).topk(2, dim=1)
-        loss = torch.zeros(len(chosen)).index_add_(0, cells[:, 0], weights * (first[:, 0] - first[:, 1]))
+    """Centres that are missed least go to texts where one is missed most, as long as that helps."""
+    weighted, size = codes * weights[:, None], len(centres)
+    centres = _centred(codes, weighted, centres, 4)
+    rounds = min(_MOVES, _WORK // (codes.numel() * size)) if size > 2 else 0
+    best: tuple[float, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    most = max(1, min(size // 8, _MOVED))
+    for _ in range(rounds):
+        pairs = [(part @ centres.mT).topk(2, dim=1) for part in codes.split(max(1, _BLOCK // size))]
+        first, cells = (torch.cat([pair[i] for pair in pairs]) for i in (0, 1))
+        found = float((weights * first[:, 0]).sum())
+        if best is not None and found <= best[0]:
+            most = max(1, most // 2)
+        else:
+            best = found, centres, first, cells
+        _, centres, first, cells = best
+        loss = torch.zeros(size).index_add_(0, cells[:, 0], weights * (first[:, 0] - first[:, 1]))
         far = ((1.0 - first[:, 0]).clamp_min(0.0) + 1e-7) * weights
-        tried = torch.multinomial(far, min(_TRIED, len(codes)), generator=generator)
-        gain = (weights[:, None] * (codes @ codes[tried].mT - first[:, :1]).clamp_min(0.0)).sum(0)
-        if not float(gain.max()) > float(loss.min()):
-            break
-        chosen[int(loss.argmin())] = tried[int(gain.argmax())]
-    return chosen
+        tried = torch.multinomial(far, min(4 * most + 8, len(codes)), generator=generator)
+        gain = weights[:, None] * (codes @ codes[tried].mT - first[:, :1]).clamp_min(0.0)
+        taken: list[int] = []
+        for _ in range(most):  # each next one by what it adds to those before
+            taken.append(int(gain.sum(0).argmax()))
+            gain = (gain - gain[:, taken[-1:]]).clamp_min(0.0)
+        centres = centres.clone()
+        centres[loss.argsort(stable=True)[:most]] = codes[tried[taken]]
+        centres = _centred(codes, weighted, centres, 2)
+    return centres if best is None else _centred(codes, weighted, best[1], 4)
 
 
 def _seeds(codes: torch.Tensor, weights: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
     """First medoids, k-means++ in batches: drawn in proportion to weight and squared distance to those that are there."""
-    chosen = torch.multinomial(weights, max(1, size // 8), generator=generator)
+    chosen = torch.multinomial(weights, 1, generator=generator)
+    near = codes @ codes[chosen[0]]
     while len(chosen) < size:
-        near = codes[chosen]
-        far = 1.0 - torch.cat([(part @ near.mT).amax(1) for part in codes.split(max(1, _BLOCK // len(near)))])
-        far = (far.clamp_min(0.0) + 1e-7) * weights
+        far = ((1.0 - near).clamp_min(0.0) + 1e-7) * weights
         far[chosen] = 0.0
-        wanted = min(max(1, size // 8), size - len(chosen))
-        chosen = torch.cat([chosen, torch.multinomial(far, wanted, generator=generator)])
+        wanted = min(max(1, len(chosen) // 4), size - len(chosen))
+        drawn = torch.multinomial(far, wanted, generator=generator)
+        near = torch.maximum(near, (codes @ codes[drawn].mT).amax(1))
+        chosen = torch.cat([chosen, drawn])
     return chosen

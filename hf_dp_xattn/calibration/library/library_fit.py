@@ -18,11 +18,13 @@ from ...privacy.response import MAX_ALPHABET
 from ...records import plain_text
 from ..calibration_options import EPSILONS
 from .encoding import encode_chunks
+from .joint_plans import JointPlanner
 from .library_plans import PublicUnits, Shelving, places_for
+from .metric import Metric, Responses, fit_metric
 from .recombination import recombined
-from .text_library import GROUPINGS, PROBES, Encode, LibraryPlan, TextLibrary
+from .stored_plan import LibraryPlan
+from .text_library import GROUPINGS, PROBES, Encode, TextLibrary
 
-_REACH = 8.0  # times the largest coordinate of a public code: what is further out is clamped
 _RECOMBINED = 50_000
 _METRIC_TEXTS = 2**14  # texts whose codes fix the metric; those of the others are projected at once
 
@@ -34,7 +36,8 @@ class LibraryOptions:
     epsilons: a plan for each. grouping: how contexts are cut in units; by default "phrases" for groups. encoder: the encoder's name.
     width: directions of the codes that are kept. flatten: 0: cosine of centred codes; 1: all directions count alike.
     held_out: share of the contexts by which plans are chosen. expand: new texts by `recombined` (True: up to 50,000; or how many at most).
-    folder: keeps codes, so that a run that was broken off is taken up again.
+    folder: keeps codes, so that a run that was broken off is taken up again. responses: what the host does with each of n strings, floats
+    [n, d]; then texts that it treats alike count as near. alike: how many public texts are tried so.
     """
 
     epsilons: Sequence[float] = EPSILONS
@@ -47,6 +50,8 @@ class LibraryOptions:
     seed: int = 0
     progress: bool = True
     folder: str | os.PathLike[str] | None = None
+    responses: Responses | None = None
+    alike: int = 1500
 
 
 @torch.no_grad()
@@ -85,9 +90,12 @@ def build_library(
     with tqdm(total=len(texts) + len(options.epsilons), desc="library", disable=not options.progress) as bar:
         metric, codes, probe = _encode(texts, encode, options, bar)
         center, projection, reach = metric
-        places = Places() if config.unit == "context" else places_for([len(c) for c in contexts])
-        shelving = Shelving(codes, places, options.seed)
-        plans = _plans(texts, contexts, made, shelving, options, bar)
+        whole = grouping == "context"
+        places = Places() if whole else places_for([len(c) for c in contexts])
+        shelving = Shelving(codes, places, options.seed, apart=not whole)
+        units = _public_units(texts, contexts, made, places)
+        together = max(map(len, contexts)) if config.unit == "context" and not whole else 0
+        plans = _plans(texts, made, shelving, units, together, options, bar)
     return TextLibrary(
         unit=config.unit,
         grouping=grouping,
@@ -98,7 +106,9 @@ def build_library(
         reach=reach,
         settings={
             "width": projection.shape[1],
-            "flatten": options.flatten,
+            "metric": "the host's responses"
+            if options.responses
+            else f"directions flattened by {options.flatten:g}",
             "seed": options.seed,
             "recombined": len(made),
         },
@@ -140,15 +150,13 @@ def _made_units(units: PublicUnits, at: Mapping[str, int], made: Mapping[str, st
     return PublicUnits(own, torch.full_like(own, -1), torch.tensor(shelves, dtype=torch.int64))
 
 
-Metric = tuple[torch.Tensor, torch.Tensor, float]
-
-
 def _encode(
     texts: Sequence[str], encode: Encode, options: LibraryOptions, bar: tqdm[None]
 ) -> tuple[Metric, torch.Tensor, torch.Tensor]:
     """The metric, codes [N, p] of length 1, and the probe: codes of the first texts. Of most texts no more than these are ever held."""
     folder = None if options.folder is None else Path(options.folder)
     metric: Metric | None = None
+    learned = None if options.responses is None else (options.responses, options.alike)
     waiting: list[torch.Tensor] = []
     out: list[torch.Tensor] = []
     probe: torch.Tensor | None = None
@@ -158,7 +166,13 @@ def _encode(
         waiting.append(codes)
         bar.update(len(codes))
         if metric is None and sum(map(len, waiting)) >= min(len(texts), _METRIC_TEXTS):
-            metric = fit_metric(torch.cat(waiting), options)
+            metric = fit_metric(
+                torch.cat(waiting),
+                [texts[i] for i in order.tolist()],
+                options.width,
+                options.flatten,
+                learned,
+            )
         if metric is not None:
             out += [unit_codes(part, metric[0], metric[1]) for part in waiting]
             waiting = []
@@ -169,50 +183,44 @@ def _encode(
     return metric, codes, probe
 
 
-def fit_metric(codes: torch.Tensor, options: LibraryOptions) -> Metric:
-    """Centre [C], projection [C, p] and reach: the leading directions of public codes, each divided by its deviation^flatten."""
-    center = codes.mean(0)
-    centred = (codes - center).double()
-    values, vectors = torch.linalg.eigh(centred.mT @ centred / max(1, len(codes) - 1))
-    width = min(options.width, int((values > values[-1] * 1e-9).sum()))
-    if width < 1 or not float(values[-1]) > 0:
-        raise ConfigError("The encoder gives the same code for all public texts.")
-    kept, deviation = vectors[:, -width:].flip(1), values[-width:].flip(0).sqrt()
-    projection = kept * (deviation / deviation[0]) ** -options.flatten
-    return center, projection.float(), _REACH * float(centred.abs().max())
-
-
-def _plans(
-    texts: Sequence[str],
-    contexts: Sequence[Sequence[str]],
-    made: Mapping[str, str],
-    shelving: Shelving,
-    options: LibraryOptions,
-    bar: tqdm[None],
-) -> tuple[LibraryPlan, ...]:
-    """Chosen by contexts that are held out, then made of all texts."""
+def _public_units(
+    texts: Sequence[str], contexts: Sequence[Sequence[str]], made: Mapping[str, str], places: Places
+) -> PublicUnits:
     at = {text: i for i, text in enumerate(texts)}
     units = PublicUnits(
         torch.tensor([at[text] for context in contexts for text in context]),
         torch.tensor([c for c, context in enumerate(contexts) for _ in context]),
-        torch.tensor([s for context in contexts for s in shelving.places.shelves(len(context))]),
+        torch.tensor([s for context in contexts for s in places.shelves(len(context))]),
     )
-    units = units.joined(_made_units(units, at, made))
-    order = torch.randperm(len(contexts), generator=torch.Generator().manual_seed(options.seed + 1))
-    held = torch.isin(units.context, order[: max(1, round(len(contexts) * options.held_out))])
+    return units.joined(_made_units(units, at, made))
+
+
+def _plans(
+    texts: Sequence[str],
+    made: Mapping[str, str],
+    shelving: Shelving,
+    units: PublicUnits,
+    together: int,
+    options: LibraryOptions,
+    bar: tqdm[None],
+) -> tuple[LibraryPlan, ...]:
+    """Chosen by contexts that are held out, then made of all. together: 0, or how many parts a context that is one unit has at most."""
+    contexts = int(units.context.max()) + 1
+    order = torch.randperm(contexts, generator=torch.Generator().manual_seed(options.seed + 1))
+    held = torch.isin(units.context, order[: max(1, round(contexts * options.held_out))])
     public, judges = units.where(~held), units.where(held)
     if made:  # what can be made without the contexts that judge
         fitted = [texts[i] for i in public.where(public.context >= 0).text.unique().tolist()]
-        known = torch.tensor(
-            [at[text] for text in _expanded(fitted, options) if text in at], dtype=torch.int64
-        )
+        again = set(_expanded(fitted, options))
+        known = torch.tensor([i for i, text in enumerate(texts) if text in again], dtype=torch.int64)
         public = public.where((public.context >= 0) | torch.isin(public.text, known))
     if (
         len(torch.unique(public.text)) < 2
     ):  # next to nothing is there: what is predicted is of what the library holds
-        public = judges = units
+        public = judges = units.where(units.context >= 0)
+    joint = JointPlanner(shelving, units, public, judges, together) if together else None
     plans = []
     for epsilon in sorted(set(map(float, options.epsilons))):
-        plans.append(shelving.plan(units, shelving.choose(public, judges, epsilon), epsilon))
+        plans.append(shelving.plan(units, public, judges, epsilon) if joint is None else joint.plan(epsilon))
         bar.update()
     return tuple(plans)

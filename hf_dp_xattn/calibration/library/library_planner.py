@@ -81,7 +81,8 @@ def plan_library(
 
 
 def _point(config: DPXAttnConfig, library: TextLibrary, curve: Curve, units: int, measure: bool) -> PlanPoint:
-    prepared = library.prepare(config, units=1)
+    # a context that is one unit in parts: of as many as the largest public one has
+    prepared = library.prepare(config, units=1 if library.plan_for(config.epsilon).answers else library.units)
     charged = epsilon_of(prepared.events, 0.0)
     return PlanPoint(
         epsilon=config.epsilon,
@@ -90,11 +91,11 @@ def _point(config: DPXAttnConfig, library: TextLibrary, curve: Curve, units: int
         release="texts",
         made_for=library.plan_for(config.epsilon).epsilon,
         meaning=prepared.numbers.clipping,
-        noise={"nearest": prepared.response.probability(1), "near": float(prepared.response.near)},
+        noise={"nearest": prepared.likely},
         events=tuple(e.to_dict() for e in prepared.events),
         charged=charged,
         charged_delta=0.0,
-        rows=prepared.response.size,
+        rows=max(len(shelf.texts) for shelf in prepared.shelves),
         kv_bytes=0,
         seconds=_measure(prepared, units) if measure else None,
         guesses=tuple((p, guess_bound(charged, 0.0, p, config.neighboring)) for p in PRIORS),

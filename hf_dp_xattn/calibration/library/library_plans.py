@@ -1,11 +1,13 @@
-"""The plan for each epsilon: how many texts may answer, which ones at which place, and how many count as near.
+"""The plan for each epsilon: at each place how many texts may answer, which ones, and how many count as near.
 
-Everything is decided by public units of contexts that were held out, by the expected cosine between a unit and its answer.
+Everything is decided by public units of contexts that were held out, by the expected cosine between a unit and its answer. A place has a
+size of its own: where a prompt ends with one of eight backgrounds, eight texts are enough, and are told far more often than hundreds.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +16,11 @@ from ...errors import ConfigError
 from ...mechanisms.library.places import PLACES, Places
 from ...privacy.rank_response import RankResponse
 from .levels import medoids
-from .text_library import LibraryPlan, LibraryQuality, spread
+from .stored_plan import LibraryPlan, LibraryQuality, spread
 
 _NEAR = (1, 2, 4, 8, 16)
 _LARGEST_LEVEL = 12  # 2^12; beyond it all texts may answer
+_FEW = 12  # held-out units of one place that are enough to judge by
 _BLOCK = 2**24  # cosines that are held at once
 _HELD = 1000  # held-out units that are looked at
 _ELSEWHERE = 0.15  # weight of a text that stands at other places, and of one in contexts of other lengths
@@ -65,9 +68,10 @@ def places_for(lengths: list[int]) -> Places:
 
 
 def sizes_for(epsilon: float) -> list[int]:
-    """Numbers of texts that may be worth a look at epsilon; 0: all of them."""
-    low, high = math.exp(min(0.6 * epsilon, 30.0)) / 2, 1.5 * math.exp(min(0.9 * epsilon, 30.0))
-    return [*(2**i for i in range(1, _LARGEST_LEVEL + 1) if low <= 2**i <= high), 0]
+    """Numbers of texts that may be worth a look at epsilon, rising: 2, 3, 4, 6, 8, 12, ..."""
+    most = 1.5 * math.exp(min(0.9 * epsilon, 30.0))
+    rising = sorted({2, 3, *(n * 2**i for i in range(1, _LARGEST_LEVEL) for n in (2, 3))})
+    return [n for n in rising if n <= max(3.0, most)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,81 +101,139 @@ class Ranked:
         return found
 
 
-@dataclass(frozen=True)
-class Choice:
-    """K (0: all texts), t, whether each place has a shelf of its own, and how well that did."""
+@dataclass(frozen=True, eq=False)
+class Pick:
+    """For one place: K (0: all texts), t, which texts these are, and the mean expected cosine."""
 
     size: int
     near: int
-    apart: bool
-    quality: LibraryQuality
+    entries: torch.Tensor
+    mean: float
 
 
 @dataclass(frozen=True, eq=False)
 class Shelving:
-    """codes [N, p]: of all public texts, of length 1. places: which shelves there are."""
+    """codes [N, p]: of all public texts, of length 1. places: which shelves there are. apart: each place has one of its own."""
 
     codes: torch.Tensor
     places: Places
     seed: int
+    apart: bool = True
 
-    def entries(self, units: PublicUnits, size: int, apart: bool, epsilon: float) -> torch.Tensor:
-        """[S, K] int64, rising: which texts of `units` stand on each shelf."""
-        texts = len(self.codes)
-        whole = units.weights(texts, None)
+    @property
+    def shelves(self) -> list[int | None]:
+        """All shelves; None: one for all places."""
+        return [*range(self.places.size)] if self.apart else [None]
+
+    def entries(self, units: PublicUnits, size: int, shelf: int | None, epsilon: float) -> torch.Tensor:
+        """[K] int64, rising: which texts of `units` stand on a shelf."""
+        whole = units.weights(len(self.codes), None)
         if size == 0 or size >= int((whole > 0).sum()):
-            return whole.nonzero().T
-        shelves = range(self.places.size) if apart else [None]
-        return torch.stack(
-            [medoids(self.codes, units.weights(texts, shelf), size, epsilon, self.seed) for shelf in shelves]
-        )
+            return whole.nonzero().squeeze(1)
+        return medoids(self.codes, units.weights(len(self.codes), shelf), size, epsilon, self.seed)
+
+    def judges(self, held: PublicUnits, shelf: int | None) -> PublicUnits:
+        """Held-out units that tell how a shelf does: its own, or where they are few all at such a place, or all."""
+        if shelf is None:
+            return held.some(_HELD, self.seed)
+        own = held.where(held.shelf == shelf)
+        alike = held.where(held.shelf % len(PLACES) == shelf % len(PLACES))
+        chosen = next((u for u in (own, alike) if len(u.text) >= _FEW), held)
+        return chosen.some(_HELD, self.seed)
 
     def ranked(self, units: PublicUnits, entries: torch.Tensor) -> Ranked:
-        """The cosines of each unit with the entries of its shelf."""
-        if len(entries) == 1:
-            return Ranked.of(self.codes[units.text], self.codes[entries[0]])
-        keep, size = min(_NEAR[-1], entries.shape[1]), entries.shape[1]
-        found = Ranked(torch.empty(len(units.text), keep), torch.empty(len(units.text)), size)
-        for shelf in units.shelf.unique().tolist():
-            here = units.shelf == shelf
-            own = Ranked.of(self.codes[units.text[here]], self.codes[entries[shelf]])
-            found.top[here], found.total[here] = own.top, own.total
-        return found
+        """The cosines of units with entries."""
+        return Ranked.of(self.codes[units.text], self.codes[entries])
 
-    def choose(self, public: PublicUnits, held: PublicUnits, epsilon: float) -> Choice:
-        """What does best at epsilon for units of contexts that the library does not hold.
+    def pick(
+        self, public: PublicUnits, held: PublicUnits, shelf: int | None, epsilon: float, start: int
+    ) -> Pick:
+        """What does best at one place: from size to size as long as that helps.
 
         Args:
-            public: units whose texts may answer. held: units of other contexts.
+            public: units whose texts may answer. held: units of other contexts. start: the size to begin at.
         """
-        held = held.some(_HELD, self.seed)
-        best: tuple[float, int, int, bool, torch.Tensor] | None = None
-        exact = torch.zeros(1)
-        for size in sizes_for(epsilon):
-            for apart in (False, True) if size else (False,):
-                ranked = self.ranked(held, self.entries(public, size, apart, epsilon))
-                exact = ranked.top[:, 0]  # at last of all texts
-                for near in (t for t in _NEAR if t < ranked.size):
-                    try:
-                        response = RankResponse.of(epsilon, ranked.size, near)
-                    except ConfigError:
-                        continue  # weights beyond 2^48
-                    found = ranked.expected(response)
-                    if best is None or float(found.mean()) > best[0]:
-                        best = float(found.mean()), size, near, apart, found
+        judges, texts = self.judges(held, shelf), len(public.text.unique())
+        sizes = [k for k in sizes_for(epsilon) if k < texts]
+        tried: dict[int, Pick] = {}
+
+        def at(size: int) -> float:
+            if size not in tried:
+                tried[size] = self._try(self.entries(public, size, shelf, epsilon), size, judges, epsilon)
+            return tried[size].mean
+
+        if not sizes or math.exp(min(epsilon, 30.0)) > texts:
+            at(0)
+        i = min(range(len(sizes)), key=lambda j: abs(math.log(sizes[j] / start)), default=0)
+        for step in (4, 2, 1) if sizes else ():  # in halves of a doubling
+            while True:
+                around = [j for j in (i, i - step, i + step) if 0 <= j < len(sizes)]
+                best = max(around, key=lambda j: at(sizes[j]))
+                if best == i:
+                    break
+                i = best
+        return max(tried.values(), key=lambda p: p.mean)
+
+    def _try(self, entries: torch.Tensor, size: int, judges: PublicUnits, epsilon: float) -> Pick:
+        ranked, best = self.ranked(judges, entries), None
+        for near in (t for t in _NEAR if t < ranked.size):
+            try:
+                found = float(ranked.expected(RankResponse.of(epsilon, ranked.size, near)).mean())
+            except ConfigError:
+                continue  # weights beyond 2^48
+            if best is None or found > best.mean:
+                best = Pick(size, near, entries, found)
         if best is None:
             raise ConfigError("A library needs at least 2 distinct public texts.")
-        distortion = _by_context(1.0 - best[4], held.context)
-        quality = LibraryQuality(*spread(distortion), 1.0 - float(exact.mean()), len(distortion))
-        return Choice(best[1], best[2], best[3], quality)
+        return best
 
-    def plan(self, public: PublicUnits, choice: Choice, epsilon: float) -> LibraryPlan:
-        """The plan that was chosen, of all public units."""
-        entries = self.entries(public, choice.size, choice.apart, epsilon)
-        return LibraryPlan(epsilon, min(choice.near, entries.shape[1] - 1), 1, entries, choice.quality)
+    def plan(
+        self, units: PublicUnits, public: PublicUnits, held: PublicUnits, epsilon: float, answers: int = 1
+    ) -> LibraryPlan:
+        """Chosen by `held` with the texts of `public`, then made of all public `units`."""
+        picks: list[Pick] = []
+        start = round(math.exp(min(0.7 * epsilon, 8.0)))
+        for shelf in self.shelves:
+            picks.append(self.pick(public, held, shelf, epsilon, start))
+            start = picks[-1].size or start
+        lists = Lists()
+        own = tuple(
+            lists.add(self.entries(units, pick.size, shelf, epsilon), pick.near)
+            for shelf, pick in zip(self.shelves, picks, strict=True)
+        )
+        quality = self._quality(picks, public, held, epsilon)
+        return LibraryPlan(epsilon, answers, tuple(lists.all), own if len(set(own)) > 1 else own[:1], quality)
+
+    def _quality(
+        self, picks: Sequence[Pick], public: PublicUnits, held: PublicUnits, epsilon: float
+    ) -> LibraryQuality:
+        """Of all held-out units, each at its own place; by context."""
+        held = held.some(_HELD, self.seed)
+        expected, exact = torch.zeros(len(held.text)), self.ranked(held, public.text.unique()).top[:, 0]
+        for shelf, pick in zip(self.shelves, picks, strict=True):
+            here = torch.ones_like(held.shelf, dtype=torch.bool) if shelf is None else held.shelf == shelf
+            if bool(here.any()):
+                ranked = self.ranked(held.where(here), pick.entries)
+                expected[here] = ranked.expected(RankResponse.of(epsilon, ranked.size, pick.near))
+        distortion = by_context(1.0 - expected, held.context)
+        return LibraryQuality(*spread(distortion), 1.0 - float(exact.mean()), len(distortion))
 
 
-def _by_context(values: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+class Lists:
+    """Lists of entries, each once."""
+
+    def __init__(self) -> None:
+        self.all: list[torch.Tensor] = []
+
+    def add(self, entries: torch.Tensor, near: int = 1) -> tuple[int, int]:
+        """(its number, near), near at most one less than it holds."""
+        own = next((i for i, known in enumerate(self.all) if torch.equal(known, entries)), len(self.all))
+        if own == len(self.all):
+            self.all.append(entries)
+        return own, max(1, min(near, len(entries) - 1))
+
+
+def by_context(values: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
     _, at, count = torch.unique(context, return_inverse=True, return_counts=True)
     mean: torch.Tensor = torch.zeros(len(count)).index_add_(0, at, values) / count
     return mean

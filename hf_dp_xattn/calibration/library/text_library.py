@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -18,10 +17,12 @@ from ...mechanisms.anchors.quantizer import ExactAffine
 from ...mechanisms.library.entry_lattice import EntryLattice
 from ...mechanisms.library.library import PreparedLibrary, Shelf
 from ...mechanisms.library.places import Places
+from ...privacy.joint_response import ProductResponse
 from ...privacy.rank_response import RankResponse
 from ...privacy.response import MAX_ALPHABET
 from ..calibration_card import Described
 from ..stored import CHECKS, Stored
+from .stored_plan import LibraryPlan, read_plan, verify_plan
 
 Encode = Callable[[Sequence[str]], torch.Tensor]
 
@@ -32,36 +33,6 @@ GROUPINGS = {
 PROBES = 8  # entries whose codes tell another encoder
 _SAME = 0.99  # cosine of a probe's codes: batching and precision leave far more, another encoder far less
 _FIELDS = ("unit", "grouping", "encoder", "contexts", "units", "lengths", "reach", "settings")
-
-
-@dataclass(frozen=True)
-class LibraryQuality:
-    """Predicted on public contexts that were held out: 1 - cosine between a unit and its answer, in the library's own metric.
-
-    0: the unit itself; 1: nothing is known of it but the public mean. low, high: 95 % interval over contexts. exact: of the nearest entry,
-    without noise. contexts: how many were held out.
-    """
-
-    distortion: float
-    low: float
-    high: float
-    exact: float
-    contexts: int
-
-
-@dataclass(frozen=True, eq=False)
-class LibraryPlan:
-    """What answers at one epsilon. entries [S, K]: int64, which of the library's texts stand on each shelf, rising; S is 1 or one shelf for
-    each of the library's places. near: how many of them have the large odds.
-    answers: 1; for unit="context" how many parts a context is answered in, 0 where one answer for each part is given."""
-
-    epsilon: float
-    near: int
-    answers: int
-    entries: torch.Tensor
-    quality: LibraryQuality
-
-    FIELDS = ("epsilon", "near", "answers")
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,29 +161,42 @@ class TextLibrary(Stored):
         """
         self.check(config)
         plan = self.plan_for(config.epsilon)
-        answers = plan.answers or units
-        if answers is None or answers < 1:
+        affine = ExactAffine.from_tensors(self.center, self.projection, reach=self.reach)
+        if plan.answers and self.unit == "context" and units not in (None, 1):
+            raise ConfigError(f"This plan answers a context as a whole, not in {units} parts.")
+        parts = plan.answers or units
+        if parts is None or parts < 1:
             raise ConfigError(
                 "This library answers a context part by part: say how many parts there are, prepare(config, units=...)."
             )
-        if plan.answers and self.unit == "context" and units not in (None, plan.answers):
-            raise ConfigError(f"This plan answers a context in {plan.answers} part(s), not {units}.")
-        response = RankResponse.of(Fraction(config.epsilon) / answers, plan.entries.shape[1], plan.near)
-        affine = ExactAffine.from_tensors(self.center, self.projection, reach=self.reach)
-        shelves = tuple(
-            Shelf(tuple(self.texts[i] for i in own.tolist()), EntryLattice(affine, self.codes[own]))
-            for own in plan.entries
-        )
-        return PreparedLibrary(config, shelves, response, self.places, answers)
+        together = plan.joint_for(parts)
+        if together is not None:
+            joint = ProductResponse.of(
+                config.epsilon, [len(plan.lists[i]) for i in together.lists], together.wrong
+            )
+            even = [RankResponse((size,), (1,), joint.epsilon) for size in joint.sizes]
+            shelves = [
+                self._shelf(plan.lists[i], affine, r) for i, r in zip(together.lists, even, strict=True)
+            ]
+            return PreparedLibrary(config, tuple(shelves), self.places, parts, joint)
+        share = Fraction(config.epsilon) / parts
+        made = {
+            (own, near): self._shelf(
+                plan.lists[own], affine, RankResponse.of(share, len(plan.lists[own]), near)
+            )
+            for own, near in set(plan.shelves)
+        }
+        return PreparedLibrary(config, tuple(made[s] for s in plan.shelves), self.places, parts)
+
+    def _shelf(self, entries: torch.Tensor, affine: ExactAffine, response: RankResponse) -> Shelf:
+        texts = tuple(self.texts[i] for i in entries.tolist())
+        return Shelf(texts, EntryLattice(affine, self.codes[entries]), response)
 
     def header(self) -> dict[str, Any]:
         return {
             "kind": self.KIND,
             **{name: getattr(self, name) for name in _FIELDS},
-            "plans": [
-                {**{name: getattr(p, name) for name in LibraryPlan.FIELDS}, "quality": asdict(p.quality)}
-                for p in self.plans
-            ],
+            "plans": [p.header() for p in self.plans],
         }
 
     def tensors(self) -> Tensors:
@@ -242,9 +226,7 @@ class TextLibrary(Stored):
             center=tensors["center"],
             projection=tensors["projection"],
             probe=tensors["probe"],
-            plans=tuple(
-                _read_plan(i, p, tensors[f"plan.{i}.entries"]) for i, p in enumerate(header["plans"])
-            ),
+            plans=tuple(read_plan(i, p, tensors[f"plan.{i}.entries"]) for i, p in enumerate(header["plans"])),
         )
 
     def verify(self) -> None:
@@ -269,7 +251,7 @@ class TextLibrary(Stored):
         sizes.fit("codes", self.codes, "N", "p")
         sizes.fit("probe", self.probe, min(PROBES, len(self.texts)), "C", floats=True)
         for i, plan in enumerate(self.plans):
-            _verify_plan(i, plan, len(self.texts), self.unit, (1, self.places.size))
+            verify_plan(i, plan, len(self.texts), self.unit, (1, self.places.size))
         for config in (self._example(p.epsilon) for p in self.plans):
             self.prepare(config, units=2 if self.plan_for(config.epsilon).answers == 0 else None)
 
@@ -280,8 +262,7 @@ class TextLibrary(Stored):
         rows = [
             (
                 f"{p.epsilon:g}",
-                p.entries.shape[1],
-                p.near,
+                *p.described(),
                 f"{p.quality.distortion:.3f} ({p.quality.low:.3f} to {p.quality.high:.3f})",
                 f"{p.quality.exact:.3f}",
             )
@@ -304,41 +285,3 @@ class TextLibrary(Stored):
             "nothing of it):\n\n"
             + table(("epsilon", "texts that may answer", "near", "distortion", "nearest, no noise"), rows),
         )
-
-
-def _read_plan(i: int, numbers: Mapping[str, Any], entries: torch.Tensor) -> LibraryPlan:
-    CHECKS.keys(numbers, {*LibraryPlan.FIELDS, "quality"}, f"plan {i}")
-    quality = numbers["quality"]
-    CHECKS.keys(quality, set(LibraryQuality.__dataclass_fields__), f"the quality of plan {i}")
-    return LibraryPlan(
-        **{n: numbers[n] for n in LibraryPlan.FIELDS}, entries=entries, quality=LibraryQuality(**quality)
-    )
-
-
-def _verify_plan(i: int, plan: LibraryPlan, texts: int, unit: str, shelves: tuple[int, ...]) -> None:
-    where = f"plan {i}"
-    CHECKS.number(plan.epsilon, f"epsilon of {where}", low=1e-9, high=1e9)
-    entries = plan.entries
-    if entries.dtype != torch.int64 or entries.ndim != 2 or len(entries) not in shelves:
-        CHECKS.refuse(f"entries of {where}")
-    if not 2 <= entries.shape[1] <= texts:
-        CHECKS.refuse(f"size of {where}")
-    if int(entries.min()) < 0 or int(entries.max()) >= texts or not bool((entries.diff(dim=1) > 0).all()):
-        CHECKS.refuse(f"entries of {where} do not rise within the library")
-    CHECKS.integer(plan.near, f"near of {where}", high=entries.shape[1] - 1)
-    CHECKS.integer(
-        plan.answers,
-        f"answers of {where}",
-        low=0 if unit == "context" else 1,
-        high=1 if unit == "group" else 64,
-    )
-    for name in ("distortion", "low", "high", "exact"):
-        CHECKS.number(getattr(plan.quality, name), f"{name} of {where}", low=0.0, high=2.0)
-    CHECKS.integer(plan.quality.contexts, f"held-out contexts of {where}")
-
-
-def spread(values: torch.Tensor) -> tuple[float, float, float]:
-    """The mean of [n] values and its 95 % interval."""
-    mean = float(values.mean())
-    half = 1.96 * float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 1.0
-    return mean, max(0.0, mean - half), min(2.0, mean + half)

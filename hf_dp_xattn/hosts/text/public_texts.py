@@ -45,8 +45,10 @@ def make_library(
         raise ConfigError(NOT_TEXTS)
     cut = Cut(chosen)
     units = [cut(_decoded(context, host, tokenizer))[0] for context in public_contexts]
+    # directions of a host's own states that say little of a text are large; a sentence encoder has none
+    options.setdefault("flatten", 0.5 if encoder is None else 0.0)
     return build_library(
-        units, encode, config, LibraryOptions(grouping=chosen, encoder=encode.name, **options)
+        units, encode.public, config, LibraryOptions(grouping=chosen, encoder=encode.name, **options)
     )
 
 

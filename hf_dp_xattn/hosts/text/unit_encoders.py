@@ -21,6 +21,7 @@ from ..diffusers.text_side import NO_LENGTH, without_length_warning
 from ..transformers.routing import evaluating
 
 Permit = Callable[[], AbstractContextManager[None]]
+BATCH = 32  # public texts of one length that are encoded at once
 LONGEST = 2048  # tokens of a text that are read; the rest takes no part in its code
 PROBES = "a red apple", "a dog"  # two public texts that begin alike
 SLOTS = ("", "_2", "_3", "_4")  # of a diffusers pipeline's text encoders and tokenizers
@@ -34,12 +35,23 @@ OWN = (
 class UnitEncoder:
     """Texts to codes [n, d], float32 on the CPU, each text by itself.
 
-    name: what tells it from other encoders. one: a text's code [d] or [1, d]. permit: opens the host's gates while it runs.
+    name: what tells it from other encoders. one: a text's code [d] or [1, d]. permit: opens the host's gates while it runs. many: codes of
+    PUBLIC texts in batches, [n, d]; None: one by one as well.
     """
 
     name: str
     one: Callable[[str], torch.Tensor] = field(repr=False)
     permit: Permit = field(default=nullcontext, repr=False)
+    many: Callable[[Sequence[str]], torch.Tensor] | None = field(default=None, repr=False)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def public(self, texts: Sequence[str]) -> torch.Tensor:
+        """Codes of PUBLIC texts: the same but for rounding, and several times faster."""
+        if self.many is None:
+            return self(texts)
+        with self.permit():
+            return self.many(texts).detach().to("cpu", torch.float32)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -148,19 +160,20 @@ def _of_tokens(model: Any, tokenizer: Any, permit: Permit = nullcontext) -> Unit
         plain: list[int] = ids[0] if ids and isinstance(ids[0], list) else list(ids)
         return [*start, *plain]
 
-    def states(ids: list[int]) -> torch.Tensor:
+    def states(ids: list[list[int]]) -> torch.Tensor:
+        """[n, length, C], of texts of one length."""
         device = next(reader.parameters()).device
         on_meta = device.type == "meta"  # offloaded: its hooks move what it is given
-        tensor = torch.tensor([ids], device="cpu" if on_meta else device)
+        tensor = torch.tensor(ids, device="cpu" if on_meta else device)
         with evaluating(reader):
             if middle is not None:
-                return _stopped(reader, middle, tensor)[0]
+                return _stopped(reader, middle, tensor)
             out = reader(input_ids=tensor, attention_mask=torch.ones_like(tensor))
-        rows: torch.Tensor = out.last_hidden_state[0]
+        rows: torch.Tensor = out.last_hidden_state
         return rows
 
     with torch.no_grad(), permit():
-        first = [states(ids_of(text))[0] for text in PROBES]
+        first = [states([ids_of(text)])[0, 0] for text in PROBES]
     skip = int(torch.equal(*first))
     if skip and ids_of(PROBES[0])[0] not in tokenizer.all_special_ids:
         start += [_start_token(tokenizer)]
@@ -169,10 +182,22 @@ def _of_tokens(model: Any, tokenizer: Any, permit: Permit = nullcontext) -> Unit
         ids = ids_of(text)
         if len(ids) <= skip:  # no token of its own: a code like any other
             return torch.zeros_like(first[0])
-        return states(ids)[skip:].to(torch.float32).mean(0)
+        return states([ids])[0, skip:].to(torch.float32).mean(0)
+
+    def many(texts: Sequence[str]) -> torch.Tensor:
+        ids = [ids_of(text) for text in texts]
+        codes = torch.zeros(len(ids), len(first[0]))
+        for length in sorted({len(own) for own in ids}):
+            if length > skip:
+                alike = [i for i, own in enumerate(ids) if len(own) == length]
+                for start in range(0, len(alike), BATCH):
+                    part = alike[start : start + BATCH]
+                    rows = states([ids[i] for i in part])[:, skip:]
+                    codes[part] = rows.to(torch.float32).mean(1).cpu()
+        return codes
 
     layer = "mean of the last hidden states" if middle is None else "mean of the middle layer's states"
-    return UnitEncoder(f"{type(model).__name__} of {len(first[0])} channels, {layer}", one, permit)
+    return UnitEncoder(f"{type(model).__name__} of {len(first[0])} channels, {layer}", one, permit, many)
 
 
 def _start_token(tokenizer: Any) -> int:

@@ -1,19 +1,22 @@
 r"""`library`: each private text is answered by a text of a public library, near ones more often than far ones.
 
-*Formal guarantee.* Public: the library (texts, their codes, the encoder), for each epsilon a plan (which K entries may answer, how many
-count as near, their odds), and the number m of units. Private: units u_1, ..., u_m (phrases, rules, documents, or one whole context), each
-encoded by itself: its code is a function of that unit alone, and so is its exact order of the entries (`entry_lattice.py`); which entries
-those are depends on m and on the unit's place alone (`places.py`). **Released:**
-R(u_1), ..., R(u_m): for each unit the text of one entry, drawn by rank with fresh coins (`privacy/rank_response.py`). **Neighbouring
-relation:** replace_one. **Theorem:** R is epsilon-DP for replacing its unit; the units are disjoint, so by parallel composition the whole
-list is epsilon-DP for replacing one of them, delta = 0. For unit="context" in m parts, each answer is drawn at epsilon / m and basic
-composition gives epsilon for replacing all parts at once, among contexts of as many parts: m is public. Everything that is done with the
-texts is post-processing. A text that the library does not hold cannot be released.
+*Formal guarantee.* Public: the library (texts, their codes, the encoder), for each epsilon a plan (which entries may answer at which
+place, how many count as near, their odds), and the number m of units. Private: units u_1, ..., u_m (phrases, rules, documents, or the parts
+of one whole context), each encoded by itself: its code is a function of that unit alone, and so is its exact order of the entries
+(`entry_lattice.py`); which entries those are, and how many, depends on m and on the unit's place alone (`places.py`). **Released:**
+R(u_1), ..., R(u_m): for each unit the text of one entry, drawn by rank with fresh coins (`privacy/rank_response.py`, one profile for each
+place: `privacy/joint_response.py`). **Neighbouring relation:** replace_one. **Theorem:** R is epsilon-DP for replacing its unit; the units
+are disjoint, so by parallel composition the whole list is epsilon-DP for replacing one of them, delta = 0. For unit="context" in m parts
+either each answer is drawn at epsilon / m and basic composition gives epsilon for replacing all parts at once, or all parts are answered
+together, by one draw among the combinations of their entries that is itself epsilon-DP for the context (`ProductResponse`); both among
+contexts of as many parts: m is public. Everything that is done with the texts is post-processing. A text that the library does not hold
+cannot be released.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -21,6 +24,7 @@ import torch
 
 from ...config import DPXAttnConfig
 from ...errors import ConfigError, ContextError
+from ...privacy.joint_response import PlacedResponse, ProductResponse
 from ...privacy.rank_response import RankResponse
 from ..base import Answers, GuaranteeNumbers, Integers, Mechanism, NoisePart, State, Summand
 from ..inputs import check_context, check_groups, rows_of
@@ -35,82 +39,117 @@ NO_LIBRARY = (
 
 @dataclass(frozen=True, eq=False)
 class Shelf:
-    """K entries that may answer a unit: their texts and codes."""
+    """K entries that may answer a unit, and how: their texts and codes, and the profile by rank."""
 
     texts: tuple[str, ...]
     lattice: EntryLattice
-
-
-class _Answering:
-    """What a release at once and one that grows share."""
-
-    shelves: tuple[Shelf, ...]
     response: RankResponse
-    answers: int
 
-    @property
-    def parts(self) -> tuple[NoisePart, ...]:
-        return (NoisePart(self.response, (self.response.event,) * self.answers),)
+    def __post_init__(self) -> None:
+        if not len(self.texts) == self.lattice.size == self.response.size:
+            raise ConfigError(f"A shelf for {self.response.size} entries must hold as many.")
 
-    @property
-    def numbers(self) -> GuaranteeNumbers:
-        response = self.response
-        near = "the nearest one" if response.near == 1 else f"the {response.near} nearest ones most often"
-        split = f", {self.answers} answers of {float(response.epsilon):g} each" if self.answers > 1 else ""
-        return GuaranteeNumbers(
-            1.0,
-            1.0,
-            0.0,
-            f"each text is answered by one of {response.size} public texts: {near} (the first with probability "
-            f"{response.probability(1):.4g}), or any other one{split} (pure epsilon; delta is not used)",
-        )
+
+def _numbers(shelves: Sequence[Shelf], split: str) -> GuaranteeNumbers:
+    """What a guarantee says of answers from these shelves."""
+    sizes = sorted({shelf.response.size for shelf in shelves})
+    likely = sorted({round(shelf.response.probability(1), 4) for shelf in shelves})
+    listed = [f"{least:g}" if least == most else f"{least:g} to {most:g}" for least, most in
+              ((sizes[0], sizes[-1]), (likely[0], likely[-1]))]  # fmt: skip
+    return GuaranteeNumbers(
+        1.0,
+        1.0,
+        0.0,
+        f"each text is answered by one of {listed[0]} public texts: near ones most often (the nearest one with probability {listed[1]}), "
+        f"or any other one{split} (pure epsilon; delta is not used)",
+    )
 
 
 @dataclass(frozen=True, eq=False)
-class TextAnswers(_Answering, Answers[torch.Tensor]):
+class TextAnswers(Answers[torch.Tensor]):
     """A release that grows: each new unit is answered when it comes, by one shelf, as how many will come is not known."""
 
-    shelves: tuple[Shelf, ...]
-    response: RankResponse
-    answers: int = 1
+    shelf: Shelf
+
+    @property
+    def parts(self) -> tuple[NoisePart, ...]:
+        return (NoisePart(self.shelf.response, (self.shelf.response.event,)),)
+
+    @property
+    def numbers(self) -> GuaranteeNumbers:
+        return _numbers([self.shelf], "")
 
     def exact(self, private: torch.Tensor, groups: torch.Tensor | None) -> Integers:
-        return (self.shelves[0].lattice.nearest(rows_of(private), self.response.near),)
+        return (self.shelf.lattice.nearest(rows_of(private), self.shelf.response.near),)
 
     def join(self, total: Integers, noised: Integers) -> Integers:
         return (torch.cat([*total, *noised]),)
 
     def decode(self, noised: Integers, state: State) -> tuple[str, ...]:
-        return tuple(self.shelves[0].texts[i] for i in noised[0].tolist())
+        return tuple(self.shelf.texts[i] for i in noised[0].tolist())
 
 
 @dataclass(frozen=True, eq=False)
-class PreparedLibrary(_Answering, Mechanism[torch.Tensor]):
+class PreparedLibrary(Mechanism[torch.Tensor]):
     """A `library` release of which everything public is fixed.
 
-    shelves: K entries each, by the place of a unit in its context (`places`); or one for all. answers: 1, or into how many parts a
-    context is cut that is one unit. Private are codes [m, C], one for each unit (for each part of a context), each computed of that
-    unit alone.
+    shelves: by the place of a unit in its context (`places`); or one for all; or one for each part of a joint answer. answers: 1, or into
+    how many parts a context is cut that is one unit. joint: these parts are answered together; None: each by itself. Private are codes
+    [m, C], one for each unit (for each part of a context), each computed of that unit alone.
     """
 
     config: DPXAttnConfig
     shelves: tuple[Shelf, ...]
-    response: RankResponse
     places: Places = field(default_factory=Places)
     answers: int = 1
+    joint: ProductResponse | None = None
     warnings: tuple[str, ...] = ()
     calibrated: bool = True
 
     def __post_init__(self) -> None:
-        if len(self.shelves) not in (1, self.places.size):
+        if self.joint is None and len(self.shelves) not in (1, self.places.size):
             raise ConfigError(f"A library has one shelf or {self.places.size}, got {len(self.shelves)}.")
-        if any(
-            len(s.texts) != self.response.size or s.lattice.size != self.response.size for s in self.shelves
-        ):
-            raise ConfigError(f"Each shelf must hold {self.response.size} entries.")
+        if self.joint is not None:
+            sizes = tuple(shelf.lattice.size for shelf in self.shelves)
+            if self.config.unit != "context" or sizes != self.joint.sizes or len(sizes) != self.answers:
+                raise ConfigError(
+                    f"A joint answer over lists of {self.joint.sizes} needs such shelves, and unit='context'."
+                )
+
+    @property
+    def parts(self) -> tuple[NoisePart, ...]:
+        if self.joint is not None:
+            return (NoisePart(self.joint, (self.joint.event,)),)
+        placed = PlacedResponse(tuple(shelf.response for shelf in self.shelves))
+        return (NoisePart(placed, (placed.event,) * self.answers),)
+
+    @property
+    def numbers(self) -> GuaranteeNumbers:
+        if self.joint is not None:
+            lists = " x ".join(str(size) for size in self.joint.sizes)
+            return GuaranteeNumbers(
+                1.0,
+                1.0,
+                0.0,
+                f"all {self.answers} parts are answered together by one of {lists} combinations of public texts: the nearest ones with "
+                f"probability {self.joint.told:.4g}, or any combination (pure epsilon; delta is not used)",
+            )
+        each = float(self.shelves[0].response.epsilon)
+        return _numbers(
+            self.shelves, f", {self.answers} answers of {each:g} each" if self.answers > 1 else ""
+        )
+
+    @property
+    def likely(self) -> float:
+        """P(the nearest entry is the answer), of the shelf where it is least likely; of a joint answer that all nearest ones are."""
+        if self.joint is not None:
+            return self.joint.odds / self.joint.total
+        return min(shelf.response.probability(1) for shelf in self.shelves)
 
     def _shelves_of(self, count: int) -> list[int]:
         """Which shelf answers each of `count` units. Public."""
+        if self.joint is not None:
+            return list(range(count))
         return [0] * count if len(self.shelves) == 1 else self.places.shelves(count)
 
     def count(self, private: torch.Tensor, groups: torch.Tensor | None, *, empty: bool = False) -> int:
@@ -125,13 +164,17 @@ class PreparedLibrary(_Answering, Mechanism[torch.Tensor]):
         return n
 
     def exact(self, private: torch.Tensor, groups: torch.Tensor | None) -> Integers:
-        """[m, t]: the entries of its shelf nearest to each unit. A function of each unit and of its public place alone."""
+        """[m, 1 + t]: each unit's place, which is public, and the entries of its shelf that are nearest to it; of a joint answer [m, 1]:
+        the nearest one. A function of each unit and of its public place alone."""
         rows = rows_of(private)
         own = torch.tensor(self._shelves_of(len(rows)), dtype=torch.int64)
-        near = torch.empty(len(rows), self.response.near, dtype=torch.int64)
-        for shelf in own.unique().tolist():
-            near[own == shelf] = self.shelves[shelf].lattice.nearest(rows[own == shelf], self.response.near)
-        return (near,)
+        most = 1 if self.joint is not None else max(shelf.response.near for shelf in self.shelves)
+        near = torch.zeros(len(rows), most, dtype=torch.int64)
+        for place in own.unique().tolist():
+            shelf = self.shelves[place]
+            count = 1 if self.joint is not None else shelf.response.near
+            near[own == place, :count] = shelf.lattice.nearest(rows[own == place], count)
+        return (near if self.joint is not None else torch.cat([own[:, None], near], dim=1),)
 
     def decode(self, noised: Integers, state: State) -> tuple[str, ...]:
         """The entries' texts."""
@@ -145,11 +188,16 @@ class PreparedLibrary(_Answering, Mechanism[torch.Tensor]):
             raise ConfigError(
                 "A library's release grows by units: use unit='group', or leave out the horizon."
             )
-        middle = self.places.shelf(2, 2**30) if len(self.shelves) > 1 else 0
-        return TextAnswers((self.shelves[middle],), self.response)
+        return TextAnswers(self.shelves[self.places.shelf(2, 2**30) if len(self.shelves) > 1 else 0])
 
     def at(self, config: DPXAttnConfig) -> PreparedLibrary:
-        """The same entries and near size at another epsilon."""
-        epsilon = Fraction(config.epsilon) / self.answers
-        response = RankResponse.of(epsilon, self.response.size, max(1, self.response.near))
-        return dataclasses.replace(self, config=config, response=response)
+        """The same lists and near sizes at another epsilon."""
+        if self.joint is not None:
+            joint = ProductResponse.of(config.epsilon, self.joint.sizes, self.joint.wrong)
+            return dataclasses.replace(self, config=config, joint=joint)
+        share = Fraction(config.epsilon) / self.answers
+        shelves = tuple(
+            dataclasses.replace(s, response=RankResponse.of(share, s.response.size, max(1, s.response.near)))
+            for s in self.shelves
+        )
+        return dataclasses.replace(self, config=config, shelves=shelves)

@@ -15,7 +15,9 @@ from hf_dp_xattn.calibration.library import encoding, library_plans
 from hf_dp_xattn.calibration.library.levels import medoids
 from hf_dp_xattn.calibration.library.library_fit import LibraryOptions, build_library
 from hf_dp_xattn.calibration.library.library_plans import Ranked, places_for, sizes_for
+from hf_dp_xattn.calibration.library.stored_plan import JointPlan
 from hf_dp_xattn.errors import ConfigError
+from hf_dp_xattn.privacy.accountant import epsilon_of
 from hf_dp_xattn.privacy.bits import SeededEntropy
 from hf_dp_xattn.privacy.rank_response import RankResponse
 
@@ -83,12 +85,15 @@ def plan(**changes: object) -> dpx.TextLibrary:
         lambda: other(reach=float("nan")),
         lambda: other(center=torch.full((CHANNELS,), float("nan"))),
         lambda: other(codes=torch.zeros(3, 2, dtype=torch.int8)),
-        lambda: plan(near=0),
-        lambda: plan(near=10**6),
+        lambda: plan(shelves=((0, 0),)),
+        lambda: plan(shelves=((0, 10**6),)),
+        lambda: plan(shelves=((10**6, 1),)),
+        lambda: plan(shelves=((0, 1),) * 3),
         lambda: plan(answers=5),
-        lambda: plan(entries=torch.tensor([[1, 0]])),
-        lambda: plan(entries=torch.tensor([[0, 10**6]])),
-        lambda: plan(entries=torch.tensor([0, 1])),
+        lambda: plan(lists=(torch.tensor([1, 0]),)),
+        lambda: plan(lists=(torch.tensor([0, 10**6]),)),
+        lambda: plan(lists=(torch.tensor([[0, 1]]),)),
+        lambda: plan(joint=(JointPlan((0,), 0),)),
         lambda: plan(epsilon=-1.0),
     ],
 )
@@ -193,10 +198,76 @@ def test_medoids_are_clusters_and_lean_to_the_middle_at_small_epsilon() -> None:
 
 
 def test_sizes_and_places() -> None:
-    assert sizes_for(64.0) == [0] and 2 in sizes_for(0.5)
+    assert sizes_for(0.5) == [2, 3] and max(sizes_for(64.0)) == 6144 > max(sizes_for(6.0))
     assert places_for([3] * 10).size == 4
     lengths = places_for([*range(1, 31)] * 3).lengths
     assert lengths == (11, 21)
+
+
+def test_a_place_that_few_texts_tell_has_a_short_list() -> None:
+    """Every context ends with one of two texts, and begins with one of many: the last place's list is short, and tells them."""
+    generator = torch.Generator().manual_seed(0)
+    public = [
+        [
+            f"rule {int(torch.randint(400, (1,), generator=generator))} of {TOPICS[c % 5]}",
+            ("tea", "sea")[c % 2],
+        ]
+        for c in range(200)
+    ]
+    own = build_library(public, encode, CONFIG, dataclasses.replace(QUIET, epsilons=(6.0,)))
+    prepared = own.prepare(CONFIG.replace(epsilon=6.0))
+    first, last = (prepared.shelves[prepared.places.shelf(i, 2)] for i in (0, 1))
+    assert len(last.texts) < len(first.texts) and {"tea", "sea"} <= set(last.texts)
+    rows = encode(["rule 3 of tax", "tea"])
+    texts = [
+        prepared.run(rows, groups=torch.arange(2), entropy=SeededEntropy(i)).texts[1] for i in range(100)
+    ]
+    assert texts.count("tea") > 90
+
+
+def test_a_context_in_parts_is_answered_together_and_better_than_by_shares() -> None:
+    config = dpx.DPXAttnConfig(mechanism="library", unit="context", epsilon=8.0)
+    options = dataclasses.replace(QUIET, epsilons=(8.0,), grouping="lines")
+    own = build_library(contexts(60, 3), encode, config, options)
+    own.verify()
+    assert dpx.TextLibrary.from_parts(own.header(), own.tensors()).files() == own.files()
+    units = [f"rule {i} of {TOPICS[i % 6]}" for i in range(300, 303)]
+    z = [(encode(units) - own.center) @ own.projection]
+    means = []
+    for made in (own, dataclasses.replace(own, plans=(dataclasses.replace(own.plans[0], joint=()),))):
+        prepared = made.prepare(config, units=3)
+        assert epsilon_of(prepared.events, 0.0) <= 8.0 * (1 + 1e-9)
+        found = [prepared.run(encode(units), entropy=SeededEntropy(i)).texts for i in range(200)]
+        codes = [(encode(t) - own.center) @ own.projection for t in found]
+        means.append(
+            float(torch.stack([torch.nn.functional.cosine_similarity(z[0], c) for c in codes]).mean())
+        )
+    assert means[0] > means[1] + 0.02
+    assert own.prepare(config, units=40).joint is None  # longer than any that was planned: each by its share
+
+
+def test_texts_that_the_host_treats_alike_count_as_near() -> None:
+    """A code that says in which of many ways a topic is put, louder than the topic: the responses tell what matters."""
+
+    def loud(texts: Sequence[str]) -> torch.Tensor:
+        own = encode([f"{t} x" for t in texts])
+        own[:, :3] *= 40.0  # of three topics and of what is a text's own
+        return own
+
+    def responses(texts: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([[float(topic in t) for topic in TOPICS[3:]] for t in texts])
+
+    public = [[f"rule {i} of {TOPICS[3 + i % 3]}"] for i in range(300)]
+    units = [f"rule {i} of {TOPICS[3 + i % 3]}" for i in range(400, 460)]
+    right = []
+    for given in (None, responses):
+        options = dataclasses.replace(QUIET, epsilons=(3.0,), flatten=0.0, responses=given)
+        prepared = build_library(public, loud, CONFIG, options).prepare(CONFIG.replace(epsilon=3.0))
+        texts = prepared.run(loud(units), groups=torch.arange(60), entropy=SeededEntropy(0)).texts
+        right.append(sum(a[-3:] == b[-3:] for a, b in zip(units, texts, strict=True)))
+    assert right[1] > right[0] + 10
+    with pytest.raises(ConfigError, match="finite floats"):
+        build_library(public, loud, CONFIG, dataclasses.replace(QUIET, responses=lambda t: torch.zeros(1, 2)))
 
 
 def test_the_header_is_read_by_people(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from fractions import Fraction
@@ -16,13 +17,16 @@ from hypothesis import strategies as st
 from hf_dp_xattn.config import DPXAttnConfig
 from hf_dp_xattn.errors import ConfigError, ContextError
 from hf_dp_xattn.mechanisms.anchors.quantizer import ExactAffine
+from hf_dp_xattn.mechanisms.base import perturb
 from hf_dp_xattn.mechanisms.library import entry_lattice
 from hf_dp_xattn.mechanisms.library.entry_lattice import EntryLattice, lattice_codes, unit_codes
 from hf_dp_xattn.mechanisms.library.library import PreparedLibrary, Shelf
-from hf_dp_xattn.privacy import rank_response
+from hf_dp_xattn.mechanisms.library.places import Places
+from hf_dp_xattn.privacy import joint_response, rank_response
 from hf_dp_xattn.privacy.accountant import epsilon_of
 from hf_dp_xattn.privacy.bernoulli import exp_neg_bounds
 from hf_dp_xattn.privacy.bits import SeededEntropy
+from hf_dp_xattn.privacy.joint_response import ProductResponse
 from hf_dp_xattn.privacy.rank_response import RankResponse
 
 from .worlds import CHANNELS, encode, library
@@ -80,13 +84,13 @@ def prepared(
     response: RankResponse, entries: int = 5, unit: str = "group", answers: int = 1
 ) -> PreparedLibrary:
     config = DPXAttnConfig(mechanism="library", unit=unit, epsilon=float(response.epsilon * answers))
-    shelf = Shelf(tuple("abcdefgh"[:entries]), lattice(entries))
-    return PreparedLibrary(config, (shelf,), response, answers=answers)
+    shelf = Shelf(tuple("abcdefgh"[:entries]), lattice(entries), response)
+    return PreparedLibrary(config, (shelf,), answers=answers)
 
 
 def law(own: PreparedLibrary, row: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Fraction]:
     """P(text), by running the release on every value that the exact uniform integer can take."""
-    total = own.response.total
+    total = own.shelves[0].response.total
     with monkeypatch.context() as patch:
         patch.setattr(rank_response, "uniform_below", lambda e, n, bound: np.arange(bound, dtype=np.int64))
         released = own.run(row.expand(total, -1), groups=torch.arange(total), entropy=SeededEntropy(0))
@@ -105,7 +109,7 @@ def test_law_by_enumeration(
         by_rank = [w for c, w in zip(counts, weights, strict=True) for _ in range(c)]
         if len(counts) == 2:  # in the last level ranks are by index, which is the same for two levels only
             wanted = {
-                own.shelves[0].texts[j]: Fraction(w, own.response.total)
+                own.shelves[0].texts[j]: Fraction(w, own.shelves[0].response.total)
                 for j, w in zip(order, by_rank, strict=True)
             }
             assert found == wanted
@@ -175,13 +179,66 @@ def test_it_grows_by_its_own_units() -> None:
     answers = own.growing(None)
     total: tuple[torch.Tensor, ...] = ()
     for row in torch.eye(CHANNELS)[:3]:
-        total = answers.join(total, own.noise(answers.exact(row[None], None), SeededEntropy(0)))  # type: ignore[union-attr]
+        total = answers.join(total, perturb(answers.exact(row[None], None), answers.parts, SeededEntropy(0)))  # type: ignore[union-attr]
     assert len(total[0]) == 3
     with pytest.raises(ConfigError, match="unit='group'"):
         prepared(RankResponse.of(2.0, 5), unit="context").growing(None)
 
 
-def test_at_keeps_the_profile_at_another_epsilon() -> None:
+def joint(epsilon: Fraction, sizes: tuple[int, ...], wrong: int) -> PreparedLibrary:
+    response = ProductResponse(sizes, wrong, 8, 1, epsilon)
+    shelves = tuple(
+        Shelf(tuple("abcdefgh"[:k]), lattice(k, seed=i), RankResponse((k,), (1,), epsilon))
+        for i, k in enumerate(sizes)
+    )
+    config = DPXAttnConfig(mechanism="library", unit="context", epsilon=float(epsilon))
+    return PreparedLibrary(config, shelves, answers=len(sizes), joint=response)
+
+
+@pytest.mark.parametrize(("sizes", "wrong"), [((3, 2), 0), ((2, 4, 3), 1), ((1, 5), 0)])
+def test_parts_are_answered_together(
+    sizes: tuple[int, ...], wrong: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One charge for all parts; the law of the combinations of any two contexts differs by the odds at most, and attains them."""
+    own = joint(Fraction(21, 10), sizes, wrong)
+    assert len(own.events) == 1 and epsilon_of(own.events, 0.0) <= 2.1 * (1 + 1e-9)
+    assert own.joint is not None
+    total, generator = own.joint.total, torch.Generator().manual_seed(4)
+    monkeypatch.setattr(joint_response, "uniform_below", lambda e, n, bound: np.arange(bound)[:n])
+    laws = []
+    for _ in range(12):
+        near = own.exact(torch.randn(len(sizes), CHANNELS, generator=generator), None)[0]
+        answers = own.joint.perturb(near.repeat(total, 1), SeededEntropy(0)).view(total, -1)
+        laws.append(Counter(map(tuple, answers.tolist())))
+    every = list(itertools.product(*map(range, sizes)))
+    assert all(set(found) == set(every) for found in laws)
+    assert max(Fraction(a[t], b[t]) for a in laws for b in laws for t in every) == 8
+    released = own.run(torch.randn(len(sizes), CHANNELS), entropy=SeededEntropy(1))
+    assert len(released.texts) == len(sizes)
+
+
+def test_each_place_answers_from_a_list_of_its_own_length() -> None:
+    places = Places()
+    sizes = (2, 3, 5, 8)
+    shelves = tuple(
+        Shelf(tuple(f"{i}{j}" for j in range(k)), lattice(k, seed=i), RankResponse.of(2.0, k))
+        for i, k in enumerate(sizes)
+    )
+    own = PreparedLibrary(DPXAttnConfig(mechanism="library", unit="group", epsilon=2.0), shelves, places)
+    for count in (1, 2, 3, 6):
+        rows = torch.randn(count, CHANNELS, generator=torch.Generator().manual_seed(count))
+        texts = own.run(rows, groups=torch.arange(count), entropy=SeededEntropy(count)).texts
+        assert [int(t[0]) for t in texts] == places.shelves(count)
+        exact = own.exact(rows, torch.arange(count))[0]
+        for i, row in enumerate(rows):
+            shelf = places.shelves(count)[i]
+            assert exact[i, 1:].tolist() == own.shelves[shelf].lattice.nearest(row[None], 1)[0].tolist()
+
+
+def test_at_keeps_the_lists_at_another_epsilon() -> None:
     own = prepared(RankResponse.of(2.0, 5, 2))
     other = own.at(dataclasses.replace(own.config, epsilon=1.0))
-    assert other.response.near == 2 and float(other.response.epsilon) == 1.0
+    assert other.shelves[0].response.near == 2 and float(other.shelves[0].response.epsilon) == 1.0
+    together = joint(Fraction(21, 10), (3, 4), 1)
+    at = together.at(dataclasses.replace(together.config, epsilon=4.0)).joint
+    assert at is not None and at.sizes == (3, 4) and at.wrong == 1 and float(at.epsilon) == 4.0
