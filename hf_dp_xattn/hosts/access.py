@@ -17,7 +17,7 @@ import itertools
 import os
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
@@ -196,9 +196,10 @@ def _(like: torch.Tensor, key: int) -> torch.Tensor:
 _gates: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[TextGate]] = weakref.WeakKeyDictionary()
 
 
-def gates_of(encoder: nn.Module) -> list[TextGate]:
-    """Those on an encoder and on its parts, of whichever hosts."""
-    return [gate for part in (encoder, *encoder.children()) for gate in _gates.get(part, ())]
+def accesses_of(modules: Iterable[nn.Module]) -> set[Access]:
+    """Of the gates on these modules and on their parts, of whichever hosts."""
+    parts = (part for module in modules for part in (module, *module.children()))
+    return {gate.access for part in parts for gate in _gates.get(part, ())}
 
 
 class TextGate:
@@ -224,8 +225,10 @@ class TextGate:
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise DPXAttnError(NO_COPY)
 
-    def installed(self) -> bool:
-        return self._hook.id in self.encoder._forward_pre_hooks
+    @staticmethod
+    def installed(gates: Iterable[TextGate]) -> bool:
+        """Whether all of them are where they were put."""
+        return all(gate._hook.id in gate.encoder._forward_pre_hooks for gate in gates)
 
     def remove(self) -> None:
         self._hook.remove()

@@ -12,8 +12,7 @@ Rows that were added at a table's end leave them valid, since no earlier token h
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +21,8 @@ from torch import nn
 
 from ..errors import ConfigError, ReleaseError
 from .fingerprint import DEFAULT_TOLERANCE, TOLERANCE, signs, sketch_of
-from .transformers.routing import evaluating
-from .weight_changes import checksum, fixed_buffers, is_away, stamp
+from .private_run import evaluating
+from .weight_changes import checksum, is_away, leaves, own_weights, stamp
 
 SIGNS = 4  # random projections of each row of a weight
 CHUNK = 4096  # rows of a weight that are projected at once
@@ -138,10 +137,11 @@ class Encoders:
 @torch.no_grad()
 def _read(encoder: Sequence[nn.Module]) -> _State:
     weights: dict[str, _Weight] = {}
-    tables, settings = set(), []
+    tables: set[str] = set()
+    settings = []
     for i, root in enumerate(encoder):
         with evaluating(root):
-            for name, module in _leaves(root):
+            for name, module, own in leaves(root):
                 key = f"{i}.{name}"
                 base = getattr(module, "base_layer", module)
                 if isinstance(base, nn.Linear):
@@ -149,31 +149,10 @@ def _read(encoder: Sequence[nn.Module]) -> _State:
                     continue
                 if base is not module:
                     settings.append(f"{key} {_adapters(module)}")
-                with _at_hand(module):
-                    for part, tensor in _own(module):
-                        weights[f"{key}.{part}"] = _rows(tensor)
-                        if isinstance(module, nn.Embedding):
-                            tables.add(f"{key}.{part}")
+                weights |= {f"{key}.{part}": values for part, values in _read_rows(module, own)}
+                if isinstance(module, nn.Embedding):
+                    tables |= {f"{key}.{part}" for part in own}
     return _State(weights, frozenset(tables), tuple(settings))
-
-
-def _leaves(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules with weights of their own; a linear layer with its adapters is one."""
-    inside: str | None = None
-    for name, module in root.named_modules():
-        if inside is not None and name.startswith(inside):
-            continue
-        inside = None
-        if isinstance(getattr(module, "base_layer", module), nn.Linear):
-            inside = f"{name}."
-            yield name, module
-        elif next(_own(module), None) is not None or hasattr(module, "base_layer"):
-            yield name, module
-
-
-def _own(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    named: Iterable[tuple[str, torch.Tensor | None]] = (*module._parameters.items(), *fixed_buffers(module))
-    return ((name, tensor) for name, tensor in named if tensor is not None and tensor.numel())
 
 
 def _adapters(module: Any) -> str:
@@ -181,18 +160,19 @@ def _adapters(module: Any) -> str:
     return str([getattr(module, name, None) for name in names])
 
 
-@contextmanager
-def _at_hand(module: nn.Module) -> Iterator[None]:
-    """Its weights are where they can be read, offloaded or not. Raises ConfigError where they are nowhere."""
-    if not any(tensor.device.type == "meta" for _, tensor in _own(module)):
-        yield
-        return
-    from accelerate.utils import align_module_device
+def _read_rows(module: nn.Module, own: dict[str, torch.Tensor]) -> list[tuple[str, _Weight]]:
+    """Of its own weights, offloaded or not. Raises ConfigError where they are nowhere."""
+    if any(tensor.device.type == "meta" for tensor in own.values()):
+        from accelerate.utils import align_module_device
 
-    with align_module_device(module):
-        if any(tensor.device.type == "meta" for _, tensor in _own(module)):
-            raise ConfigError("The encoder's weights are gone (on meta). Load them again; nothing was spent.")
-        yield
+        with align_module_device(module):
+            own = own_weights(module)
+            if any(tensor.device.type == "meta" for tensor in own.values()):
+                raise ConfigError(
+                    "The encoder's weights are gone (on meta). Load them again; nothing was spent."
+                )
+            return [(part, _rows(tensor)) for part, tensor in own.items()]
+    return [(part, _rows(tensor)) for part, tensor in own.items()]
 
 
 def _product(module: nn.Module, base: nn.Linear) -> _Weight:

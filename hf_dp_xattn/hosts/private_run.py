@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 
 from torch import nn
 
-from .access import gates_of
-from .transformers.routing import evaluating
+from .access import accesses_of
 
 LIBRARIES = ("accelerate", "diffusers", "peft", "tokenizers", "transformers")
 _silent: ContextVar[bool] = ContextVar("hf_dp_xattn_silent", default=False)
@@ -24,17 +23,25 @@ class _Silence(logging.Filter):
 _SILENCE = _Silence()
 
 
-@contextmanager
-def unlogged() -> Iterator[None]:
-    """While it lasts, the libraries that run a host log nothing in this context; other threads and tasks log as ever."""
+def _silence() -> Token[bool]:
+    """From now on the libraries that run a host log nothing in this context; other threads and tasks log as ever."""
     for name, logger in list(logging.root.manager.loggerDict.items()):
         if isinstance(logger, logging.Logger) and name.partition(".")[0] in LIBRARIES:
             logger.addFilter(_SILENCE)  # once, however often it is added
-    before = _silent.set(True)
+    return _silent.set(True)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """The models in evaluation mode, every module's own mode restored afterwards."""
+    modes = [(m, m.training) for model in models for m in model.modules()]
+    for model in models:
+        model.eval()
     try:
         yield
     finally:
-        _silent.reset(before)
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextmanager
@@ -48,11 +55,11 @@ def private_run(*modules: nn.Module) -> Iterator[None]:
     Args:
         modules: all that runs.
     """
-    with ExitStack() as stack:
-        stack.enter_context(unlogged())
-        for module in modules:
-            stack.enter_context(evaluating(module))
-        # other protected hosts may share it
-        for own in {gate.access for module in modules for gate in gates_of(module)}:
-            stack.enter_context(own.enter("encoding"))
-        yield
+    before = _silence()
+    try:
+        with evaluating(*modules), ExitStack() as stack:
+            for access in accesses_of(modules):  # other protected hosts may share them
+                stack.enter_context(access.enter("encoding"))
+            yield
+    finally:
+        _silent.reset(before)

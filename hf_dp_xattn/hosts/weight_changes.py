@@ -57,14 +57,34 @@ def by_length(module: nn.Module) -> bool:
     return any(kind in str(module.__dict__.get("rope_type", "")) for kind in _BY_LENGTH)
 
 
-def fixed_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def fixed_buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Its own buffers that are public weights, see above."""
-    for name, buffer in module._buffers.items():
-        if buffer is None:
+
+    def rotary(name: str) -> bool:
+        return name.endswith("inv_freq") and (name.endswith("original_inv_freq") or not by_length(module))
+
+    passing = module._non_persistent_buffers_set
+    return [(n, b) for n, b in module._buffers.items() if b is not None and (n not in passing or rotary(n))]
+
+
+def own_weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Its own parameters and fixed buffers, but for empty ones."""
+    named = (*module._parameters.items(), *fixed_buffers(module))
+    return {name: tensor for name, tensor in named if tensor is not None and tensor.numel()}
+
+
+def leaves(root: nn.Module) -> list[tuple[str, nn.Module, dict[str, torch.Tensor]]]:
+    """The modules with weights of their own, by name; a linear layer with its adapters is one."""
+    found, inside = [], None
+    for name, module in root.named_modules():
+        if inside is not None and name.startswith(inside):
             continue
-        rotary = name.endswith("inv_freq") and (name.endswith("original_inv_freq") or not by_length(module))
-        if rotary or name not in module._non_persistent_buffers_set:
-            yield name, buffer
+        own = own_weights(module)
+        linear = isinstance(getattr(module, "base_layer", module), nn.Linear)
+        inside = f"{name}." if linear else None
+        if linear or own or hasattr(module, "base_layer"):
+            found.append((name, module, own))
+    return found
 
 
 def refuse_call_adapters(roots: Iterable[nn.Module]) -> None:
@@ -142,21 +162,24 @@ def written(roots: Sequence[nn.Module]) -> object:
     return checksum(roots), [(id(w), w._version) for root in roots for w in _weights(root)]
 
 
-class _Same:
-    """Equal to one of the same living object. An address says less: the next object may be put where the last one was."""
+class Stamp:
+    """things: living objects. values: of them. Equal to one of the same objects with equal values; an address would say less: the next
+    object may be put where the last one was."""
 
-    __slots__ = ("_object",)
+    __slots__ = ("_things", "_values")
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, thing: object) -> None:
-        self._object = weakref.ref(thing)
+    def __init__(self, things: Iterable[object], values: tuple[object, ...]) -> None:
+        self._things, self._values = [weakref.ref(thing) for thing in things], values
 
     def __eq__(self, other: object) -> bool:
-        own = self._object()
-        return own is not None and isinstance(other, _Same) and other._object() is own
+        if not isinstance(other, Stamp) or self._values != other._values:
+            return False
+        own = [(a(), b()) for a, b in zip(self._things, other._things, strict=False)]
+        return len(self._things) == len(other._things) and all(a is not None and a is b for a, b in own)
 
 
-def stamp(roots: Iterable[nn.Module]) -> tuple[object, ...]:
+def stamp(roots: Iterable[nn.Module]) -> Stamp:
     """Changes whenever these modules' weights do by ordinary means: another parameter or fixed buffer, a write to one, an optimiser's
     step, an adapter's scale, switch or merge, another rotation. (A write to a parameter's `.data` in place is not seen:
     `checksum` shows it.)
@@ -168,10 +191,10 @@ def stamp(roots: Iterable[nn.Module]) -> tuple[object, ...]:
     buffers = [b for m in modules if m._buffers for _, b in fixed_buffers(m)]
     rotations = [m for m in modules if "rope_type" in m.__dict__]
     adapters = [m.__dict__ for m in modules if isinstance(m.__dict__.get("scaling"), dict)]
-    return (
-        *((_Same(w), w.data_ptr(), w._version, steps_of(w)) for w in weights),
-        *((_Same(b), b.data_ptr(), b._version) for b in buffers),
-        *((_Same(m), str(m.rope_type), _scaling(m)) for m in rotations),
+    values = (
+        *((w.data_ptr(), w._version, steps_of(w)) for w in weights),
+        *((b.data_ptr(), b._version) for b in buffers),
+        *((str(m.rope_type), _scaling(m)) for m in rotations),
         *(
             (
                 tuple(a["scaling"].items()),
@@ -182,6 +205,7 @@ def stamp(roots: Iterable[nn.Module]) -> tuple[object, ...]:
             for a in adapters
         ),
     )
+    return Stamp((*weights, *buffers, *rotations), values)
 
 
 def _scaling(rotation: nn.Module) -> object:

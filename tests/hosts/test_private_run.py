@@ -15,7 +15,7 @@ import transformers as tf
 from torch import nn
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.hosts.private_run import unlogged
+from hf_dp_xattn.hosts.private_run import private_run
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from ..hosts_tiny import picture, tiny_sd
@@ -134,7 +134,7 @@ def test_nothing_is_logged_of_a_text(make: Any, caplog: pytest.LogCaptureFixture
 
 def test_other_threads_log_as_ever(caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger("transformers.modeling_utils")
-    with unlogged(), ThreadPoolExecutor(1) as pool:
+    with private_run(), ThreadPoolExecutor(1) as pool:
         logger.warning("private")
         pool.submit(logger.warning, "public").result()
     logger.warning("later")

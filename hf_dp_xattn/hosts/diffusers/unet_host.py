@@ -55,7 +55,7 @@ class UNetHost(LayerHost):
         return dict(self.attentions)
 
     def watched(self) -> list[nn.Module]:
-        return [part for layer in self.layers.values() for part in layer.parts()]
+        return [m for layer in self.attentions.values() for m in (layer.module.to_k, layer.module.to_v)]
 
     def sketch(self) -> Fingerprint:
         return fingerprint(self.attentions.values(), self.model.dtype)
@@ -151,7 +151,7 @@ class UNetHost(LayerHost):
         if replaced:
             now = type(self.attentions[replaced[0]].module.processor).__name__
             return f"{len(replaced)} of {len(self.layers)} attention processors were replaced ({replaced[0]} now has {now})"
-        if not all(gate.installed() for gate in self._gates):
+        if not TextGate.installed(self._gates):
             return "the gate of the text encoder was removed"
         return None
 

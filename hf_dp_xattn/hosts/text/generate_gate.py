@@ -75,7 +75,7 @@ class GenerateGate:
         self._known.clear()
 
     def lost(self) -> str | None:
-        if not all(gate.installed() for gate in self._gates):
+        if not TextGate.installed(self._gates):
             return "a gate of the model was removed"
         if not self._shadows.installed():
             return "the model's `generate` was replaced"

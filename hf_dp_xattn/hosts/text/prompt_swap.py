@@ -91,7 +91,7 @@ class PromptSwap:
         self._gates.clear()
 
     def lost(self) -> str | None:
-        if not all(gate.installed() for gate in self._gates.values()):
+        if not TextGate.installed(self._gates.values()):
             return "the gate of a text encoder was removed"
         return self._swapped.lost()
 

@@ -18,7 +18,7 @@ from torch import nn
 from ...errors import ConfigError, ContextError
 from ..diffusers.architectures import unwrap
 from ..diffusers.text_side import NO_LENGTH, without_length_warning
-from ..transformers.routing import evaluating
+from ..private_run import evaluating
 
 Permit = Callable[[], AbstractContextManager[None]]
 BATCH = 32  # public texts of one length that are encoded at once

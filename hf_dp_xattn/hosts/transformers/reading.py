@@ -3,19 +3,73 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ...errors import DPXAttnError, ProtectionLostError
 from ...mechanisms.merge import exact_partial, merge
 from ...mechanisms.rows_structure import RowsStructure
 from ...mechanisms.structure import AttentionStructure
+from ..access import NO_COPY, Access, permitted
 from ..tables import LayerTable
+from .generating import OwnCalls
 
 Public = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Keys [B, H, P, d], values [B, H, P, dv] and bias [B, 1, 1, P] of exact public rows."""
+
+
+T = TypeVar("T")
+
+
+class Probing(threading.local, Generic[T]):
+    """What this thread's attention function does in place of reading a release, while a probe runs a model. now: None outside of one."""
+
+    now: T | None = None
+
+    @contextmanager
+    def __call__(self, state: T) -> Iterator[T]:
+        before, self.now = self.now, state
+        try:
+            yield state
+        finally:
+            self.now = before
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What the attention function finds on a module.
+
+    calls: the forward that each thread is in. config: the host's own, which names the host's own attention. access: whether what is public
+    may pass, never without. padding: zero channels of a head.
+    """
+
+    name: str
+    calls: OwnCalls
+    config: Any
+    access: Access | None = None
+    padding: int = 0
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise DPXAttnError(NO_COPY)
+
+
+def served(module: nn.Module, attribute: str, refusal: str) -> tuple[LayerState, Any]:
+    """A layer, and what it may read in the forward that this thread is in. Raises ProtectionLostError, with that refusal, where it is none
+    of ours, in no forward, or in a public one that is not permitted."""
+    state: LayerState | None = module.__dict__.get(attribute)
+    call = None if state is None else state.calls.current
+    if state is None or call is None:
+        raise ProtectionLostError(refusal)
+    if call.public and (state.access is None or not permitted(state.access)):
+        raise ProtectionLostError(refusal)
+    return state, call
 
 
 def host_attention(module: nn.Module, implementation: str) -> Any:

@@ -38,15 +38,3 @@ def routed(modules: Iterable[nn.Module], name: str) -> Iterator[None]:
     finally:
         for module, config in before:
             module.config = config
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, every module's own mode restored afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -16,13 +16,15 @@ from ...host import Named, Readable
 from ...host_words import HostWords, Setting, prefix_words
 from ...layer import Layer
 from ...placeholder import Tag
+from ...private_run import evaluating
 from ...released import ReleasedContext
 from ...tables import LayerTable
 from ...weight_changes import refuse_call_adapters
 from ..generating import check_public_ids
+from ..reading import LayerState
 from ..routed_host import RoutedHost
-from ..routing import Routing, evaluating
-from .prefix_attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, check_window, dp_xattn_prefix
+from ..routing import Routing
+from .prefix_attention import LAYER_ATTRIBUTE, NAME, Call, Calls, check_window, dp_xattn_prefix
 from .prefix_cache import PrefixCache
 from .prefix_contexts import check_groups, name_prefix, read_prefixes
 from .prefix_encoder import PrefixEncoder

@@ -6,9 +6,7 @@ softmax, merged by log-sum-exp. The host hands over keys and values of own token
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +14,11 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from ....errors import ConfigError, DPXAttnError, ProtectionLostError
+from ....errors import ConfigError, ProtectionLostError
 from ....mechanisms.merge import exact_partial, merge
-from ...access import NO_COPY, Access, permitted
 from ...tables import LayerTable
 from ..generating import OwnCalls
-from ..reading import group_queries, host_attention, read_partial, ungroup
+from ..reading import Probing, group_queries, host_attention, read_partial, served, ungroup
 
 NAME = "dp_xattn_prefix"
 LAYER_ATTRIBUTE = "_dp_xattn_prefix_layer"
@@ -72,20 +69,6 @@ class Calls(OwnCalls):
     served: tuple[object, dict[str, LayerTable]] | None = None
 
 
-@dataclass(frozen=True)
-class LayerState:
-    """What the attention function finds on a module. config: the host's own, which names the host's own attention; access: whether what
-    is public may pass, never without."""
-
-    name: str
-    calls: Calls
-    config: Any
-    access: Access | None = None
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise DPXAttnError(NO_COPY)
-
-
 @dataclass
 class Seen:
     """What one module handed to its attention function: query [B, Hq, m, d], key [B, H, n, d], value [B, H, n, dv]."""
@@ -110,21 +93,8 @@ class Recording:
     judge: Callable[[nn.Module, Seen, torch.Tensor], None] | None = None
 
 
-class _Current(threading.local):
-    recording: Recording | None = None
-
-
-_current = _Current()
-
-
-@contextmanager
-def recording(state: Recording) -> Iterator[Recording]:
-    """While it lasts, this thread's `dp_xattn_prefix` is the host's own attention, and what it is given is kept."""
-    before, _current.recording = _current.recording, state
-    try:
-        yield state
-    finally:
-        _current.recording = before
+recording: Probing[Recording] = Probing()
+"""While it lasts, this thread's `dp_xattn_prefix` is the host's own attention, and what it is given is kept."""
 
 
 def dp_xattn_prefix(
@@ -145,7 +115,7 @@ def dp_xattn_prefix(
     """
     scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
     scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-    state = _current.recording
+    state = recording.now
     if state is not None and module in state.configs:
         before = state.seen.get(module)
         state.seen[module] = Seen(
@@ -156,13 +126,8 @@ def dp_xattn_prefix(
         if state.judge is not None:
             state.judge(module, state.seen.pop(module), result[0])  # of several hundred tokens: not kept
         return result
-    layer: LayerState | None = module.__dict__.get(LAYER_ATTRIBUTE)
-    call = None if layer is None else layer.calls.current
-    if layer is None or call is None:
-        raise ProtectionLostError(NO_RELEASE)
+    layer, call = served(module, LAYER_ATTRIBUTE, NO_RELEASE)
     if call.public:
-        if layer.access is None or not permitted(layer.access):
-            raise ProtectionLostError(NO_RELEASE)
         original = host_attention(module, layer.config._attn_implementation)
         public: tuple[torch.Tensor, Any] = original(module, query, key, value, attention_mask, **kwargs)
         return public

@@ -22,11 +22,12 @@ from ....errors import DPXAttnError, UnsupportedModelError
 from ....mechanisms.merge import exact_partial
 from ....mechanisms.rows_structure import RowsStructure
 from ...placeholder import new_tag
+from ...private_run import evaluating
 from ...tables import LayerTable
 from ..named_lengths import MOST, affordable, probed_length, rotations, unprobed_length
-from ..reading import group_queries, ungroup
-from ..routing import evaluating, routed
-from .prefix_attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, Recording, Seen, recording
+from ..reading import LayerState, group_queries, ungroup
+from ..routing import routed
+from .prefix_attention import LAYER_ATTRIBUTE, NAME, Call, Calls, Recording, Seen, recording
 from .prefix_cache import PrefixCache
 from .prefix_layers import PrefixLayer, device_of, make_layers, rows_of, run_recorded
 

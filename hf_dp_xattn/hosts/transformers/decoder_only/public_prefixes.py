@@ -23,7 +23,7 @@ from ....config import DPXAttnConfig
 from ....errors import ConfigError
 from ...encode_once import EncodeOnce
 from ...placeholder import new_tag
-from ..routing import evaluating
+from ...private_run import evaluating
 from .prefix_attention import Call
 from .prefix_cache import PrefixCache
 from .prefix_contexts import SEGMENTS, Prefix, as_ids, read_prefixes

@@ -12,7 +12,7 @@ from torch import nn
 
 from ....calibration.anchors.reply_divergence import Replies, keep_likeliest
 from ...placeholder import new_tag
-from ..routing import evaluating
+from ...private_run import evaluating
 from .prefix_attention import Call, Calls
 from .prefix_cache import PrefixCache
 from .prefix_layers import PrefixLayer

@@ -6,7 +6,6 @@ Of the keys and values that its host hands over it reads only that they are NaN:
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 
-from ....errors import DPXAttnError, ProtectionLostError
+from ....errors import ProtectionLostError
 from ....mechanisms.merge import exact_partial
-from ...access import NO_COPY, Access, permitted
 from ...tables import LayerTable
 from ..generating import OwnCalls
-from ..reading import group_queries, host_attention, read, ungroup
+from ..reading import Probing, group_queries, host_attention, read, served, ungroup
 
 if TYPE_CHECKING:
     from ...released import ReleasedContext
@@ -77,21 +75,6 @@ class Calls(OwnCalls):
         self.left -= 1
 
 
-@dataclass(frozen=True)
-class LayerState:
-    """What the attention function finds on a module. config: the host's own, which names the host's own attention; access: whether what is
-    public may pass; padding: zero channels of a head."""
-
-    name: str
-    calls: Calls
-    config: Any
-    access: Access
-    padding: int = 0
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise DPXAttnError(NO_COPY)
-
-
 @dataclass
 class Capture:
     """What one module hands to its attention function, while we run it by ourselves. answer: what it is given back, zeros by default."""
@@ -118,32 +101,10 @@ class Serving:
     queries: dict[nn.Module, list[torch.Tensor]] = field(default_factory=dict)
 
 
-class _Current(threading.local):
-    capture: Capture | None = None
-    serving: Serving | None = None
-
-
-_current = _Current()
-
-
-@contextmanager
-def capturing(capture: Capture) -> Iterator[Capture]:
-    """While it lasts, this thread's `dp_xattn` on that module keeps what it is given and returns zeros."""
-    before, _current.capture = _current.capture, capture
-    try:
-        yield capture
-    finally:
-        _current.capture = before
-
-
-@contextmanager
-def serving(state: Serving) -> Iterator[Serving]:
-    """While it lasts, this thread's `dp_xattn` is exact attention for the probe of a model."""
-    before, _current.serving = _current.serving, state
-    try:
-        yield state
-    finally:
-        _current.serving = before
+capturing: Probing[Capture] = Probing()
+"""While it lasts, this thread's `dp_xattn` on that module keeps what it is given and returns zeros."""
+serving: Probing[Serving] = Probing()
+"""While it lasts, this thread's `dp_xattn` is exact attention for the probe of a model."""
 
 
 def _probe(state: Serving, module: nn.Module, given: Capture) -> torch.Tensor:
@@ -186,22 +147,17 @@ def dp_xattn(
         ProtectionLostError: no release is at hand.
     """
     given = Capture(module, query, key, value, scaling, softcap)
-    capture = _current.capture
+    capture = capturing.now
     if capture is not None and capture.module is module:
         capture.query, capture.key, capture.value = query, key, value
         capture.scaling, capture.softcap, capture.calls = scaling, softcap, capture.calls + 1
         zeros = query.new_zeros(*query.shape[:3], value.shape[-1])
         answer = zeros if capture.answer is None else capture.answer.to(zeros)
         return answer.transpose(1, 2).contiguous(), None
-    if _current.serving is not None:
-        return _probe(_current.serving, module, given).transpose(1, 2).contiguous(), None
-    state: LayerState | None = module.__dict__.get(LAYER_ATTRIBUTE)
-    call = None if state is None else state.calls.current
-    if state is None or call is None:
-        raise ProtectionLostError(NO_RELEASE)
+    if serving.now is not None:
+        return _probe(serving.now, module, given).transpose(1, 2).contiguous(), None
+    state, call = served(module, LAYER_ATTRIBUTE, NO_RELEASE)
     if call.public:
-        if not permitted(state.access):
-            raise ProtectionLostError(NO_RELEASE)
         original = host_attention(module, state.config._attn_implementation)
         capped = {} if softcap is None else {"softcap": softcap}
         return original(module, query, key, value, attention_mask, scaling=scaling, **capped, **kwargs)

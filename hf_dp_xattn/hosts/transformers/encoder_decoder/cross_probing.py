@@ -17,8 +17,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ....errors import DPXAttnError, UnsupportedModelError
 from ...placeholder import CODE_CHANNELS, make_placeholder, new_tag
+from ...private_run import evaluating
 from ..named_lengths import longest, probed_length, rotations
-from ..routing import evaluating, routed
+from ..routing import routed
 from .cross_attention import NAME, Serving, serving
 from .cross_layers import CrossLayer, Invocation, rowwise_reason
 from .document_contexts import MAIN_INPUTS

@@ -24,9 +24,10 @@ from ...layer import Layer
 from ...placeholder import Tag, new_tag, read_tags, rewritten
 from ...weight_changes import refuse_call_adapters
 from ..generating import check_public_ids
+from ..reading import LayerState
 from ..routed_host import RoutedHost
 from ..routing import Routing
-from .cross_attention import LAYER_ATTRIBUTE, NAME, Call, Calls, LayerState, dp_xattn
+from .cross_attention import LAYER_ATTRIBUTE, NAME, Call, Calls, dp_xattn
 from .cross_layers import CrossLayer, rowwise_reason
 from .cross_probing import context_channels, find_layers
 from .document_contexts import MASK, STATES, TYPES, gather, join_documents, name_inputs
@@ -105,7 +106,8 @@ class EncoderDecoderHost(RoutedHost):
         self._gates = [TextGate(self.encoder.module, guard.access, self.closed)]
 
     def lost(self) -> str | None:
-        closed = all(g.installed() and g.encoder is self.encoder.module for g in self._gates)
+        own = all(gate.encoder is self.encoder.module for gate in self._gates)
+        closed = own and TextGate.installed(self._gates)
         return super().lost() or (None if closed else "the encoder or its gate was replaced")
 
     def changed(self) -> str | None:

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from ....errors import DPXAttnError, UnsupportedModelError
+from ...private_run import evaluating
 from ..encoder_decoder.cross_layers import CrossLayer
 from ..encoder_decoder.cross_probing import ROWS, probe
-from ..routing import evaluating
 
 STATES = "cross_attention_states"
 # the marker's row and one of NaN: neither the projections of the first token nor the layers' cache grow with the image
