@@ -82,7 +82,7 @@ class Settings:
         return own.scoped(c.unit, c.neighboring)
 
 
-def told(ledger: Ledger) -> str:
+def persistence_of(ledger: Ledger) -> str:
     """Where it counts, and how long, for a report."""
     if isinstance(ledger, NoLedger):
         return "none: this host serves releases that were loaded, and makes no new ones"

@@ -14,7 +14,7 @@ from .access import Access
 from .accounts import Settings
 from .host_words import HostWords, Setting
 from .locks import Lock
-from .releases import Found, Made, Making, Prepared, Releases, State
+from .releases import Lookup, Making, Prepared, Releases, ReleaseT, State
 
 if TYPE_CHECKING:
     import torch
@@ -40,19 +40,19 @@ class Guarded(Protocol):
     def words(self, setting: Setting) -> HostWords: ...
 
 
-class BaseGuard(ABC, Making[State, Prepared, Made], Generic[State, Prepared, Made]):
-    """Made for one host and one handle: whether it is still protected, who may run it, and how its releases are made.
+class BaseGuard(ABC, Making[State, Prepared, ReleaseT], Generic[State, Prepared, ReleaseT]):
+    """ReleaseT for one host and one handle: whether it is still protected, who may run it, and how its releases are made.
 
     lock: held while anything of the handle is changed, never while a host runs. calling: held while a pipeline runs that keeps a call's
     state on itself; taken before `lock`. active: from `install` until `unprotect`.
     """
 
-    def __init__(self, host: Guarded, settings: Settings, cache: Found[Made]) -> None:
+    def __init__(self, host: Guarded, settings: Settings, cache: Lookup[ReleaseT]) -> None:
         self._host, self.config, self.calibration = host, settings.config, settings.calibration
         self.active = False
         self.access = Access()
         self.lock, self.calling = Lock(), Lock()
-        self.releases: Releases[State, Prepared, Made] = Releases(settings, self, cache, self.lock)
+        self.releases: Releases[State, Prepared, ReleaseT] = Releases(settings, self, cache, self.lock)
 
     @property
     def model(self) -> Any:

@@ -178,7 +178,7 @@ def _read_rows(module: nn.Module, own: dict[str, torch.Tensor]) -> list[tuple[st
 def _product(module: nn.Module, base: nn.Linear) -> _Weight:
     weight = base.weight
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
-    found = sketch_of(module, _computes_in(base) or dtype)
+    found = sketch_of([module], _computes_in(base) or dtype)[0]
     return _Weight(True, found, found.new_zeros(0), dtype, weight.device.type)
 
 

@@ -119,11 +119,15 @@ def sketch_map(
         )
 
 
-def sketch_of(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """[SIZE, SIZE] float32 CPU: a linear layer as it acts, its adapters included."""
-    base: Any = getattr(module, "base_layer", module)
-    # without the module's own hooks: users watch their model by them, and this is no call of it
-    return sketch_map(lambda rows: [module.forward(rows)], module, base.in_features, dtype)[0]
+def sketch_of(modules: Sequence[nn.Module], dtype: torch.dtype) -> torch.Tensor:
+    """[k, SIZE, SIZE] float32 CPU: k linear layers as they act, their adapters included."""
+
+    def sketched(module: nn.Module) -> torch.Tensor:
+        base: Any = getattr(module, "base_layer", module)
+        # without the module's own hooks: users watch their model by them, and this is no call of it
+        return sketch_map(lambda rows: [module.forward(rows)], module, base.in_features, dtype)
+
+    return torch.cat([sketched(module) for module in modules])
 
 
 class Sketching(Protocol):

@@ -82,7 +82,7 @@ class GrowingContext:
         )
 
 
-def only(contexts: Sequence[PrivateContext]) -> PrivateContext:
+def single_context(contexts: Sequence[PrivateContext]) -> PrivateContext:
     """Raises ConfigError unless there is one context."""
     if len(contexts) != 1:
         raise ConfigError(ONE.format(count=len(contexts)))

@@ -17,7 +17,7 @@ from .base_guard import BaseGuard
 from .bindings import Bindings, bind, unique
 from .context import PrivateContext
 from .fingerprint import Fingerprint
-from .growing import GrowingContext, append_to, only, open_growing
+from .growing import GrowingContext, append_to, open_growing, single_context
 from .layer import Layer
 from .locks import locked
 from .making import Recipe, choose_maker
@@ -183,14 +183,14 @@ class Guard(BaseGuard[Fingerprint, Recipe, ReleasedContext]):
         self, contexts: Sequence[PrivateContext], groups: torch.Tensor | None, horizon: int
     ) -> GrowingContext:
         self._host.check_growing(contexts)
-        growing = open_growing(self, only(contexts), groups, horizon)
+        growing = open_growing(self, single_context(contexts), groups, horizon)
         self.releases.spent.append(growing.spent)
         return growing
 
     def append(
         self, growing: GrowingContext, contexts: Sequence[PrivateContext], groups: torch.Tensor | None
     ) -> ReleasedContext:
-        return append_to(self, growing, only(contexts), groups)
+        return append_to(self, growing, single_context(contexts), groups)
 
     def verify(self, contexts: Iterable[ReleasedContext]) -> Fingerprint:
         """The fingerprint of the present weights. Raises ReleaseError unless the releases can serve them."""

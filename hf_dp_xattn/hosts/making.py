@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,50 +31,49 @@ if TYPE_CHECKING:
     from ..calibration.calibration import Calibration
 
 
-class Recipe(Protocol):
+@dataclass(frozen=True)
+class Recipe(ABC):
     """A release of which everything public is fixed; `events` must be charged before `run` touches the context."""
 
-    @property
-    def prepared(self) -> Mechanism[Any]: ...
+    prepared: Mechanism[Any]
 
     @property
-    def events(self) -> tuple[Event, ...]: ...
+    def events(self) -> tuple[Event, ...]:
+        return self.prepared.events
 
+    @abstractmethod
     def private(self, rows: torch.Tensor, groups: torch.Tensor | None) -> Private:
         """Finite private rows [n, C] (or what an encoder made of such) as the mechanism takes them; groups [n]: public. The only way in;
         never raises for what the rows hold."""
-        ...
 
     def run(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy | None) -> Released:
         """rows [n, C]: private; groups [n]: public."""
-        ...
+        return self.prepared.run(self.private(rows, groups), groups=groups, entropy=entropy)
 
 
-class Maker(Protocol):
+class Maker(ABC):
     """Makes the releases of one handle."""
 
+    @abstractmethod
     def prepare(self, current: Fingerprint) -> Recipe:
         """Public constants of a release for the weights as they are now. Raises ConfigError where none can be made."""
-        ...
 
     def check_text(self, text: TextSide) -> None:
         """Raises ConfigError where the calibration's rows came from another text encoder."""
-        ...
+        return
 
-    def warnings(self, current: Fingerprint) -> tuple[str, ...]: ...
+    def warnings(self, current: Fingerprint) -> tuple[str, ...]:
+        """Of what is made now."""
+        return ()
 
 
 @dataclass(frozen=True)
-class LayerRecipe:
+class LayerRecipe(Recipe):
     """Keys and values of all layers are released together."""
 
     prepared: Mechanism[LayerRows]
     layers: tuple[Layer, ...]
     dtype: torch.dtype
-
-    @property
-    def events(self) -> tuple[Event, ...]:
-        return self.prepared.events
 
     def private(self, rows: torch.Tensor, groups: torch.Tensor | None) -> LayerRows:
         """Keys and values [H, n, d] of every layer, of rows [n, C].
@@ -90,11 +90,8 @@ class LayerRecipe:
             pairs = [project_apart(layer, rows, units) for layer in self.layers]
         return LayerRows([in_range(k, k.dtype) for k, _ in pairs], [in_range(v, v.dtype) for _, v in pairs])
 
-    def run(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy | None) -> Released:
-        return self.prepared.run(self.private(rows, groups), groups=groups, entropy=entropy)
 
-
-class LayerMaker:
+class LayerMaker(Maker):
     """Releases of keys and values: made for the weights as they are, prepared anew when those change."""
 
     def __init__(
@@ -122,31 +119,21 @@ class LayerMaker:
             self._made = current, recipe
         return recipe
 
-    def check_text(self, text: TextSide) -> None:
-        pass
-
     def warnings(self, current: Fingerprint) -> tuple[str, ...]:
         return self._made[1].prepared.warnings
 
 
 @dataclass(frozen=True)
-class ContextRecipe:
+class ContextRecipe(Recipe):
     """The rows themselves are released, once for all layers; no weight of the host takes part."""
 
     prepared: Mechanism[torch.Tensor]
 
-    @property
-    def events(self) -> tuple[Event, ...]:
-        return self.prepared.events
-
     def private(self, rows: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
         return in_range(rows, torch.float32)
 
-    def run(self, rows: torch.Tensor, groups: torch.Tensor | None, entropy: Entropy | None) -> Released:
-        return self.prepared.run(self.private(rows, groups), groups=groups, entropy=entropy)
 
-
-class ContextMaker:
+class ContextMaker(Maker):
     """Releases in context space (`anchors`)."""
 
     def __init__(
@@ -168,17 +155,11 @@ class ContextMaker:
         return (*self._recipe.prepared.warnings, *([OTHER_PROJECTIONS] if moved else []))
 
 
-class ServingOnly:
+class ServingOnly(Maker):
     """No calibration is at hand: releases that were made elsewhere are served, none is made."""
 
     def prepare(self, current: Fingerprint) -> Recipe:
         raise ConfigError(NO_CALIBRATION)
-
-    def check_text(self, text: TextSide) -> None:
-        pass
-
-    def warnings(self, current: Fingerprint) -> tuple[str, ...]:
-        return ()
 
 
 def choose_maker(model: Any, layers: Mapping[str, Layer], settings: Settings, current: Fingerprint) -> Maker:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar, Token
 
@@ -31,17 +31,26 @@ def _silence() -> Token[bool]:
     return _silent.set(True)
 
 
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """The models in evaluation mode, every module's own mode restored afterwards."""
+def _evaluate(models: Iterable[nn.Module]) -> list[tuple[nn.Module, bool]]:
     modes = [(m, m.training) for model in models for m in model.modules()]
     for model in models:
         model.eval()
+    return modes
+
+
+def _restore(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    for module, mode in modes:
+        module.training = mode
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """The models in evaluation mode, every module's own mode restored afterwards."""
+    modes = _evaluate(models)
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        _restore(modes)
 
 
 @contextmanager
@@ -55,11 +64,12 @@ def private_run(*modules: nn.Module) -> Iterator[None]:
     Args:
         modules: all that runs.
     """
-    before = _silence()
+    before, modes = _silence(), _evaluate(modules)
     try:
-        with evaluating(*modules), ExitStack() as stack:
+        with ExitStack() as stack:
             for access in accesses_of(modules):  # other protected hosts may share them
                 stack.enter_context(access.enter("encoding"))
             yield
     finally:
+        _restore(modes)
         _silent.reset(before)

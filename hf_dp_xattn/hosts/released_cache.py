@@ -168,13 +168,13 @@ def _read(aside: _Aside) -> ReleasedContext:
         ) from None
     tensors = {name: t.to(aside.devices.get(name, "cpu")) for name, t in tensors.items()}
 
-    def own(prefix: str) -> dict[str, torch.Tensor]:
+    def tensors_of(prefix: str) -> dict[str, torch.Tensor]:
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
     return ReleasedContext(
-        structures=tuple(kind(**own(f"{i}."), **rest) for i, (kind, rest) in enumerate(aside.kinds)),
+        structures=tuple(kind(**tensors_of(f"{i}."), **rest) for i, (kind, rest) in enumerate(aside.kinds)),
         public_rows=tensors["public_rows"],
         fingerprint=Fingerprint(sketch=tensors["sketch"], **aside.layers),
-        context=None if aside.context is None else aside.context(**own("context.")),
+        context=None if aside.context is None else aside.context(**tensors_of("context.")),
         **aside.fields,
     )

@@ -40,10 +40,10 @@ class Guaranteed(Protocol):
 State = TypeVar("State")
 """The host's public state that a release must fit."""
 Prepared = TypeVar("Prepared", bound=Charged)
-Made = TypeVar("Made", bound=Guaranteed)
+ReleaseT = TypeVar("ReleaseT", bound=Guaranteed)
 
 
-class Making(Protocol[State, Prepared, Made]):
+class Making(Protocol[State, Prepared, ReleaseT]):
     """How one kind of release is made: all that varies between handles."""
 
     def current(self) -> State:
@@ -54,7 +54,7 @@ class Making(Protocol[State, Prepared, Made]):
         """Raises ConfigError where no release can be made."""
         ...
 
-    def misfit(self, made: Made, state: State) -> str | None:
+    def misfit(self, made: ReleaseT, state: State) -> str | None:
         """Why a release cannot serve the host as it is, or None."""
         ...
 
@@ -69,32 +69,32 @@ class Making(Protocol[State, Prepared, Made]):
         groups: torch.Tensor | None,
         state: State,
         entropy: Entropy | None,
-    ) -> Made:
+    ) -> ReleaseT:
         """Encodes and releases one charged context; keeps nothing of it but the release."""
         ...
 
 
-class Found(Protocol[Made]):
+class Lookup(Protocol[ReleaseT]):
     """Releases by their names (`released_cache.ReleasedCache`)."""
 
-    def find(self, keys: Sequence[Key]) -> Made | None: ...
+    def find(self, keys: Sequence[Key]) -> ReleaseT | None: ...
     def holds(self, keys: Sequence[Key]) -> bool: ...
-    def put(self, key: Key, released: Made) -> None: ...
+    def put(self, key: Key, released: ReleaseT) -> None: ...
     def clear(self) -> None: ...
 
 
 @dataclass(frozen=True)
-class _Plan(Generic[State, Prepared, Made]):
+class _Plan(Generic[State, Prepared, ReleaseT]):
     """keys: of the contexts, in order. done: what serves them. todo: what is to be made, with its groups and names."""
 
     keys: list[Key]
-    done: dict[Key, Made]
+    done: dict[Key, ReleaseT]
     todo: dict[Key, tuple[PrivateContext, torch.Tensor | None, list[Name]]]
     prepared: Prepared
     state: State
 
 
-class Releases(Generic[State, Prepared, Made]):
+class Releases(Generic[State, Prepared, ReleaseT]):
     """The ledger, budget and entropy of a handle, the states of its encoders, and its releases.
 
     Args:
@@ -110,8 +110,8 @@ class Releases(Generic[State, Prepared, Made]):
     def __init__(
         self,
         settings: Settings,
-        making: Making[State, Prepared, Made],
-        cache: Found[Made],
+        making: Making[State, Prepared, ReleaseT],
+        cache: Lookup[ReleaseT],
         lock: Lock,
     ) -> None:
         self.config, self.making, self.cache, self.lock = settings.config, making, cache, lock
@@ -124,7 +124,7 @@ class Releases(Generic[State, Prepared, Made]):
     @torch.no_grad()
     def make(
         self, contexts: Sequence[PrivateContext], *, groups: torch.Tensor | None = None, fresh: bool = False
-    ) -> list[Made]:
+    ) -> list[ReleaseT]:
         """One release for each context; equal contexts share one.
 
         Args:
@@ -148,25 +148,25 @@ class Releases(Generic[State, Prepared, Made]):
 
     def run(
         self, prepared: Prepared, context: PrivateContext, groups: torch.Tensor | None, state: State
-    ) -> Made:
+    ) -> ReleaseT:
         """Of a charged context: the only place where a private one is loaded for a release that does not grow."""
         return self.making.run(prepared, context, groups, state, self.entropy)
 
     @locked
     @torch.inference_mode(False)
     @torch.no_grad()
-    def known(self, contexts: Sequence[PrivateContext]) -> list[Made | None]:
+    def known(self, contexts: Sequence[PrivateContext]) -> list[ReleaseT | None]:
         """The releases that serve these contexts; None for one that is to be made, which the ledger allows for now. Nothing is spent."""
         plan = self._due(contexts, None, False)
         return [plan.done.get(key) for key in plan.keys]
 
     def _due(
         self, contexts: Sequence[PrivateContext], groups: torch.Tensor | None, fresh: bool
-    ) -> _Plan[State, Prepared, Made]:
+    ) -> _Plan[State, Prepared, ReleaseT]:
         """What serves them, and what is to be made. Raises ConfigError, ContextError or BudgetExceededError where it may not be."""
         state = self.making.current()
         prepared = self.making.prepare(state)
-        plan: _Plan[State, Prepared, Made] = _Plan([], {}, {}, prepared, state)
+        plan: _Plan[State, Prepared, ReleaseT] = _Plan([], {}, {}, prepared, state)
         misfit: str | None = None
         states_of = functools.cache(self.encoders.states)  # one look at the weights for all of them
         for context in contexts:
@@ -190,7 +190,7 @@ class Releases(Generic[State, Prepared, Made]):
         return plan
 
     @locked
-    def adopt(self, made: Iterable[Made]) -> None:
+    def adopt(self, made: Iterable[ReleaseT]) -> None:
         """Names releases that were made elsewhere in the report. Whether they fit is for the caller to check."""
         self.spent += [Spent([], m.guarantee) for m in made]
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..config import DPXAttnConfig
 from ..privacy.ledger import Budget, Ledger
 from ..report import Guarantee, PrivacyReport, release_entry
-from .accounts import told
+from .accounts import persistence_of
 from .host_words import HostWords
 
 LOCAL = "this report is the operator's own: charges tell what was released before, so do not publish it"
@@ -65,6 +65,6 @@ def build_report(
         releases=tuple(_entry(ledger, names[s.digests[0]] if s.digests else "loaded", s) for s in spent),
         public=words.public,
         not_covered=words.not_covered,
-        ledger=f"{told(ledger)}; {each}; {LOCAL}",
+        ledger=f"{persistence_of(ledger)}; {each}; {LOCAL}",
         warnings=tuple(dict.fromkeys(notes)),
     )

@@ -53,6 +53,7 @@ class Ledger:
 
     def __init__(self, path: str | Path | None = None, *, timeout: float = 60.0) -> None:
         self._store: Store = MemoryStore() if path is None else FileStore(path, timeout)
+        self._id = mac(self._store.key, b"key-id")[:16]
 
     @property
     def persistent(self) -> bool:
@@ -119,12 +120,12 @@ class Ledger:
             data = bytes(part)
             named.update(len(data).to_bytes(8, "big"))
             named.update(data)
-        return f"{mac(self._store.key, b'key-id')[:16]}-{named.hexdigest()}"
+        return f"{self._id}-{named.hexdigest()}"
 
     def _check_digest(self, digest: str) -> str:
         if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
             raise ConfigError("Not a digest of a ledger; make one with ledger.digest(parts).")
-        if not digest.startswith(mac(self._store.key, b"key-id")[:16]):
+        if not digest.startswith(self._id):
             raise ConfigError("The digest was made by another ledger; make it with this one.")
         return digest
 

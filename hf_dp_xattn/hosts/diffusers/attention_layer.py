@@ -50,7 +50,7 @@ class AttentionLayer(Layer):
 
     def sketch(self, dtype: torch.dtype) -> torch.Tensor:
         """See `fingerprint.Sketching`."""
-        return torch.stack([sketch_of(part, dtype) for part in self.parts()])
+        return sketch_of(self.parts(), dtype)
 
     def spec(self, dtype: torch.dtype) -> LayerSpec:
         query, key = (self._weight(part, dtype) for part in (self.module.to_q, self.module.to_k))

@@ -37,7 +37,7 @@ class ReleasedTexts:
 
 
 class Shelf:
-    """Releases by the ledger's names of their contexts, as long as the handle is active (`releases.Found`)."""
+    """Releases by the ledger's names of their contexts, as long as the handle is active (`releases.Lookup`)."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, str], ReleasedTexts] = {}

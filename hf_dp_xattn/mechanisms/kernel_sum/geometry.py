@@ -87,24 +87,11 @@ def declared_geometry(
     scale: float,
     logit_bound: float,
     value_bound: float,
+    maps: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> HeadGeometry:
-    """Geometry without any data: no shift, A_k = A_q = sqrt(scale) I, both clipped to norm sqrt(logit_bound)."""
+    """Geometry without any data: no shift, both sides clipped to norm sqrt(logit_bound). maps: of keys and queries, else sqrt(scale) I."""
     identity = torch.eye(key_dim, dtype=torch.float64).expand(heads, key_dim, key_dim) * math.sqrt(scale)
-    return _with_declared_bounds(
-        identity, identity, heads, key_dim, value_dim, scale, logit_bound, value_bound
-    )
-
-
-def _with_declared_bounds(
-    key_map: torch.Tensor,
-    query_map: torch.Tensor,
-    heads: int,
-    key_dim: int,
-    value_dim: int,
-    scale: float,
-    logit_bound: float,
-    value_bound: float,
-) -> HeadGeometry:
+    key_map, query_map = (identity, identity) if maps is None else maps
     ones = torch.ones(heads, dtype=torch.float64)
     value_norm = value_bound * math.sqrt(value_dim)
     return HeadGeometry(
@@ -167,7 +154,8 @@ def weights_geometry(
     key_cov = key_weight.double() @ key_weight.double().mT
     query_cov = query_weight.double() @ query_weight.double().mT
     key_map, query_map, _ = balance(key_cov, query_cov, scale, projection_dim)
-    return _with_declared_bounds(key_map, query_map, heads, d, value_dim, scale, logit_bound, value_bound)
+    bounds = {"logit_bound": logit_bound, "value_bound": value_bound}
+    return declared_geometry(heads, d, value_dim, scale=scale, maps=(key_map, query_map), **bounds)
 
 
 def geometry_of(spec: LayerSpec, config: DPXAttnConfig) -> HeadGeometry:

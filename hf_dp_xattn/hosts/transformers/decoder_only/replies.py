@@ -20,7 +20,7 @@ from .prefix_probing import serving, tables_of
 
 
 @contextmanager
-def still(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Weights of a model in evaluation mode take no gradients while it lasts; both are restored afterwards."""
     asked = [p for p in model.parameters() if p.requires_grad]
     for parameter in asked:
@@ -37,7 +37,7 @@ def still(model: nn.Module) -> Iterator[None]:
 class PrefixLogits:
     """The model behind a public head and decoded rows: ids [B, T], rows [B, R, C], log weights [B, R] -> logits [B, T, V].
 
-    head: rows [h, C]; offset: positions before the first own token. Called inside `still` and `serving` (whose calls these are).
+    head: rows [h, C]; offset: positions before the first own token. Called inside `frozen` and `serving` (whose calls these are).
     """
 
     model: Any
@@ -132,5 +132,5 @@ def replying(
     model: Any, layers: dict[str, PrefixLayer], head: torch.Tensor, offset: int
 ) -> Iterator[PrefixLogits]:
     """While it lasts, the model can be asked."""
-    with still(model), serving(model, layers) as calls:
+    with frozen(model), serving(model, layers) as calls:
         yield PrefixLogits(model, layers, calls, head, offset)
