@@ -78,7 +78,9 @@ def measure(count: int = 10_000, anchors: int = 4096) -> dict[str, object]:
     fresh = contexts(24, seed=9).float()
     release_s, activation_s, rows = [], [], []
     # random rows, released to be timed: a ledger of their own
-    with dpx.protect(pipe, config, calibration=calibration, ledger=dpx.Ledger()) as protected:
+    with dpx.protect(
+        pipe, config, calibration=calibration, ledger=dpx.Ledger(), allow_useless=True
+    ) as protected:
         for context in fresh:  # different contexts: no cache
             start = time.perf_counter()
             release = protected.release(context)
@@ -140,7 +142,9 @@ def measure_step(size: int = 64, repeats: int = 31) -> dict[str, object]:
     for i in tqdm(range(repeats), desc="pairs of steps"):
         if i % 2:
             timed("plain", plain)
-        with dpx.protect(pipe, config, calibration=calibration, ledger=dpx.Ledger()) as protected:
+        with dpx.protect(
+            pipe, config, calibration=calibration, ledger=dpx.Ledger(), allow_useless=True
+        ) as protected:
             release = protected.release(private[0])
             served = release.contexts[0].context
             assert served is not None

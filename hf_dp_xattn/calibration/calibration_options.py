@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .anchors.anchors_fit import AnchorSettings
 
+DEFAULT_MINUTES = 10.0
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
 
@@ -16,12 +18,14 @@ class CalibrationOptions:
     """The arguments of `dpx.calibrate`, which says what each is.
 
     queries_per_step counts for each sampled token or denoising step; None of query_prompts, query_steps and steps: the host's own default.
+    started: when, by `time.monotonic`; what the host has taken since is part of `minutes`.
     """
 
     epsilons: Sequence[float] = EPSILONS
-    anchors: int = 4096
+    anchors: int | None = None
     releases: tuple[str, ...] = AnchorSettings.releases
     steps: int | None = None
+    minutes: float | None = None
     grouping: str | None = None
     memory_mb: int = 2048
     rank: int = 128
@@ -34,6 +38,7 @@ class CalibrationOptions:
     questions: Sequence[Any] | None = None
     prefix_bucket: int | None = None
     replies: int = 0
+    started: float = field(default_factory=time.monotonic)
 
     def anchor_settings(self, **more: Any) -> AnchorSettings:
         """Those of a fit of `anchors`, with its default schedule; more: further fields."""
@@ -43,8 +48,19 @@ class CalibrationOptions:
             anchors=self.anchors,
             seed=self.seed,
             progress=self.progress,
+            seconds=self.seconds,
             **more,
         )
+
+    @property
+    def seconds(self) -> float | None:
+        """What is left for training decoders: three quarters of the rest of `minutes`, which judging them needs as well. None: no limit,
+        where steps are asked for."""
+        if self.minutes is None and self.steps is not None:
+            return None
+        minutes = DEFAULT_MINUTES if self.minutes is None else self.minutes
+        left = 60.0 * minutes - (time.monotonic() - self.started)
+        return max(0.1 * 60.0 * minutes, 0.75 * left)
 
     @property
     def texts(self) -> int:

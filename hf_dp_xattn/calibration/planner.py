@@ -18,7 +18,7 @@ from ..mechanisms.anchors.plan import AnchorPlan, Decoders
 from ..privacy.accountant import epsilon_of, needs_delta
 from ..privacy.guessing import PRIORS, guess_bound
 from ..privacy.units import NeighboringRelation, Unit
-from .anchors.anchors_calibration import AnchorCalibration
+from .anchors.anchors_calibration import NOTHING, AnchorCalibration
 from .calibration import Calibration
 from .curves import INTERPOLATED, OUTSIDE, Curve
 from .library.library_planner import plan_library
@@ -382,10 +382,13 @@ def _of_replies(calibration: AnchorCalibration) -> list[str]:
         for e in sorted({c["epsilon"] for c in told})
     }
     each = ", ".join(f"{value:.2g} at {epsilon:g}" for epsilon, value in best.items())
-    worst = max(c["divergence"] for c in told)
+    nothing = calibration.settings.get(
+        "nothing", {"rows that do not look at the release": max(c["divergence"] for c in told)}
+    )
+    beside = " and ".join(f"{level:.2g} for {NOTHING.get(name, name)}" for name, level in nothing.items())
     return [
         "replies: the decoder was trained on the model's own replies to public questions, for which the FVU says little; divergence of the "
-        f"next token from the exact model's, in nats, by epsilon: {each} ({worst:.2g} for rows that do not look at the release)"
+        f"next token from the exact model's, in nats, by epsilon: {each} ({beside})"
     ]
 
 

@@ -82,7 +82,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--epsilons", type=float, nargs="+", metavar="E", help="one plan for each (default: 0.5 to 64)"
     )
     parser.add_argument(
-        "--anchors", type=int, metavar="M", help="cells of the histogram's codebook (default: 4096)"
+        "--anchors",
+        type=int,
+        metavar="M",
+        help="cells of the histogram's codebook (default: 4096, or what there is)",
     )
     parser.add_argument(
         "--releases",
@@ -92,6 +95,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--steps", type=int, metavar="N", help="training steps of the decoder (default: some minutes)"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        metavar="T",
+        help="for all of it, about (default: 10 where --steps is not given)",
     )
     parser.add_argument(
         "--length",
@@ -143,7 +152,10 @@ def run(args: argparse.Namespace) -> int:
     settings = {name: getattr(args, name, None) for name in SETTINGS if name != "epsilon"}
     config = DPXAttnConfig(**{k: v for k, v in settings.items() if v is not None})
     model = load_plain(args.model, parse_dtype(args.dtype))
-    named = {name: getattr(args, name) for name in ("epsilons", "anchors", "releases", "steps", "replies")}
+    named = {
+        name: getattr(args, name)
+        for name in ("epsilons", "anchors", "releases", "steps", "minutes", "replies")
+    }
     options: dict[str, Any] = {k: v for k, v in named.items() if v is not None}
     if args.mechanism == "library":
         public, more = _texts_of(args, texts)
@@ -167,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _texts_of(args: argparse.Namespace, texts: list[str]) -> tuple[list[Any], dict[str, Any]]:
     """The public contexts of a library: texts, which are cut; or with --unit group, where all lines are JSON, lists of units."""
-    given = ("anchors", "releases", "steps", "length", "questions", "replies", "prefix_bucket")
+    given = ("anchors", "releases", "steps", "minutes", "length", "questions", "replies", "prefix_bucket")
     refused = [n for n in given if getattr(args, n) is not None]
     if refused or args.chat:
         name = "chat" if args.chat else refused[0].replace("_", "-")

@@ -28,11 +28,6 @@ def add_protection(parser: argparse.ArgumentParser) -> None:
         help="folder or Hub id of a config, in place of the five settings that follow",
     )
     parser.add_argument("--epsilon", type=float, metavar="E", help="privacy loss of the release")
-    parser.add_argument(
-        "--allow-useless",
-        action="store_true",
-        help="go on where the calibration says that the release is not known to be better than none",
-    )
     add_settings(parser)
 
 
@@ -59,11 +54,18 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="folder or Hub id of a calibration for this model; mechanism, unit and relation are its own where they are not given",
     )
+    parser.add_argument(
+        "--allow-useless",
+        action="store_true",
+        help="go on where the calibration says that the release is not known to be better than none",
+    )
     parser.add_argument("--dtype", default="float32", help="type of the weights (default: float32)")
 
 
-def protected_model(args: argparse.Namespace, ledger: Ledger) -> Any:
+def protected_model(args: argparse.Namespace, ledger: Ledger, *, trial: bool = False) -> Any:
     """The handle of the model that the options describe. What they leave open is taken from the calibration, where there is one.
+
+    trial: of public texts, which may be released for nothing.
 
     Raises:
         ConfigError: options that contradict a protection which is there, or the calibration, or none that say how to protect.
@@ -73,16 +75,14 @@ def protected_model(args: argparse.Namespace, ledger: Ledger) -> Any:
     from ..hosts.protection import FOLDER
     from ..hosts.restoring import from_pretrained
 
-    dtype = parse_dtype(args.dtype)
+    dtype, useless = parse_dtype(args.dtype), trial or args.allow_useless
     given = [name for name in ("config", *SETTINGS, "calibration") if getattr(args, name) is not None]
     if (Path(args.model) / FOLDER).is_dir():
         if given:
             raise ConfigError(
                 f"{Path(args.model).name!r} is protected already; leave out --{', --'.join(given)}."
             )
-        return handle_of(
-            from_pretrained(args.model, ledger=ledger, dtype=dtype, allow_useless=args.allow_useless)
-        )
+        return handle_of(from_pretrained(args.model, ledger=ledger, dtype=dtype, allow_useless=useless))
     _check_settings(args, given)
     calibration = None
     if args.calibration is not None:
@@ -90,7 +90,7 @@ def protected_model(args: argparse.Namespace, ledger: Ledger) -> Any:
 
         calibration = Calibration.from_pretrained(args.calibration)
     config = _config(args, calibration)
-    model, useless = load_plain(args.model, dtype), args.allow_useless
+    model = load_plain(args.model, dtype)
     return protect(model, config, calibration=calibration, ledger=ledger, allow_useless=useless)
 
 

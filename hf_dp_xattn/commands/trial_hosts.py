@@ -34,7 +34,7 @@ def load_trial(args: argparse.Namespace) -> TrialHost:
     from ..audit.auditing import NO_ATTENTION
     from ..privacy.ledger import Ledger
 
-    handle = protected_model(args, Ledger())
+    handle = protected_model(args, Ledger(), trial=True)
     if by_text(handle):
         raise ConfigError(NO_ATTENTION)
     host = handle.host.parts[0]

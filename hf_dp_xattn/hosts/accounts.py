@@ -51,6 +51,7 @@ class Settings:
     """What `protect` was told, whatever the host.
 
     config, calibration, ledger, budget, entropy: see `protect.protect`. serving_only: no release is to be made without a ledger.
+    allow_useless: see `worth.require_worth`.
     """
 
     config: DPXAttnConfig
@@ -59,6 +60,7 @@ class Settings:
     budget: Budget | None = None
     entropy: Entropy | None = None
     serving_only: bool = False
+    allow_useless: bool = False
 
     def ledger_used(self) -> Ledger:
         """The ledger that was given, or the process's.

@@ -60,15 +60,25 @@ def _shipped(host: Any, config: DPXAttnConfig) -> list[Any]:
     return public_prompts()
 
 
+def _minutes(given: Any) -> float | None:
+    """Raises ConfigError where they are not a positive number."""
+    if given is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given < math.inf:
+        raise ConfigError(f"minutes must be a positive number, got {given!r}.")
+    return float(given)
+
+
 def calibrate(
     pipe: Any,
     public_contexts: Public | None = None,
     config: DPXAttnConfig | None = None,
     *,
     epsilons: float | Sequence[float] = EPSILONS,
-    anchors: int = 4096,
+    anchors: int | None = None,
     releases: Sequence[str] = ("sum", "response", "histogram", "mixed"),
     steps: int | None = None,
+    minutes: float | None = None,
     grouping: str | None = None,
     memory_mb: int = 2048,
     rank: int = 128,
@@ -110,9 +120,11 @@ def calibrate(
         config: mechanism, unit and relation to fit for; by default `anchors` with unit="row", and `library` with unit="group" where
             public_contexts are those that are shipped.
         epsilons: for which there will be plans.
-        anchors: cells of the histogram's codebook.
+        anchors: cells of the histogram's codebook, at most: as many as the public rows make distinct. By default no more than 4,096.
         releases: candidates of `anchors` ("sum", "response", "histogram", "mixed").
-        steps: training steps of the decoder; by default what takes a few minutes on two cores. More do better.
+        steps: training steps of the decoder, at most; by default what takes a few minutes on two cores. More do better.
+        minutes: for all of it, about: training ends in time, and keeps what did best on contexts that it did not see. By default 10 where
+            `steps` is not given, else no limit. With `steps` alone a calibration can be made again exactly.
         grouping: how units are encoded, "rows", "phrases" or "context"; by default what the unit says. Of a library: "phrases",
             "sentences", "lines", "segments", "documents" or "context".
         memory_mb: for encoded public contexts, in MiB.
@@ -156,6 +168,7 @@ def calibrate(
         anchors=anchors,
         releases=tuple(releases),
         steps=steps,
+        minutes=_minutes(minutes),
         grouping=grouping,
         memory_mb=memory_mb,
         rank=rank,

@@ -103,8 +103,8 @@ def protect(
         >>> print(protected.report())
         Privacy report: ...
     """
-    settings = Settings(config, calibration, ledger, budget, entropy)
-    return _protect(host, settings, tokenizer=tokenizer, encoder=encoder, allow_useless=allow_useless)
+    settings = Settings(config, calibration, ledger, budget, entropy, allow_useless=allow_useless)
+    return _protect(host, settings, tokenizer=tokenizer, encoder=encoder)
 
 
 def protect_to_serve(
@@ -181,14 +181,11 @@ class Release(BaseRelease):
             raise
 
 
-def _protect(
-    host: Any, settings: Settings, *, tokenizer: Any = None, encoder: Any = None, allow_useless: bool = False
-) -> Protected:
+def _protect(host: Any, settings: Settings, *, tokenizer: Any = None, encoder: Any = None) -> Protected:
     config = settings.config
     if not isinstance(config, DPXAttnConfig):
         raise ConfigError(f"config must be a DPXAttnConfig, got {type(config).__name__}.")
     _check_types(settings)
-    require_worth(config, settings.calibration, allow_useless=allow_useless)
     with _installing:
         handle: Protected | None = handle_of(host)
         if KNOWN[config.mechanism].releases == "texts" or isinstance(getattr(handle, "host", None), TextHost):
@@ -224,6 +221,7 @@ def _host(model: Any, settings: Settings, tokenizer: Any, encoder: Any) -> Host:
 def _installed(host: Host, settings: Settings, pipe: Any) -> Protected:
     """The handle of a host, with the pipeline that was given. Nothing stays patched where it fails."""
     handle = Protected(host, settings, Release)
+    require_worth(settings)
     side = None if pipe is None else host.side_of(pipe, handle.guard)
     try:
         handle.install()

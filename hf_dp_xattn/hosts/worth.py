@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from ..config import DPXAttnConfig
 from ..errors import ConfigError
-
-if TYPE_CHECKING:
-    from ..calibration.calibration import AnyCalibration
+from .accounts import Settings
 
 
-def require_worth(config: DPXAttnConfig, calibration: AnyCalibration | None, *, allow_useless: bool) -> None:
+def require_worth(settings: Settings) -> None:
     """Refuses releases that are not known to be better than none.
 
     Args:
-        config: what is released.
-        calibration: what predicts how good it is.
-        allow_useless: the user goes on.
+        settings: what `protect` was told; its calibration fits its config.
 
     Raises:
-        ConfigError: the plan for this epsilon is no better than no release, with 95 % confidence.
+        ConfigError: the plan for this epsilon is no better than no release, with 95 % confidence, and the user did not say to go on.
     """
-    if allow_useless or calibration is None or calibration.mechanism != config.mechanism:
+    config, calibration = settings.config, settings.calibration
+    if settings.allow_useless or calibration is None:
         return
     why = calibration.useless(config)
     if why is not None:

@@ -30,7 +30,7 @@ HALF = ("matrix", "weight", "hidden", "coefficients", "directions", "anchors", "
 _FIELDS = ("unit", "neighboring", "grouping", "channels", "contexts", "units", "settings")
 _PLAN_KEYS = {*AnchorPlan.FIELDS, "quality", "has_head", "has_tilt"}
 _MEASURES = {"fvu": "unexplained variance", "divergence": "divergence of replies"}
-_NOTHING = {"mean": "the public mean", "none": "no context at all"}
+NOTHING = {"mean": "the public mean", "none": "no context at all"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ class AnchorCalibration(Stored):
         if worth is None or worth.useful:
             return None
         return (
-            f"on held-out public contexts the {_MEASURES[worth.measure]} is {worth.ratio:.3g} times that of {_NOTHING[worth.against]} "
+            f"on held-out public contexts the {_MEASURES[worth.measure]} is {worth.ratio:.3g} times that of {NOTHING[worth.against]} "
             f"(with 95 % confidence no more than {worth.high:.3g} times)"
         )
 

@@ -22,16 +22,19 @@ from ...privacy.units import NeighboringRelation
 from ..public_data import PublicData
 from .anchors_calibration import AnchorCalibration
 from .cells_fit import Codebook, fit_codebook, fit_tilt, histogram_plan
-from .judge import Judged, judge, simulate
-from .kmeans import assign, kmeans
+from .fallback_fit import fit_fallback
+from .held_out import hold_out
+from .judge import Judged, Jury, simulate
+from .kmeans import assign
 from .mixed_fit import Compared, means_or_members, with_mixed
 from .objective import Objective
+from .responses_fit import fit_responses
 from .slot_schedule import MANY
 from .slots_fit import (
     PublicContexts,
     SlotSettings,
     SlotTrainer,
-    fit_blind_head,
+    Watched,
     set_code_scale,
     train,
 )
@@ -40,10 +43,7 @@ __all__ = ["AnchorSettings", "candidates", "fit_anchors", "simulate", "sum_noise
 
 MINIMUM_CONTEXTS = 64
 GEOMETRY_NOISE = 0.08  # of the auxiliary sum whose codes give the cells of `response`
-ALPHABETS = (4, 8, 16, 32, 64, 128, 256, 1024, 4096)
-MAX_CODEBOOKS = 6
 _LONG = 256  # rows of a context from which single public rows may stand for a cell
-_CODEBOOK_UNITS = 32_768
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,21 @@ class AnchorSettings:
     """How a calibration is fitted.
 
     epsilons: one plan for each. releases: candidates ("mixed" brings "histogram" along). anchors: cells of the histogram's codebook (of
-    documents `CELLS` at most). rows: cells that stay unmerged when a histogram is decoded; by default 48, or a quarter of a long context's
-    rows. validation: public contexts that are held out.
+    documents `CELLS` at most); by default as many as the public rows make distinct. rows: cells that stay unmerged when a histogram is
+    decoded; by default 48, or a quarter of a long context's rows. validation: public contexts that are held out, at most. seconds: for
+    the training of decoders, at most.
     """
 
     epsilons: tuple[float, ...] = (8.0,)
     releases: tuple[str, ...] = ("sum", "response", "histogram", "mixed")
-    anchors: int = 4096
+    anchors: int | None = None
     rows: int | None = None
     tilt_steps: int = 400
     validation: int = 400
     slots: SlotSettings = field(default_factory=SlotSettings)
     seed: int = 0
     progress: bool = True
+    seconds: float | None = None
 
 
 def candidates(config: DPXAttnConfig, settings: AnchorSettings, documents: int = 0) -> tuple[str, ...]:
@@ -118,9 +120,8 @@ def fit_anchors(config: DPXAttnConfig, data: PublicData, settings: AnchorSetting
         raise ConfigError(
             f"A calibration of anchors needs at least {MINIMUM_CONTEXTS} public contexts, got {len(contexts)}; thousands do better."
         )
-    order = torch.randperm(len(contexts), generator=torch.Generator().manual_seed(settings.seed))
-    held = min(settings.validation, len(contexts) // 6)
-    training, validation = contexts.part(order[held:]), contexts.part(order[:held])
+    held = hold_out(contexts, settings.validation, settings.seed)
+    training, validation = held.training, held.validation
     epsilons = sorted(settings.epsilons)
     kinds = _for_length(kinds, contexts)
     plans: list[AnchorPlan] = []
@@ -135,32 +136,42 @@ def fit_anchors(config: DPXAttnConfig, data: PublicData, settings: AnchorSetting
         plans += [histogram_plan(config, book, e, settings.seed) for e in epsilons]
         if documents is None and training.units.shape[1] >= _LONG:
             book = means_or_members(config, book, plans[-1], validation, objective)
+    steps = 0
     if "sum" in kinds or "response" in kinds:
-        fitted, slots = _slot_plans(config, training, objective, kinds, epsilons, settings)
+        watched = Watched(held.stopping, settings.seconds)
+        fitted, slots, steps = _slot_plans(config, training, watched, objective, kinds, epsilons, settings)
         plans += fitted
-    decoders = Decoders(slots, None if book is None else book.decoder)
+    fallback = fit_fallback(training, objective, seed=settings.seed, progress=settings.progress)
+    decoders = Decoders(slots, None if book is None else book.decoder, None, fallback)
+    jury = Jury(config, held, objective, fallback)
     judged = [
-        judge(p, config, decoders, validation, objective)
+        jury.judge(p, decoders)
         for p in tqdm(plans, desc="validation", disable=not settings.progress, leave=False)
     ]
+    everyone = torch.ones(len(validation), dtype=torch.bool)
 
-    def best_at(epsilon: float) -> AnchorPlan:
-        return min((j for j in judged if j.plan.epsilon == epsilon), key=lambda j: j.score).plan
+    def best_at(epsilon: float) -> Judged:
+        return min(at(epsilon), key=lambda j: jury.ratio(j.measured, everyone))
+
+    def at(epsilon: float) -> list[Judged]:
+        return [j for j in judged if j.plan.epsilon == epsilon]
 
     if book is not None and documents is None:
         for plain in [j.plan for j in judged if j.plan.release == "histogram"]:
             # a tilt takes a minute and gains some ten per cent: it is fitted where that could decide
-            if plain.quality.fvu < 1.5 * best_at(plain.epsilon).quality.fvu:
-                tilted = _with_tilt(config, book, plain, settings)
-                judged.append(judge(tilted, config, decoders, validation, objective))
-    best = [best_at(e) for e in epsilons]
+            if plain.quality.fvu < 1.5 * best_at(plain.epsilon).plan.quality.fvu:
+                judged.append(jury.judge(_with_tilt(config, book, plain, settings), decoders))
     compared: list[Compared] = []
+    tried = [at(e) for e in epsilons]
     if book is not None and "mixed" in kinds:
         counted = [p for p in plans if p.release == "histogram"]  # one for each epsilon, without a tilt
-        best, move, compared = with_mixed(
-            config, book, counted, best, training, validation, objective, seed=settings.seed
-        )
+        leading = [best_at(e) for e in epsilons]
+        chosen, move, compared = with_mixed(jury, book, counted, leading, seed=settings.seed)
         decoders = dataclasses.replace(decoders, move=move)
+        tried = [
+            [new] if new is not old else own for new, old, own in zip(chosen, leading, tried, strict=True)
+        ]
+    best = [jury.choose(own) for own in tried]
     used = {p.release for p in best}
     calibration = AnchorCalibration(
         unit=config.unit,
@@ -169,13 +180,14 @@ def fit_anchors(config: DPXAttnConfig, data: PublicData, settings: AnchorSetting
         channels=contexts.whole.shape[-1],
         contexts=len(contexts),
         units=contexts.mask.shape[1],
-        settings=_settings(config, settings, kinds, book, judged, compared),
+        settings=_settings(jury, settings, kinds, book, judged, compared, steps),
         host=data.host,
         plans=tuple(best),
         decoders=Decoders(
             slots if used & {"sum", "response"} else None,
             decoders.cells if used & {"histogram", "mixed"} else None,
             decoders.move if "mixed" in used else None,
+            fallback,
         ),
     ).rounded()
     calibration.verify()
@@ -212,22 +224,24 @@ def _for_length(kinds: tuple[str, ...], contexts: PublicContexts) -> tuple[str, 
 
 
 def _settings(
-    config: DPXAttnConfig,
+    jury: Jury,
     settings: AnchorSettings,
     kinds: Sequence[str],
     book: Codebook | None,
     judged: Sequence[Judged],
     compared: Sequence[Compared],
+    steps: int,
 ) -> dict[str, Any]:
     return {
-        "delta": config.delta,
+        "delta": jury.config.delta,
         "releases": list(kinds),
         "anchors": 0 if book is None else len(book.codes),
-        "steps": settings.slots.steps,
+        "steps": steps,
         "slots": settings.slots.slots,
         "code": settings.slots.code,
         "seed": settings.seed,
         "candidates": [_tried(j) for j in judged],
+        "nothing": {k: round(level, 5) for k, level in jury.levels.items()},
         "mixed": [{k: round(v, 4) for k, v in dataclasses.asdict(c).items()} for c in compared],
     }
 
@@ -266,12 +280,14 @@ def sum_noise(config: DPXAttnConfig, epsilon: float) -> float:
 def _slot_plans(
     config: DPXAttnConfig,
     training: PublicContexts,
+    watched: Watched,
     objective: Objective,
     kinds: Sequence[str],
     epsilons: Sequence[float],
     settings: AnchorSettings,
-) -> tuple[list[AnchorPlan], SlotDecoder]:
-    """Learned sums and responses with the shared slot decoder; the encoders of `response` are an auxiliary sum's."""
+) -> tuple[list[AnchorPlan], SlotDecoder, int]:
+    """Learned sums and responses with the shared slot decoder, and how many steps that took; the encoders of `response` are an auxiliary
+    sum's."""
     generator = torch.Generator().manual_seed(settings.seed)
     sums = list(epsilons) if "sum" in kinds else []
     answers = list(epsilons) if "response" in kinds else []
@@ -291,7 +307,9 @@ def _slot_plans(
         with torch.no_grad():
             set_code_scale(trainer, i, noised_sum(sample, i))
     trained = [p for p in trainer.parameters() if p.requires_grad]
-    train(
+    # two thirds of the time, where answers are trained as well
+    first = watched.seconds if not answers or watched.seconds is None else watched.seconds * 2 / 3
+    steps = train(
         trainer,
         training,
         objective,
@@ -302,10 +320,11 @@ def _slot_plans(
         label="decoder",
         generator=generator,
         progress=settings.progress,
+        watched=dataclasses.replace(watched, seconds=first),
     )
     alphabets: dict[int, tuple[torch.Tensor, RandomizedResponse]] = {}
     if answers:
-        alphabets = _fit_responses(trainer, training, auxiliary, answers, settings, generator)
+        alphabets = fit_responses(trainer, training, auxiliary, answers, settings.seed)
 
         def answered(batch: PublicContexts, plan: int) -> torch.Tensor:
             stages, response = alphabets[plan]
@@ -335,6 +354,7 @@ def _slot_plans(
             label="responses",
             generator=generator,
             progress=settings.progress,
+            watched=watched if first is None else dataclasses.replace(watched, seconds=first / 2),
         )
     center, reach = _public_box(training)
 
@@ -366,9 +386,7 @@ def _slot_plans(
         plans.append(plan(i, auxiliary, answers[i - auxiliary - 1], "response", codes, response.truth))
     shared = trainer.decoder()
     decoder = SlotDecoder(*(getattr(shared, n).detach().clone() for n in SlotDecoder.TENSORS))
-    # what a small epsilon falls back to where looking at the code makes it worse
-    blind = fit_blind_head(decoder, training, objective, settings.slots, progress=settings.progress)
-    return plans + [dataclasses.replace(p, head=blind) for p in plans], decoder
+    return plans, decoder, steps
 
 
 def _response_parameters(trainer: SlotTrainer, *, shared: bool) -> list[torch.nn.Parameter]:
@@ -384,106 +402,3 @@ def _response_parameters(trainer: SlotTrainer, *, shared: bool) -> list[torch.nn
         trainer.log_weights,
     ]
     return heads + decoder if shared else heads
-
-
-@torch.no_grad()
-def _fit_responses(
-    trainer: SlotTrainer,
-    training: PublicContexts,
-    auxiliary: int,
-    epsilons: Sequence[float],
-    settings: AnchorSettings,
-    generator: torch.Generator,
-) -> dict[int, tuple[torch.Tensor, RandomizedResponse]]:
-    """For each epsilon the alphabet whose answers leave the least expected squared error of a unit's code."""
-    flat = torch.cat(
-        [
-            trainer.clipped(part.units.float(), auxiliary)[part.mask]
-            for part in (training.part(i) for i in torch.arange(len(training)).split(512))
-        ]
-    )
-    generator = torch.Generator().manual_seed(settings.seed)
-    flat = flat[torch.randperm(len(flat), generator=generator)[:_CODEBOOK_UNITS]]
-    seen = _split_by_likeness(flat, settings.seed)
-    stacks = {}
-    for size in ALPHABETS:
-        stages = _residual_codebooks(flat[seen], size, settings.seed)
-        if stages:
-            stacks[size] = stages
-    if not stacks:
-        raise ConfigError(f"Too few public units ({len(flat)}) for randomised response; give more contexts.")
-    result = {}
-    for offset, epsilon in enumerate(epsilons):
-        best: tuple[float, int, int] | None = None
-        for size, stages in stacks.items():
-            for count in range(1, len(stages) + 1):
-                response = RandomizedResponse.of(epsilon / count, size)
-                # units like the public ones count as much as units unlike all that the codebooks were fitted to
-                error = sum(_left_over(part, stages[:count], response) for part in (flat[seen], flat[~seen]))
-                if best is None or error < best[0]:
-                    best = (error, size, count)
-        assert best is not None
-        _, size, count = best
-        codes = [codes for codes, _ in _residual_codebooks(flat, size, settings.seed, count)]
-        result[auxiliary + 1 + offset] = (torch.stack(codes), RandomizedResponse.of(epsilon / count, size))
-    return result
-
-
-def _split_by_likeness(units: torch.Tensor, seed: int) -> torch.Tensor:
-    """bool [N]: all units but those of every eighth small cluster, so that what is held out is unlike what is seen: codebooks must
-    serve new combinations of known parts too."""
-    clusters = min(400, len(torch.unique(units, dim=0)) // 4)
-    centers = _centers(units, clusters, seed) if clusters >= 8 else None
-    return (torch.arange(len(units)) if centers is None else assign(units, centers)[0]) % 8 > 0
-
-
-def _centers(points: torch.Tensor, size: int, seed: int) -> torch.Tensor | None:
-    """k-means, or None where the points are too few or too alike for so many cells. A phrase may well have a cell of its own, as long
-    as public contexts repeat it."""
-    if size * 4 > len(points) or size * 1.5 > len(torch.unique(points, dim=0)):
-        return None
-    try:
-        return kmeans(points, size, seed=seed, per_cell=1)
-    except ConfigError:  # distinct by rounding only
-        return None
-
-
-def _residual_codebooks(
-    flat: torch.Tensor, size: int, seed: int, count: int = MAX_CODEBOOKS
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(codes [m, K], share of the units in each cell [m]) of codebooks that each quantise what those before left over."""
-    stages: list[tuple[torch.Tensor, torch.Tensor]] = []
-    rest = flat
-    for _ in range(count):
-        codes = _centers(rest, size, seed)
-        if codes is None:
-            break
-        index = assign(rest, codes)[0]
-        stages.append((codes, torch.bincount(index, minlength=size).float() / len(index)))
-        rest = rest - codes[index]
-    return stages
-
-
-def _left_over(
-    units: torch.Tensor, stages: Sequence[tuple[torch.Tensor, torch.Tensor]], response: RandomizedResponse
-) -> float:
-    """Mean squared error of the posterior mean code of these units given the answers, stage errors being independent."""
-    rest, error = units, 0.0
-    for codes, share in stages:
-        false = (1 - response.truth) / (len(codes) - 1)
-        told = share * response.truth + (1 - share) * false  # P(answer = s)
-        belief = (
-            share * (response.truth - false) / told.clamp_min(1e-30)
-        )  # beyond the prior, what answer s says for cell s
-        mean = share @ codes
-        guess = mean + belief.unsqueeze(1) * (codes - mean)  # posterior mean after each answer
-        index = assign(rest, codes)[0]
-        # the answer is the truth, or any other cell alike: error of this stage's guess around the true cell's code
-        square = (
-            guess.square().sum(-1) - 2 * codes @ guess.mT + codes.square().sum(-1, keepdim=True)
-        ).clamp_min(0)
-        own = square.diagonal()
-        per_cell = response.truth * own + false * (square.sum(1) - own)
-        error += float(per_cell[index].mean())
-        rest = rest - codes[index]
-    return error + float(rest.square().sum(-1).mean())

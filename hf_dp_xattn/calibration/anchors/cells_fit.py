@@ -17,12 +17,13 @@ from ...mechanisms.anchors.cells import CellDecoder, Tilt
 from ...mechanisms.anchors.plan import NOT_JUDGED, AnchorPlan
 from ...mechanisms.anchors.quantizer import RowQuantizer
 from ...privacy.units import NeighboringRelation
-from .kmeans import POINTS_PER_CELL, assign, kmeans
+from .kmeans import POINTS_PER_CELL, assign, cells_for, kmeans
 from .objective import Objective
 
 _SKETCH = 256
 _SAMPLE = 4096
 _COARSE = 16
+_MOST_CELLS = 4096  # where their number is not asked for
 GRID = (
     0,
     1,
@@ -105,14 +106,15 @@ def row_metric(
 def fit_codebook(
     rows: torch.Tensor,
     objective: Objective,
-    cells: int,
+    cells: int | None,
     *,
     served: int = 48,
     dims: int = 64,
     seed: int = 0,
     progress: bool = False,
 ) -> Codebook:
-    """Cells of public rows [N, n, C]. served: rows that stay unmerged when a release is decoded.
+    """Cells of public rows [N, n, C], as many as there are rows for where `cells` is None. served: rows that stay unmerged when a release
+    is decoded.
 
     Raises:
         ConfigError: too few distinct rows for so many cells.
@@ -120,11 +122,13 @@ def fit_codebook(
     generator = torch.Generator().manual_seed(seed)
     contexts, n, channels = rows.shape
     flat = rows.reshape(-1, channels)
-    sample = flat[torch.randperm(len(flat), generator=generator)[: cells * POINTS_PER_CELL]].float()
+    most = _MOST_CELLS if cells is None else cells
+    sample = flat[torch.randperm(len(flat), generator=generator)[: most * POINTS_PER_CELL]].float()
     center = sample.mean(0)
     reach = 4.0 * (sample - center).abs().amax(0).clamp_min(1e-6)
     matrix = row_metric(objective, sample, dims, generator)
     points = (sample - center) @ matrix.mT
+    cells = cells_for(points, cells, most)
     codes = kmeans(points, cells, seed=seed, progress=progress)
     quantizer = RowQuantizer.from_tensors(center, matrix.mT, codes, reach=reach)
     support = torch.tensor([v for v in GRID if v <= n], dtype=torch.float32)

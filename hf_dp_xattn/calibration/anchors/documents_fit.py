@@ -22,7 +22,7 @@ import torch
 from ...mechanisms.anchors.cells import CellDecoder
 from ...mechanisms.anchors.quantizer import RowQuantizer
 from .cells_fit import GRID, Codebook, log_prior
-from .kmeans import assign, kmeans
+from .kmeans import assign, cells_for, kmeans
 from .objective import LayerProbe, Objective
 from .slots_fit import PublicContexts
 
@@ -49,7 +49,12 @@ class Documents:
     normalizers: tuple[torch.Tensor, ...]
 
     def codebook(
-        self, contexts: PublicContexts, training: PublicContexts, objective: Objective, cells: int, seed: int
+        self,
+        contexts: PublicContexts,
+        training: PublicContexts,
+        objective: Objective,
+        cells: int | None,
+        seed: int,
     ) -> Codebook:
         """Cells of these documents.
 
@@ -57,7 +62,7 @@ class Documents:
             contexts: all public contexts, whose mean outputs are those of a typical one.
             training: those whose counts make the priors.
             objective: the layers.
-            cells: as many, but no more than `CELLS`.
+            cells: as many, but no more than `CELLS`; None: as many as there are documents for.
             seed: of the fit.
 
         Raises:
@@ -69,7 +74,13 @@ class Documents:
             objective.layers, typical, self.normalizers, self.rows, self.mask, generator
         )
         return fit_documents(
-            training, self.means, sketch, mass, self.rows, cells=min(cells, CELLS), seed=seed
+            training,
+            self.means,
+            sketch,
+            mass,
+            self.rows,
+            cells=cells_for(self.means, cells, CELLS, per_cell=1),
+            seed=seed,
         )
 
 

@@ -25,6 +25,18 @@ def assign(points: torch.Tensor, centers: torch.Tensor) -> tuple[torch.Tensor, t
     return torch.cat(cells), torch.cat(distances)
 
 
+def cells_for(points: torch.Tensor, asked: int | None, most: int, *, per_cell: int = MINIMUM_PER_CELL) -> int:
+    """How many cells a codebook of points [N, p] gets: no more than `most`, and than leave each of them `per_cell` distinct points; where
+    no number is asked for, a power of two that leaves each twice as many."""
+    distinct = len(torch.unique(points, dim=0))
+    if asked is not None:
+        return min(asked, most, distinct // per_cell)
+    cells = most
+    while cells > 2 and cells * 2 * per_cell > distinct:
+        cells //= 2
+    return cells
+
+
 def _seeds(points: torch.Tensor, cells: int, generator: torch.Generator) -> torch.Tensor:
     """First centres: a few at random, the others in rounds, drawn in proportion to their squared distance (k-means++ in batches)."""
     centers = points[torch.randperm(len(points), generator=generator)[: max(1, cells // _SEED_ROUNDS)]]

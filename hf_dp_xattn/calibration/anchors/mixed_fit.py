@@ -21,7 +21,7 @@ from ...mechanisms.anchors.move import RowMove
 from ...mechanisms.anchors.plan import AnchorPlan, Decoders
 from ...mechanisms.anchors.quantizer import RowQuantizer
 from .cells_fit import Codebook
-from .judge import judge
+from .judge import Judged, Jury, judge
 from .kmeans import assign, kmeans
 from .objective import Objective
 from .slots_fit import PublicContexts
@@ -81,7 +81,7 @@ class Trial:
         """Of this plan, on the cells that are left."""
         own = dataclasses.replace(plan, codes=self.plan.codes)
         decoders = Decoders(None, self.book.decoder, self.move)
-        return judge(own, config, decoders, self.contexts, objective).plan.quality.fvu
+        return judge(own, config, decoders, self.contexts, objective)
 
 
 def fit_trial(
@@ -161,31 +161,29 @@ def compare(
 
 
 def with_mixed(
-    config: DPXAttnConfig,
+    jury: Jury,
     book: Codebook,
     plain: Sequence[AnchorPlan],
-    best: Sequence[AnchorPlan],
-    training: PublicContexts,
-    validation: PublicContexts,
-    objective: Objective,
+    best: Sequence[Judged],
     *,
     seed: int,
-) -> tuple[list[AnchorPlan], RowMove, list[Compared]]:
+) -> tuple[list[Judged], RowMove, list[Compared]]:
     """The best plans, with "mixed" in place of a histogram where the rule says so, and of another release where its FVU is lower.
 
     plain: the histogram's plans without tilt, for the same epsilons as `best`.
     """
+    config, objective, training = jury.config, jury.objective, jury.held.training
     move = fit_move(book, plain[0], training.units)
-    trial = fit_trial(book, plain[0], training, validation, seed)
+    trial = fit_trial(book, plain[0], training, jury.held.validation, seed)
     chosen, compared = [], []
-    for own, plan in zip(plain, best, strict=True):
-        mixed = judge(mixed_plan(own), config, Decoders(None, book.decoder, move), validation, objective).plan
-        if plan.release == "histogram":
-            compared.append(compare(plan, mixed, trial, config, objective))
+    for own, found in zip(plain, best, strict=True):
+        mixed = jury.judge(mixed_plan(own), Decoders(None, book.decoder, move))
+        if found.plan.release == "histogram":
+            compared.append(compare(found.plan, mixed.plan, trial, config, objective))
             better = compared[-1].mixed
         else:
-            better = mixed.quality.fvu < plan.quality.fvu
-        chosen.append(mixed if better else plan)
+            better = mixed.plan.quality.fvu < found.plan.quality.fvu
+        chosen.append(mixed if better else found)
     return chosen, move, compared
 
 
@@ -199,7 +197,7 @@ def means_or_members(
     """For long contexts: attention over public rows, reweighted to the noised counts, where that beats the cells' means."""
     members = dataclasses.replace(book.decoder, anchors=book.members)
     trials = [
-        (judge(plan, config, Decoders(None, decoder), validation, objective).plan.quality.fvu, i)
+        (judge(plan, config, Decoders(None, decoder), validation, objective), i)
         for i, decoder in enumerate((book.decoder, members))
     ]
     return book if min(trials)[1] == 0 else dataclasses.replace(book, decoder=members)

@@ -48,6 +48,15 @@ class LayerProbe:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
 
 
+@dataclass(frozen=True, eq=False)
+class Exact:
+    """outputs: of each layer, which queries [m] and their exact outputs [N, H, m, dv]; variances [N, L, H] float64 about a mean over
+    contexts, gains included."""
+
+    outputs: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    variances: torch.Tensor
+
+
 REPLY_WEIGHT = 3.0  # of a nat of divergence, beside an FVU of 1
 
 
@@ -120,6 +129,47 @@ class Objective:
         return torch.cat(found)
 
     @torch.no_grad()
+    def exact(
+        self,
+        whole: torch.Tensor,
+        *,
+        queries: int = 64,
+        seed: int = 0,
+        outputs: Sequence[torch.Tensor] | None = None,
+        usual: torch.Tensor | None = None,
+    ) -> Exact:
+        """What decoded rows are compared with: the exact outputs of some queries, for rows [N, n, C], or those of given outputs. Variances
+        are about the mean over the `usual` contexts [N] bool, by default all."""
+        generator = torch.Generator().manual_seed(seed)
+        found = []
+        for i, layer in enumerate(self.layers):
+            pick = torch.randint(0, layer.queries.shape[1], (queries,), generator=generator)
+            if outputs is None:
+                q = layer.queries[:, pick]
+                exact = torch.cat([layer.attend(part.float(), q) for part in whole.split(32)])
+            else:
+                exact = outputs[i][:, :, pick].float()
+            found.append((pick, exact))
+        among = slice(None) if usual is None else usual
+        variances = [
+            (exact.double() - exact[among].double().mean(0)).square().sum((2, 3)) * layer.gain.double()
+            for (_, exact), layer in zip(found, self.layers, strict=True)
+        ]
+        return Exact(tuple(found), torch.stack(variances, 1))
+
+    @torch.no_grad()
+    def errors(self, exact: Exact, decoded: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """Squared error of each context, layer and head [N, L, H] float64, gains included; `decoded`: (rows, log weights)."""
+        padded, bias = self.with_public(*pad_decoded(decoded))
+        assert bias is not None
+        errors = []
+        for layer, (pick, wanted) in zip(self.layers, exact.outputs, strict=True):
+            q = layer.queries[:, pick]
+            parts = zip(padded.split(32), bias.split(32), wanted.split(32), strict=True)
+            each = [(layer.attend(p, q, b) - w).double().square().sum((2, 3)) for p, b, w in parts]
+            errors.append(torch.cat(each) * layer.gain.double())
+        return torch.stack(errors, 1)
+
     def measure(
         self,
         whole: torch.Tensor,
@@ -130,23 +180,8 @@ class Objective:
         outputs: Sequence[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared error and variance of each context, layer and head [N, L, H] float64, gains included; `decoded`: (rows, log weights)."""
-        generator = torch.Generator().manual_seed(seed)
-        errors, variances = [], []
-        rows, weights = pad_decoded(decoded)
-        padded, bias = self.with_public(rows, weights)
-        for i, layer in enumerate(self.layers):
-            pick = torch.randint(0, layer.queries.shape[1], (queries,), generator=generator)
-            q = layer.queries[:, pick]
-            if outputs is None:
-                exact = torch.cat([layer.attend(part, q) for part in whole.split(32)]).double()
-            else:
-                exact = outputs[i][:, :, pick].double()
-            parts = zip(padded.split(32), (bias if bias is not None else weights).split(32), strict=True)
-            out = torch.cat([layer.attend(p, q, b) for p, b in parts]).double()
-            gain = layer.gain.float().double()
-            errors.append((out - exact).square().sum((2, 3)) * gain)
-            variances.append((exact - exact.mean(0)).square().sum((2, 3)) * gain)
-        return torch.stack(errors, 1), torch.stack(variances, 1)
+        exact = self.exact(whole, queries=queries, seed=seed, outputs=outputs)
+        return self.errors(exact, decoded), exact.variances
 
 
 def pad_decoded(decoded: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:

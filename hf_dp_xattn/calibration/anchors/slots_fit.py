@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,11 @@ from .objective import Objective
 from .reply_divergence import Replies
 
 _SAMPLE = 150_000_000
+_LOOKS = 100  # steps between two looks at contexts that a training does not see
+_LOOK_SEED = 12_345
+_REPLIED = 16  # contexts whose replies are looked at
+_RUINED = 2.0  # a loss of so many times the lowest is no noise
+_LOWERED = 0.3
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +75,16 @@ class SlotSettings:
     seed: int = 0
 
 
+@torch.no_grad()
+def leading_directions(points: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """[count, C] orthonormal: the directions in which points [N, C] vary most (by subspace iteration), then any others."""
+    few = points[torch.randperm(len(points), generator=generator)[:4096]]
+    found = torch.randn(points.shape[1], count, generator=generator)
+    for _ in range(4):
+        found = torch.linalg.qr(few.mT @ (few @ found) + 1e-6 * found)[0]
+    return found.mT.contiguous()
+
+
 def clip_unit(x: torch.Tensor) -> torch.Tensor:
     """x / max(1, |x|) along the last axis."""
     norm: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -90,14 +106,16 @@ class SlotTrainer(nn.Module):
         sample = contexts.sample(512)
         units = sample.units[sample.mask]
         self.center = nn.Parameter(units.mean(0), requires_grad=False)
-        spread = float((units - self.center).square().sum(-1).mean().sqrt().clamp_min(1e-6))
+        scale = units.std(0).clamp_min(1e-6) if len(units) > 1 else torch.ones(c)
 
         def normal(*shape: int, scale: float) -> torch.Tensor:
             return torch.randn(*shape, generator=generator) * scale
 
-        basis = torch.linalg.qr(normal(c, min(c, k), scale=1.0))[0].mT
+        basis = leading_directions((units - self.center) / scale, min(c, k), generator)
         basis = torch.cat([basis, normal(k - basis.shape[0], c, scale=c**-0.5)]) if k > c else basis
-        first = basis * (1.2 / spread)
+        spread = float(((units - self.center) / scale).square().sum(-1).mean().sqrt().clamp_min(1e-6))
+        # by each channel's own deviation: some are a thousand times those of others
+        first = basis / scale * (1.2 / spread)
         self.common_matrix = nn.Parameter(first)
         self.matrix = nn.Parameter(torch.zeros(plans, k, c))
         self.bias = nn.Parameter(torch.zeros(plans, k))
@@ -116,22 +134,36 @@ class SlotTrainer(nn.Module):
             drawn = torch.randint(0, len(sample), (rows.shape[0],), generator=generator)
             rows = sample.whole[drawn, torch.arange(rows.shape[0])]
         position = torch.linspace(0, rows.shape[0] - 1, settings.slots).round().long()
-        noise = normal(settings.slots, c, scale=0.1 * float(sample.whole.std()))
-        self.slots = nn.Parameter(rows[position] + noise)
+        # slots and directions are counted in deviations of their channel
+        there = sample.whole[(sample.whole != 0).any(-1)]
+        self.deviation = nn.Parameter(there.std(0).clamp_min(1e-6), requires_grad=False)
+        self.first = nn.Parameter(rows[position], requires_grad=False)
+        self.slots = nn.Parameter(normal(settings.slots, c, scale=0.1))
         self.log_weights = nn.Parameter(
             torch.full((settings.slots,), math.log((contexts.length or rows.shape[0]) / settings.slots))
         )
         self.coefficients = nn.Parameter(
             normal(settings.slots, settings.directions, h + k, scale=0.1 * h**-0.5)
         )
-        self.directions = nn.Parameter(normal(settings.directions, c, scale=float(sample.whole.std()) * 0.3))
+        self.directions = nn.Parameter(normal(settings.directions, c, scale=0.3))
         self.weight_map = nn.Parameter(torch.zeros(settings.slots, h + k))
 
     def decoder(self) -> SlotDecoder:
         """The shared decoder; it reads the parameters themselves, so gradients flow."""
         return SlotDecoder(
-            self.hidden, self.coefficients, self.directions, self.slots, self.weight_map, self.log_weights
+            self.hidden,
+            self.coefficients,
+            self.directions * self.deviation,
+            self.first + self.slots * self.deviation,
+            self.weight_map,
+            self.log_weights,
         )
+
+    def rate_of(self, parameter: nn.Parameter, usual: float) -> float:
+        """The learning rate of a parameter: entries of a map from many channels are small, and steps must be smaller than they."""
+        if parameter is self.common_matrix or parameter is self.matrix:
+            return min(usual, 0.1 * float(self.common_matrix.detach().square().mean().sqrt()))
+        return usual
 
     def head_of(self, plan: int) -> SlotHead:
         return SlotHead(
@@ -161,6 +193,41 @@ def set_code_scale(trainer: SlotTrainer, plan: int, codes: torch.Tensor) -> None
 Codes = Callable[[PublicContexts, int], torch.Tensor]  # (contexts, plan) -> simulated noised codes [B, K]
 
 
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """Public contexts that a training does not see: what it comes to on them says whether it is well, and when it was best.
+
+    seconds: that a training may take; None: as long as its steps do.
+    """
+
+    contexts: PublicContexts
+    seconds: float | None = None
+
+
+class _Best:
+    """The best parameters so far, by the loss on contexts that a training does not see."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], loss: Callable[[], float]) -> None:
+        self._parameters, self._loss = parameters, loss
+        self._lowest, self._kept = math.inf, [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def look(self) -> bool:
+        """Whether the training is well; where it is not, it is taken back to where it was best."""
+        now = self._loss()
+        if now < self._lowest:
+            self._lowest, self._kept = now, [p.detach().clone() for p in self._parameters]
+        if now <= _RUINED * self._lowest:
+            return True
+        self.restore()
+        return False
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for parameter, kept in zip(self._parameters, self._kept, strict=True):
+            parameter.copy_(kept)
+
+
 def train(
     trainer: SlotTrainer,
     contexts: PublicContexts,
@@ -173,43 +240,81 @@ def train(
     label: str,
     generator: torch.Generator,
     progress: bool,
-) -> None:
-    """Adam with a cosine schedule; every batch is shared by a few plans, whose losses count in proportion to what is attainable."""
-    optimiser = torch.optim.Adam(parameters, lr=settings.learning_rate)
-    level = dict.fromkeys(plans, 1.0)
-    share = min(len(plans), 4)
-    bar = tqdm(range(settings.steps), desc=label, disable=not progress, leave=False)
-    for step in bar:
-        warm = min(1.0, (step + 1) / 100)
-        cosine = 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-        for group in optimiser.param_groups:
-            group["lr"] = settings.learning_rate * warm * cosine + 1e-5
-        order = torch.randperm(len(plans), generator=generator)[:share].tolist()
-        index = torch.randint(0, len(contexts), (settings.batch,), generator=generator)
-        batch = contexts.part(index).float()
-        decoded_rows, decoded_weights, counts = [], [], []
-        for part, position in zip(torch.arange(settings.batch).chunk(share), order, strict=False):
-            plan = plans[position]
-            rows, weights = trainer.decoder().decode_batch(
-                codes(batch.part(part), plan), trainer.head_of(plan)
-            )
-            decoded_rows.append(rows)
-            decoded_weights.append(weights)
+    watched: Watched,
+) -> int:
+    """Adam with a cosine schedule; every batch is shared by a few plans, whose losses count in proportion to what is attainable.
+
+    The parameters that were best on `watched` stay. A learning rate that ruins them is lowered. Returns how many steps were made.
+    """
+    looked = watched.contexts
+    if looked.replies is not None:  # the host itself runs on each of them
+        looked = looked.part(torch.arange(min(_REPLIED, len(looked))))
+
+    def spread(
+        batch: PublicContexts, chosen: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
+        """Rows and log weights of a batch that is shared by some plans, and how many contexts each of them has."""
+        rows, weights, counts = [], [], []
+        for part, plan in zip(torch.arange(len(batch)).chunk(len(chosen)), chosen, strict=False):
+            own = trainer.decoder().decode_batch(codes(batch.part(part), plan), trainer.head_of(plan))
+            rows.append(own[0])
+            weights.append(own[1])
             counts.append((plan, len(part)))
-        losses = objective.losses(
+        return torch.cat(rows), torch.cat(weights), counts
+
+    def losses(batch: PublicContexts, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return objective.losses(
             batch.whole,
-            torch.cat(decoded_rows),
-            torch.cat(decoded_weights),
+            rows,
+            weights,
             queries=settings.queries,
             layers=settings.layers,
             generator=generator,
             outputs=batch.outputs,
             replies=batch.replies,
         )
-        total = losses.new_zeros(())
+
+    def loss() -> float:
+        if not len(looked):
+            return 0.0
+        before = generator.get_state()
+        generator.manual_seed(_LOOK_SEED)
+        batch = looked.float()
+        rows, weights, _ = spread(batch, plans)
+        found = float(losses(batch, rows, weights).mean())
+        generator.set_state(before)
+        return found if math.isfinite(found) else math.inf
+
+    best = _Best(parameters, loss)
+    best.look()
+    optimiser = torch.optim.Adam([{"params": [p]} for p in parameters], lr=settings.learning_rate)
+    rates = [trainer.rate_of(p, settings.learning_rate) for p in parameters]
+    level = dict.fromkeys(plans, 1.0)
+    share = min(len(plans), 4)
+    started, rate, made = time.monotonic(), 1.0, 0
+    every = max(5, min(_LOOKS, settings.steps // 8))
+    bar = tqdm(range(settings.steps), desc=label, disable=not progress, leave=False)
+    for step in bar:
+        done = step / settings.steps
+        if watched.seconds is not None:
+            done = max(done, (time.monotonic() - started) / max(1e-3, watched.seconds))
+            if done >= 1.0:
+                break
+        if step % every == every - 1 and not best.look():
+            rate *= _LOWERED
+            optimiser.state.clear()
+        warm = min(1.0, (step + 1) / min(100, 1 + settings.steps // 4))
+        cosine = 0.5 * (1 + math.cos(math.pi * done))
+        for group, usual in zip(optimiser.param_groups, rates, strict=True):
+            group["lr"] = rate * usual * (warm * cosine + 5e-3)
+        order = torch.randperm(len(plans), generator=generator)[:share].tolist()
+        batch = contexts.part(torch.randint(0, len(contexts), (settings.batch,), generator=generator)).float()
+        rows, weights, counts = spread(batch, [plans[position] for position in order])
+        found = losses(batch, rows, weights)
+        total = found.new_zeros(())
         start = 0
         for plan, count in counts:
-            own = losses[start : start + count].mean()
+            own = found[start : start + count].mean()
             level[plan] = 0.95 * level[plan] + 0.05 * max(float(own.detach()), 1e-3)
             total = total + own / level[plan] / len(counts)
             start += count
@@ -222,40 +327,7 @@ def train(
                 {"loss" if contexts.replies else "FVU": f"{sum(level.values()) / len(level):.3f}"},
                 refresh=False,
             )
-
-
-def fit_blind_head(
-    decoder: SlotDecoder,
-    contexts: PublicContexts,
-    objective: Objective,
-    settings: SlotSettings,
-    *,
-    steps: int = 200,
-    progress: bool = False,
-) -> SlotHead:
-    """A head that does not look at the code: the decoder then gives the rows that stand for the public mean (FVU 1, or close to it)."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    width, code = decoder.hidden.shape[0], decoder.weight_map.shape[1] - decoder.hidden.shape[0]
-    bias, second = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
-    zero = torch.zeros(code)
-    head = SlotHead(torch.zeros(width, code), bias, second, zero, zero, torch.tensor(1.0))
-    optimiser = torch.optim.Adam([bias, second], lr=2e-2)
-    for step in tqdm(range(steps), desc="public mean", disable=not progress, leave=False):
-        for group in optimiser.param_groups:
-            group["lr"] = 2e-2 * 0.5 * (1 + math.cos(math.pi * step / steps)) + 1e-5
-        index = torch.randint(0, len(contexts), (settings.batch,), generator=generator)
-        batch = contexts.part(index)
-        rows, weights = decoder.decode_batch(zero.expand(len(index), -1), head)
-        loss = objective.losses(
-            batch.whole.float(),
-            rows,
-            weights,
-            queries=settings.queries,
-            layers=settings.layers,
-            generator=generator,
-            outputs=batch.outputs,
-        ).mean()
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward(inputs=[bias, second])
-        optimiser.step()
-    return SlotHead(*(getattr(head, n).detach().clone() for n in SlotHead.TENSORS))
+        made += 1
+    best.look()
+    best.restore()
+    return made

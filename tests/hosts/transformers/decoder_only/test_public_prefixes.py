@@ -49,12 +49,12 @@ def test_anchors(unit: str, tmp_path: Path) -> None:
     assert dpx.handle_of(model) is None and math.isfinite(calibration.plans[0].quality.fvu)
     calibration.save_pretrained(tmp_path)
     loaded = AnchorCalibration.from_pretrained(tmp_path)
-    with dpx.protect(model, config, calibration=loaded) as handle:
+    with dpx.protect(model, config, calibration=loaded, allow_useless=True) as handle:
         context: Any = segments((3, 2, 4), 99) if unit == "group" else tokens(9, 99)
         release = handle.release(context, groups="segments" if unit == "group" else None, public_head=HEAD)
         assert not bool(generate(model, release.inputs(**questions()))[1].isnan().any())
     with pytest.raises(dpx.ConfigError, match="another model"):
-        dpx.protect(tiny("qwen2"), config, calibration=loaded)
+        dpx.protect(tiny("qwen2"), config, calibration=loaded, allow_useless=True)
 
 
 @pytest.mark.parametrize("unit", ["row", "group", "context"])

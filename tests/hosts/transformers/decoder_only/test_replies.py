@@ -94,9 +94,13 @@ def test_a_decoder_learns_from_replies() -> None:
     untrained, made = (dpx.calibrate(model, contexts, config, steps=n, **options) for n in (1, 100))
     told = made.settings["candidates"]
     assert told[0]["divergence"] < 0.9 * untrained.settings["candidates"][0]["divergence"]
-    assert [t["release"] for t in told] == ["sum", "sum"] and all(t["divergence"] >= 0 for t in told)
-    chosen = min(told, key=lambda t: t["divergence"])
-    assert chosen["fvu"] == pytest.approx(made.plans[0].quality.fvu, abs=1e-4)
+    assert [t["release"] for t in told] == ["sum"] and all(t["divergence"] >= 0 for t in told)
+    (chosen,) = told
+    worth = made.plans[0].worth
+    assert worth is not None and worth.measure == "divergence"
+    # no context at all is asked as well: the exact head stands before every prefix
+    assert set(made.settings["nothing"]) == {"mean", "none"}
+    assert worth.against == min(made.settings["nothing"], key=made.settings["nothing"].__getitem__)
     (note,) = [n for n in dpx.plan(made).notes if n.startswith("replies:")]
     assert f"{chosen['divergence']:.2g} at 64" in note
 

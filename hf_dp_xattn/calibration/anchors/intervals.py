@@ -1,0 +1,51 @@
+"""Intervals of ratios of sums over contexts. Contexts of one kind are alike, so what counts is how many kinds there are."""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import torch
+
+
+def t_quantile(probability: float, freedom: int) -> float:
+    """Of Student's distribution, by the expansion in 1 / freedom about the normal one (Abramowitz and Stegun 26.7.5).
+
+    Args:
+        probability: more than 1/2.
+        freedom: degrees, 2 at least are counted.
+    """
+    z, v = NormalDist().inv_cdf(probability), max(2, freedom)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return float(z + sum(term / v ** (i + 1) for i, term in enumerate(terms)))
+
+
+def ratio_interval(
+    over: torch.Tensor, under: torch.Tensor, kinds: torch.Tensor, confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """(value, low, high): the mean over columns of sum(over) / sum(under), two-sided.
+
+    Linearised: kind g moves the ratio by z_g = sum over its contexts of (over - ratio under) / sum(under), and the standard error is
+    sqrt(K / (K - 1) sum z_g^2) for K kinds.
+
+    Args:
+        over: [N, L].
+        under: [N, L], with positive sums.
+        kinds: [N] int64.
+        confidence: of the interval.
+    """
+    total = under.sum(0).clamp_min(1e-30)
+    ratio = over.sum(0) / total
+    moved = ((over - ratio * under) / total).mean(1)
+    groups = torch.unique(kinds, return_inverse=True)[1]
+    count = int(groups.max()) + 1
+    z = torch.zeros(count, dtype=moved.dtype).index_add_(0, groups, moved)
+    value = float(ratio.mean())
+    if count < 2:
+        return value, 0.0, float("inf")
+    error = float((z.square().sum() * count / (count - 1)).sqrt())
+    reach = t_quantile(0.5 + confidence / 2, count - 1) * error
+    return value, max(0.0, value - reach), value + reach
