@@ -136,17 +136,12 @@ class DPXAttnConfig(Shareable):
         _require_number("normalizer_floor", self.normalizer_floor, low=0.0, high=1.0)
 
     def _check_mechanism(self) -> None:
-        """Raises ConfigError where the mechanism cannot protect this unit under this relation."""
+        """Raises ConfigError where the mechanism cannot protect this unit."""
         known = KNOWN[self.mechanism]
         if self.unit not in known.units:
             raise ConfigError(
                 f"mechanism={self.mechanism!r} cannot give unit={self.unit!r}: it answers once for each text, not for each row. Use "
                 f"unit={' or '.join(map(repr, known.units))}."
-            )
-        if self.neighboring not in known.relations:
-            raise ConfigError(
-                f"mechanism={self.mechanism!r} cannot give neighboring={self.neighboring!r}: it answers once for each unit, so how many "
-                f"there are is public. Use neighboring={' or '.join(map(repr, known.relations))}."
             )
 
     @property

@@ -11,7 +11,7 @@ class KnownMechanism:
     """One value of `config.mechanism`.
 
     releases: what leaves: keys and values of every layer, rows of context space for all layers, or public texts.
-    needs_calibration: without one it cannot release. private: it promises something. units, relations: what it can protect, of
+    needs_calibration: without one it cannot release. private: it promises something. units: what it can protect, of
     `privacy/units.py`.
     """
 
@@ -21,7 +21,6 @@ class KnownMechanism:
     needs_calibration: bool = False
     private: bool = True
     units: tuple[str, ...] = ("row", "group", "context")
-    relations: tuple[str, ...] = ("replace_one", "add_or_remove_one")
 
 
 KNOWN = {
@@ -37,10 +36,10 @@ KNOWN = {
         KnownMechanism(
             "library",
             "texts",
-            "each text of the context is answered by a text of a public library (unit group or context; needs a library)",
+            "each text of the context is answered by a text of a public library, or many vote for some (unit group or context; needs a "
+            "library)",
             needs_calibration=True,
             units=("group", "context"),
-            relations=("replace_one",),
         ),
         KnownMechanism("dptree", "layers", "the paper's own structures, the baseline"),
         KnownMechanism("none", "layers", "exact attention, NOT private", private=False),

@@ -18,7 +18,7 @@ from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..mechanisms.anchors.anchors import PreparedAnchors
 from ..mechanisms.base import Mechanism
-from ..mechanisms.library.library import PreparedLibrary
+from ..mechanisms.library.library import FromLibrary
 from ..mechanisms.registry import prepare_release
 from ..privacy.accountant import epsilon_of
 from ..privacy.bits import Entropy, SystemEntropy
@@ -60,7 +60,7 @@ def preparer(
     prepared: Mechanism[Any], specs: Sequence[Any], calibration: Any
 ) -> Callable[[DPXAttnConfig], Any]:
     """How a release is prepared at another epsilon: anchors and a library with the same plan, so that it is the same kind of release."""
-    if isinstance(prepared, (PreparedAnchors, PreparedLibrary)):
+    if isinstance(prepared, (PreparedAnchors, FromLibrary)):
         return prepared.at
     return lambda config: prepare_release(config, specs, calibration)
 

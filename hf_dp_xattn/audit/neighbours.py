@@ -21,7 +21,7 @@ from ..mechanisms.dptree.dptree import PreparedDPTree
 from ..mechanisms.inputs import LayerRows, count_rows
 from ..mechanisms.kernel_sum.contributions import LayerEncoder
 from ..mechanisms.kernel_sum.kernel_sum import PreparedKernelSum
-from ..mechanisms.library.library import PreparedLibrary
+from ..mechanisms.library.library import FromLibrary
 from ..privacy.units import NeighboringRelation, Unit
 from .laws import Context, Law, Views
 
@@ -74,7 +74,7 @@ def _units(law: Law, rows: int, generator: torch.Generator) -> list[Context]:
     prepared = law.prepared
     if isinstance(prepared, PreparedAnchors):
         return [Context(unit) for unit in _rows(prepared.plan, rows, generator)]
-    if isinstance(prepared, PreparedLibrary):
+    if isinstance(prepared, FromLibrary):
         return [Context(unit) for unit in _codes(prepared, generator)]
     # trees: keys away from the centre fill the moments of first and second order as well
     reaches = (0.0, 1.0) if isinstance(prepared, PreparedDPTree) else (0.0,)
@@ -100,7 +100,7 @@ def _rows(plan: AnchorPlan, rows: int, generator: torch.Generator) -> list[torch
     return [c.expand(rows, -1).float() for c in corners]
 
 
-def _codes(prepared: PreparedLibrary, generator: torch.Generator) -> list[torch.Tensor]:
+def _codes(prepared: FromLibrary, generator: torch.Generator) -> list[torch.Tensor]:
     """Codes [answers, C] of one unit: far out in random directions of the public box."""
     center = prepared.shelves[0].lattice.map.center
     found = torch.randn(CANDIDATES, prepared.answers, len(center), generator=generator, dtype=torch.float64)
@@ -136,7 +136,7 @@ def _context(law: Law, config: DPXAttnConfig, unit: Context | None) -> Context:
     """The unit and a bystander; None: the bystander alone."""
     alone = config.unit == Unit.CONTEXT.value
     prepared = law.prepared
-    if isinstance(prepared, (PreparedAnchors, PreparedLibrary)):
+    if isinstance(prepared, (PreparedAnchors, FromLibrary)):
         bystander = _center(prepared).float().unsqueeze(0)
         parts = [unit.rows] if unit is not None else []
         rows = torch.cat(parts if alone else [bystander, *parts])
@@ -152,7 +152,7 @@ def _context(law: Law, config: DPXAttnConfig, unit: Context | None) -> Context:
     return Context(whole.rows, groups)
 
 
-def _center(prepared: PreparedAnchors | PreparedLibrary) -> torch.Tensor:
+def _center(prepared: PreparedAnchors | FromLibrary) -> torch.Tensor:
     return (
         prepared.plan.center
         if isinstance(prepared, PreparedAnchors)

@@ -204,7 +204,8 @@ def text_words(host: str, s: Setting, cut: str) -> HostWords:
     public = [
         "the model and all of its weights: it reads nothing but public text",
         "the library: its texts, their codes and the encoder, and for each epsilon which of them may answer",
-        f"where a private text is cut in units ({cut}), and so how many units it has",
+        f"where a private text is cut in units ({cut}), "
+        + ("and so how many units it has" if s.counted else "and that there is one at least"),
         "the released text itself",
     ]
     last = ("negative prompts, the users' turns, and what was declared public", CHOICES)

@@ -196,7 +196,8 @@ class BaseRelease:
 
     @property
     def text(self) -> ReleasedText:
-        """The released texts of ONE context, one for each unit; `str(release.text)` is all of them as one text.
+        """The released texts of ONE context: one for each unit, or each text once where units voted (`counts`); `str(release.text)` is
+        all of them as one text.
 
         Raises:
             ReleaseError: of several contexts, or of no texts; see `texts`.
@@ -204,6 +205,15 @@ class BaseRelease:
         if len(self.texts) != 1:
             raise ReleaseError(f"This is a release of {len(self)} contexts: see release.texts.")
         return self.texts[0]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How often each text of `text` stands in the released list: 1 each where every unit was answered by itself.
+
+        Raises:
+            ReleaseError: as `text`.
+        """
+        return self.text.counts
 
     def beside(self, prompt: str | Sequence[str] | None) -> list[tuple[Any, str | None]]:
         """Each context with the public text that joins it.

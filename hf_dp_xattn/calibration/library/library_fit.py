@@ -24,6 +24,8 @@ from .metric import Metric, Responses, fit_metric
 from .recombination import recombined
 from .stored_plan import LibraryPlan
 from .text_library import GROUPINGS, PROBES, Encode, TextLibrary
+from .vote_fit import Voting
+from .vote_plan import VotePlan
 
 _RECOMBINED = 50_000
 _METRIC_TEXTS = 2**14  # texts whose codes fix the metric; those of the others are projected at once
@@ -95,7 +97,7 @@ def build_library(
         shelving = Shelving(codes, places, options.seed, apart=not whole)
         units = _public_units(texts, contexts, made, places)
         together = max(map(len, contexts)) if config.unit == "context" and not whole else 0
-        plans = _plans(texts, made, shelving, units, together, options, bar)
+        plans, votes = _plans(texts, made, shelving, units, config.unit, together, options, bar)
     return TextLibrary(
         unit=config.unit,
         grouping=grouping,
@@ -118,6 +120,7 @@ def build_library(
         projection=projection,
         probe=probe,
         plans=plans,
+        votes=votes,
     )
 
 
@@ -200,11 +203,13 @@ def _plans(
     made: Mapping[str, str],
     shelving: Shelving,
     units: PublicUnits,
+    unit: str,
     together: int,
     options: LibraryOptions,
     bar: tqdm[None],
-) -> tuple[LibraryPlan, ...]:
-    """Chosen by contexts that are held out, then made of all. together: 0, or how many parts a context that is one unit has at most."""
+) -> tuple[tuple[LibraryPlan, ...], tuple[VotePlan, ...]]:
+    """Chosen by contexts that are held out, then made of all: answers for each epsilon, and votes for lists of each size. together: 0, or
+    how many parts a context that is one unit has at most."""
     contexts = int(units.context.max()) + 1
     order = torch.randperm(contexts, generator=torch.Generator().manual_seed(options.seed + 1))
     held = torch.isin(units.context, order[: max(1, round(contexts * options.held_out))])
@@ -219,8 +224,15 @@ def _plans(
     ):  # next to nothing is there: what is predicted is of what the library holds
         public = judges = units.where(units.context >= 0)
     joint = JointPlanner(shelving, units, public, judges, together) if together else None
-    plans = []
+    voting = Voting(shelving, public, judges)
+    plans, votes = [], []
     for epsilon in sorted(set(map(float, options.epsilons))):
-        plans.append(shelving.plan(units, public, judges, epsilon) if joint is None else joint.plan(epsilon))
+        if joint is None:
+            picks = shelving.picks(public, judges, epsilon)
+            plans.append(shelving.made(picks, units, public, judges, epsilon))
+        else:
+            plans.append(joint.plan(epsilon))
+        if joint is None and unit == "group":
+            votes += [voting.made(p, units) for p in voting.plans(epsilon, picks)]
         bar.update()
-    return tuple(plans)
+    return tuple(plans), tuple(votes)

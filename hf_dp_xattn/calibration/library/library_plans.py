@@ -191,11 +191,27 @@ class Shelving:
         self, units: PublicUnits, public: PublicUnits, held: PublicUnits, epsilon: float, answers: int = 1
     ) -> LibraryPlan:
         """Chosen by `held` with the texts of `public`, then made of all public `units`."""
+        return self.made(self.picks(public, held, epsilon), units, public, held, epsilon, answers)
+
+    def picks(self, public: PublicUnits, held: PublicUnits, epsilon: float) -> list[Pick]:
+        """What does best at each place, of the texts of `public`."""
         picks: list[Pick] = []
         start = round(math.exp(min(0.7 * epsilon, 8.0)))
         for shelf in self.shelves:
             picks.append(self.pick(public, held, shelf, epsilon, start))
             start = picks[-1].size or start
+        return picks
+
+    def made(
+        self,
+        picks: Sequence[Pick],
+        units: PublicUnits,
+        public: PublicUnits,
+        held: PublicUnits,
+        epsilon: float,
+        answers: int = 1,
+    ) -> LibraryPlan:
+        """The plan of these picks, of all public `units`."""
         lists = Lists()
         own = tuple(
             lists.add(self.entries(units, pick.size, shelf, epsilon), pick.near)

@@ -15,14 +15,16 @@ from ...config import DPXAttnConfig
 from ...errors import ConfigError
 from ...mechanisms.anchors.quantizer import ExactAffine
 from ...mechanisms.library.entry_lattice import EntryLattice
-from ...mechanisms.library.library import PreparedLibrary, Shelf
+from ...mechanisms.library.library import FromLibrary, PreparedLibrary, Shelf
 from ...mechanisms.library.places import Places
+from ...mechanisms.library.votes import PreparedVotes, Reading
 from ...privacy.joint_response import ProductResponse
 from ...privacy.rank_response import RankResponse
 from ...privacy.response import MAX_ALPHABET
 from ..calibration_card import Described
 from ..stored import CHECKS, Stored
 from .stored_plan import LibraryPlan, read_plan, verify_plan
+from .vote_plan import VotePlan, chosen
 
 Encode = Callable[[Sequence[str]], torch.Tensor]
 
@@ -54,6 +56,7 @@ class TextLibrary(Stored):
         projection: [C, p], from the encoder's codes to the library's.
         probe: [r, C], codes of the first r texts.
         plans: what may answer at each epsilon.
+        votes: how lists of many units are released, for each epsilon and size; none where the public contexts are too few.
 
     Raises:
         ConfigError: from `from_pretrained` and `check_encoder`, see there.
@@ -70,7 +73,7 @@ class TextLibrary(Stored):
         True
     """
 
-    KEYS = frozenset({"kind", "plans", *_FIELDS})
+    KEYS = frozenset({"kind", "plans", "votes", *_FIELDS})
     KIND = mechanism = "library"
     neighboring = "replace_one"
 
@@ -88,6 +91,7 @@ class TextLibrary(Stored):
     projection: torch.Tensor
     probe: torch.Tensor
     plans: tuple[LibraryPlan, ...]
+    votes: tuple[VotePlan, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -112,7 +116,12 @@ class TextLibrary(Stored):
             raise ConfigError(
                 f"This library is for mechanism='library', the config says {config.mechanism!r}. Calibrate for that."
             )
-        self.check_settings(config, {"unit": self.unit, "neighboring": self.neighboring})
+        self.check_settings(config, {"unit": self.unit})
+        if config.neighboring != self.neighboring and not self.votes:
+            raise ConfigError(
+                f"This library answers each unit by itself, so how many there are is public; neighboring={config.neighboring!r} needs "
+                "votes, for which it has too few public contexts. Use neighboring='replace_one', or calibrate with 400 units or more."
+            )
 
     def check_encoder(self, encode: Encode) -> None:
         """Refuses another encoder than the one that made the codes, by the codes of a few public entries.
@@ -149,8 +158,52 @@ class TextLibrary(Stored):
         """
         return min(self.plans, key=lambda p: max(p.epsilon / epsilon, epsilon / p.epsilon))
 
+    def votes_for(self, config: DPXAttnConfig, units: int | None) -> VotePlan | None:
+        """The plan by which a list votes; None where its units are answered one by one, as they are where it is shorter than any list that
+        was tried: votes lose the order, which matters to a short text.
+
+        Args:
+            config: of a release.
+            units: how many the list has, where that is public; under add_or_remove_one the largest public context stands for it.
+        """
+        if self.unit != "group" or not self.votes:
+            return None
+        if config.neighboring != self.neighboring:
+            return chosen(self.votes, config.epsilon, self.units)
+        plan = chosen(self.votes, config.epsilon, units or 0)
+        return plan if plan.units <= (units or 0) and plan.better else None
+
+    def prepare_list(self, config: DPXAttnConfig, units: int | None) -> FromLibrary:
+        """What a release of so many units is made of: votes where held-out lists say so, else answers.
+
+        Args:
+            config: mechanism="library", of the library's unit.
+            units: as in `votes_for`; of unit="context" as in `prepare`.
+
+        Raises:
+            ConfigError: the library cannot give the config's guarantee.
+        """
+        self.check(config)
+        votes = self.votes_for(config, units)
+        return self.prepare(config, units) if votes is None else self.voting(votes, config)
+
+    def voting(self, plan: VotePlan, config: DPXAttnConfig) -> PreparedVotes:
+        """What votes by one of the plans are made of.
+
+        Args:
+            plan: of `votes`.
+            config: of a release.
+        """
+        affine = ExactAffine.from_tensors(self.center, self.projection, reach=self.reach)
+        shelf = self._shelf(
+            plan.entries, affine, RankResponse((len(plan.entries),), (1,), Fraction(config.epsilon))
+        )
+        return PreparedVotes.of(
+            config, shelf, Reading(shelf.texts, plan.share, plan.dispersion), plan.share_plus
+        )
+
     def prepare(self, config: DPXAttnConfig, units: int | None = None) -> PreparedLibrary:
-        """What a release at config.epsilon is made of.
+        """What answers at config.epsilon are made of.
 
         Args:
             config: mechanism="library", of the library's unit.
@@ -160,6 +213,7 @@ class TextLibrary(Stored):
             ConfigError: the library cannot give the config's guarantee.
         """
         self.check(config)
+        self.check_settings(config, {"neighboring": self.neighboring})
         plan = self.plan_for(config.epsilon)
         affine = ExactAffine.from_tensors(self.center, self.projection, reach=self.reach)
         if plan.answers and self.unit == "context" and units not in (None, 1):
@@ -197,6 +251,7 @@ class TextLibrary(Stored):
             "kind": self.KIND,
             **{name: getattr(self, name) for name in _FIELDS},
             "plans": [p.header() for p in self.plans],
+            "votes": [p.header() for p in self.votes],
         }
 
     def tensors(self) -> Tensors:
@@ -209,6 +264,8 @@ class TextLibrary(Stored):
             "projection": self.projection,
             "probe": self.probe,
             **{f"plan.{i}.entries": p.entries for i, p in enumerate(self.plans)},
+            **{f"votes.{i}.entries": p.entries for i, p in enumerate(self.votes)},
+            **{f"votes.{i}.share": p.share for i, p in enumerate(self.votes)},
         }
 
     @classmethod
@@ -227,6 +284,10 @@ class TextLibrary(Stored):
             projection=tensors["projection"],
             probe=tensors["probe"],
             plans=tuple(read_plan(i, p, tensors[f"plan.{i}.entries"]) for i, p in enumerate(header["plans"])),
+            votes=tuple(
+                VotePlan.read(i, p, tensors[f"votes.{i}.entries"], tensors[f"votes.{i}.share"])
+                for i, p in enumerate(header["votes"])
+            ),
         )
 
     def verify(self) -> None:
@@ -252,6 +313,9 @@ class TextLibrary(Stored):
         sizes.fit("probe", self.probe, min(PROBES, len(self.texts)), "C", floats=True)
         for i, plan in enumerate(self.plans):
             verify_plan(i, plan, len(self.texts), self.unit, (1, self.places.size))
+        for i, votes in enumerate(self.votes):
+            votes.verify(i, len(self.texts))
+            self.voting(votes, self._example(votes.epsilon))
         for config in (self._example(p.epsilon) for p in self.plans):
             self.prepare(config, units=2 if self.plan_for(config.epsilon).answers == 0 else None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,17 +10,35 @@ from ...report import Guarantee
 
 
 class ReleasedText(tuple[str, ...]):
-    """The released texts of one context, one for each unit. `str()` gives them as one text, joined as units are cut. Public."""
+    """The released texts of one context: one for each unit, or, of votes, each text once and the most frequent first. Public.
+
+    `str()` gives them as one text, joined as units are cut. counts: how often each stands in the list (of answers: 1 each).
+    """
 
     joint: str
+    counts: tuple[int, ...]
 
-    def __new__(cls, texts: Iterable[str], joint: str = "\n") -> ReleasedText:
+    def __new__(
+        cls, texts: Iterable[str], joint: str = "\n", counts: Iterable[int] | None = None
+    ) -> ReleasedText:
         made = super().__new__(cls, texts)
         made.joint = joint
+        made.counts = (1,) * len(made) if counts is None else tuple(counts)
         return made
+
+    @classmethod
+    def counted(cls, texts: Iterable[str], joint: str) -> ReleasedText:
+        """Of a list in which texts repeat."""
+        found = Counter(texts)
+        return cls(found, joint, found.values())
 
     def __str__(self) -> str:
         return self.joint.join(self)
+
+    def shown(self) -> dict[str, list[str] | list[int]]:
+        """For reports and files; counts only where there are such."""
+        counted = any(n != 1 for n in self.counts)
+        return {"text": list(self), **({"counts": list(self.counts)} if counted else {})}
 
 
 class ReleasedPrompt(str):

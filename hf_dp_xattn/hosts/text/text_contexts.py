@@ -19,7 +19,7 @@ from ..context import Part, PrivateContext, Rows, Trial
 from ..diffusers.phrases import split_phrases
 from .unit_encoders import PROBES, UnitEncoder
 
-MOST = 4096  # units of a context
+MOST = 2**17  # units of a context
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n")
 
 

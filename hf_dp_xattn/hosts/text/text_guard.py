@@ -12,7 +12,7 @@ import torch
 
 from ...calibration.library.text_library import TextLibrary
 from ...errors import ConfigError, ReleaseError
-from ...mechanisms.library.library import NO_LIBRARY
+from ...mechanisms.library.library import NO_LIBRARY, FromLibrary
 from ...report import PrivacyReport
 from ..accounts import STAYS, Settings
 from ..base_guard import BaseGuard, Guarded
@@ -62,7 +62,7 @@ class TextGuard(BaseGuard[None, ContextRecipe, ReleasedTexts]):
             library.check(config)
             self.encode = unit_encoder(host.model, tokenizer, encoder=encoder, permit=self.serving)
             library.check_encoder(self.encode)
-            self._prepared = lru_cache(maxsize=16)(lambda n: ContextRecipe(library.prepare(config, n)))
+            self._prepared = lru_cache(maxsize=16)(lambda n: ContextRecipe(library.prepare_list(config, n)))
             self._costs = self._prepared(1 if library.plan_for(config.epsilon).answers == 0 else None)
         grouping = "lines" if library is None else library.grouping
         self.cut = Cut(grouping if config.unit == "group" or library is not None else "context")
@@ -95,6 +95,15 @@ class TextGuard(BaseGuard[None, ContextRecipe, ReleasedTexts]):
             raise ConfigError(NO_LIBRARY)
         return self._costs  # what any number of units costs
 
+    def _for(self, units: int) -> ContextRecipe | None:
+        """What releases a context of so many units; None: what `prepare` gives. Their number is looked at where it is public alone."""
+        assert self._prepared is not None and isinstance(self.calibration, TextLibrary)
+        if self.config.unit == "context":  # one unit, which may be answered part by part
+            return self._prepared(units)
+        if self.config.neighboring != "replace_one" or self.calibration.votes_for(self.config, units) is None:
+            return None
+        return self._prepared(units)
+
     def misfit(self, made: ReleasedTexts, state: None) -> str | None:
         return None
 
@@ -103,7 +112,7 @@ class TextGuard(BaseGuard[None, ContextRecipe, ReleasedTexts]):
         assert self.encode is not None and self._prepared is not None
         due, code = list(contexts), self.encode(PROBES[:1])
         for context in due:
-            recipe = self._prepared(None if self.config.unit == "group" else context.rows)
+            recipe = self._for(context.rows) or self._costs
             recipe.prepared.count(code.expand(context.rows, -1), context.phrases)
         rehearse(due, code.shape[-1], self.config)
 
@@ -117,10 +126,10 @@ class TextGuard(BaseGuard[None, ContextRecipe, ReleasedTexts]):
     ) -> ReleasedTexts:
         """Encodes and releases one charged context; keeps nothing of it but the release."""
         assert self._prepared is not None
-        if groups is None:  # one unit, which may be answered part by part
-            prepared = self._prepared(context.rows)
+        prepared = self._for(context.rows) or prepared
         made = prepared.run(context.load()[0], groups, entropy)
-        text = ReleasedText(made.texts, self.cut.joint)
+        counted = isinstance(prepared.prepared, FromLibrary) and prepared.prepared.counted
+        text = (ReleasedText.counted if counted else ReleasedText)(made.texts, self.cut.joint)
         self._told.append(text)
         return ReleasedTexts(text, made.guarantee)
 
@@ -137,7 +146,5 @@ class TextGuard(BaseGuard[None, ContextRecipe, ReleasedTexts]):
     def report(self) -> PrivacyReport:
         """With the released texts, which are public."""
         made = super().report()
-        entries = [
-            {**entry, "text": list(text)} for entry, text in zip(made.releases, self._told, strict=True)
-        ]
+        entries = [{**entry, **text.shown()} for entry, text in zip(made.releases, self._told, strict=True)]
         return dataclasses.replace(made, releases=tuple(entries))

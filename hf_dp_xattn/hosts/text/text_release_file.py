@@ -58,6 +58,7 @@ class TextReleaseFile(Encoded):
             "contexts": [
                 {
                     "texts": list(c.text),
+                    **({"counts": list(c.text.counts)} if "counts" in c.text.shown() else {}),
                     "joint": c.text.joint,
                     "guarantee": c.guarantee.to_dict(),
                     "guarantee_text": c.guarantee.sentence(),
@@ -76,9 +77,15 @@ class TextReleaseFile(Encoded):
         contexts = []
         for i, entry in enumerate(header["contexts"]):
             where = f"context {i}"
-            CHECKS.keys(entry, {"texts", "joint", "guarantee", "guarantee_text"}, where)
+            counted = "counts" in entry  # of votes
+            known = {"texts", "joint", "guarantee", "guarantee_text", *(["counts"] if counted else [])}
+            CHECKS.keys(entry, known, where)
             joint = CHECKS.name(entry["joint"], f"what joins the texts of {where}")
-            text = ReleasedText(CHECKS.texts(entry["texts"], f"the texts of {where}"), joint)
+            texts = CHECKS.texts(entry["texts"], f"the texts of {where}")
+            counts = [CHECKS.integer(n, f"a count of {where}") for n in entry["counts"]] if counted else None
+            if counts is not None and (len(counts) != len(texts) or len(set(texts)) != len(texts)):
+                CHECKS.refuse(f"the counts of {where} are not those of its texts")
+            text = ReleasedText(texts, joint, counts)
             contexts.append(ReleasedTexts(text, read_guarantee(entry, where)))
         return cls(tuple(contexts), config, read_terms(header["host"]))
 
@@ -118,7 +125,7 @@ class TextReleaseFile(Encoded):
     def report(self) -> PrivacyReport:
         """What is promised, in the words of the host that made it."""
         entries = [
-            {**release_entry(f"context {i + 1}", c.guarantee), "text": list(c.text)}
+            {**release_entry(f"context {i + 1}", c.guarantee), **c.text.shown()}
             for i, c in enumerate(self.contexts)
         ]
         return self.terms.report(self.config.to_dict(), entries)

@@ -16,6 +16,7 @@ cannot be released.
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -48,6 +49,18 @@ class Shelf:
     def __post_init__(self) -> None:
         if not len(self.texts) == self.lattice.size == self.response.size:
             raise ConfigError(f"A shelf for {self.response.size} entries must hold as many.")
+
+
+class FromLibrary(Mechanism[torch.Tensor]):
+    """A release of entries. shelves: what may leave. answers: into how many parts a unit is cut. Private are codes [m, C] of units."""
+
+    shelves: tuple[Shelf, ...]
+    answers: int
+    counted: bool = False  # texts with multiplicities, in no order of the units; else one text for each unit
+
+    @abstractmethod
+    def at(self, config: DPXAttnConfig) -> FromLibrary:
+        """The same entries at another epsilon."""
 
 
 def _numbers(shelves: Sequence[Shelf], split: str) -> GuaranteeNumbers:
@@ -90,7 +103,7 @@ class TextAnswers(Answers[torch.Tensor]):
 
 
 @dataclass(frozen=True, eq=False)
-class PreparedLibrary(Mechanism[torch.Tensor]):
+class PreparedLibrary(FromLibrary):
     """A `library` release of which everything public is fixed.
 
     shelves: by the place of a unit in its context (`places`); or one for all; or one for each part of a joint answer. answers: 1, or into
