@@ -23,8 +23,9 @@ import torch
 from safetensors.torch import load, save
 
 from ..errors import ReleaseError
-from .fingerprint import Fingerprint
+from .placeholder import Tag
 from .released import ReleasedContext
+from .storage import context_header, context_tensors, read_context
 
 MOST = 256  # releases in memory
 Key = tuple[str, str]
@@ -33,14 +34,12 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class _Aside:
-    """A release whose tensors are in a file. The rest: its own fields, its fingerprint's, and per structure its class and fields; of which
-    class rows of context space are; and the tensors' devices but for the CPU."""
+    """A release whose tensors are in a file. header: the rest of it, as a saved release's file says it. devices: but for the CPU."""
 
     file: Path
-    fields: dict[str, Any]
-    layers: dict[str, Any]
-    kinds: tuple[tuple[type, dict[str, Any]], ...]
-    context: type | None
+    header: dict[str, Any]
+    tag: Tag
+    running: bool
     devices: dict[str, torch.device]
 
 
@@ -119,24 +118,11 @@ class ReleasedCache:
 
     def _write(self, released: ReleasedContext) -> _Aside:
         file = self._place() / f"{len(self._aside)}-{os.urandom(8).hex()}.safetensors"
-        tensors = {"public_rows": released.public_rows, "sketch": released.fingerprint.sketch}
-        kinds = []
-        for i, structure in enumerate(released.structures):
-            own, rest = _split(structure)
-            tensors |= {f"{i}.{name}": tensor for name, tensor in own.items()}
-            kinds.append((type(structure), rest))
-        context = released.context
-        if context is not None:
-            tensors |= {f"context.{name}": tensor for name, tensor in _split(context)[0].items()}
-        bare = {
-            f.name: getattr(released, f.name)
-            for f in dataclasses.fields(released)
-            if f.name not in ("structures", "public_rows", "context", "fingerprint")
-        }
-        layers = _split(released.fingerprint)[1]
+        tensors = context_tensors(released)
         devices = {name: t.device for name, t in tensors.items() if t.device.type != "cpu"}
         file.write_bytes(save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}))
-        return _Aside(file, bare, layers, tuple(kinds), None if context is None else type(context), devices)
+        running = released.fingerprint.running
+        return _Aside(file, context_header(released), released.tag, running, devices)
 
     def _place(self) -> Path:
         if self._folder is None or self._folder[0] != os.getpid():
@@ -151,13 +137,6 @@ def _remove(process: int, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _split(thing: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors among a dataclass's fields, and its other fields."""
-    values = {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing)}
-    tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-    return tensors, {name: value for name, value in values.items() if name not in tensors}
-
-
 def _read(aside: _Aside) -> ReleasedContext:
     try:
         tensors = load(aside.file.read_bytes())
@@ -168,13 +147,6 @@ def _read(aside: _Aside) -> ReleasedContext:
         ) from None
     tensors = {name: t.to(aside.devices.get(name, "cpu")) for name, t in tensors.items()}
 
-    def tensors_of(prefix: str) -> dict[str, torch.Tensor]:
-        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-    return ReleasedContext(
-        structures=tuple(kind(**tensors_of(f"{i}."), **rest) for i, (kind, rest) in enumerate(aside.kinds)),
-        public_rows=tensors["public_rows"],
-        fingerprint=Fingerprint(sketch=tensors["sketch"], **aside.layers),
-        context=None if aside.context is None else aside.context(**tensors_of("context.")),
-        **aside.fields,
-    )
+    found = read_context(0, aside.header, tensors)
+    fingerprint = dataclasses.replace(found.fingerprint, running=aside.running)
+    return dataclasses.replace(found, fingerprint=fingerprint, tag=aside.tag)

@@ -85,14 +85,14 @@ class ReleaseFile(Encoded):
         return {
             "config": self.config.to_dict(),
             "host": asdict(self.terms),
-            "contexts": [_context_header(c) for c in self.contexts],
+            "contexts": [context_header(c) for c in self.contexts],
         }
 
     def tensors(self) -> Tensors:
         return {
             f"{i}.{name}": tensor
             for i, context in enumerate(self.contexts)
-            for name, tensor in _context_tensors(context).items()
+            for name, tensor in context_tensors(context).items()
         }
 
     @classmethod
@@ -102,7 +102,7 @@ class ReleaseFile(Encoded):
         entries = header["contexts"]
         if header["schema"] == COUNTING:
             entries = [{k: v for k, v in entry.items() if k != "charges"} for entry in entries]
-        contexts = tuple(_read_context(i, entry, _part(tensors, i)) for i, entry in enumerate(entries))
+        contexts = tuple(read_context(i, entry, _part(tensors, i)) for i, entry in enumerate(entries))
         return cls(contexts, config, read_terms(header["host"]))
 
     def verify(self) -> None:
@@ -141,7 +141,8 @@ def _part(tensors: Tensors, number: int) -> Tensors:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def _context_header(context: ReleasedContext) -> dict[str, Any]:
+def context_header(context: ReleasedContext) -> dict[str, Any]:
+    """What the JSON says of one context."""
     return {
         "rows": context.rows,
         "kind": "layers" if context.context is None else "context",
@@ -155,7 +156,8 @@ def _context_header(context: ReleasedContext) -> dict[str, Any]:
     }
 
 
-def _context_tensors(context: ReleasedContext) -> Tensors:
+def context_tensors(context: ReleasedContext) -> Tensors:
+    """All tensors of one context, by name."""
     tensors = {"public_rows": context.public_rows, "fingerprint": context.fingerprint.sketch}
     for i, structure in enumerate(context.structures):
         tensors |= {f"{i}.{name}": tensor for name, tensor in structure.tensors().items()}
@@ -201,7 +203,8 @@ def _read_structure(
     return STRUCTURES[header["kind"]](**arguments)
 
 
-def _read_context(i: int, header: Mapping[str, Any], tensors: Tensors) -> ReleasedContext:
+def read_context(i: int, header: Mapping[str, Any], tensors: Tensors) -> ReleasedContext:
+    """Of `context_header` and `context_tensors`. Raises ReleaseError, or what an odd part makes it raise. i: its number in a message."""
     where = f"context {i}"
     CHECKS.keys(header, _CONTEXT_KEYS, where)
     CHECKS.keys(header["fingerprint"], {"layers", "dtype"}, f"the fingerprint of {where}")

@@ -84,11 +84,16 @@ def test_other_kinds_of_release_are_refused(tmp_path: Path) -> None:
     dpx.protect(pipe, config(), calibration=library(pipe)).release(SECRET).save_pretrained(tmp_path / "texts")
     dpx.unprotect(pipe)
     kernel = dpx.DPXAttnConfig(mechanism="kernel_sum", degree=1, projection_dim=4)
-    dpx.protect(pipe, kernel, ledger=dpx.Ledger()).release(SECRET).save_pretrained(tmp_path / "sums")
+    sums = dpx.protect(pipe, kernel, ledger=dpx.Ledger()).release(SECRET)
+    sums.save_pretrained(tmp_path / "sums")
+    with pytest.raises(dpx.ReleaseError, match="no texts"):
+        _ = sums.text
     with pytest.raises(dpx.ReleaseError, match="texts"):
         dpx.Release.from_pretrained(tmp_path / "texts", host=pipe)
     dpx.unprotect(pipe)
-    dpx.protect(pipe, config(), calibration=library(pipe))
+    by_text = dpx.protect(pipe, config(), calibration=library(pipe))
+    with pytest.raises(dpx.ConfigError, match="released text only"):
+        by_text.encoding()
     with pytest.raises(dpx.ReleaseError, match="not of texts"):
         dpx.Release.from_pretrained(tmp_path / "sums", host=pipe)
 
