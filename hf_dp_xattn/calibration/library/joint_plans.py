@@ -16,7 +16,8 @@ import torch
 
 from ...errors import ConfigError
 from ...privacy.joint_response import MAX_PARTS, ProductResponse
-from .library_plans import Lists, PublicUnits, Ranked, Shelving, by_context
+from .levels import MOVES
+from .library_plans import TRIAL, Lists, PublicUnits, Ranked, Shelving, by_context
 from .stored_plan import JointPlan, LibraryPlan, LibraryQuality, spread
 
 _LEVELS = 10  # lists of up to 2^10 texts; beyond it all
@@ -82,13 +83,13 @@ class JointPlanner:
             joint=tuple(joint),
         )
 
-    def _entries(self, units: PublicUnits, shelf: int, level: int) -> torch.Tensor:
+    def _entries(self, units: PublicUnits, shelf: int, level: int, moves: int = MOVES) -> torch.Tensor:
         size = 2**level if level <= _LEVELS else 0
-        return self.shelving.entries(units, size, shelf, math.log(2**level) + _LEAN)
+        return self.shelving.entries(units, size, shelf, math.log(2**level) + _LEAN, moves)
 
     def _level(self, shelf: int, level: int) -> tuple[Level, torch.Tensor]:
         if (shelf, level) not in self._levels:
-            entries = self._entries(self.public, shelf, level)
+            entries = self._entries(self.public, shelf, level, TRIAL)
             ranked = self.shelving.ranked(self.shelving.judges(self.held, shelf), entries)
             means = float(ranked.top[:, 0].mean()), float(ranked.total.mean()) / ranked.size
             self._levels[shelf, level] = Level(ranked.size, *means), entries

@@ -7,12 +7,9 @@ import math
 import torch
 
 _ROUNDS = 5
-_TEXTS, _PER_MEDOID = 4096, 4
-_MOVES, _MOVED, _WORK = (
-    8,
-    48,
-    2**34,
-)  # rounds of moves, clusters moved in one, products that all rounds may cost
+_FEWEST, _TEXTS, _PER_MEDOID, _WELL = 1024, 4096, 4, 12  # how many texts the search for K medoids looks at
+MOVES = 8  # rounds of moves
+_MOVED, _WORK = 48, 2**34  # clusters moved in one round, products that all rounds may cost
 _BLOCK = 2**25  # entries of a block of scores
 
 
@@ -24,7 +21,7 @@ def nearest_of(units: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
 
 
 def medoids(
-    codes: torch.Tensor, weights: torch.Tensor, size: int, epsilon: float, seed: int = 0
+    codes: torch.Tensor, weights: torch.Tensor, size: int, epsilon: float, seed: int = 0, moves: int = MOVES
 ) -> torch.Tensor:
     """K texts that answer well at epsilon: a local maximum of the expected cosine between a unit and its answer.
 
@@ -35,25 +32,27 @@ def medoids(
 
     Args:
         codes: [N, p], of length 1. weights: [N], how often each text stands in public contexts; 0: it may not answer. size: K.
+        moves: rounds of moves; fewer are enough to compare sizes.
 
     Returns:
         [K] int64, rising.
     """
     # of many texts the heaviest are enough to find few medoids; of those that weigh about the same, any
     loose = weights * (1.0 + 0.5 * torch.rand(len(weights), generator=torch.Generator().manual_seed(seed)))
-    kept = loose.topk(min(len(weights), max(_TEXTS, _PER_MEDOID * size))).indices
+    enough = max(_FEWEST, min(_WELL * size, _TEXTS), _PER_MEDOID * size)
+    kept = loose.topk(min(len(weights), enough)).indices
     kept = kept[weights[kept] > 0].sort().values
     if size >= len(kept):
         return kept[:size]
-    return kept[_medoids(codes[kept], weights[kept], size, epsilon, seed)]
+    return kept[_medoids(codes[kept], weights[kept], size, epsilon, seed, moves)]
 
 
 def _medoids(
-    codes: torch.Tensor, weights: torch.Tensor, size: int, epsilon: float, seed: int
+    codes: torch.Tensor, weights: torch.Tensor, size: int, epsilon: float, seed: int, moves: int
 ) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     odds = math.exp(min(epsilon, 30.0))
-    centres = _moved(codes, weights, codes[_seeds(codes, weights, size, generator)], generator)
+    centres = _moved(codes, weights, codes[_seeds(codes, weights, size, generator)], moves, generator)
     chosen: torch.Tensor = torch.unique(_settled(codes, weights, _members(codes, centres), odds))
     if len(chosen) < size:  # a medoid stood twice: fill up with texts that are served worst
         far = (codes * codes[chosen][nearest_of(codes, codes[chosen])]).sum(1)
@@ -100,12 +99,12 @@ def _centred(codes: torch.Tensor, weighted: torch.Tensor, centres: torch.Tensor,
 
 
 def _moved(
-    codes: torch.Tensor, weights: torch.Tensor, centres: torch.Tensor, generator: torch.Generator
+    codes: torch.Tensor, weights: torch.Tensor, centres: torch.Tensor, moves: int, generator: torch.Generator
 ) -> torch.Tensor:
     """Centres that are missed least go to texts where one is missed most, as long as that helps."""
     weighted, size = codes * weights[:, None], len(centres)
     centres = _centred(codes, weighted, centres, 4)
-    rounds = min(_MOVES, _WORK // (codes.numel() * size)) if size > 2 else 0
+    rounds = min(moves, _WORK // (codes.numel() * size)) if size > 2 else 0
     best: tuple[float, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     most = max(1, min(size // 8, _MOVED))
     for _ in range(rounds):

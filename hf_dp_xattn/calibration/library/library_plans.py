@@ -15,11 +15,13 @@ import torch
 from ...errors import ConfigError
 from ...mechanisms.library.places import PLACES, Places
 from ...privacy.rank_response import RankResponse
-from .levels import medoids
+from .levels import MOVES, medoids
 from .stored_plan import LibraryPlan, LibraryQuality, spread
 
+TRIAL = 2  # rounds of moves, where sizes are compared
 _NEAR = (1, 2, 4, 8, 16)
 _LARGEST_LEVEL = 12  # 2^12; beyond it all texts may answer
+_CERTAIN = 100  # times as many texts: odds that tell the nearest one nearly always
 _FEW = 12  # held-out units of one place that are enough to judge by
 _BLOCK = 2**24  # cosines that are held at once
 _HELD = 1000  # held-out units that are looked at
@@ -125,12 +127,14 @@ class Shelving:
         """All shelves; None: one for all places."""
         return [*range(self.places.size)] if self.apart else [None]
 
-    def entries(self, units: PublicUnits, size: int, shelf: int | None, epsilon: float) -> torch.Tensor:
+    def entries(
+        self, units: PublicUnits, size: int, shelf: int | None, epsilon: float, moves: int = MOVES
+    ) -> torch.Tensor:
         """[K] int64, rising: which texts of `units` stand on a shelf."""
         whole = units.weights(len(self.codes), None)
         if size == 0 or size >= int((whole > 0).sum()):
             return whole.nonzero().squeeze(1)
-        return medoids(self.codes, units.weights(len(self.codes), shelf), size, epsilon, self.seed)
+        return medoids(self.codes, units.weights(len(self.codes), shelf), size, epsilon, self.seed, moves)
 
     def judges(self, held: PublicUnits, shelf: int | None) -> PublicUnits:
         """Held-out units that tell how a shelf does: its own, or where they are few all at such a place, or all."""
@@ -146,12 +150,18 @@ class Shelving:
         return Ranked.of(self.codes[units.text], self.codes[entries])
 
     def pick(
-        self, public: PublicUnits, held: PublicUnits, shelf: int | None, epsilon: float, start: int
+        self,
+        public: PublicUnits,
+        held: PublicUnits,
+        shelf: int | None,
+        epsilon: float,
+        start: int,
+        steps: Sequence[int],
     ) -> Pick:
         """What does best at one place: from size to size as long as that helps.
 
         Args:
-            public: units whose texts may answer. held: units of other contexts. start: the size to begin at.
+            public: units whose texts may answer. held: units of other contexts. start: the size to begin at, by these steps.
         """
         judges, texts = self.judges(held, shelf), len(public.text.unique())
         sizes = [k for k in sizes_for(epsilon) if k < texts]
@@ -159,13 +169,18 @@ class Shelving:
 
         def at(size: int) -> float:
             if size not in tried:
-                tried[size] = self._try(self.entries(public, size, shelf, epsilon), size, judges, epsilon)
+                tried[size] = self._try(
+                    self.entries(public, size, shelf, epsilon, TRIAL), size, judges, epsilon
+                )
             return tried[size].mean
 
-        if not sizes or math.exp(min(epsilon, 30.0)) > texts:
+        odds = math.exp(min(epsilon, 30.0))
+        if not sizes or odds > texts:
             at(0)
+        if odds > _CERTAIN * texts:  # the nearest of all texts is told nearly always
+            sizes = []
         i = min(range(len(sizes)), key=lambda j: abs(math.log(sizes[j] / start)), default=0)
-        for step in (4, 2, 1) if sizes else ():  # in halves of a doubling
+        for step in steps if sizes else ():  # in halves of a doubling
             while True:
                 around = [j for j in (i, i - step, i + step) if 0 <= j < len(sizes)]
                 best = max(around, key=lambda j: at(sizes[j]))
@@ -196,9 +211,14 @@ class Shelving:
     def picks(self, public: PublicUnits, held: PublicUnits, epsilon: float) -> list[Pick]:
         """What does best at each place, of the texts of `public`."""
         picks: list[Pick] = []
+        stood = torch.cat([public.shelf, held.shelf]).unique().tolist()
         start = round(math.exp(min(0.7 * epsilon, 8.0)))
         for shelf in self.shelves:
-            picks.append(self.pick(public, held, shelf, epsilon, start))
+            if picks and shelf not in stood:  # no public unit stands there: as the place before
+                picks.append(picks[-1])
+                continue
+            steps = (2, 1) if picks else (4, 2, 1)
+            picks.append(self.pick(public, held, shelf, epsilon, start, steps))
             start = picks[-1].size or start
         return picks
 
@@ -213,12 +233,16 @@ class Shelving:
     ) -> LibraryPlan:
         """The plan of these picks, of all public `units`."""
         lists = Lists()
-        own = tuple(
-            lists.add(self.entries(units, pick.size, shelf, epsilon), pick.near)
-            for shelf, pick in zip(self.shelves, picks, strict=True)
-        )
+        own: list[tuple[int, int]] = []
+        for i, (shelf, pick) in enumerate(zip(self.shelves, picks, strict=True)):
+            same = i > 0 and pick is picks[i - 1]
+            own.append(
+                own[-1] if same else lists.add(self.entries(units, pick.size, shelf, epsilon), pick.near)
+            )
         quality = self._quality(picks, public, held, epsilon)
-        return LibraryPlan(epsilon, answers, tuple(lists.all), own if len(set(own)) > 1 else own[:1], quality)
+        return LibraryPlan(
+            epsilon, answers, tuple(lists.all), tuple(own if len(set(own)) > 1 else own[:1]), quality
+        )
 
     def _quality(
         self, picks: Sequence[Pick], public: PublicUnits, held: PublicUnits, epsilon: float

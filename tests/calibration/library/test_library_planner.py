@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 import hf_dp_xattn as dpx
+from hf_dp_xattn.calibration.library.library_fit import LibraryOptions, build_library
 from hf_dp_xattn.errors import ConfigError
 from hf_dp_xattn.privacy.guessing import guess_bound
 
-from ...mechanisms.library.worlds import library
+from ...mechanisms.library.worlds import contexts, encode, library
 
 
 def test_it_says_what_the_library_predicts() -> None:
@@ -25,6 +26,15 @@ def test_it_says_what_the_library_predicts() -> None:
     for words in ("public texts; nothing was released", "distortion", "texts that may answer"):
         assert words in str(found)
     assert found.to_dict()["points"][0]["kv_bytes"] == 0
+
+
+def test_contexts_that_are_one_unit_in_parts() -> None:
+    config = dpx.DPXAttnConfig(mechanism="library", unit="context", epsilon=6.0)
+    options = LibraryOptions(epsilons=(6.0,), grouping="lines", encoder="toy", progress=False)
+    found = dpx.plan(build_library(contexts(30, 3), encode, config, options))
+    (point,) = found.points
+    assert point.charged == pytest.approx(6.0) and len(point.events) == 1 and "together" in point.meaning
+    assert (point.seconds or 0) > 0
 
 
 def test_a_folder_and_times(tmp_path: Path) -> None:

@@ -307,6 +307,31 @@ def test_a_host_elsewhere_is_given_the_text() -> None:
         protected.release(SECRET, fresh=True)
 
 
+def test_a_whole_context_in_parts_is_charged_once() -> None:
+    """All parts by one answer, whatever their number; the same context again costs nothing, and more parts than were planned are served."""
+    model, words = decoder.tiny("llama"), tokenizer()
+    own = config(unit="context")
+    made = dpx.calibrate(
+        model,
+        ["\n".join(LINES[i : i + 2]) for i in range(len(LINES) - 1)],
+        own,
+        tokenizer=words,
+        grouping="lines",
+        epsilons=own.epsilon,
+        progress=False,
+    )
+    assert max(len(j.lists) for j in made.plans[0].joint) == 2
+    ledger = dpx.Ledger()
+    protected = dpx.protect(None, own, calibration=made, encoder=(model, words), ledger=ledger)
+    texts = protected.release(SECRET).texts[0]
+    assert len(texts) == len(SECRET.splitlines()) and set(texts) <= set(made.texts)
+    assert protected.release(SECRET).texts[0] == texts
+    with pytest.raises(dpx.BudgetExceededError):
+        protected.release(SECRET, fresh=True)
+    longer = "\n".join(f"{line} now" for line in LINES[:3])
+    assert len(protected.release(longer).texts[0]) == 3
+
+
 def test_calibrate_makes_libraries() -> None:
     pipe, words = chat_pipe(), tokenizer()
     options = {"epsilons": 8.0, "progress": False}

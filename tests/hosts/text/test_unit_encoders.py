@@ -48,6 +48,8 @@ def test_a_code_is_of_its_text_alone(kind: str) -> None:
         assert torch.equal(encode(["another one, much longer than the first", text])[1], codes[i])
     assert not torch.equal(codes[0], codes[1]) and bool(codes[2].any())
     assert not encode([""])[0].isnan().any()
+    batched = encode.public([*TEXTS, "", "be quite now", TEXTS[0]])  # several of one length
+    assert torch.allclose(batched, encode([*TEXTS, "", "be quite now", TEXTS[0]]), atol=1e-5)
 
 
 def test_the_middle_layer_is_where_it_stops() -> None:
