@@ -34,6 +34,7 @@ from .replies import Asking, ask, end_ids, replying
 GROUPING = {"row": "rows", "group": "segments", "context": "context"}
 ENCODER_BATCH = 64
 GATHER_BATCH = 32  # prefixes whose rows are in memory at a time
+ASKED = 8  # prefixes that are asked at once
 _SAMPLE = 256  # rows that are kept of longer contexts
 
 
@@ -289,7 +290,7 @@ def _gather(
     length: int,
     public_rows: torch.Tensor,
     probes: Sequence[SoftmaxProbe],
-    asked: Callable[[torch.Tensor], Replies] | None,
+    asked: Callable[[Sequence[torch.Tensor]], Replies] | None,
     unit: str,
 ) -> PublicContexts:
     """Units and rows of all prefixes, some at a time, and what the model replies behind each.
@@ -302,7 +303,7 @@ def _gather(
         length: rows of the longest prefix, public ones included.
         public_rows: [p, C], those before every prefix's own.
         probes: the layers, with all of their public queries.
-        asked: gives the replies behind a prefix's rows, if any are wanted.
+        asked: gives the replies behind some prefixes' rows, if any are wanted.
         unit: what one neighbouring step replaces.
     """
     units: list[torch.Tensor] = []
@@ -314,7 +315,8 @@ def _gather(
             owner = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts]))
             units.append(pooled(torch.cat(parts), unit, owner if unit == "group" else None))
         if asked is not None:
-            replies += [asked(torch.cat(parts).float()) for parts in private]
+            some = [private[i : i + ASKED] for i in range(0, len(private), ASKED)]
+            replies += [asked([torch.cat(parts).float() for parts in each]) for each in some]
         rows = [torch.cat([public_rows, *parts]) for parts in private]
         if length > _SAMPLE:
             for kept, probe in zip(outputs, probes, strict=True):

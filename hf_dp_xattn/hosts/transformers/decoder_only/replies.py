@@ -83,26 +83,33 @@ class Asking:
     def length(self) -> int:
         return max(map(len, self.questions)) + self.steps
 
-    def draw(self, generator: torch.Generator) -> torch.Tensor:
-        """[count, L]: questions of one length, so that they need no padding and a cache serves them."""
+    def draw(self, contexts: int, generator: torch.Generator) -> torch.Tensor:
+        """[count * contexts, L]: questions of one length, so that they need no padding and a cache serves them."""
         first = self.questions[int(torch.randint(len(self.questions), (1,), generator=generator))]
         alike = [q for q in self.questions if len(q) == len(first)]
-        picked = torch.randint(len(alike), (self.count,), generator=generator).tolist()
+        picked = torch.randint(len(alike), (self.count * contexts,), generator=generator).tolist()
         return torch.stack([alike[i] for i in picked]).cpu()
 
 
 @torch.no_grad()
-def ask(logits: PrefixLogits, rows: torch.Tensor, asking: Asking, generator: torch.Generator) -> Replies:
-    """`Replies` of one context: sampled from the model behind ONE exact prefix's rows [n, C] (without the head)."""
-    ids = asking.draw(generator)
+def ask(
+    logits: PrefixLogits, contexts: Sequence[torch.Tensor], asking: Asking, generator: torch.Generator
+) -> Replies:
+    """`Replies` of some contexts: sampled from the model behind their exact rows, each [n, C] (without the head), all of them at once."""
+    lengths = torch.tensor([len(rows) for rows in contexts])
+    padded = nn.utils.rnn.pad_sequence(list(contexts), batch_first=True)
+    weights = torch.zeros(padded.shape[:2]).masked_fill(
+        torch.arange(padded.shape[1]) >= lengths.unsqueeze(1), -torch.inf
+    )
+    ids = asking.draw(len(contexts), generator)  # text i is about context i % len(contexts)
     begin = ids.shape[1]
-    read = logits.behind(rows.unsqueeze(0), rows.new_zeros(1, len(rows), dtype=torch.float32), len(ids))
+    read = logits.behind(padded, weights, len(ids))
     going = torch.ones(len(ids), dtype=torch.bool)
-    kept, weights, part = [], [], ids
+    kept, counted, part = [], [], ids
     for _ in range(asking.steps):
         last = read(part)[:, -1].float()
         kept.append(keep_likeliest(last))
-        weights.append(going.float())
+        counted.append(going.float())
         part = torch.multinomial(last.softmax(-1), 1, generator=generator)
         ids = torch.cat([ids, part], 1)
         going = going & ~torch.isin(part[:, 0], torch.tensor(asking.end, dtype=part.dtype))
@@ -110,13 +117,17 @@ def ask(logits: PrefixLogits, rows: torch.Tensor, asking: Asking, generator: tor
             break
     after = asking.length - begin + 1 - len(kept)
 
+    def each(x: torch.Tensor) -> torch.Tensor:
+        """[count * B, ...] -> [B, count, ...]."""
+        return x.unflatten(0, (asking.count, len(contexts))).transpose(0, 1)
+
     def placed(x: torch.Tensor) -> torch.Tensor:
-        """[r, steps, ...] from the question's last token on, in [1, r, T, ...]."""
-        return nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (begin - 1, after)).unsqueeze(0)
+        """[texts, steps, ...] from the question's last token on, in [B, r, T, ...]."""
+        return each(nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (begin - 1, after)))
 
     tops, logs = (torch.stack(x, 1) for x in zip(*kept, strict=True))
-    whole = nn.functional.pad(ids, (0, asking.length - ids.shape[1])).int().unsqueeze(0)
-    return Replies(whole, placed(torch.stack(weights, 1)), placed(tops), placed(logs))
+    whole = nn.functional.pad(ids, (0, asking.length - ids.shape[1])).int()
+    return Replies(each(whole), placed(torch.stack(counted, 1)), placed(tops), placed(logs))
 
 
 def end_ids(model: Any) -> tuple[int, ...]:

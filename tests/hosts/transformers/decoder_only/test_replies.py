@@ -30,22 +30,25 @@ def rows(model: Any, prefix: torch.Tensor) -> tuple[Any, torch.Tensor, torch.Ten
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_replies_are_those_of_the_plain_model(name: str) -> None:
-    """prefix [6]: every token of a reply has the plain model's probabilities, and no other token counts."""
-    model, prefix = tiny(name), tokens(6, 1)
-    layers, head, own = rows(model, prefix)
+    """Prefixes [6]: every token of a reply has the plain model's probabilities, no other token counts; a shorter one changes nothing."""
+    model, prefixes = tiny(name), [tokens(6, 1), tokens(6, 2)]
+    layers, head, first = rows(model, prefixes[0])
     asking = Asking(QUESTIONS, 3, 5, ())
-    with replying(model, layers, head, len(HEAD) + len(prefix)) as logits:
-        replies = ask(logits, own, asking, torch.Generator().manual_seed(0))
-    assert replies.ids.shape == (1, 3, 8) and replies.top.shape == (1, 3, 8, KEPT)
-    for ids, weight, top, logs in zip(*(getattr(replies, n)[0] for n in replies.TENSORS), strict=True):
-        asked = next(len(q) for q in QUESTIONS if torch.equal(q, ids[: len(q)].long()))
-        assert weight.nonzero()[:, 0].tolist() == list(range(asked - 1, asked + 4))
-        text = torch.cat([HEAD, prefix, ids[: asked + 5].long()])
-        with torch.no_grad():
-            plain = model(input_ids=text.unsqueeze(0)).logits[0].log_softmax(-1)
-        at = slice(len(HEAD) + len(prefix) + asked - 1, len(text) - 1)
-        here = weight.bool()
-        torch.testing.assert_close(plain[at].gather(-1, top[here].long()), logs[here], atol=1e-4, rtol=1e-4)
+    contexts = [first, rows(model, prefixes[1])[2], first[:4]]
+    with replying(model, layers, head, len(HEAD) + 6) as logits:
+        replies = ask(logits, contexts, asking, torch.Generator().manual_seed(0))
+    assert replies.ids.shape == (3, 3, 8) and replies.top.shape == (3, 3, 8, KEPT)
+    for i, prefix in enumerate(prefixes):
+        for ids, weight, top, logs in zip(*(getattr(replies, n)[i] for n in replies.TENSORS), strict=True):
+            asked = next(len(q) for q in QUESTIONS if torch.equal(q, ids[: len(q)].long()))
+            assert weight.nonzero()[:, 0].tolist() == list(range(asked - 1, asked + 4))
+            text = torch.cat([HEAD, prefix, ids[: asked + 5].long()])
+            with torch.no_grad():
+                plain = model(input_ids=text.unsqueeze(0)).logits[0].log_softmax(-1)
+            at = slice(len(HEAD) + len(prefix) + asked - 1, len(text) - 1)
+            here = weight.bool()
+            got = plain[at].gather(-1, top[here].long())
+            torch.testing.assert_close(got, logs[here], atol=1e-4, rtol=1e-4)
 
 
 def test_a_reply_ends_with_its_end_token() -> None:
@@ -54,7 +57,7 @@ def test_a_reply_ends_with_its_end_token() -> None:
     everything = tuple(range(VOCABULARY))
     with replying(model, layers, head, len(HEAD) + len(prefix)) as logits:
         (short,) = ask(
-            logits, own, Asking(QUESTIONS, 2, 5, everything), torch.Generator().manual_seed(0)
+            logits, [own], Asking(QUESTIONS, 2, 5, everything), torch.Generator().manual_seed(0)
         ).weight
     assert short.sum(-1).tolist() == [1.0, 1.0]
     assert end_ids(model) == (2,)
@@ -68,7 +71,7 @@ def test_exact_rows_do_not_diverge_and_others_do() -> None:
     model.train()
     with replying(model, layers, head, len(HEAD) + len(prefix)) as logits:
         assert not model.training and not any(p.requires_grad for p in model.parameters())
-        replies = ask(logits, own, Asking(QUESTIONS, 2, 5, ()), torch.Generator().manual_seed(0))
+        replies = ask(logits, [own], Asking(QUESTIONS, 2, 5, ()), torch.Generator().manual_seed(0))
         one = replies.one_each(torch.zeros(1, dtype=torch.int64))
         moved = own.unsqueeze(0).clone().requires_grad_()
         weights = torch.zeros(1, len(own), requires_grad=True)
