@@ -69,7 +69,7 @@ def measure(count: int = 10_000, anchors: int = 4096) -> dict[str, object]:
     negative, private = torch.randn(2, 1, ROWS, CHANNELS, generator=gen)
     error = check(pipe.unet, negative, private)
     public = contexts(count)
-    config = dpx.DPXAttnConfig(mechanism="anchors")
+    config = dpx.DPXAttnConfig(unit="row", mechanism="anchors")
     start = time.perf_counter()
     calibration = dpx.calibrate(pipe, public, config, epsilons=(4.0, 8.0), anchors=anchors, progress=False)
     calibration_s = time.perf_counter() - start
@@ -114,7 +114,7 @@ def measure_step(size: int = 64, repeats: int = 31) -> dict[str, object]:
     warnings.simplefilter("ignore")
     pipe = pipeline()
     negative = torch.randn(1, ROWS, CHANNELS, generator=torch.Generator().manual_seed(2))
-    config = dpx.DPXAttnConfig(mechanism="anchors")
+    config = dpx.DPXAttnConfig(unit="row", mechanism="anchors")
     calibration = dpx.calibrate(
         pipe,
         contexts(128),

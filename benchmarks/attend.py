@@ -42,7 +42,9 @@ def check(degree: int, gen: torch.Generator) -> float:
     """Relative error against exact attention; raises when it is above the bound."""
     query, key = inside((1, 1, 64, DIM), gen), inside((1, 1, 200, DIM), gen)
     value = torch.rand(1, 1, 200, DIM, generator=gen)
-    out = release_attention(key, value, DPXAttnConfig(epsilon=1e9, degree=degree)).attend(query)
+    out = release_attention(
+        key, value, DPXAttnConfig(mechanism="kernel_sum", unit="row", epsilon=1e9, degree=degree)
+    ).attend(query)
     exact = torch.softmax(query @ key.mT / math.sqrt(DIM), -1) @ value
     error = float(((out - exact).abs() / exact).max())
     bound = attention_relative_error(taylor_relative_error(1.0, degree)) + 1e-3
@@ -63,7 +65,9 @@ def measure(rows: tuple[int, ...] = ROWS, degree: int = 2) -> dict[str, object]:
         key = torch.randn(1, HEADS, n, DIM, generator=gen)
         value = torch.randn(1, HEADS, n, DIM, generator=gen)
         start = time.perf_counter()
-        structure = release_attention(key, value, DPXAttnConfig(degree=degree)).structure
+        structure = release_attention(
+            key, value, DPXAttnConfig(mechanism="kernel_sum", unit="row", degree=degree)
+        ).structure
         release_s = time.perf_counter() - start
         attend, sdpa = paired(
             lambda s=structure: s.attend(query),  # type: ignore[misc]

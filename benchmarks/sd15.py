@@ -44,7 +44,7 @@ def step(unet: UNet2DConditionModel, states: torch.Tensor, size: int) -> torch.T
 def check(unet: UNet2DConditionModel, negative: torch.Tensor, private: torch.Tensor) -> float:
     """Largest relative difference of a protected `none` step and an unprotected one, at 16 x 16 latents."""
     plain = step(unet, torch.cat([negative, private]), 16)
-    with dpx.protect(unet, dpx.DPXAttnConfig(mechanism="none")) as protected:
+    with dpx.protect(unet, dpx.DPXAttnConfig(unit="row", mechanism="none")) as protected:
         inputs = protected.release(private[0]).inputs()["encoder_hidden_states"]
         error = float((step(unet, torch.cat([negative, inputs]), 16) - plain).abs().max() / plain.abs().max())
     if not error < 1e-4:
@@ -60,7 +60,12 @@ def measure(size: int = 64, repeats: int = 3) -> dict[str, object]:
     negative, private = torch.randn(2, 1, ROWS, CHANNELS, generator=gen)
     error = check(unet, negative, private)
     start = time.perf_counter()
-    protected = dpx.protect(unet, dpx.DPXAttnConfig(), ledger=dpx.Ledger())
+    protected = dpx.protect(
+        unet,
+        dpx.DPXAttnConfig(mechanism="kernel_sum", unit="row"),
+        ledger=dpx.Ledger(),
+        allow_uncalibrated=True,
+    )
     protect_s = time.perf_counter() - start
     release_times = []
     for i in range(3):  # three different contexts: no cache
@@ -84,7 +89,12 @@ def measure(size: int = 64, repeats: int = 3) -> dict[str, object]:
         step(unet, plain_states, size)
         plain_s.append(time.perf_counter() - start)
         # protecting again forgets the bindings: release once more (not timed; random rows, so each time has a ledger of its own)
-        protected = dpx.protect(unet, dpx.DPXAttnConfig(), ledger=dpx.Ledger())
+        protected = dpx.protect(
+            unet,
+            dpx.DPXAttnConfig(mechanism="kernel_sum", unit="row"),
+            ledger=dpx.Ledger(),
+            allow_uncalibrated=True,
+        )
         states = torch.cat([negative, protected.release(private[0]).inputs()["encoder_hidden_states"]])
     layers = len(protected.layers)
     protected.unprotect()

@@ -26,6 +26,11 @@ MECHANISMS = tuple(sorted(KNOWN))
 FEATURES = ("taylor", "positive_random")
 
 
+class Unnamed(str):
+    """A default that nobody named: equal to the same words when they are named, but a calibration's own takes its place
+    (`DPXAttnConfig.made_for`)."""
+
+
 def _require_number(name: str, value: Any, *, low: float, high: float, open_low: bool = True) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigError(f"{name} must be a number, got {type(value).__name__}.")
@@ -45,7 +50,9 @@ class DPXAttnConfig(Shareable):
     """What is released, and at which price. Each field says what it is in its metadata ("help"), which the card repeats.
 
     Example:
-        >>> config = dpx.DPXAttnConfig(mechanism="anchors", epsilon=8.0, unit="group")
+        >>> config = dpx.DPXAttnConfig(epsilon=8.0)
+        >>> config.mechanism, config.unit  # what a calibration was made for, once there is one
+        ('library', 'group')
         >>> config.replace(epsilon=4.0).epsilon
         4.0
 
@@ -57,16 +64,17 @@ class DPXAttnConfig(Shareable):
     WORD = "config"
 
     mechanism: str = field(
-        default="kernel_sum",
+        default=Unnamed("library"),
         metadata={"help": " ".join(f"{m.name}: {m.help}." for m in KNOWN.values())},
     )
     epsilon: float = field(default=8.0, metadata={"help": "privacy loss of one release, in total"})
     delta: float = field(default=1e-5, metadata={"help": "failure probability of the guarantee, in (0, 1)"})
     unit: str = field(
-        default="row", metadata={"help": "what one neighbouring step changes: row|group|context"}
+        default=Unnamed("group"),
+        metadata={"help": "what one neighbouring step changes: row|group|context"},
     )
     neighboring: str = field(
-        default="replace_one",
+        default=Unnamed("replace_one"),
         metadata={"help": "replace_one (n is public) or add_or_remove_one (row and group)"},
     )
     features: str = field(
@@ -114,6 +122,11 @@ class DPXAttnConfig(Shareable):
                 raise ConfigError(
                     f"Unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}."
                 )
+        own = KNOWN[self.mechanism]
+        if isinstance(self.mechanism, Unnamed) and not (
+            self.unit in own.units and self.neighboring in own.relations
+        ):
+            object.__setattr__(self, "mechanism", Unnamed("anchors"))  # can give any unit and relation
         self._check_mechanism()
         if self.unit == "context" and self.neighboring == "add_or_remove_one":
             raise ConfigError(
@@ -158,6 +171,18 @@ class DPXAttnConfig(Shareable):
             ConfigError: an unknown field, or a value that is not valid.
         """
         return self.from_dict({**self.to_dict(), **changes})
+
+    def made_for(self, calibration: Any) -> DPXAttnConfig:
+        """A copy in which what nobody named (mechanism, unit, neighboring) is what a calibration was made for. What was named stays.
+
+        Args:
+            calibration: of whichever mechanism, or None.
+        """
+        found = {n: getattr(calibration, n, None) for n in ("mechanism", "unit", "neighboring")}
+        if not isinstance(self.mechanism, Unnamed) and self.mechanism != found["mechanism"]:
+            return self  # for whoever compares the two, and says so
+        taken = {n: v for n, v in found.items() if v is not None and isinstance(getattr(self, n), Unnamed)}
+        return self.replace(**taken) if taken else self
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON takes them."""

@@ -20,7 +20,8 @@ class TruncatedPromptWarning(UserWarning):
 
     Example:
         >>> warnings.simplefilter("error", dpx.TruncatedPromptWarning)
-        >>> dpx.protect(pipe, dpx.DPXAttnConfig()).release("a red circle " * 100)
+        >>> config = dpx.DPXAttnConfig(mechanism="kernel_sum", unit="context")
+        >>> dpx.protect(pipe, config, allow_uncalibrated=True).release("a red circle " * 100)
         Traceback (most recent call last):
         hf_dp_xattn.errors.TruncatedPromptWarning: ...
     """
@@ -42,7 +43,7 @@ class ContextError(DPXAttnError, ValueError):
     The message names shapes and dtypes only, never values. Nothing was spent, unless an encoder made the NaN: it runs after the charge.
 
     Example:
-        >>> dpx.release_attention(torch.zeros(1, 1, 0, 4), torch.zeros(1, 1, 0, 4), dpx.DPXAttnConfig())
+        >>> dpx.release_attention(torch.zeros(1, 1, 0, 4), torch.zeros(1, 1, 0, 4), dpx.DPXAttnConfig(mechanism="kernel_sum"))
         Traceback (most recent call last):
         hf_dp_xattn.errors.ContextError: ...
     """
@@ -52,7 +53,7 @@ class UnsupportedModelError(DPXAttnError):
     """The model has no attention layers that we know how to protect, or has ways around them.
 
     Example:
-        >>> dpx.protect(torch.nn.Linear(2, 2), dpx.DPXAttnConfig())
+        >>> dpx.protect(torch.nn.Linear(2, 2), dpx.DPXAttnConfig(mechanism="none"))
         Traceback (most recent call last):
         hf_dp_xattn.errors.UnsupportedModelError: ...
     """
@@ -62,7 +63,7 @@ class ProtectionLostError(DPXAttnError, RuntimeError):
     """Something replaced or fused what `protect` had installed; the forward was not run.
 
     Example:
-        >>> protected = dpx.protect(pipe, dpx.DPXAttnConfig())
+        >>> protected = dpx.protect(pipe, dpx.DPXAttnConfig(mechanism="none"))
         >>> pipe.unet.fuse_qkv_projections()
         >>> protected.check()
         Traceback (most recent call last):
@@ -74,7 +75,7 @@ class BudgetExceededError(DPXAttnError, RuntimeError):
     """The ledger refuses a release: the context's budget would be exceeded. Nothing was computed.
 
     Example:
-        >>> protected = dpx.protect(pipe, dpx.DPXAttnConfig(epsilon=8.0))
+        >>> protected = dpx.protect(pipe, epsilon=8.0, calibration=library)
         >>> first = protected.release("a red circle")
         >>> protected.release("a red circle", fresh=True)
         Traceback (most recent call last):
@@ -96,7 +97,7 @@ class ReleaseError(DPXAttnError, ValueError):
     """A release is damaged or does not fit the model that it is used with.
 
     Example:
-        >>> release = dpx.protect(pipe, dpx.DPXAttnConfig()).release("a red circle")
+        >>> release = dpx.protect(pipe, calibration=library).release("a red circle")
         >>> dpx.unprotect(pipe)
         >>> release.inputs()
         Traceback (most recent call last):

@@ -34,9 +34,9 @@ class Guarantee:
         clipping: what was clipped and how, in words.
 
     Example:
-        >>> release = dpx.protect(pipe, dpx.DPXAttnConfig(epsilon=8.0)).release("a red circle")
+        >>> release = dpx.protect(pipe, epsilon=8.0, calibration=library).release("a red circle")
         >>> print(release.guarantees[0].sentence())
-        (8, 1e-05)-differentially private when one row (embedding) of the private context is replaced by any other; every query, ...
+        (8, 0)-differentially private when one phrase, sentence or document (as it was cut) of the private context is replaced ...
     """
 
     mechanism: str
@@ -141,9 +141,9 @@ class PrivacyReport:
         warnings: what the operator must know, first.
 
     Example:
-        >>> protected = dpx.protect(pipe, dpx.DPXAttnConfig(epsilon=8.0))
+        >>> protected = dpx.protect(pipe, epsilon=8.0, calibration=library)
         >>> print(protected.report())
-        Privacy report: UNet2DConditionModel, ...
+        Privacy report: StableDiffusionPipeline, which reads released text ...
     """
 
     host: str

@@ -11,7 +11,7 @@ from hf_dp_xattn.errors import ConfigError
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    config = DPXAttnConfig(epsilon=3.0, degree=4, unit="group")
+    config = DPXAttnConfig(mechanism="kernel_sum", epsilon=3.0, degree=4, unit="group")
     config.save_pretrained(tmp_path)
     assert DPXAttnConfig.from_pretrained(tmp_path) == config
 
@@ -48,11 +48,15 @@ def test_round_trip(tmp_path: Path) -> None:
 )
 def test_bad_values_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
-        DPXAttnConfig.from_dict({**DPXAttnConfig().to_dict(), **bad})
+        DPXAttnConfig.from_dict({**DPXAttnConfig(mechanism="kernel_sum", unit="row").to_dict(), **bad})
 
 
 def test_newer_version_is_named(tmp_path: Path) -> None:
-    values = {**DPXAttnConfig().to_dict(), "schema_version": 7, "new_knob": 1}
+    values = {
+        **DPXAttnConfig(mechanism="kernel_sum", unit="row").to_dict(),
+        "schema_version": 7,
+        "new_knob": 1,
+    }
     (tmp_path / CONFIG_NAME).write_text(json.dumps(values))
     with pytest.raises(ConfigError, match="newer version"):
         DPXAttnConfig.from_pretrained(tmp_path)
@@ -60,7 +64,7 @@ def test_newer_version_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["truncated", "missing key", "list", "absent"])
 def test_damaged_files(tmp_path: Path, damage: str) -> None:
-    path = DPXAttnConfig().save_pretrained(tmp_path)
+    path = DPXAttnConfig(mechanism="kernel_sum", unit="row").save_pretrained(tmp_path)
     if damage == "truncated":
         path.write_text(path.read_text()[:-20])
     elif damage == "missing key":
@@ -77,10 +81,12 @@ def test_damaged_files(tmp_path: Path, damage: str) -> None:
 
 def test_a_whole_context_has_no_neighbour_that_is_added_or_removed() -> None:
     """The only one would be no context, of which nothing is released: a promise about nobody."""
-    values = DPXAttnConfig(unit="context").to_dict()
+    values = DPXAttnConfig(mechanism="kernel_sum", unit="context").to_dict()
     for make in (
-        lambda: DPXAttnConfig(unit="context", neighboring="add_or_remove_one"),
-        lambda: DPXAttnConfig(unit="context").replace(neighboring="add_or_remove_one"),
+        lambda: DPXAttnConfig(mechanism="kernel_sum", unit="context", neighboring="add_or_remove_one"),
+        lambda: DPXAttnConfig(mechanism="kernel_sum", unit="context").replace(
+            neighboring="add_or_remove_one"
+        ),
         lambda: DPXAttnConfig.from_dict({**values, "neighboring": "add_or_remove_one"}),
     ):
         with pytest.raises(ConfigError, match="replace_one"):

@@ -63,7 +63,13 @@ class Mechanism:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return dpx.protect(
-                self.setting.pipeline, settings, calibration=self.calibration, entropy=SeededEntropy(seed)
+                self.setting.pipeline,
+                settings,
+                calibration=self.calibration,
+                entropy=SeededEntropy(seed),
+                allow_useless=True,
+                allow_uncalibrated=True,
+                allow_large_epsilon=True,
             )
 
     def released(self, captions: Sequence[str], epsilon: float, seed: int) -> list[Released]:

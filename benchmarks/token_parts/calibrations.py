@@ -14,7 +14,7 @@ from hf_dp_xattn.hosts.fingerprint import Fingerprint
 from hf_dp_xattn.mechanisms.anchors.plan import AnchorPlan, Decoders, Quality
 from hf_dp_xattn.mechanisms.anchors.slots import SlotDecoder, SlotHead
 
-CONFIG = dpx.DPXAttnConfig(mechanism="anchors", epsilon=8.0)
+CONFIG = dpx.DPXAttnConfig(unit="row", mechanism="anchors", epsilon=8.0)
 SLOTS = 48  # the most that a calibration serves by default
 
 

@@ -76,7 +76,12 @@ class Host:
             )  # "none" is not private, kernel_sum has no calibration: known here
             ledger = dpx.Ledger()  # random contexts, released by each mechanism in turn
             if mechanism != "anchors":
-                return dpx.protect(model, dpx.DPXAttnConfig(mechanism=mechanism), ledger=ledger)
+                return dpx.protect(
+                    model,
+                    dpx.DPXAttnConfig(unit="row", mechanism=mechanism),
+                    ledger=ledger,
+                    allow_uncalibrated=True,
+                )
             return dpx.protect(model, CONFIG, calibration=self._calibration(model), ledger=ledger)
 
     def _calibration(self, model: Any) -> Any:

@@ -61,7 +61,11 @@ def measure(
     torch.manual_seed(TEST_SEED)  # of sampled replies; releases draw their noise from the system
     # the prompts are drawn at random and public, and released at each epsilon: no account of the process's is due
     with dpx.protect(
-        model, config(epsilon, unit), calibration=calibration, ledger=dpx.Ledger(), allow_useless=True
+        model,
+        config(epsilon, unit),
+        calibration=calibration,
+        ledger=dpx.Ledger(),
+        allow_useless=True,  # a study shows what is not worth it too
     ) as protected:
         keep_rows(protected, known)
         for i, prompt in enumerate(prompts):

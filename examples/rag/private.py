@@ -80,7 +80,12 @@ def released(
     documents = torch.from_numpy(corpus.documents)
     public = calibration if settings.is_private else None
     with dpx.protect(
-        model, settings, calibration=public, ledger=dpx.Ledger(), allow_useless=True
+        model,
+        settings,
+        calibration=public,
+        ledger=dpx.Ledger(),
+        allow_useless=True,  # a study shows what is not worth it too
+        allow_uncalibrated=True,
     ) as protected:
         release = protected.release(
             input_ids=documents, attention_mask=(documents != 0).long(), groups="documents"

@@ -10,7 +10,7 @@ from ..report import NOT_PRIVATE, promise
 from .card import HERE, CardOptions, table
 
 UNITS = {
-    "row": "one row (embedding) of the context; a text encoder mixes its rows, so this is not a word",
+    "row": "one row (embedding) of the context; a text encoder mixes its rows, so this is neither a word nor the prompt",
     "group": "one group of rows that was encoded apart from all others (a phrase, a document)",
     "context": "the whole context",
 }

@@ -70,6 +70,11 @@ class Calibration(Stored):
     plans: tuple[PlanEntry, ...] = ()
     _cache: dict[float, SketchPlan] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def unit(self) -> str:
+        """What it was made for."""
+        return str(self.settings["unit"])
+
     def check(self, config: DPXAttnConfig, specs: Sequence[LayerSpec]) -> None:
         """Whether it serves this host under this config.
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 MEASURED, INTERPOLATED, OUTSIDE = "calibrated", "interpolated", "outside the calibrated range"
+SCALED = "of fewer units than were calibrated"
 
 
 @dataclass(frozen=True)

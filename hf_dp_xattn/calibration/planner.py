@@ -20,7 +20,8 @@ from ..privacy.guessing import PRIORS, guess_bound
 from ..privacy.units import NeighboringRelation, Unit
 from .anchors.anchors_calibration import NOTHING, AnchorCalibration
 from .calibration import Calibration
-from .curves import INTERPOLATED, OUTSIDE, Curve
+from .curves import INTERPOLATED, OUTSIDE, SCALED, Curve
+from .few_units import SAME_SIZE, fvu_curve, of_units, too_few
 from .library.library_planner import plan_library
 from .library.text_library import TextLibrary
 from .plan_report import Plan, PlanPoint
@@ -29,7 +30,6 @@ from .release_timing import REPEATS, median_seconds, this_machine
 __all__ = ["Plan", "PlanPoint", "plan"]
 
 One = AnchorCalibration | TextLibrary | str | os.PathLike[str]
-SAME_ROWS = 0.1  # priors and decoders for rows were fitted to contexts of one size: predictions hold near it
 _HOW = "make one with dpx.calibrate(pipe, public_contexts, dpx.DPXAttnConfig(mechanism='anchors', unit=...))"
 
 
@@ -60,7 +60,8 @@ def plan(
         epsilon: one, in the place of several.
         unit: what to protect; by default the calibration's.
         neighboring: the relation; by default the calibration's.
-        n: units in one context (rows for unit="row", groups for "group"); by default the calibration's.
+        n: units in one context (rows for unit="row"; phrases, segments or documents for "group"); by default the calibration's. Of fewer
+            than it was fitted to less comes through, and the plan says where they are too few.
         delta: by default the calibration's.
         want_fvu: finds the smallest epsilon that is predicted to reach it.
         want_score: likewise, of a score.
@@ -91,17 +92,13 @@ def plan(
     name, chosen = _choose(calibration, unit, neighboring, n)
     units = chosen.units if n is None else n
     delta = _default_delta(chosen) if delta is None else delta
-    fvu_curve = Curve.of(
-        "FVU",
-        ((p.epsilon, p.quality.fvu, p.quality.low, p.quality.high) for p in chosen.plans),
-        higher_is_better=False,
-    )
-    if fvu_curve is None:
+    fvu = fvu_curve(chosen)
+    if fvu is None:
         raise ConfigError("The calibration holds no predicted quality: calibrate again.")
     score_curve = _score_curve(chosen, score)
     wanted = []
     if want_fvu is not None:
-        wanted.append(fvu_curve.wanted(_number("want_fvu", want_fvu, low=0.0)))
+        wanted.append(fvu.wanted(_number("want_fvu", want_fvu, low=0.0)))
     if want_score is not None:
         if score_curve is None:
             raise ConfigError(
@@ -120,7 +117,7 @@ def plan(
         mechanism="anchors", unit=chosen.unit, neighboring=chosen.neighboring, delta=delta, epsilon=1.0
     )
     configs = [base.replace(epsilon=e) for e in sorted(set(epsilons))]
-    points = tuple(_point(c, chosen, fvu_curve, score_curve, row_bytes, units, measure) for c in configs)
+    points = tuple(_point(c, chosen, fvu, score_curve, row_bytes, units, measure) for c in configs)
     return Plan(
         calibration=name,
         unit=chosen.unit,
@@ -135,7 +132,7 @@ def plan(
         exact_kv_bytes=exact,
         measured_on=machine,
         points=points,
-        fvu_curve=fvu_curve,
+        fvu_curve=fvu,
         score_curve=score_curve,
         wanted=tuple(wanted),
         notes=_notes(chosen, points, units, delta, machine),
@@ -145,7 +142,7 @@ def plan(
 def _point(
     config: DPXAttnConfig,
     calibration: AnchorCalibration,
-    fvu_curve: Curve,
+    fvu: Curve,
     score_curve: Curve | None,
     row_bytes: int,
     units: int,
@@ -159,8 +156,8 @@ def _point(
     rows = _rows(prepared.plan, prepared.decoders)
     return PlanPoint(
         epsilon=config.epsilon,
-        fvu=fvu_curve.at(config.epsilon),
-        score=None if score_curve is None else score_curve.at(config.epsilon),
+        fvu=of_units(calibration, fvu, config.epsilon, units),
+        score=None if score_curve is None else of_units(calibration, score_curve, config.epsilon, units),
         release=prepared.plan.release,
         made_for=prepared.plan.epsilon,
         meaning=prepared.source.numbers.clipping,
@@ -172,7 +169,7 @@ def _point(
         kv_bytes=rows * row_bytes,
         seconds=_measure(prepared, units) if measure else None,
         guesses=tuple((p, guess_bound(charged, delta, p, config.neighboring)) for p in PRIORS),
-        useless=calibration.useless(config),
+        useless=calibration.useless(config) or too_few(calibration, config.epsilon, units),
     )
 
 
@@ -194,7 +191,7 @@ def _choose(
         for name, c in loaded
         if unit in (None, c.unit)
         and neighboring in (None, c.neighboring)
-        and (n is None or _covers(c.unit, c.units, n))
+        and (n is None or _covers(c.unit, c.units, n) or (len(loaded) == 1 and n <= c.units))
     ]
     if n is not None and fitting:  # the nearest in size, where several cover it
         nearest = min(abs(c.units - n) for _, c in fitting)
@@ -251,7 +248,7 @@ def _load(item: One, number: int) -> tuple[str, AnchorCalibration]:
 
 
 def _covers(unit: str, units: int, n: int) -> bool:
-    return abs(units - n) <= SAME_ROWS * units if unit == Unit.ROW.value else n <= units
+    return abs(units - n) <= SAME_SIZE * units if unit == Unit.ROW.value else n <= units
 
 
 def _default_delta(calibration: AnchorCalibration) -> float:
@@ -350,7 +347,12 @@ def _notes(
         notes.append(
             f"quality was predicted at delta = {_default_delta(calibration):g}; the noise of sums is another at delta = {delta:g}"
         )
-    if units != calibration.units:
+    if SCALED in origins:
+        notes.append(
+            f"< the calibration was fitted to contexts of {calibration.units} units, this plan is for {units}: in the same noise they "
+            f"are heard as those are at epsilon * {units} / {calibration.units}; no interval is known"
+        )
+    elif units != calibration.units:
         notes.append(
             f"quality was predicted for contexts of {calibration.units} units, this plan is for {units}"
         )

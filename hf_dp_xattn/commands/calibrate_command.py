@@ -150,6 +150,8 @@ def run(args: argparse.Namespace) -> int:
     texts = read_records(args.public, "--public")
     questions = None if args.questions is None else read_records(args.questions, "--questions")
     settings = {name: getattr(args, name, None) for name in SETTINGS if name != "epsilon"}
+    if args.mechanism != "library" and settings["unit"] is None:
+        settings["unit"] = "row"  # as the help says; what it protects is told where it is used
     config = DPXAttnConfig(**{k: v for k, v in settings.items() if v is not None})
     model = load_plain(args.model, parse_dtype(args.dtype))
     named = {

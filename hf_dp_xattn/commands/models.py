@@ -28,6 +28,14 @@ def add_protection(parser: argparse.ArgumentParser) -> None:
         help="folder or Hub id of a config, in place of the five settings that follow",
     )
     parser.add_argument("--epsilon", type=float, metavar="E", help="privacy loss of the release")
+    parser.add_argument(
+        "--allow-uncalibrated",
+        action="store_true",
+        help="go on without a calibration, where the budget is spent for noise",
+    )
+    parser.add_argument(
+        "--allow-large-epsilon", action="store_true", help="take an epsilon above 100, which promises nothing"
+    )
     add_settings(parser)
 
 
@@ -36,13 +44,13 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mechanism",
         choices=("anchors", "kernel_sum", "library", "dptree"),
-        help="what is released (default: what the calibration is for; without one, kernel_sum)",
+        help="what is released (default: what the calibration is for)",
     )
     parser.add_argument("--delta", type=float, metavar="D", help="failure probability (default: 1e-5)")
     parser.add_argument(
         "--unit",
         choices=("row", "group", "context"),
-        help="what one neighbouring step changes (default: the calibration's; without one, row)",
+        help="what one neighbouring step changes (default: the calibration's; without one, group)",
     )
     parser.add_argument(
         "--neighboring",
@@ -90,8 +98,15 @@ def protected_model(args: argparse.Namespace, ledger: Ledger, *, trial: bool = F
 
         calibration = Calibration.from_pretrained(args.calibration)
     config = _config(args, calibration)
-    model = load_plain(args.model, dtype)
-    return protect(model, config, calibration=calibration, ledger=ledger, allow_useless=useless)
+    return protect(
+        load_plain(args.model, dtype),
+        config,
+        calibration=calibration,
+        ledger=ledger,
+        allow_useless=useless,
+        allow_uncalibrated=args.allow_uncalibrated,
+        allow_large_epsilon=args.allow_large_epsilon,
+    )
 
 
 def parse_dtype(name: str) -> Any:
@@ -117,18 +132,9 @@ def _config(args: argparse.Namespace, calibration: AnyCalibration | None) -> DPX
     if args.config is not None:
         return DPXAttnConfig.from_pretrained(args.config)
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    from ..hosts.chosen import settings_of
+
     return DPXAttnConfig(**{**({} if calibration is None else settings_of(calibration)), **given})
-
-
-def settings_of(calibration: AnyCalibration) -> dict[str, Any]:
-    """What a config must say to go with a calibration."""
-    from ..calibration.anchors.anchors_calibration import AnchorCalibration
-    from ..calibration.library.text_library import TextLibrary
-
-    if isinstance(calibration, (AnchorCalibration, TextLibrary)):
-        names = ("mechanism", "unit", "neighboring")
-        return {name: getattr(calibration, name) for name in names}
-    return {"mechanism": calibration.mechanism, **calibration.settings}  # it serves both relations
 
 
 def load_plain(name: str, dtype: Any) -> Any:

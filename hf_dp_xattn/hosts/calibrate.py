@@ -117,8 +117,7 @@ def calibrate(
             what its image processor gives for images of one number of tiles. For a
             decoder-only model: token ids [N, n] or a list of token id lists; for unit="group", a list of lists of segments.
             None: the prompts that are shipped (`dpx.public_prompts`), for a library of a pipeline or a decoder-only model.
-        config: mechanism, unit and relation to fit for; by default `anchors` with unit="row", and `library` with unit="group" where
-            public_contexts are those that are shipped.
+        config: mechanism, unit and relation to fit for; by default `library` with unit="group".
         epsilons: for which there will be plans.
         anchors: cells of the histogram's codebook, at most: as many as the public rows make distinct. By default no more than 4,096.
         releases: candidates of `anchors` ("sum", "response", "histogram", "mixed").
@@ -155,14 +154,12 @@ def calibrate(
 
     Example:
         >>> public = [f"a {colour} {shape}" for colour in ("red", "blue", "green", "white") for shape in ("circle", "square")]
-        >>> config = dpx.DPXAttnConfig(mechanism="kernel_sum", epsilon=8.0)
-        >>> fitted = dpx.calibrate(pipe, public, config, epsilons=8.0, rank=0, query_steps=1, progress=False)
-        >>> protected = dpx.protect(pipe, config, calibration=fitted)
+        >>> library = dpx.calibrate(pipe, public, epsilons=8.0, progress=False)
+        >>> protected = dpx.protect(pipe, epsilon=8.0, calibration=library)
     """
+    config = DPXAttnConfig() if config is None else config
     if public_contexts is None:
-        config = DPXAttnConfig(mechanism="library", unit="group") if config is None else config
         public_contexts = _shipped(pipe, config)
-    config = DPXAttnConfig(mechanism="anchors") if config is None else config
     options = CalibrationOptions(
         epsilons=_epsilons(epsilons),
         anchors=anchors,

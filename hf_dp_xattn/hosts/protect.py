@@ -6,14 +6,12 @@ import os
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from ..artefacts import HubOptions
-from ..calibration.anchors.anchors_calibration import AnchorCalibration
-from ..calibration.calibration import Calibration
-from ..calibration.library.text_library import TextLibrary
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, DPXAttnError, UnsupportedModelError
 from ..known_mechanisms import KNOWN
 from ..privacy.ledger import Budget, Ledger
 from .accounts import PROTECT_AGAIN, STAYS, Settings
+from .chosen import chosen_config, read_calibration
 from .guard import handle_on
 from .host import Host
 from .host_registry import kind_of, model_of
@@ -23,7 +21,7 @@ from .release import BaseRelease
 from .text.text_host import TextHost, handle_of_parts
 from .text.text_release_file import load_release, locate_release
 from .weights import own_precision
-from .worth import require_worth
+from .worth import enough_units, require_calibration, require_sense, require_worth
 
 if TYPE_CHECKING:
     from ..calibration.calibration import AnyCalibration
@@ -44,8 +42,8 @@ def handle_of(host: Any) -> Any:
         host: what was given to `protect`, or a part of it.
 
     Example:
-        >>> protected = dpx.protect(pipe, dpx.DPXAttnConfig())
-        >>> dpx.handle_of(pipe.unet) is protected
+        >>> protected = dpx.protect(pipe, calibration=library)
+        >>> dpx.handle_of(pipe) is protected
         True
     """
     found = handle_on(model_of(host))
@@ -54,15 +52,18 @@ def handle_of(host: Any) -> Any:
 
 def protect(
     host: Any,
-    config: DPXAttnConfig,
+    config: DPXAttnConfig | None = None,
     *,
-    calibration: AnyCalibration | None = None,
+    epsilon: float | None = None,
+    calibration: AnyCalibration | str | os.PathLike[str] | None = None,
     ledger: Ledger | None = None,
     budget: Budget | None = None,
     entropy: Entropy | None = None,
     tokenizer: Any = None,
     encoder: Any = None,
     allow_useless: bool = False,
+    allow_uncalibrated: bool = False,
+    allow_large_epsilon: bool = False,
 ) -> Any:
     """Patches a Stable Diffusion pipeline (text-to-image, img2img, inpaint), a bare UNet, an encoder-decoder or a decoder-only model in
     place.
@@ -78,8 +79,9 @@ def protect(
 
     Args:
         host: a supported pipeline, a `UNet2DConditionModel`, or a language model of transformers (docs/hosts.md), or its pipeline.
-        config: what is released, and at which price.
-        calibration: public statistics from `dpx.calibrate`; `anchors` cannot do without.
+        config: what is released, and at which price. By default mechanism, unit and relation are those that the calibration was made for.
+        epsilon: in place of a config, where that is all that it would say.
+        calibration: public statistics from `dpx.calibrate`, or their folder or Hub id.
         ledger: what was spent, and on which context. By default the process's own, which all handles share and which `unprotect` leaves as
             it is: the file that the environment variable HF_DP_XATTN_LEDGER names, or in memory, where a restart forgets.
         budget: total per context; by default one release at (config.epsilon, config.delta).
@@ -87,22 +89,38 @@ def protect(
         tokenizer: mechanism="library" only: of a model that comes without a pipeline.
         encoder: mechanism="library" only: what made the library's codes, where that was not the host's own text encoder: a function from a
             list of strings to codes [n, d], or (model, tokenizer) of an encoder of transformers.
-        allow_useless: go on where the calibration says that a release at this epsilon is not known to be better than none.
+        allow_useless: go on where the calibration says that a release at this epsilon, or of so few units, is not known to be better than
+            none.
+        allow_uncalibrated: go on without a calibration, where the budget is spent for noise.
+        allow_large_epsilon: take an epsilon above 100, which promises nothing that anyone could notice.
+
+    Warns:
+        UserWarning: epsilon is above 16; or unit="row", which protects one embedding row: not a word, and not the prompt.
 
     Raises:
         UnsupportedModelError: the host is not in the table, or what is private has ways around cross-attention.
         ConfigError: the host is protected with other settings; the calibration is missing, or made for another mechanism, unit, model or
-            text encoder; or its plan for this epsilon is not known to be better than no release (see `allow_useless`).
+            text encoder; its plan for this epsilon is not known to be better than no release (see `allow_useless`); there is none (see
+            `allow_uncalibrated`); or epsilon is above 100.
         ProtectionLostError: the host is protected and something was replaced since.
         LedgerError: the process's ledger cannot be opened.
         In each case nothing was patched.
 
     Example:
-        >>> protected = dpx.protect(pipe, dpx.DPXAttnConfig(epsilon=8.0))
+        >>> protected = dpx.protect(pipe, epsilon=8.0, calibration=library)
         >>> images = pipe("a red circle", num_inference_steps=2).images  # the prompt is private: released once, and charged
         >>> print(protected.report())
         Privacy report: ...
     """
+    calibration, there = read_calibration(calibration), handle_of(host)
+    if there is None:
+        config = chosen_config(config, epsilon, calibration)
+        require_sense(config, allow_large_epsilon=allow_large_epsilon)
+        require_calibration(config, calibration, allow_uncalibrated=allow_uncalibrated)
+    elif config is None and epsilon is None:
+        config = there.config
+    else:
+        config = chosen_config(config, epsilon, there.calibration if calibration is None else calibration)
     settings = Settings(config, calibration, ledger, budget, entropy, allow_useless=allow_useless)
     return _protect(host, settings, tokenizer=tokenizer, encoder=encoder)
 
@@ -134,7 +152,7 @@ class Release(BaseRelease):
         terms: what was public and not covered where it was made; None: here.
 
     Example:
-        >>> release = dpx.protect(pipe, dpx.DPXAttnConfig(epsilon=8.0)).release("a red circle")
+        >>> release = dpx.protect(pipe, epsilon=8.0, calibration=library).release("a red circle")
         >>> images = pipe(**release.inputs(), num_inference_steps=2).images
         >>> folder = release.save_pretrained("red-circle")
         >>> again = dpx.Release.from_pretrained("red-circle", host=pipe)
@@ -183,8 +201,6 @@ class Release(BaseRelease):
 
 def _protect(host: Any, settings: Settings, *, tokenizer: Any = None, encoder: Any = None) -> Protected:
     config = settings.config
-    if not isinstance(config, DPXAttnConfig):
-        raise ConfigError(f"config must be a DPXAttnConfig, got {type(config).__name__}.")
     _check_types(settings)
     with _installing:
         handle: Protected | None = handle_of(host)
@@ -222,6 +238,7 @@ def _installed(host: Host, settings: Settings, pipe: Any) -> Protected:
     """The handle of a host, with the pipeline that was given. Nothing stays patched where it fails."""
     handle = Protected(host, settings, Release)
     require_worth(settings)
+    handle.releases.enough = enough_units(settings)
     side = None if pipe is None else host.side_of(pipe, handle.guard)
     try:
         handle.install()
@@ -236,12 +253,6 @@ def _installed(host: Host, settings: Settings, pipe: Any) -> Protected:
 def _check_types(settings: Settings) -> None:
     """A path or a number in the place of an object would be noticed at the first release only, or be taken for something else."""
     for name, given, kinds, way in (
-        (
-            "calibration",
-            settings.calibration,
-            (Calibration, AnchorCalibration, TextLibrary),
-            "dpx.Calibration.from_pretrained(path)",
-        ),
         ("ledger", settings.ledger, (Ledger,), "dpx.Ledger(path)"),
         ("budget", settings.budget, (Budget,), "dpx.Budget(epsilon, delta)"),
     ):
@@ -268,7 +279,7 @@ def unprotect(host: Any) -> None:
         host: what was given to `protect`, or a part of it.
 
     Example:
-        >>> protected = dpx.protect(pipe, dpx.DPXAttnConfig())
+        >>> protected = dpx.protect(pipe, calibration=library)
         >>> dpx.unprotect(pipe)
         >>> protected.active
         False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -12,6 +12,7 @@ import torch
 from ..privacy.accountant import Event
 from ..privacy.bits import Entropy
 from ..privacy.ledger import Name
+from ..privacy.units import Unit
 from ..report import Guarantee, PrivacyReport
 from .accounts import Settings
 from .charging import charge, keys_of, may_charge, names_of
@@ -118,6 +119,7 @@ class Releases(Generic[State, Prepared, ReleaseT]):
         self.ledger, self.budget, self.entropy = settings.ledger_used(), settings.scoped(), settings.entropy
         self.encoders = Encoders()
         self.spent: list[Spent] = []
+        self.enough: Callable[[int], None] | None = None  # raises where so many units are not worth a charge
 
     @locked
     @torch.inference_mode(False)  # what is kept must serve other modes too
@@ -137,6 +139,9 @@ class Releases(Generic[State, Prepared, ReleaseT]):
             BudgetExceededError: the ledger refuses; nothing was spent or computed, for no context.
         """
         plan = self._due(contexts, groups, fresh)
+        for context, own, _ in plan.todo.values():
+            if self.enough is not None and context.private_rows:
+                self.enough(_units(self.config.unit, context.private_rows, own))
         self.making.rehearse(context for context, _, _ in plan.todo.values())
         for key, (context, own, names) in plan.todo.items():
             charge(self.ledger, self.budget, names, plan.prepared.events)
@@ -201,3 +206,10 @@ class Releases(Generic[State, Prepared, ReleaseT]):
     def clear(self) -> None:
         """Forgets the releases, not what was spent."""
         self.cache.clear()
+
+
+def _units(unit: str, rows: int, groups: torch.Tensor | None) -> int:
+    """How many units so many private rows are. groups: which rows are one, for unit="group"."""
+    if unit == Unit.CONTEXT.value:
+        return 1
+    return rows if groups is None else len(torch.unique(groups))

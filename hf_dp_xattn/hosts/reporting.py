@@ -11,6 +11,7 @@ from ..privacy.ledger import Budget, Ledger
 from ..report import Guarantee, PrivacyReport, release_entry
 from .accounts import persistence_of
 from .host_words import HostWords
+from .worth import ROW
 
 LOCAL = "this report is the operator's own: charges tell what was released before, so do not publish it"
 
@@ -31,6 +32,14 @@ def _entry(ledger: Ledger, name: str, spent: Spent) -> dict[str, Any]:
     if g.mechanism == "none":
         return release_entry(name, g, 0, "unbounded")
     return release_entry(name, g, *ledger.most(spent.digests, g.delta))
+
+
+def _room(config: DPXAttnConfig, budget: Budget) -> str:
+    """What a context may spend, in terms of the config's releases."""
+    if (budget.epsilon, budget.delta) == (config.epsilon, config.delta):
+        return "and each context has the budget for one"
+    times = f"{budget.epsilon / config.epsilon:.4g} times that"
+    return f"and each context has a budget of epsilon {budget.epsilon:g} at delta {budget.delta:g}, {times}"
 
 
 def build_report(
@@ -56,7 +65,11 @@ def build_report(
     notes = [*warnings, *words.warnings]
     if any(not s.guarantee.is_private for s in spent) or not config.is_private:
         notes.insert(0, "NOT PRIVATE: at least one release promises nothing, see below.")
-    each = f"budget per context: epsilon {budget.epsilon:g} at delta {budget.delta:g}"
+    elif config.unit == "row":
+        notes.insert(0, ROW)
+    each = (
+        f"each release spends epsilon {config.epsilon:g} at delta {config.delta:g}, {_room(config, budget)}"
+    )
     return PrivacyReport(
         host=words.host,
         layers=len(heads),

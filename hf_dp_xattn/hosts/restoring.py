@@ -43,7 +43,7 @@ def from_pretrained(
         ConfigError: there is no protection, or it is damaged, of another schema, or for another host. No host is returned then.
 
     Example:
-        >>> protected = dpx.protect(pipe, dpx.DPXAttnConfig())
+        >>> protected = dpx.protect(pipe, calibration=library)
         >>> pipe.save_pretrained("protected-pipeline")
         >>> again = dpx.from_pretrained("protected-pipeline")
         >>> dpx.handle_of(again).config == protected.config
@@ -76,6 +76,8 @@ def from_pretrained(
             budget=protection.budget,
             encoder=encoder,
             allow_useless=allow_useless,
+            allow_uncalibrated=True,  # that was said where it was saved
+            allow_large_epsilon=True,
         )
     return host
 

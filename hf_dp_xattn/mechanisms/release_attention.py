@@ -80,7 +80,7 @@ def release_attention(
 
     Example:
         >>> key, value = torch.randn(1, 2, 50, 8), torch.randn(1, 2, 50, 8)
-        >>> released = dpx.release_attention(key, value, dpx.DPXAttnConfig(epsilon=8.0))
+        >>> released = dpx.release_attention(key, value, dpx.DPXAttnConfig(mechanism="kernel_sum", unit="row", epsilon=8.0))
         >>> released.attend(torch.randn(1, 2, 3, 8)).shape
         torch.Size([1, 2, 3, 8])
     """

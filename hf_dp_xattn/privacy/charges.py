@@ -45,7 +45,7 @@ class Budget:
         ConfigError: a value is out of range, or unknown.
 
     Example:
-        >>> protected = dpx.protect(pipe, dpx.DPXAttnConfig(epsilon=4.0), budget=dpx.Budget(8.0, 1e-5))
+        >>> protected = dpx.protect(pipe, epsilon=4.0, calibration=library, budget=dpx.Budget(8.0, 1e-5))
         >>> first = protected.release("a red circle")
         >>> second = protected.release("a red circle", fresh=True)  # both are paid from the one budget
     """

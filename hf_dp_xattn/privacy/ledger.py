@@ -46,7 +46,7 @@ class Ledger:
 
     Example:
         >>> ledger = dpx.Ledger("spent.json")
-        >>> release = dpx.protect(pipe, dpx.DPXAttnConfig(), ledger=ledger).release("a red circle")
+        >>> release = dpx.protect(pipe, calibration=library, ledger=ledger).release("a red circle")
         >>> len(dpx.Ledger("spent.json").entries()) > 0  # it outlives the process
         True
     """

@@ -18,8 +18,8 @@ from ..hosts.transformers.mllama.protecting import anchors_for
 from ..hosts.transformers.mllama.tiny import tiny as image_text
 from ..hosts_tiny import tiny_img2img, tiny_inpaint, tiny_sd
 
-KERNEL = dpx.DPXAttnConfig(projection_dim=4, degree=1)
-ANCHORS = dpx.DPXAttnConfig(mechanism="anchors")
+KERNEL = dpx.DPXAttnConfig(mechanism="kernel_sum", unit="row", projection_dim=4, degree=1)
+ANCHORS = dpx.DPXAttnConfig(unit="row", mechanism="anchors")
 Case = tuple[Any, dpx.DPXAttnConfig, Any]
 
 

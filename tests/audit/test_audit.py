@@ -68,7 +68,7 @@ def test_the_host_and_the_users_ledger_are_as_before() -> None:
 def test_what_is_refused() -> None:
     pipe = tiny_sd()
     with pytest.raises(dpx.ConfigError, match="nothing to audit"):
-        audit(pipe, dpx.DPXAttnConfig(mechanism="none"))
+        audit(pipe, dpx.DPXAttnConfig(unit="row", mechanism="none"))
     with pytest.raises(dpx.ConfigError, match="DPXAttnConfig"):
         audit(pipe, {"epsilon": 1.0})  # type: ignore[arg-type]
     with pytest.raises(dpx.ConfigError, match="draws"):

@@ -40,7 +40,9 @@ CONFIDENCE = 1 - 1e-6
 
 def prepare(kind: str, epsilon: float = 8.0, **changes: Any) -> tuple[Any, DPXAttnConfig]:
     mechanism = "anchors" if kind in ANCHORS else kind
-    config = DPXAttnConfig(mechanism=mechanism, epsilon=epsilon, projection_dim=3).replace(**changes)
+    config = DPXAttnConfig(unit="row", mechanism=mechanism, epsilon=epsilon, projection_dim=3).replace(
+        **changes
+    )
     if kind in ANCHORS:
         return prepare_anchors(config, [plan(kind, stages=2)], decoders(kind)), config
     return prepare_release(config, SPECS), config
@@ -218,7 +220,7 @@ DRAWS = 4_000_000  # of few numbers; with fewer, half the noise does not show mo
 
 def one_tree_each() -> tuple[Any, DPXAttnConfig]:
     """Few nodes: one head, one channel and the normaliser, one coordinate, two leaves."""
-    config = DPXAttnConfig(mechanism="dptree", epsilon=4.0, degree=1, tree_bins=2)
+    config = DPXAttnConfig(unit="row", mechanism="dptree", epsilon=4.0, degree=1, tree_bins=2)
     return prepare_release(config, [LayerSpec("a", 1, 1, 1, 1.0)]), config
 
 

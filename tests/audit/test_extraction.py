@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 def law(kind: str, epsilon: float) -> tuple[Law, DPXAttnConfig]:
-    config = DPXAttnConfig(mechanism="anchors", epsilon=epsilon)
+    config = DPXAttnConfig(unit="row", mechanism="anchors", epsilon=epsilon)
     return Law(prepare_anchors(config, [plan(kind)], decoders(kind))), config
 
 

@@ -153,7 +153,10 @@ def test_kernel_sums_against_an_adaptive_adversary(degree: int) -> None:
     n, d, dv, beta = 60, 4, 2, 1e-6
     gen = torch.Generator().manual_seed(1)
     key, value = torch.randn(1, n, d, generator=gen), torch.rand(1, n, dv, generator=gen)
-    prepared = prepare_release(DPXAttnConfig(epsilon=2.0, degree=degree), [LayerSpec("a", 1, d, dv, d**-0.5)])
+    prepared = prepare_release(
+        DPXAttnConfig(mechanism="kernel_sum", unit="row", epsilon=2.0, degree=degree),
+        [LayerSpec("a", 1, d, dv, d**-0.5)],
+    )
     assert isinstance(prepared, kernel_sum.PreparedKernelSum)
     encoder = prepared.encoders[0]
     exact = (

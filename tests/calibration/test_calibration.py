@@ -25,7 +25,7 @@ from ..sealed import write_sealed
 from .synthetic import ROWS, SyntheticModel
 
 MODEL = SyntheticModel()
-CONFIG = DPXAttnConfig(projection_dim=0, logit_bound=1.0)
+CONFIG = DPXAttnConfig(mechanism="kernel_sum", unit="row", projection_dim=0, logit_bound=1.0)
 CALIBRATION = MODEL.calibrate(CONFIG)
 
 

@@ -19,7 +19,7 @@ from hf_dp_xattn.mechanisms.registry import prepare_release
 from .synthetic import SyntheticModel
 
 MODEL = SyntheticModel()
-CONFIG = DPXAttnConfig(projection_dim=0, logit_bound=1.0, degree=1)
+CONFIG = DPXAttnConfig(mechanism="kernel_sum", unit="row", projection_dim=0, logit_bound=1.0, degree=1)
 GOOD = MODEL.calibrate(CONFIG)
 POSITIVE = ("key_radius", "query_radius", "value_scale", "normalizer_weight", "key_range")
 

@@ -60,5 +60,7 @@ def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     decoder_tiny("llama").save_pretrained(root / "chat")
     chat_tokenizer().save_pretrained(root / "chat")
     image_tiny().save_pretrained(root / "mllama")
-    dpx.DPXAttnConfig(epsilon=2.0, degree=1, projection_dim=4).save_pretrained(root / "config")
+    dpx.DPXAttnConfig(
+        mechanism="kernel_sum", unit="row", epsilon=2.0, degree=1, projection_dim=4
+    ).save_pretrained(root / "config")
     return root

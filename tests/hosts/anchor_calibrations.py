@@ -24,7 +24,7 @@ SIZES = SlotSettings(code=4, slots=10, hidden=8, directions=4)
 BOTH = pytest.mark.parametrize(
     "private", ["kernel_sum", "anchors"], indirect=True
 )  # releases per layer, and in context space
-CONFIG = dpx.DPXAttnConfig(mechanism="anchors", epsilon=8.0, delta=1e-5)
+CONFIG = dpx.DPXAttnConfig(unit="row", mechanism="anchors", epsilon=8.0, delta=1e-5)
 
 
 def detached(part: Any) -> Any:

@@ -19,11 +19,11 @@ def pipe() -> Any:
 
 @pytest.fixture
 def exact() -> DPXAttnConfig:
-    return DPXAttnConfig(mechanism="none")
+    return DPXAttnConfig(unit="row", mechanism="none")
 
 
 @pytest.fixture
 def private(request: pytest.FixtureRequest) -> DPXAttnConfig:
     """A real release; small, so that tests are fast. Parametrised indirectly by the mechanism."""
     mechanism = getattr(request, "param", "kernel_sum")
-    return DPXAttnConfig(mechanism=mechanism, epsilon=8.0, delta=1e-5, degree=1, projection_dim=4)
+    return DPXAttnConfig(unit="row", mechanism=mechanism, epsilon=8.0, delta=1e-5, degree=1, projection_dim=4)

@@ -15,7 +15,9 @@ from .transformers.decoder_only import tiny as decoder
 from .transformers.encoder_decoder import tiny as seq2seq
 from .transformers.mllama import tiny as image_text
 
-CONFIG = dpx.DPXAttnConfig(mechanism="kernel_sum", epsilon=8.0, delta=1e-5, degree=1, projection_dim=4)
+CONFIG = dpx.DPXAttnConfig(
+    unit="row", mechanism="kernel_sum", epsilon=8.0, delta=1e-5, degree=1, projection_dim=4
+)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ PUBLIC = [
     for s in ("cat", "dog", "car")
     for p in ("up", "low", "in", "by")
 ]
-CONFIG = dpx.DPXAttnConfig(epsilon=8.0, degree=1, projection_dim=3)
+CONFIG = dpx.DPXAttnConfig(mechanism="kernel_sum", unit="row", epsilon=8.0, degree=1, projection_dim=3)
 
 
 def calibrate(

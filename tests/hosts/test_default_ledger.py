@@ -145,9 +145,9 @@ def test_it_does_with_the_ledger(
 CHILD = """
 import sys, torch, hf_dp_xattn as dpx
 from tests.hosts_tiny import tiny_sd
-config = dpx.DPXAttnConfig(degree=1, projection_dim=4)
+config = dpx.DPXAttnConfig(mechanism="kernel_sum", unit="row", degree=1, projection_dim=4)
 try:
-    dpx.protect(tiny_sd(), config).release("a red circle")
+    dpx.protect(tiny_sd(), config, allow_uncalibrated=True).release("a red circle")
     print("released")
 except dpx.BudgetExceededError:
     print("refused")

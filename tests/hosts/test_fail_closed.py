@@ -424,7 +424,7 @@ def test_a_pipeline_is_unprotected_whatever_became_of_its_unet() -> None:
     """The error advises `dpx.unprotect(pipe)`: it must find the handle by the pipeline."""
     pipe = tiny_sd()
     before = dict(vars(pipe))
-    dpx.protect(pipe, dpx.DPXAttnConfig(unit="row"))
+    dpx.protect(pipe, dpx.DPXAttnConfig(mechanism="kernel_sum", unit="row"))
     pipe.unet = tiny_unet(1)
     with pytest.raises(dpx.ProtectionLostError, match="unprotect"):
         pipe("a red circle", num_inference_steps=1)
@@ -437,4 +437,4 @@ def test_a_pipeline_is_unprotected_whatever_became_of_its_unet() -> None:
         "_interrupt",
     }  # diffusers'
     assert set(vars(pipe)) - own == set(before)
-    assert dpx.protect(pipe, dpx.DPXAttnConfig(unit="row")).active
+    assert dpx.protect(pipe, dpx.DPXAttnConfig(mechanism="kernel_sum", unit="row")).active

@@ -20,7 +20,7 @@ from .transformers.encoder_decoder.tiny import tiny as seq2seq_tiny
 from .transformers.mllama.tiny import images
 from .transformers.mllama.tiny import tiny as image_tiny
 
-GROUPED = dpx.DPXAttnConfig(unit="group", projection_dim=4, degree=1)
+GROUPED = dpx.DPXAttnConfig(mechanism="kernel_sum", unit="group", projection_dim=4, degree=1)
 ROOM = dpx.Budget(1000.0, 1e-2)  # budget is not what stops them
 IDS = torch.arange(4, 12)
 ROWS = torch.arange(8 * 32).reshape(8, 32) / 100.0

@@ -97,7 +97,7 @@ def test_every_kind_of_anchors_grows(pipe: Any, release_kind: str) -> None:
 
 def test_the_state_is_attention_over_everything_that_came(pipe: Any) -> None:
     """With hardly any noise, rows appended in two parts draw what they draw when released at once."""
-    config = dpx.DPXAttnConfig(epsilon=1e7, degree=2, projection_dim=4)
+    config = dpx.DPXAttnConfig(mechanism="kernel_sum", unit="row", epsilon=1e7, degree=2, projection_dim=4)
     handle = protect(pipe, config, budget=dpx.Budget(1e8, 1e-5, "row", "replace_one"))
     first, more = embeddings(16), embeddings(6, 1)
     release = handle.release(first, horizon=2)
@@ -112,7 +112,7 @@ def test_the_state_is_attention_over_everything_that_came(pipe: Any) -> None:
 
 
 def test_placeholders_that_are_out_keep_serving_their_state(pipe: Any) -> None:
-    handle = protect(pipe, dpx.DPXAttnConfig(degree=1, projection_dim=4))
+    handle = protect(pipe, dpx.DPXAttnConfig(mechanism="kernel_sum", unit="row", degree=1, projection_dim=4))
     release = handle.release(FIRST, horizon=2)
     old = release.inputs()
     before = picture(pipe, **old)
@@ -154,7 +154,7 @@ def test_content_enters_once(pipe: Any, private: dpx.DPXAttnConfig) -> None:
 
 
 def test_groups_and_phrases(pipe: Any) -> None:
-    config = dpx.DPXAttnConfig(unit="group", degree=1, projection_dim=4)
+    config = dpx.DPXAttnConfig(mechanism="kernel_sum", unit="group", degree=1, projection_dim=4)
     handle = protect(pipe, config)
     release = handle.release(embeddings(16), groups=torch.arange(16) // 4, horizon=4)
     with pytest.raises(ContextError, match="span two appends"):
@@ -188,7 +188,7 @@ def test_loaded_releases_do_not_grow(pipe: Any, private: dpx.DPXAttnConfig, tmp_
 
 
 def test_private_sums_are_not_shown_or_copied(pipe: Any) -> None:
-    handle = protect(pipe, dpx.DPXAttnConfig(degree=1, projection_dim=4))
+    handle = protect(pipe, dpx.DPXAttnConfig(mechanism="kernel_sum", unit="row", degree=1, projection_dim=4))
     release = handle.release(SECRET, horizon=4)
     growing = release._growing
     assert repr(growing) == "GrowingContext(GrowingRelease(appends=1 of 4, mechanism='kernel_sum'))"
@@ -201,15 +201,23 @@ def test_private_sums_are_not_shown_or_copied(pipe: Any) -> None:
 
 def test_what_cannot_grow_is_refused_before_the_charge(pipe: Any) -> None:
     for config, message in (
-        (dpx.DPXAttnConfig(mechanism="dptree", degree=1, projection_dim=4, tree_bins=1), "release once"),
-        (dpx.DPXAttnConfig(mechanism="none"), "release once"),
-        (dpx.DPXAttnConfig(unit="context", degree=1, projection_dim=4), "enters once"),
+        (
+            dpx.DPXAttnConfig(unit="row", mechanism="dptree", degree=1, projection_dim=4, tree_bins=1),
+            "release once",
+        ),
+        (dpx.DPXAttnConfig(unit="row", mechanism="none"), "release once"),
+        (
+            dpx.DPXAttnConfig(mechanism="kernel_sum", unit="context", degree=1, projection_dim=4),
+            "enters once",
+        ),
     ):
         ledger = dpx.Ledger()
         with protect(pipe, config, ledger=ledger) as handle, pytest.raises(ConfigError, match=message):
             handle.release(FIRST, horizon=4)
         assert ledger.entries() == ()
-    with protect(pipe, dpx.DPXAttnConfig(degree=1, projection_dim=4)) as handle:
+    with protect(
+        pipe, dpx.DPXAttnConfig(mechanism="kernel_sum", unit="row", degree=1, projection_dim=4)
+    ) as handle:
         for context, horizon in (([FIRST, MORE], 4), (FIRST, 0), (FIRST, 10**6), ("", True)):
             with pytest.raises(ConfigError):
                 handle.release(context, horizon=horizon)
@@ -222,7 +230,7 @@ def test_what_cannot_grow_is_refused_before_the_charge(pipe: Any) -> None:
 
 
 def test_fail_closed(pipe: Any) -> None:
-    handle = protect(pipe, dpx.DPXAttnConfig(degree=1, projection_dim=4))
+    handle = protect(pipe, dpx.DPXAttnConfig(mechanism="kernel_sum", unit="row", degree=1, projection_dim=4))
     release = handle.release(FIRST, horizon=4)
     attn = next(iter(handle.layers.values())).module
     with torch.no_grad():

@@ -15,7 +15,7 @@ from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibratio
 from ..hosts_tiny import tiny_sd
 from .anchor_calibrations import calibration_for
 
-CONFIG = dpx.DPXAttnConfig(mechanism="anchors")
+CONFIG = dpx.DPXAttnConfig(unit="row", mechanism="anchors")
 
 
 def with_cells(pipe: Any, **changes: Any) -> AnchorCalibration:

@@ -18,7 +18,7 @@ from .anchor_calibrations import protect
 from .transformers.encoder_decoder.tiny import tiny
 
 TEXT = "a red circle"
-GROUPED = dpx.DPXAttnConfig(unit="group", projection_dim=4, degree=1)
+GROUPED = dpx.DPXAttnConfig(mechanism="kernel_sum", unit="group", projection_dim=4, degree=1)
 A, B, C = (torch.tensor([5, 6, 7, k]) for k in (8, 9, 10))
 
 
@@ -200,7 +200,7 @@ def test_an_append_that_failed_is_made_again_without_a_second_charge(
 
 @pytest.mark.parametrize("other", [{"unit": "context"}, {"neighboring": "add_or_remove_one"}], ids=str)
 def test_a_budget_is_in_the_unit_and_relation_of_what_is_released(pipe: Any, other: dict[str, str]) -> None:
-    config = dpx.DPXAttnConfig(projection_dim=4, degree=1)
+    config = dpx.DPXAttnConfig(mechanism="kernel_sum", unit="row", projection_dim=4, degree=1)
     with pytest.raises(ConfigError, match="budget is for"):
         protect(pipe, config, budget=dpx.Budget(8.0, 1e-5, **other))
     with protect(pipe, config, budget=dpx.Budget(8.0, 1e-5)) as handle:

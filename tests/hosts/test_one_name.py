@@ -22,7 +22,7 @@ from .transformers.encoder_decoder.tiny import tiny as seq2seq_tiny
 from .transformers.mllama.tiny import images
 from .transformers.mllama.tiny import tiny as image_tiny
 
-CONFIG = dpx.DPXAttnConfig(degree=1, projection_dim=2, unit="context", epsilon=8.0)
+CONFIG = dpx.DPXAttnConfig(mechanism="kernel_sum", degree=1, projection_dim=2, unit="context", epsilon=8.0)
 MAKERS: dict[str, Any] = {
     "bart": lambda: seq2seq_tiny("bart"),
     "t5": lambda: seq2seq_tiny("t5"),

@@ -27,7 +27,7 @@ HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torc
 DTYPES = (HALF, BRAIN, SINGLE, DOUBLE)
 SHAPES = ("largest", "most negative", "mixed", "one huge row", "smallest", "denormal and largest", "zero")
 CONFIG = dpx.DPXAttnConfig(
-    mechanism="kernel_sum", epsilon=8.0, delta=1e-5, degree=1, projection_dim=4, tree_bins=4
+    unit="row", mechanism="kernel_sum", epsilon=8.0, delta=1e-5, degree=1, projection_dim=4, tree_bins=4
 )
 LAYERED = ("kernel_sum", "dptree", "none")
 ANCHORS = ("sum", "response", "histogram", "mixed")

@@ -53,7 +53,7 @@ def assert_same(a: torch.Tensor, b: torch.Tensor) -> None:
 @pytest.fixture(scope="module")
 def pair() -> tuple[Any, Any]:
     plain, protected = tiny_sd(), tiny_sd()
-    dpx.protect(protected, dpx.DPXAttnConfig(mechanism="none"))
+    dpx.protect(protected, dpx.DPXAttnConfig(unit="row", mechanism="none"))
     return plain, protected
 
 

@@ -31,7 +31,7 @@ SMALL = {
     [
         ("ledger", "ledger.json", "dpx.Ledger"),
         ("budget", 16.0, "dpx.Budget"),
-        ("calibration", "examples/shapes/calibrations/row", "from_pretrained"),
+        ("calibration", 8.0, "dpx.calibrate"),
     ],
 )
 def test_an_argument_of_another_type_is_refused_at_once(
@@ -98,5 +98,7 @@ def test_one_release_answers_a_batch_of_questions(private: Any) -> None:
 
 def test_numbers_of_numpy_are_numbers() -> None:
     np = pytest.importorskip("numpy")
-    config = dpx.DPXAttnConfig(epsilon=np.float32(4.0))
-    assert type(config.epsilon) is float and config == dpx.DPXAttnConfig(epsilon=4.0)
+    config = dpx.DPXAttnConfig(mechanism="kernel_sum", unit="row", epsilon=np.float32(4.0))
+    assert type(config.epsilon) is float and config == dpx.DPXAttnConfig(
+        mechanism="kernel_sum", unit="row", epsilon=4.0
+    )

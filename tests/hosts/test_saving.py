@@ -196,7 +196,7 @@ def test_saving_and_pushing_at_once_is_refused(pipe: Any, private: Any, tmp_path
 
 def test_serving_only(pipe: Any, tmp_path: Path) -> None:
     """A pipeline that was protected by loading a release has no calibration, and comes back as one that serves."""
-    config = dpx.DPXAttnConfig(mechanism="anchors", epsilon=8.0, delta=1e-5)
+    config = dpx.DPXAttnConfig(unit="row", mechanism="anchors", epsilon=8.0, delta=1e-5)
     with protect(pipe, config) as handle:
         handle.release(PROMPT).save_pretrained(tmp_path / "release")
     dpx.Release.from_pretrained(tmp_path / "release", host=pipe)
@@ -276,7 +276,7 @@ def test_damaged_protections(name: str, folder: Path) -> None:
 
 def test_another_pipelines_protection_is_refused(folder: Path, tmp_path: Path) -> None:
     """The calibration knows its text encoder: a protection that was moved to another model does not come up."""
-    config = dpx.DPXAttnConfig(mechanism="anchors", epsilon=8.0, delta=1e-5)
+    config = dpx.DPXAttnConfig(unit="row", mechanism="anchors", epsilon=8.0, delta=1e-5)
     pipe = tiny_sd(seed=3)
     protect(pipe, config)
     pipe.save_pretrained(tmp_path / "other")

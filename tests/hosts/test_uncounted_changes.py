@@ -22,7 +22,7 @@ from .test_stale_encodings import HOSTS, IDS
 from .transformers.decoder_only.tiny import tiny as decoder_tiny
 from .transformers.encoder_decoder.tiny import tiny as seq2seq_tiny
 
-NONE = dpx.DPXAttnConfig(mechanism="none")
+NONE = dpx.DPXAttnConfig(unit="row", mechanism="none")
 
 
 def fused(weights: Iterable[Any]) -> None:
@@ -137,7 +137,7 @@ def test_a_loop_of_an_encoder_decoder_reads_the_weights_behind_a_step(name: str)
 
 def test_a_loop_of_a_unet_reads_the_weights_behind_a_step() -> None:
     pipe = tiny_sd()
-    config = dpx.DPXAttnConfig(mechanism="anchors", epsilon=8.0, delta=1e-5)
+    config = dpx.DPXAttnConfig(unit="row", mechanism="anchors", epsilon=8.0, delta=1e-5)
     with dpx.protect(pipe, config, calibration=calibration_for(pipe), ledger=dpx.Ledger()) as handle:
         inputs = handle.release("a cat").inputs()["prompt_embeds"]
         with torch.no_grad():

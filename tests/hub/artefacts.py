@@ -15,7 +15,7 @@ from ..hosts.anchor_calibrations import protect
 from ..hosts.text.libraries import library
 from ..hosts_tiny import picture, tiny_sd
 
-CONFIG = dpx.DPXAttnConfig(epsilon=2.0, degree=1, projection_dim=4)
+CONFIG = dpx.DPXAttnConfig(mechanism="kernel_sum", unit="row", epsilon=2.0, degree=1, projection_dim=4)
 KINDS = ("config", "calibration", "anchors calibration", "library", "release")
 
 

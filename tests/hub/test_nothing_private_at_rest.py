@@ -24,9 +24,13 @@ from .hosts import HOSTS, SECRET, Host, errors, files, saved, shown
 from .server import FakeHub
 
 CONFIGS = {
-    "kernel_sum": dpx.DPXAttnConfig(epsilon=8.0, delta=1e-5, degree=1, projection_dim=4),
-    "anchors": dpx.DPXAttnConfig(mechanism="anchors", epsilon=8.0, delta=1e-5),
-    "dptree": dpx.DPXAttnConfig(mechanism="dptree", epsilon=8.0, delta=1e-5, degree=1, projection_dim=2),
+    "kernel_sum": dpx.DPXAttnConfig(
+        mechanism="kernel_sum", unit="row", epsilon=8.0, delta=1e-5, degree=1, projection_dim=4
+    ),
+    "anchors": dpx.DPXAttnConfig(unit="row", mechanism="anchors", epsilon=8.0, delta=1e-5),
+    "dptree": dpx.DPXAttnConfig(
+        unit="row", mechanism="dptree", epsilon=8.0, delta=1e-5, degree=1, projection_dim=2
+    ),
 }
 EACH = pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS.keys())
 
@@ -161,7 +165,7 @@ def test_exact_structures_would_be_caught(tmp_path: Path) -> None:
 
     unet = HOSTS["unet"]
     own = unet.make()
-    handle = unet.protect(own, dpx.DPXAttnConfig(mechanism="none"))
+    handle = unet.protect(own, dpx.DPXAttnConfig(unit="row", mechanism="none"))
     context = handle.release(SECRET).contexts[0]
     middle = [name for name, *_ in context.fingerprint.layers].index(
         "mid_block.attentions.0.transformer_blocks.0.attn2"

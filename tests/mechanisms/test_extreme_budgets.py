@@ -34,7 +34,13 @@ deltas = st.one_of(st.floats(-1074, -1).map(lambda e: 2.0**e), st.floats(0.5, 1.
 def check(epsilon: float, delta: float, mechanism: str, relation: str) -> bool:
     """Whether there is such a release."""
     config = DPXAttnConfig(
-        mechanism=mechanism, epsilon=epsilon, delta=delta, neighboring=relation, degree=1, tree_bins=2
+        unit="row",
+        mechanism=mechanism,
+        epsilon=epsilon,
+        delta=delta,
+        neighboring=relation,
+        degree=1,
+        tree_bins=2,
     )
     start = time.monotonic()
     try:

@@ -31,7 +31,7 @@ HOSTS = {
     "image-text": (image_tiny, torch.randn(6, 32)),
     "decoder-only": (lambda: decoder_tiny("llama"), torch.arange(5, 11)),
 }
-CONFIG = dpx.DPXAttnConfig(unit="group", degree=1, projection_dim=2)
+CONFIG = dpx.DPXAttnConfig(mechanism="kernel_sum", unit="group", degree=1, projection_dim=2)
 BAD: list[Any] = [[0.5] * 6, ["secret"] * 6, [[0, 1], [2]], [True] * 6, {"a": 1}, [2**70] * 6, object()]
 
 

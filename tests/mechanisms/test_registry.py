@@ -68,7 +68,7 @@ class PublicTexts(_Shelf, Mechanism[Sequence[str]]):
 
 
 def texts(epsilon: float) -> PublicTexts:
-    config = DPXAttnConfig(mechanism="anchors", epsilon=epsilon)
+    config = DPXAttnConfig(unit="row", mechanism="anchors", epsilon=epsilon)
     return PublicTexts(config, RandomizedResponse.of(epsilon, len(LIBRARY)))
 
 

@@ -21,7 +21,9 @@ from hf_dp_xattn.privacy.bits import SeededEntropy
 from .kernel_sum.geometries import random_geometry
 from .kernel_sum.naive_kernel_sum import naive_attend, naive_sum
 
-LOUD = DPXAttnConfig(epsilon=1e6, logit_bound=1.0)  # so little noise that the approximation itself is seen
+LOUD = DPXAttnConfig(
+    mechanism="kernel_sum", unit="row", epsilon=1e6, logit_bound=1.0
+)  # so little noise that the approximation itself is seen
 
 
 def rows(
@@ -90,7 +92,7 @@ def test_structure_equals_the_naive_twin(unit: str, degree: int) -> None:
 def test_noise_is_what_the_accountant_says() -> None:
     """y - (exact sum) over a release has standard deviation sigma: within 6 standard errors (false alarm < 1e-8)."""
     key, value, _ = rows(1, 2, 20, 8, 8)
-    config = DPXAttnConfig(epsilon=3.0, delta=1e-6)
+    config = DPXAttnConfig(mechanism="kernel_sum", unit="row", epsilon=3.0, delta=1e-6)
     prepared = prepare_release(config, [LayerSpec("a", 2, 8, 8, 8**-0.5)])
     assert isinstance(prepared, kernel_sum.PreparedKernelSum)
     event = prepared.events[0]
@@ -117,8 +119,13 @@ def test_noise_is_what_the_accountant_says() -> None:
 
 
 def test_add_or_remove_needs_half_the_noise_and_does_not_use_n() -> None:
-    replace = prepare_release(DPXAttnConfig(), [LayerSpec("a", 1, 4, 4, 0.5)])
-    remove = prepare_release(DPXAttnConfig(neighboring="add_or_remove_one"), [LayerSpec("a", 1, 4, 4, 0.5)])
+    replace = prepare_release(
+        DPXAttnConfig(mechanism="kernel_sum", unit="row"), [LayerSpec("a", 1, 4, 4, 0.5)]
+    )
+    remove = prepare_release(
+        DPXAttnConfig(mechanism="kernel_sum", unit="row", neighboring="add_or_remove_one"),
+        [LayerSpec("a", 1, 4, 4, 0.5)],
+    )
     assert isinstance(replace, kernel_sum.PreparedKernelSum) and isinstance(
         remove, kernel_sum.PreparedKernelSum
     )
@@ -126,9 +133,12 @@ def test_add_or_remove_needs_half_the_noise_and_does_not_use_n() -> None:
     key, value, _ = rows(1, 1, 30, 4, 4)
     counts = {
         name: float(
-            quiet(key, value, DPXAttnConfig(neighboring=name), entropy=SeededEntropy(1)).structure.sums[
-                0, 0, 0, -1
-            ]
+            quiet(
+                key,
+                value,
+                DPXAttnConfig(mechanism="kernel_sum", unit="row", neighboring=name),
+                entropy=SeededEntropy(1),
+            ).structure.sums[0, 0, 0, -1]
         )
         for name in ("replace_one", "add_or_remove_one")
     }
@@ -140,8 +150,10 @@ def test_add_or_remove_needs_half_the_noise_and_does_not_use_n() -> None:
 
 def test_counts_that_are_private_are_not_stated() -> None:
     key, value, _ = rows(1, 1, 30, 4, 4)
-    kept = quiet(key, value, DPXAttnConfig()).guarantees[0]
-    hidden = quiet(key, value, DPXAttnConfig(neighboring="add_or_remove_one")).guarantees[0]
+    kept = quiet(key, value, DPXAttnConfig(mechanism="kernel_sum", unit="row")).guarantees[0]
+    hidden = quiet(
+        key, value, DPXAttnConfig(mechanism="kernel_sum", unit="row", neighboring="add_or_remove_one")
+    ).guarantees[0]
     assert (kept.rows, kept.units) == (30, 30)
     assert (hidden.rows, hidden.units) == (None, None) and "30" not in repr(hidden)
 
@@ -151,16 +163,19 @@ def test_torch_seed_does_not_fix_the_noise() -> None:
     outs = []
     for _ in range(2):
         torch.manual_seed(0)
-        outs.append(quiet(key, value, DPXAttnConfig()).attend(query))
+        outs.append(quiet(key, value, DPXAttnConfig(mechanism="kernel_sum", unit="row")).attend(query))
     assert not torch.equal(*outs)
 
 
 def test_seeded_noise_is_reproducible_and_labelled_not_private() -> None:
     key, value, query = rows(1, 1, 10, 4, 4)
-    a, b = (quiet(key, value, DPXAttnConfig(), entropy=SeededEntropy(7)) for _ in range(2))
+    a, b = (
+        quiet(key, value, DPXAttnConfig(mechanism="kernel_sum", unit="row"), entropy=SeededEntropy(7))
+        for _ in range(2)
+    )
     assert torch.equal(a.attend(query), b.attend(query))
     assert not a.guarantees[0].is_private and "NOT PRIVATE" in a.guarantees[0].sentence()
-    assert quiet(key, value, DPXAttnConfig()).guarantees[0].is_private
+    assert quiet(key, value, DPXAttnConfig(mechanism="kernel_sum", unit="row")).guarantees[0].is_private
 
 
 @pytest.mark.parametrize("mechanism", ["kernel_sum", "none"])
@@ -175,7 +190,7 @@ def test_dtypes(mechanism: str, dtype: torch.dtype) -> None:
 
 def test_none_is_exact() -> None:
     key, value, query = rows(2, 3, 33, 8, 5)
-    out = quiet(key, value, DPXAttnConfig(mechanism="none"), scale=0.3).attend(query)
+    out = quiet(key, value, DPXAttnConfig(unit="row", mechanism="none"), scale=0.3).attend(query)
     torch.testing.assert_close(out, torch.softmax(query @ key.mT * 0.3, -1) @ value)
 
 
@@ -220,7 +235,7 @@ def test_queries_in_chunks_agree() -> None:
 def test_without_calibration_a_warning_says_what_it_would_gain() -> None:
     key, value, _ = rows(1, 1, 5, 4, 4)
     with pytest.warns(UserWarning, match="calibration"):
-        release_attention(key, value, DPXAttnConfig())
+        release_attention(key, value, DPXAttnConfig(mechanism="kernel_sum", unit="row"))
 
 
 @pytest.mark.parametrize(
@@ -236,7 +251,11 @@ def test_without_calibration_a_warning_says_what_it_would_gain() -> None:
 )
 def test_bad_shapes(key_shape: tuple[int, ...], value_shape: tuple[int, ...]) -> None:
     with pytest.raises(ContextError):
-        quiet(torch.zeros(key_shape), torch.zeros(value_shape), DPXAttnConfig())
+        quiet(
+            torch.zeros(key_shape),
+            torch.zeros(value_shape),
+            DPXAttnConfig(mechanism="kernel_sum", unit="row"),
+        )
 
 
 @pytest.mark.parametrize("mechanism", ["kernel_sum", "none"])
@@ -245,17 +264,22 @@ def test_nan_and_inf_are_refused(bad: float, mechanism: str) -> None:
     key, value, _ = rows(1, 1, 5, 4, 4)
     value[0, 0, 3, 1] = bad
     with pytest.raises(ContextError, match="NaN or Inf"):
-        quiet(key, value, DPXAttnConfig(mechanism=mechanism))
+        quiet(key, value, DPXAttnConfig(unit="row", mechanism=mechanism))
 
 
 def test_bad_scale_groups_and_dtype() -> None:
     key, value, _ = rows(1, 1, 5, 4, 4)
     for scale in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ConfigError, match="scale"):
-            quiet(key, value, DPXAttnConfig(), scale=scale)
+            quiet(key, value, DPXAttnConfig(mechanism="kernel_sum", unit="row"), scale=scale)
     with pytest.raises(ConfigError, match="groups"):
-        quiet(key, value, DPXAttnConfig(unit="group"), groups=torch.zeros(7, dtype=torch.long))
+        quiet(
+            key,
+            value,
+            DPXAttnConfig(mechanism="kernel_sum", unit="group"),
+            groups=torch.zeros(7, dtype=torch.long),
+        )
     with pytest.raises(ContextError, match="floating-point"):
-        quiet(key.long(), value.long(), DPXAttnConfig())
+        quiet(key.long(), value.long(), DPXAttnConfig(mechanism="kernel_sum", unit="row"))
     with pytest.raises(ConfigError, match="query must be"):
-        quiet(key, value, DPXAttnConfig()).attend(torch.zeros(1, 1, 3, 5))
+        quiet(key, value, DPXAttnConfig(mechanism="kernel_sum", unit="row")).attend(torch.zeros(1, 1, 3, 5))

@@ -102,7 +102,7 @@ class DPAttnProcessor:
         access: permissions of the handle.
 
     Example:
-        >>> protected = dpx.protect(pipe, dpx.DPXAttnConfig())
+        >>> protected = dpx.protect(pipe, dpx.DPXAttnConfig(mechanism="none"))
         >>> any(isinstance(p, dpx.DPAttnProcessor) for p in pipe.unet.attn_processors.values())
         True
     """

@@ -33,8 +33,9 @@ from .entry_lattice import EntryLattice
 from .places import Places
 
 NO_LIBRARY = (
-    "mechanism='library' needs a library of PUBLIC texts. Make one with dpx.calibrate(host, public_contexts, "
-    "dpx.DPXAttnConfig(mechanism='library', unit='group')), or load a shared one with dpx.TextLibrary.from_pretrained(...)."
+    "mechanism='library' needs a library of PUBLIC texts: pass calibration=dpx.calibrate(host) (made of the public prompts that come "
+    "with the package, in minutes), dpx.calibrate(host, public_texts), or the folder or Hub id of one that is shared. On the command line: "
+    "hf-dp-xattn calibrate MODEL --out FOLDER. Nothing was spent."
 )
 
 

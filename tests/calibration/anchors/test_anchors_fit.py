@@ -25,7 +25,7 @@ SETTINGS = AnchorSettings(anchors=32, rows=16, tilt_steps=40, slots=SLOTS, progr
 
 
 def config(**changes: object) -> DPXAttnConfig:
-    return DPXAttnConfig(mechanism="anchors").replace(**changes)
+    return DPXAttnConfig(unit="row", mechanism="anchors").replace(**changes)
 
 
 @pytest.fixture(scope="module")

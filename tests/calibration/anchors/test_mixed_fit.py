@@ -33,7 +33,7 @@ HAND = {4.0: ("mixed", 0.5, 0.4, 0.6)}
 
 
 def config(**changes: object) -> DPXAttnConfig:
-    return DPXAttnConfig(mechanism="anchors").replace(**changes)
+    return DPXAttnConfig(unit="row", mechanism="anchors").replace(**changes)
 
 
 def long_contexts(count: int, seed: int, off: float = 0.0) -> PublicContexts:

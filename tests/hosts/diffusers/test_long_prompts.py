@@ -18,7 +18,7 @@ from ..anchor_calibrations import protect
 
 FITS = "z" * (LENGTH - 2)  # one token a letter, and the first and last ones
 LONG = FITS + "ebra"
-CONFIG = dpx.DPXAttnConfig(degree=1, projection_dim=2)
+CONFIG = dpx.DPXAttnConfig(mechanism="kernel_sum", unit="row", degree=1, projection_dim=2)
 CALLS: dict[str, Callable[[Any, Any, str], Any]] = {
     "a release": lambda pipe, handle, text: handle.release(text),
     "a batch": lambda pipe, handle, text: handle.release(["a", text]),

@@ -16,7 +16,7 @@ from hf_dp_xattn.hosts.diffusers.public_arguments import check_arguments
 
 from ...hosts_tiny import CHANNELS, LENGTH, latents, picture, tiny_img2img, tiny_sd
 
-NONE = dpx.DPXAttnConfig(mechanism="none")
+NONE = dpx.DPXAttnConfig(unit="row", mechanism="none")
 
 
 @pytest.mark.parametrize("training", [True, False])

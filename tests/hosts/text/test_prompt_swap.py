@@ -236,7 +236,7 @@ def test_pipelines_that_share_an_encoder() -> None:
     with pytest.raises(dpx.ConfigError, match="other settings"):
         dpx.protect(third, config(4.0), calibration=protected.calibration)
     with pytest.raises(dpx.ConfigError, match="other settings"):
-        dpx.protect(pipe, dpx.DPXAttnConfig(mechanism="kernel_sum"))
+        dpx.protect(pipe, dpx.DPXAttnConfig(unit="row", mechanism="kernel_sum"))
     dpx.unprotect(pipe)
     assert picture(third, "a dog") is not None and not pipe.text_encoder._forward_pre_hooks
 

@@ -83,7 +83,7 @@ def test_other_kinds_of_release_are_refused(tmp_path: Path) -> None:
     pipe = tiny_sd()
     dpx.protect(pipe, config(), calibration=library(pipe)).release(SECRET).save_pretrained(tmp_path / "texts")
     dpx.unprotect(pipe)
-    kernel = dpx.DPXAttnConfig(mechanism="kernel_sum", degree=1, projection_dim=4)
+    kernel = dpx.DPXAttnConfig(unit="row", mechanism="kernel_sum", degree=1, projection_dim=4)
     sums = dpx.protect(pipe, kernel, ledger=dpx.Ledger()).release(SECRET)
     sums.save_pretrained(tmp_path / "sums")
     with pytest.raises(dpx.ReleaseError, match="no texts"):

@@ -32,7 +32,7 @@ def _mllama(private: dpx.DPXAttnConfig) -> tuple[Any, Any, Run]:
 
 def _decoder(private: dpx.DPXAttnConfig, name: str = "llama") -> tuple[Any, Any, Run]:
     model = decoders.tiny(name)
-    handle = dpx.protect(model, dpx.DPXAttnConfig(mechanism="none"))
+    handle = dpx.protect(model, dpx.DPXAttnConfig(unit="row", mechanism="none"))
     release = handle.release(decoders.tokens(64, 1))
     ids = decoders.tokens(6, 7)[None]
     return model, handle, lambda **o: model.generate(**release.inputs(input_ids=ids), **o)

@@ -61,7 +61,7 @@ def test_no_context_at_all_is_not_seen_beside_public_rows() -> None:
 @pytest.mark.parametrize("release", ["sum", "response", "histogram", "mixed"])
 def test_every_release_is_drawn(release: str) -> None:
     """At weight 0 nothing of the release is left, whatever its kind."""
-    config = DPXAttnConfig(mechanism="anchors", epsilon=4.0)
+    config = DPXAttnConfig(unit="row", mechanism="anchors", epsilon=4.0)
     parts = decoders("mixed" if release == "mixed" else "")
     own = dataclasses.replace(plan(release), worth=worth(0.0))
     parts = Decoders(parts.slots, parts.cells, parts.move, MEAN)

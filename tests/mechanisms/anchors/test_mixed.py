@@ -44,7 +44,7 @@ def rows(seed: int = 0, n: int = N) -> torch.Tensor:
 
 
 def prepare(epsilon: float = 4.0, **changes: object) -> PreparedAnchors:
-    config = DPXAttnConfig(mechanism="anchors", epsilon=epsilon).replace(**changes)
+    config = DPXAttnConfig(unit="row", mechanism="anchors", epsilon=epsilon).replace(**changes)
     return prepare_anchors(config, [plan("mixed")], decoders("mixed"))
 
 
@@ -193,5 +193,7 @@ def test_a_growing_context_is_refused_by_name() -> None:
 def test_no_move_no_release() -> None:
     with pytest.raises(ConfigError, match="calibrate again"):
         prepare_anchors(
-            DPXAttnConfig(mechanism="anchors"), [plan("mixed")], Decoders(None, cell_decoder(), None)
+            DPXAttnConfig(unit="row", mechanism="anchors"),
+            [plan("mixed")],
+            Decoders(None, cell_decoder(), None),
         )

@@ -30,7 +30,7 @@ def rows(seed: int = 0, n: int = N) -> torch.Tensor:
 
 
 def config(**changes: object) -> DPXAttnConfig:
-    return DPXAttnConfig(mechanism="anchors", epsilon=4.0).replace(**changes)
+    return DPXAttnConfig(unit="row", mechanism="anchors", epsilon=4.0).replace(**changes)
 
 
 GROUPS = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2, 2])

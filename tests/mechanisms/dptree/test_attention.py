@@ -31,7 +31,7 @@ from ..kernel_sum.geometries import random_geometry
 from .naive_dptree import naive_softmax, naive_tree_attention
 from .test_tree import captured, check_noise, check_sensitivity
 
-LOUD = DPXAttnConfig(mechanism="dptree", epsilon=1e9, tree_bins=8)
+LOUD = DPXAttnConfig(unit="row", mechanism="dptree", epsilon=1e9, tree_bins=8)
 QUIET = LOUD.replace(epsilon=2.0)
 
 

@@ -14,7 +14,7 @@ from hf_dp_xattn.mechanisms.dptree.tree_structure import DPTreeStructure
 
 from ...hosts_tiny import picture, tiny_sd
 
-CONFIG = dpx.DPXAttnConfig(mechanism="dptree", degree=1, projection_dim=4, tree_bins=8)
+CONFIG = dpx.DPXAttnConfig(unit="row", mechanism="dptree", degree=1, projection_dim=4, tree_bins=8)
 
 
 @pytest.fixture

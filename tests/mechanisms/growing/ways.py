@@ -25,8 +25,8 @@ from ..anchors.naive_anchors import CHANNELS, decoders, gen, plan
 
 HEADS, DIM, VALUES = 2, 4, 3
 SPECS = [LayerSpec(str(i), HEADS, DIM, VALUES, DIM**-0.5) for i in range(2)]
-KERNEL = DPXAttnConfig(mechanism="kernel_sum", epsilon=2.0, degree=2)
-ANCHORS = DPXAttnConfig(mechanism="anchors", epsilon=4.0)
+KERNEL = DPXAttnConfig(unit="row", mechanism="kernel_sum", epsilon=2.0, degree=2)
+ANCHORS = DPXAttnConfig(unit="row", mechanism="anchors", epsilon=4.0)
 LOUD = 1e7  # hardly any noise
 WAYS = ["kernel_sum", "sketch", "sum", "histogram", "response"]
 SUMS = WAYS[:-1]

@@ -246,10 +246,10 @@ def test_heads_that_are_too_wide_are_refused_when_they_are_prepared(mechanism: s
     """Not at the release, which is charged before it is computed."""
     spec = LayerSpec("layer", 1, 2048, 4, 0.1)
     with pytest.raises(ConfigError, match="2047"):
-        prepare_release(DPXAttnConfig(mechanism=mechanism, degree=1), [spec])
+        prepare_release(DPXAttnConfig(unit="row", mechanism=mechanism, degree=1), [spec])
 
 
 def test_more_coordinates_than_can_be_summed_are_refused_when_they_are_prepared() -> None:
     spec = LayerSpec("layer", 64, 64, 128, 0.1)
     with pytest.raises(ConfigError, match="coordinates"):
-        prepare_release(DPXAttnConfig(mechanism="kernel_sum", degree=2), [spec] * 40)
+        prepare_release(DPXAttnConfig(unit="row", mechanism="kernel_sum", degree=2), [spec] * 40)

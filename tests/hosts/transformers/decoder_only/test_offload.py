@@ -74,7 +74,7 @@ def test_weights_that_are_nowhere(private: dpx.DPXAttnConfig) -> None:
 
 def test_a_calibration_needs_its_weights() -> None:
     model = offload(tiny("llama"))
-    config = dpx.DPXAttnConfig(mechanism="kernel_sum", epsilon=8.0, delta=1e-5)
+    config = dpx.DPXAttnConfig(unit="row", mechanism="kernel_sum", epsilon=8.0, delta=1e-5)
     with pytest.raises(dpx.ConfigError, match="offload"):
         dpx.calibrate(model, [tokens(9), tokens(9, 1)], config)
     calibrated = calibration_for(
