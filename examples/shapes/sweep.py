@@ -35,12 +35,11 @@ from shapes.private import (
     prompts,
 )
 from shapes.reader import load_reader, score
-from shapes.scenes import Example, heldout_examples
-from shapes.tables import PLAIN, PUBLIC, draw_strip, kinds_markdown, line, markdown, name, plot
+from shapes.scenes import heldout_examples
+from shapes.strip import strip
+from shapes.tables import PLAIN, PUBLIC, kinds_markdown, line, markdown, name, plot
 
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, float("inf"))
-STRIP_EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0)
-PROMPT_SEED = 11
 TITLES = {
     "row": "unit = row",
     "group": "unit = group (phrase)",
@@ -50,32 +49,6 @@ TITLES = {
 }
 TREE_EPSILONS = (1.0, 8.0, 64.0)  # its releases are slow
 AXIS = f"epsilon of one release (delta = {DELTA:g}, replace_one)"
-
-
-def strip_example() -> Example:
-    """The private prompt of the strip: the first held-out caption of a fixed seed that names two objects."""
-    return next(e for e in heldout_examples(50, PROMPT_SEED) if len(e.scene.objects) == 2)
-
-
-def strip_label(epsilon: float) -> str:
-    return "exact\n(not private)" if np.isinf(epsilon) else f"eps = {epsilon:g}"
-
-
-def strip(pipeline: Any, calibrations: dict[str, Any], epsilons: Sequence[float], path: Path) -> None:
-    """One private prompt: the picture of the public prompt alone, at each epsilon and unit, and exact."""
-    example = strip_example()
-    rows = []
-    for unit, calibration in calibrations.items():
-        text = prompts([example], unit)
-        pictures = [("public\nprompt only", generate(pipeline, [""], seed=0)[0])]
-        for epsilon in epsilons:
-            picture, _ = generate_private(
-                pipeline, text, config(epsilon, unit=unit), calibration, ledger=dpx.Ledger()
-            )
-            pictures.append((strip_label(epsilon), picture[0]))
-        pictures.append((strip_label(float("inf")), generate(pipeline, text, seed=0)[0]))
-        rows.append((TITLES[unit].replace(" (", "\n("), pictures))
-    draw_strip(rows, example.caption, path)
 
 
 def measure(
@@ -135,7 +108,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
     start = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
-    strip(load_pipeline(), {u: load_calibration(u) for u in UNITS}, STRIP_EPSILONS, args.out / "strip.png")
+    strip(load_pipeline(), args.out / "strip.png")
     wanted = args.series or list(TITLES)
     path = args.out / "accuracy.json"
     old = json.loads(path.read_text())["lines"] if args.series else []

@@ -129,8 +129,13 @@ def _is_number(label: str) -> bool:
     return label.replace(".", "").isdigit()
 
 
-def draw_strip(rows: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]], prompt: str, path: Path) -> None:
-    """Rows of labelled pictures; each row has a title at its left."""
+def draw_strip(
+    rows: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]],
+    prompt: str,
+    path: Path,
+    weak: Sequence[str] = (),
+) -> None:
+    """Rows of labelled pictures; each row has a title at its left, in red where it is one of `weak`."""
     columns = max(len(pictures) for _, pictures in rows)
     figure, axes = plt.subplots(
         len(rows),
@@ -153,6 +158,7 @@ def draw_strip(rows: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]], pro
             ha="right",
             va="center",
             fontsize=9,
+            color="#B00020" if title in weak else "black",
             transform=line_axes[0].transAxes,
         )
     figure.suptitle(f'private prompt: "{prompt}"', fontsize=9)

@@ -10,6 +10,7 @@ import pytest
 
 from hf_dp_xattn.privacy.guessing import guess_bound
 
+pytestmark = pytest.mark.as_users
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 WRITTEN_BY_HAND = (
@@ -24,6 +25,7 @@ WRITTEN_BY_HAND = (
     "THREAT_MODEL",
     "audit",
     "library",
+    "how-it-works",
 )
 _BLOCK = re.compile(r"(?:<!-- needs: (.+?) -->\n)?```python\n(.*?)```", flags=re.S)
 
