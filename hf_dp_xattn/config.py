@@ -123,9 +123,7 @@ class DPXAttnConfig(Shareable):
                     f"Unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}."
                 )
         own = KNOWN[self.mechanism]
-        if isinstance(self.mechanism, Unnamed) and not (
-            self.unit in own.units and self.neighboring in own.relations
-        ):
+        if isinstance(self.mechanism, Unnamed) and self.unit not in own.units:
             object.__setattr__(self, "mechanism", Unnamed("anchors"))  # can give any unit and relation
         self._check_mechanism()
         if self.unit == "context" and self.neighboring == "add_or_remove_one":

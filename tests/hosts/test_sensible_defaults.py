@@ -105,9 +105,8 @@ def test_too_few_units_are_refused_before_the_charge() -> None:
     check(150)
     with pytest.raises(dpx.ContextError, match=r"(?s)3 units are too few.*Nothing was spent"):
         check(3)
-    assert (
-        enough_units(config.replace(neighboring="add_or_remove_one"), made) is None
-    )  # their number is private
+    hidden = config.replace(neighboring="add_or_remove_one")
+    assert enough_units(Settings(hidden, made)) is None  # their number is private
 
 
 def test_a_release_of_too_few_rows_spends_nothing(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,7 +269,13 @@ def protected(host: Host, mechanism: str, pair: Pair, ledger: dpx.Ledger) -> tup
     calibration = host.calibration(own, pair.unit, pair.relation) if mechanism == "anchors" else None
     entropy = FixedEntropy(5)
     return own, dpx.protect(
-        own, config, calibration=calibration, ledger=ledger, budget=BUDGET, entropy=entropy
+        own,
+        config,
+        calibration=calibration,
+        ledger=ledger,
+        budget=BUDGET,
+        entropy=entropy,
+        allow_useless=True,
     )
 
 
