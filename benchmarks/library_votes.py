@@ -43,6 +43,11 @@ def main() -> None:
 
 def page(results: dict[str, Any]) -> str:
     lines = [
+        "# Votes and answers",
+        "",
+        "Written by `python benchmarks/library_votes.py`; the numbers are in `votes.json`. The order of a list is not judged: votes lose "
+        "it, answers keep it. *Prior*: what the votes' public shares alone would release.",
+        "",
         f"Lists of n held-out segments (of {results['segments']}, of {results['prompts']} prompts), {results['lists']} lists of a size at "
         "most: mean 1 - cosine under the best matching.",
         "",

@@ -59,7 +59,13 @@ def load(args: argparse.Namespace, epsilons: Sequence[float]) -> ChatSetting:
         parts = AutoModel.from_pretrained(args.encoder).eval(), AutoTokenizer.from_pretrained(args.encoder)
     encode = unit_encoder(parts[0], parts[1], encoder=parts)
     public = [list(p.segments) for p in prompts(held_out=False)]
-    options = LibraryOptions(epsilons=epsilons, grouping="segments", encoder=encode.name, folder=args.codes)
-    library = build_library(public, encode, CONFIG, options)
+    options = LibraryOptions(
+        epsilons=epsilons,
+        grouping="segments",
+        encoder=encode.name,
+        folder=args.codes,
+        flatten=0.0 if args.encoder else 0.5,
+    )
+    library = build_library(public, encode.public, CONFIG, options)
     private = [p for p in prompts(held_out=True) if 4 <= len(p.segments) <= 10][: args.prompts]
     return ChatSetting(replies, encode, library, private)

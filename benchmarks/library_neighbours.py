@@ -1,0 +1,206 @@
+"""`library` beside other ways at the same epsilon: `python benchmarks/library_neighbours.py --chat MODEL.gguf --out docs/library`.
+
+Private are held-out prompts of 4 to 10 segments. For each way the model reads (or draws from) what that way releases, and its next-token
+distributions along the exact reply to one question are compared with those under the exact prompt: the share of the KL of "no system
+prompt" that is left, 95 % bootstrap interval over prompts. The ways are described in `library_parts/text_neighbours.py`. For `shapes` the
+numbers of `benchmarks/utility.py` and `benchmarks/library_shapes.py` are put beside each other. The file that is written is the checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from library_parts import chat_setting
+from library_parts.replies import QUESTIONS, TOKENS, divergence
+from library_parts.text_neighbours import (
+    DELTA,
+    PARAPHRASE,
+    REDACTED,
+    fused,
+    paraphrased,
+    per_token,
+    public_tokens,
+    summed,
+    top_logit,
+)
+from tqdm.auto import tqdm
+
+from hf_dp_xattn.privacy.bits import SeededEntropy
+
+ANSWERS = (1, 10, 100)
+NONE, LIBRARY = "no system prompt", "library (this package)"
+INTRODUCTION = f"""# Other ways at the same epsilon
+
+Written by `python benchmarks/library_neighbours.py`; the numbers are in `neighbours.json`. A segment of a private system prompt is worth
+the same epsilon in all of them, but what a guarantee is of differs, and so do its terms:
+
+* *Per-token response* (in the style of SanText): each token of a segment is replaced by one of the public prompts' tokens, near ones in the
+  model's embeddings more often, with epsilon / t for each of its t tokens.
+* *Paraphrase, clipped logits* (in the style of DP-Prompt): the model paraphrases each segment in {PARAPHRASE} tokens, drawn from clipped
+  logits, with epsilon / {PARAPHRASE} for each.
+* *DP-Fusion* (`dp-fusion-lib`, run by the benchmark alone; its license is non-commercial): each token of each answer is drawn from a
+  mixture of what the model says with and without the private prompt, so that every answer spends. Its unit is the whole prompt, a stronger
+  unit; its (epsilon, {DELTA:g}) is by its own formula, for answers of {TOKENS} tokens.
+* *kernel_sum*: this package's, without a calibration. `anchors` is not in this table: it needs a decoder that is trained for the model.
+* *library*: pure epsilon, one release, any number of answers.
+
+The first two release a text, which may be read any number of times, as `library` does.
+
+![share of the KL that is left](neighbours.png)
+"""
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    chat_setting.add_arguments(parser)
+    parser.add_argument("--epsilon", type=float, default=8.0)
+    parser.add_argument("--out", type=Path, required=True, help="folder for neighbours.json, .md and .png")
+    args = parser.parse_args()
+    setting = chat_setting.load(args, (args.epsilon,))
+    path, about = args.out / "neighbours.json", {**setting.about, "epsilon": args.epsilon, "delta": DELTA}
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if results.get("setting") != about:
+        results = {"setting": about, "kl": {}}
+    vocabulary = public_tokens(setting.replies, setting.library.texts)
+    top = top_logit(setting.replies, setting.library.texts[:8])
+    args.out.mkdir(parents=True, exist_ok=True)
+    for i, prompt in enumerate(tqdm(setting.private, desc="prompts")):
+        if prompt.id not in results["kl"]:
+            torch.manual_seed(i)
+            results["kl"][prompt.id] = one(setting, list(prompt.segments), args.epsilon, vocabulary, top, i)
+            path.write_text(json.dumps(results, indent=1) + "\n")
+            write(results, args.out)
+
+
+def write(results: dict[str, Any], out: Path) -> None:
+    shares = summary(results["kl"])
+    (out / "neighbours.md").write_text(page(results, shares))
+    plot(results, shares, out / "neighbours.png")
+
+
+def one(
+    setting: chat_setting.ChatSetting,
+    segments: list[str],
+    epsilon: float,
+    vocabulary: torch.Tensor,
+    top: float,
+    seed: int,
+) -> dict[str, float]:
+    """The KL of each way, for one prompt."""
+    replies, question = setting.replies, QUESTIONS["about the role"][0]
+    own = replies.head(" ".join(segments))
+    said = replies.reply(own, question)
+    exact = replies.log_probabilities(own, question, said)
+
+    def read(system: str | None) -> torch.Tensor:
+        return replies.log_probabilities(replies.head(system), question, said)
+
+    prepared = setting.library.prepare(chat_setting.CONFIG.replace(epsilon=epsilon))
+    codes = setting.encode(segments)
+    told = prepared.run(codes, groups=torch.arange(len(segments)), entropy=SeededEntropy(seed)).texts
+    none = read(None)
+    found: dict[str, torch.Tensor | None] = {
+        NONE: none,
+        "per-token response": read(" ".join(per_token(replies, segments, epsilon, vocabulary))),
+        "paraphrase, clipped logits": read(" ".join(paraphrased(replies, segments, epsilon, top))),
+        "kernel_sum, no calibration": summed(replies, segments, question, said, epsilon),
+        LIBRARY: read(" ".join(told)),
+    }
+    redacted = read(REDACTED)
+    for answers in ANSWERS:
+        name = f"DP-Fusion, {answers} answer{'s' if answers > 1 else ''}"
+        found[name] = fused(exact, redacted, epsilon, answers)
+    return {name: divergence(exact, log)[0] for name, log in found.items() if log is not None}
+
+
+def summary(kl: dict[str, dict[str, float]]) -> dict[str, tuple[float, float, float]]:
+    """Share of the KL without a system prompt, with its interval, of each way."""
+    names = list(next(iter(kl.values())))
+    table = np.array([[row[name] for name in names] for row in kl.values()])
+    draws = np.random.default_rng(0).integers(len(table), size=(4000, len(table)))
+    base = table[:, names.index(NONE)]
+    found = {}
+    for j, name in enumerate(names):
+        shares = table[:, j][draws].mean(1) / base[draws].mean(1)
+        low, high = np.percentile(shares, [2.5, 97.5])
+        found[name] = (float(table[:, j].mean() / base.mean()), float(low), float(high))
+    return found
+
+
+def pictures(epsilon: float) -> dict[str, tuple[float, float, float]]:
+    """Attributes right of `shapes` at an epsilon of a phrase, as measured elsewhere in this repository."""
+    made = json.loads((DOCS / "library" / "shapes.json").read_text())["conditions"]
+    lines = json.loads((DOCS / "utility" / "results.json").read_text())["b"]["lines"]
+    found = {}
+    for line in lines:
+        if line["unit"] == "group" and line["epsilon"] == epsilon:
+            found[line["method"]] = (line["accuracy"], line["low"], line["high"])
+    own = made.get(f"epsilon {epsilon:g}")
+    if own:
+        found[LIBRARY] = (own["accuracy"], own["low"], own["high"])
+    return found
+
+
+def page(results: dict[str, Any], shares: dict[str, tuple[float, float, float]]) -> str:
+    epsilon = results["setting"]["epsilon"]
+    lines = [
+        INTRODUCTION,
+        "",
+        f"Epsilon {epsilon:g} for each segment, {len(results['kl'])} held-out prompts, one question; how much of the KL without a system "
+        "prompt is left (0: as with the exact prompt, 1: as without any):",
+        "",
+        "| way | unit | answers | share of the KL left (95 %) |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, (mean, low, high) in shares.items():
+        fusion = name.startswith("DP-Fusion")
+        answers = name.split(", ")[1].split()[0] if fusion else "any number"
+        unit = "the prompt" if fusion else "-" if name == NONE else "a segment"
+        lines.append(
+            f"| {name.split(', 1')[0] if fusion else name} | {unit} | {answers} | {mean:.2f} ({low:.2f} to {high:.2f}) |"
+        )
+    lines += [
+        "",
+        f"`shapes`, epsilon {epsilon:g} for each phrase:",
+        "",
+        "| way | attributes right (95 %) |",
+        "| --- | --- |",
+    ]
+    for name, (mean, low, high) in pictures(epsilon).items():
+        lines.append(f"| {name} | {100 * mean:.1f} % ({100 * low:.1f} to {100 * high:.1f}) |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, Any], shares: dict[str, tuple[float, float, float]], path: Path) -> None:
+    names = list(shares)[::-1]
+    means = np.array([shares[n][0] for n in names])
+    reach = np.array([[shares[n][0] - shares[n][1], shares[n][2] - shares[n][0]] for n in names]).T
+    figure, axis = plt.subplots(figsize=(8, 0.45 * len(names) + 1.2))
+    colours = ["#009E73" if n == LIBRARY else "#999999" if n == NONE else "#0072B2" for n in names]
+    axis.barh(names, means, xerr=reach.clip(0), color=colours, capsize=3, height=0.65)
+    axis.axvline(1, color="black", lw=0.8, ls=":")
+    epsilon = results["setting"]["epsilon"]
+    axis.set_xlabel(
+        f"share of the KL without a system prompt that is left (epsilon {epsilon:g}; less is better)"
+    )
+    axis.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
