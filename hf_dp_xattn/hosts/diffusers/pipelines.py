@@ -6,19 +6,19 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 
-from ...errors import ConfigError, DPXAttnError, ProtectionLostError
+from ...errors import ConfigError, ProtectionLostError
 from ...privacy.units import public_counts
-from ..access import NO_COPY
 from ..accounts import PROTECT_AGAIN
 from ..bindings import unique
 from ..context import PrivateContext
 from ..nan import refuse_nan
 from ..placeholder import Tag, read_tags
 from ..saving import SaveShadow
+from ..shadows import Shadows, SwappedClass
 from .architectures import unwrap
 from .forward_inputs import NO_SCALE
 from .prompt_contexts import name_contexts
@@ -54,44 +54,26 @@ class PipelinePatch:
         self.pipe = pipe
         self.text = text
         self._host, self._guard, self._gate_of_unet = host, host.guard, host.gate
-        self._shadows: dict[str, Callable[..., Any]] = {}
+        serve = {
+            "encode_prompt": self._encode_prompt,
+            "check_inputs": self._check_inputs,
+            "prepare_extra_step_kwargs": self._check_extra,
+        }
+        self._shadows = Shadows(pipe, serve, defaults=True)
         self._saving = SaveShadow(pipe, host.guard)
         self._outer: Any = None  # the hook on a compiled UNet
-        self._class: type[Any] = type(pipe)
-        self._waiting: type[Any] | None = None
+        self._swapped = SwappedClass(pipe, self._make_call())
         self._postprocess: tuple[Any, Callable[..., Any]] | None = None
 
     def install(self) -> None:
-        for name, shadow in (
-            ("encode_prompt", self._encode_prompt),
-            ("check_inputs", self._check_inputs),
-            ("prepare_extra_step_kwargs", self._check_extra),
-        ):
-            original = getattr(self.pipe, name)
-            signature = inspect.signature(original)
-
-            def wrapped(
-                *args: Any,
-                _shadow: Any = shadow,
-                _original: Any = original,
-                _signature: Any = signature,
-                **kwargs: Any,
-            ) -> Any:
-                bound = _signature.bind(*args, **kwargs)
-                bound.apply_defaults()
-                return _shadow(_original, bound)
-
-            self._shadows[name] = vars(self.pipe)[name] = functools.wraps(original)(wrapped)
+        self._shadows.install()
         self._shadow_postprocess()
         self._saving.install()
-        self.pipe.__class__ = self._waiting = self._make_waiting()
+        self._swapped.install()
 
     def remove(self) -> None:
-        if type(self.pipe) is self._waiting:
-            self.pipe.__class__ = self._class
-        for name, shadow in self._shadows.items():
-            if vars(self.pipe).get(name) is shadow:
-                del vars(self.pipe)[name]
+        self._swapped.remove()
+        self._shadows.remove()
         if self._postprocess is not None:
             processor, own = self._postprocess
             if vars(processor).get("postprocess") is own:
@@ -100,10 +82,9 @@ class PipelinePatch:
         if self._outer is not None:
             self._outer.remove()
 
-    def _make_waiting(self) -> type[Any]:
-        """A class of the same name whose calls wait for each other: a call is looked up on the class, and a pipeline keeps its scheduler's
-        and its own state of a call on itself."""
-        original: Any = self._class.__call__
+    def _make_call(self) -> Callable[..., Any]:
+        """Calls that wait for each other: a pipeline keeps its scheduler's and its own state of a call on itself."""
+        original: Any = type(self.pipe).__call__
         signature = inspect.signature(original)
 
         @functools.wraps(original)
@@ -117,12 +98,7 @@ class PipelinePatch:
                     self._guard.check()  # what was unprotected on the way has read a placeholder
                 return result
 
-        def no_copy(pipe: Any, protocol: Any) -> NoReturn:
-            raise DPXAttnError(NO_COPY)
-
-        like = {n: getattr(self._class, n) for n in ("__module__", "__qualname__", "__doc__")}
-        own = {"__call__": call, "__reduce_ex__": no_copy}
-        return type(self._class.__name__, (self._class,), {**like, **own})
+        return call
 
     def _shadow_postprocess(self) -> None:
         processor = self.pipe.image_processor
@@ -153,7 +129,7 @@ class PipelinePatch:
             lost = "its text encoder"
         elif self.pipe.tokenizer is not self.text.tokenizer:
             lost = "its tokenizer"
-        elif any(vars(self.pipe).get(name) is not shadow for name, shadow in self._shadows.items()):
+        elif not self._shadows.installed():
             lost = "its encode_prompt"
         elif not self._looks_at_pictures():
             lost = "its image_processor"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import ConfigError
 from ..content_names import Part
 from ..guard import mark, unmark
-from ..swapped_class import SwappedClass
+from ..shadows import SwappedClass
 from ..transformers.decoder_only.chat import BESIDE, private_message, refuse_others
 from .generate_gate import GenerateGate
 from .one_step import one_step

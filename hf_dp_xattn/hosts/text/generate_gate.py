@@ -20,7 +20,8 @@ from ..content_names import Part, id_parts, special_ids
 from ..diffusers.text_side import without_length_warning
 from ..guard import mark, unmark
 from ..saving import SaveShadow
-from ..transformers.generating import Shadows, named_arguments
+from ..shadows import Shadows
+from ..transformers.generating import named_arguments
 from .released_texts import ReleasedText
 from .unit_encoders import tokenizer_beside
 

@@ -25,7 +25,7 @@ from ..diffusers.text_side import as_texts
 from ..guard import mark, unmark
 from ..host import Named
 from ..saving import SaveShadow
-from ..swapped_class import SwappedClass
+from ..shadows import SwappedClass
 from .one_step import one_step
 from .released_texts import ReleasedPrompt, ReleasedText
 from .unit_encoders import PROBES

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -53,46 +52,6 @@ class OwnCalls(threading.local):
             yield
         finally:
             self.generating = before
-
-
-class Shadows:
-    """Stand in for methods of a model, by instance attributes.
-
-    Args:
-        model: whose.
-        serve: by name, what is called with the original and the bound arguments. A method that the model has not is left out.
-    """
-
-    def __init__(
-        self, model: Any, serve: Mapping[str, Callable[[Callable[..., Any], inspect.BoundArguments], Any]]
-    ) -> None:
-        self._model, self._serve = model, serve
-        self._shadows: dict[str, Callable[..., Any]] = {}
-
-    def install(self) -> None:
-        for name, serve in self._serve.items():
-            original = getattr(self._model, name, None)
-            if original is not None:
-                self._shadows[name] = vars(self._model)[name] = _shadow(original, serve)
-
-    def installed(self) -> bool:
-        own = vars(self._model)
-        return bool(self._shadows) and all(own.get(n) is s for n, s in self._shadows.items())
-
-    def remove(self) -> None:
-        for name, shadow in self._shadows.items():
-            if vars(self._model).get(name) is shadow:
-                del vars(self._model)[name]
-
-
-def _shadow(original: Callable[..., Any], serve: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def shadow(*args: Any, **kwargs: Any) -> Any:
-        return serve(original, signature.bind(*args, **kwargs))
-
-    return shadow
 
 
 @contextmanager

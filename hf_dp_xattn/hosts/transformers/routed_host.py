@@ -18,7 +18,8 @@ from ..layer_host import LayerHost
 from ..nan import main_output, refuse_nan
 from ..recorded_runs import refuse_recording
 from ..released import ReleasedContext
-from .generating import OwnCalls, Shadows, named_arguments
+from ..shadows import Shadows
+from .generating import OwnCalls, named_arguments
 from .routing import Routing, route
 
 

@@ -11,8 +11,9 @@ import torch
 
 from ....errors import ConfigError, ProtectionLostError
 from ...guard import Guard
+from ...shadows import Shadows
 from .. import generating
-from ..generating import Shadows, generation_settings, named_arguments, refuse_arguments, while_protected
+from ..generating import generation_settings, named_arguments, refuse_arguments, while_protected
 from .prefix_attention import Calls, check_window
 from .prefix_cache import PrefixCache
 

@@ -14,9 +14,9 @@ from ....errors import ConfigError, ContextError
 from ...bindings import unique
 from ...guard import Guard
 from ...placeholder import read_tags
+from ...shadows import Shadows
 from .. import generating
 from ..generating import (
-    Shadows,
     check_last_steps,
     generation_settings,
     named_arguments,
