@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .known_mechanisms import KNOWN
 
 ELSEWHERE = "as charged where it was made"  # what a context has spent, where its ledger is not at hand
+_SHOWN = 100  # released texts that a printed report quotes
 NOT_PRIVATE = "NOT PRIVATE: mechanism='none' is exact attention; nothing is promised."
 
 
@@ -120,6 +122,17 @@ def release_entry(
     }
 
 
+def _texts(release: Mapping[str, Any]) -> list[str]:
+    """Released texts, each with its count where units voted; of many the first ones."""
+    texts = release.get("text", ())
+    counts = release.get("counts", [1] * len(texts))
+    shown = [
+        f"      released text: {text}" + (f" (x {n})" if n != 1 else "")
+        for text, n in zip(texts[:_SHOWN], counts[:_SHOWN], strict=True)
+    ]
+    return [*shown, *([f"      and {len(texts) - _SHOWN} more texts"] if len(texts) > _SHOWN else [])]
+
+
 def _up(value: float | str) -> str:
     """A number with four decimals, rounded up: what is printed is never less than what was spent."""
     return value if isinstance(value, str) else f"{math.ceil(value * 1e4) / 1e4:.4f}"
@@ -182,7 +195,7 @@ class PrivacyReport:
                 spent = f"spent on this context: epsilon {release['spent_epsilon']}"
             lines.append(f"      {spent} at delta {release['delta']:g}")
             lines.append(f"      {release['details']}")
-            lines += [f"      released text: {text}" for text in release.get("text", ())]
+            lines += _texts(release)
         lines.append("  public: " + "; ".join(self.public))
         lines.append("  NOT covered:")
         lines += [f"    - {item}" for item in self.not_covered]

@@ -332,6 +332,14 @@ class TextLibrary(Stored):
             )
             for p in self.plans
         ]
+        lists = [
+            (f"{p.epsilon:g}", p.units, len(p.entries), f"{p.quality.distortion:.3f}", f"{p.answers:.3f}")
+            for p in self.votes
+        ]
+        voted = (
+            "\n\nOf lists of so many units, under the best matching; the better way is taken:\n\n"
+            + table(("epsilon", "units", "texts voted for", "distortion of votes", "of answers"), lists)
+        )
         return Described(
             mechanism=self.mechanism,
             unit=self.unit,
@@ -347,5 +355,6 @@ class TextLibrary(Stored):
             },
             utility="Predicted on public contexts that were held out (1 - cosine between a unit and its answer; 0: the unit itself, 1: "
             "nothing of it):\n\n"
-            + table(("epsilon", "texts that may answer", "near", "distortion", "nearest, no noise"), rows),
+            + table(("epsilon", "texts that may answer", "near", "distortion", "nearest, no noise"), rows)
+            + (voted if lists else ""),
         )

@@ -37,6 +37,12 @@ def test_votes_serve_long_lists_at_a_small_epsilon(library: TextLibrary) -> None
     assert plan.units == 100 and plan.better and plan.quality.distortion < 0.8 * plan.answers
 
 
+def test_the_card_tells_both_numbers(library: TextLibrary) -> None:
+    plan = library.votes[0]
+    row = f"| {plan.epsilon:g} | {plan.units} | {len(plan.entries)} | {plan.quality.distortion:.3f} | {plan.answers:.3f} |"
+    assert row in library.described().utility
+
+
 def test_the_number_of_units_decides(library: TextLibrary) -> None:
     assert isinstance(library.prepare_list(GROUPS, 150), PreparedVotes)
     assert isinstance(library.prepare_list(GROUPS, None), PreparedLibrary)  # what any number of them costs

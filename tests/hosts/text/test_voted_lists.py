@@ -44,6 +44,7 @@ def test_many_documents_are_released_with_counts(library: dpx.TextLibrary, tmp_p
     assert topics["tea"] > topics["war"] > 20  # 150 and 50 of 200
     assert str(release.text).count("\n") == len(release.text) - 1
     assert handle.report().to_dict()["releases"][0]["counts"] == list(release.counts)
+    assert f"released text: {release.text[0]} (x {release.counts[0]})" in str(handle.report())
     assert handle.release(documents()).counts == release.counts  # not charged again
     release.save_pretrained(tmp_path)
     loaded = dpx.Release.from_pretrained(tmp_path, host=None)
