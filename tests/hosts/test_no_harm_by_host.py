@@ -24,7 +24,7 @@ from .transformers.mllama.tiny import tiny as image_text
 
 LIMIT = 1.02
 FITTED, FRESH = 96, 40
-CONFIG = dpx.DPXAttnConfig(mechanism="anchors", epsilon=8.0)
+CONFIG = dpx.DPXAttnConfig(mechanism="anchors", unit="row", epsilon=8.0)
 OPTIONS = CalibrationOptions(query_prompts=2, query_steps=2, progress=False)
 
 

@@ -32,7 +32,7 @@ from .synthetic_contexts import CHANNELS, ROWS, contexts, objective, public_data
 LIMIT = 1.02
 SLOTS = SlotSettings(code=8, slots=4, hidden=32, directions=8, steps=0, batch=32, queries=16)
 SETTINGS = AnchorSettings(releases=("sum",), slots=SLOTS, epsilons=(0.5, 8.0), progress=False)
-CONFIG = DPXAttnConfig(mechanism="anchors")
+CONFIG = DPXAttnConfig(mechanism="anchors", unit="row")
 
 
 def fitted(public: PublicContexts, *, steps: int = 0, **changes: object) -> AnchorCalibration:
