@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from . import __version__
 from .commands import audit_command as audit
@@ -16,12 +19,14 @@ from .commands import plan_command as plan
 from .commands import push_command as push
 from .commands import release_command as release
 from .commands import report_command as report
-from .commands.watching import CommandFailed
+from .commands.watching import STOPPED, CommandFailed, Stopped
 from .errors import DPXAttnError
 
 COMMANDS = (demo, plan, calibrate, release, generate, report, audit, bench, push)
 FAILED = 1
 BAD_INPUT = 2  # argparse's own code for a wrong usage, too
+INTERRUPTED = 130  # as shells have it
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _DESCRIPTION = """\
 Differentially private attention for Hugging Face models: a private context is released once as a noised structure, and every layer,
 head, step and query reads that release and nothing else.
@@ -36,7 +41,8 @@ start here:
   hf-dp-xattn audit ./my-pipeline --help              try to break it on your own model, before you trust it
   hf-dp-xattn COMMAND --help                          options and examples of a command
 
-exit codes: 0 done; 1 the answer is no, or it failed after a charge (see the command's help); 2 bad input, with a message on stderr.
+exit codes: 0 done; 1 the answer is no, or it failed after a charge (see the command's help); 2 bad input, with a message on stderr;
+130 stopped by Ctrl-C before anything was spent.
 """
 
 
@@ -67,7 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand; returns its exit code. The package's own errors are told in one line, anything else is a bug and raises."""
+    """Runs a subcommand; returns its exit code. The package's own errors, and files that cannot be written, are told in one line;
+    anything else is a bug and raises."""
     parser = build_parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:  # argparse would print them, and one may be a prompt
@@ -76,6 +83,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     try:
         return int(args.run(args))
+    except KeyboardInterrupt:
+        return _told(STOPPED, INTERRUPTED)
     except DPXAttnError as error:
-        print(f"hf-dp-xattn: {error}", file=sys.stderr)
-        return FAILED if isinstance(error, CommandFailed) else BAD_INPUT
+        code = FAILED if isinstance(error, CommandFailed) else BAD_INPUT
+        return _told(str(error), INTERRUPTED if isinstance(error, Stopped) else code)
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        name = "" if error.filename is None else f" {Path(str(error.filename)).name!r}"
+        return _told(f"Nothing can be written to{name or ' the disk'}: {error.strerror}.", FAILED)
+
+
+def _told(message: str, code: int) -> int:
+    print(f"hf-dp-xattn: {message}", file=sys.stderr)
+    return code

@@ -2,10 +2,11 @@
 
     pip install 'hf_dp_xattn[app]'
     python examples/app/app.py            # then open http://127.0.0.1:7860
+    python examples/app/app.py --model HuggingFaceTB/SmolLM2-135M-Instruct      # a language model: yours by its folder or Hub id
 
-It serves the `shapes` pipeline of this repository and its public calibrations; nothing is downloaded and nothing is sent anywhere.
-Drawing a new (prompt, unit, epsilon) makes a release, which the ledger charges to the prompt; drawing it again reads that release and is
-free. The page shows the sum, which is what an attacker who sees all the pictures has.
+Without --model it serves the `shapes` pipeline of this repository and its public calibrations; nothing is downloaded and nothing is sent
+anywhere. Drawing a new (prompt, unit, epsilon) makes a release, which the ledger charges to the prompt; drawing it again reads that
+release and is free. The page shows the sum, which is what an attacker who sees all the pictures has.
 
 The prompt goes to the server in the body of a request, is not logged, and is written to no file; neither are the pictures.
 """
@@ -46,7 +47,15 @@ def main() -> None:
         default=BUDGET,
         help=f"epsilon that one prompt may spend under one unit (default {BUDGET:g}, more than all of the slider)",
     )
+    parser.add_argument(
+        "--model", help="folder, Hub id or GGUF file of a chat model, whose system prompt is private"
+    )
+    parser.add_argument(
+        "--calibration", help="its library (default: a small one of public prompts, made once and kept)"
+    )
     args = parser.parse_args()
+    if args.model is not None and not Path(args.model).exists():
+        os.environ.pop("HF_HUB_OFFLINE")  # asked for by its Hub id
     warnings.filterwarnings("ignore", category=UserWarning)
     try:
         from app.page import STYLE, build, theme
@@ -55,10 +64,16 @@ def main() -> None:
     if args.host != LOCAL:
         print("Prompts will travel unencrypted: put this behind HTTPS.", file=sys.stderr)
 
-    studio = Studio(args.budget)
-    print("loading the pipeline and the calibrations ...", flush=True)
-    studio.warm_up()
-    page = build(studio)
+    print("loading ...", flush=True)
+    if args.model is None:
+        studio = Studio(args.budget)
+        studio.warm_up()
+        page = build(studio)
+    else:
+        from app.chat_page import build_chat
+        from app.chat_studio import load_chat_studio
+
+        page = build_chat(load_chat_studio(args.model, args.calibration, args.budget))
     _, url, _ = page.launch(
         server_name=args.host,
         server_port=args.port or free_port(args.host),

@@ -23,8 +23,8 @@ _INTRO = f"""<div class="dpx-intro"><h1>{TITLE}</h1>
 <p>The prompt is released <b>once</b>, with noise, and the image model reads that release and never the prompt. A smaller ε tells
 less about it, to the model and to everyone who sees the picture.</p></div>"""
 _HINT = (
-    "<p class='dpx-hint'>Moving the slider updates the plan, for free. Letting it go, <i>Enter</i> in the prompt, another unit, or the "
-    "button draws: a new combination is released and <b>charged</b>, one that was drawn before is free.</p>"
+    "<p class='dpx-hint'>Moving the slider updates the plan, for free. Letting it go, its arrow keys, <i>Enter</i> in the prompt, another "
+    "unit, or the button draws: a new combination is released and <b>charged</b>, one that was drawn before is free.</p>"
 )
 _WHY_NOT = (
     "<p class='dpx-hint'>Forgets what was spent and draws new noise, so that you can play on. <b>Never do this in earnest:</b> what was "
@@ -56,7 +56,19 @@ def _words() -> str:
     return f"<dl class='dpx-words'>{items}</dl><p class='dpx-hint'>One or two objects, each with size, colour, shape and place.</p>"
 
 
-def _say(epsilons: Sequence[float]) -> str:
+ARROWS = """() => {
+  const slider = document.querySelector('#dpx-epsilon input[type=range]');
+  let due;
+  slider.addEventListener('keyup', (event) => {  // once the keys rest: each new value that is drawn is charged
+    if (!/^(Arrow|Page|Home|End)/.test(event.key)) return;
+    clearTimeout(due);
+    due = setTimeout(() => document.querySelector('#dpx-draw').click(), 600);
+  });
+}"""
+
+
+def say_epsilon(epsilons: Sequence[float]) -> str:
+    """What a screen reader says of the slider, whose own value is a position."""
     names = [f"epsilon {e:g}" for e in epsilons]
     return f"(i) => {{ document.querySelector('#dpx-epsilon input[type=range]').setAttribute('aria-valuetext', {names}[i]); }}"
 
@@ -160,6 +172,7 @@ def build(studio: Studio) -> gr.Blocks:
             trigger_mode="always_last",
         )
         # for screen readers: the slider's own value is a position
-        gr.on([index.change, page.load], None, index, js=_say(epsilons))
+        gr.on([index.change, page.load], None, index, js=say_epsilon(epsilons))
+        page.load(None, None, None, js=ARROWS)
         unit.change(about, unit, unit_text, api_visibility="private", show_progress="hidden")
     return page.queue(max_size=32)

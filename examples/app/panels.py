@@ -13,7 +13,7 @@ from PIL import Image
 from shapes.private import DELTA
 
 import hf_dp_xattn as dpx
-from app.studio import Drawn, Spent
+from app.studio import Drawn
 from hf_dp_xattn.privacy.guessing import PRIORS, guess_bound
 
 UNITS = {  # name, what is covered, who an attacker is
@@ -77,15 +77,19 @@ Shown for comparison; in real use it is never drawn.</figcaption></figure>
 def status(drawn: Drawn) -> str:
     """One line: what this draw did."""
     if drawn.again:
-        return _line("free", "Nothing was charged: this release was there, and a picture from it is free.")
-    return _line("charged", f"Released once and charged: ε = {drawn.epsilon:g} for {UNITS[drawn.unit][1]}.")
+        return status_line(
+            "free", "Nothing was charged: this release was there, and a picture from it is free."
+        )
+    return status_line(
+        "charged", f"Released once and charged: ε = {drawn.epsilon:g} for {UNITS[drawn.unit][1]}."
+    )
 
 
 def refusal(message: str) -> str:
-    return _line("refused", escape(message))
+    return status_line("refused", escape(message))
 
 
-def _line(kind: str, text: str) -> str:
+def status_line(kind: str, text: str) -> str:
     return f'<p class="dpx-status dpx-{kind}" role="status">{text}</p>'
 
 
@@ -131,19 +135,23 @@ def spending(drawn: Drawn) -> str:
 <div class="dpx-bar" role="img" aria-label="{share:.0f} % of the budget"><i style="width:{share:.1f}%"></i></div>
 <p><b>Sliding ε over a really private prompt spends the sum</b>: every new combination of prompt, unit and ε is a release of its own.
 Decide on one ε with the planner, release once, and draw from that for ever.</p>
-{guesses}{_others(drawn.others)}</div>"""
+{guesses}{_all_units(drawn)}</div>"""
 
 
-def _others(others: Sequence[Spent]) -> str:
-    if not others:
-        return ""
-    each = ", ".join(
-        f"ε = {up(s.epsilon)} by {escape(UNITS[s.unit][0].lower().removesuffix(' (weak)'))}" for s in others
+def _all_units(drawn: Drawn) -> str:
+    """What this prompt has spent under every unit."""
+    spent = {s.unit: s for s in (drawn.spent, *drawn.others)}
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>ε = {up(spent[u].epsilon) if u in spent else 0}</td>"
+        f"<td>{spent[u].releases if u in spent else 0}</td></tr>"
+        for u, (name, *_) in UNITS.items()
     )
+    table = f"<table><caption>This prompt, under all units:</caption><tr><th>unit</th><th>spent</th><th>releases</th></tr>{rows}</table>"
+    if not drawn.others:
+        return table
     return (
-        f"<p class='dpx-warn'>The same prompt was released by other units too ({each}). Charges of different units do not add up, and the "
-        "ledger refuses to mix them on one context; this demo keeps one ledger for each so that you can compare. In earnest, choose one "
-        "unit: the numbers above hold only for releases of this one.</p>"
+        f"{table}<p class='dpx-warn'>Charges of different units do not add up, and the ledger refuses to mix them on one context; this "
+        "demo keeps one ledger for each so that you can compare. Whoever sees all the pictures has all of them: choose one unit.</p>"
     )
 
 

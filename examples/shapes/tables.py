@@ -101,28 +101,37 @@ def plot(lines: Sequence[dict[str, Any]], titles: dict[str, str], path: Path, ca
         axes.plot(e, y, marker="o", markersize=4, color=colour)
         axes.fill_between(e, low, high, color=colour, alpha=0.15, linewidth=0)
         ends.append((float(y[-1]), float(e[-1]), title, colour))
-    last = None
-    for y_end, x_end, title, colour in sorted(ends):
-        y_text = y_end if last is None else max(y_end, last + 5.5)  # labels must not overlap
-        axes.annotate(title, (x_end, y_end), (x_end * 1.12, y_text), color=colour, fontsize=9, va="center")
-        last = y_text
     axes.set_xscale("log", base=2)
     ticks = sorted({float(x["epsilon"]) for x in lines if _is_number(x["epsilon"])})
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    axes.set_xlim(ticks[0] * 0.9, ticks[-1] * 4)
+    axes.set_xlim(ticks[0] * 0.9, ticks[-1] * 6)
     for label, style in ((PLAIN, "--"), (PUBLIC, ":")):
         values = [100 * x["accuracy"] for x in lines if x["epsilon"] == label and x["series"] == "row"]
         if values:
-            axes.axhline(values[0], linestyle=style, color="gray", linewidth=1)
-            axes.annotate(
-                f"{label}, {values[0]:.0f} %", (axes.get_xlim()[0], values[0] - 3.5), color="gray", fontsize=8
-            )
+            axes.hlines(values[0], *(ticks[0] * 0.9, ticks[-1]), linestyle=style, color="gray", linewidth=1)
+            ends.append((values[0], ticks[-1], f"{label}, {values[0]:.0f} %", "gray"))
+    ends.sort()
+    for (y_end, x_end, title, colour), y_text in zip(ends, _apart([y for y, *_ in ends]), strict=True):
+        axes.annotate(title, (x_end, y_end), (x_end * 1.12, y_text), color=colour, fontsize=9, va="center")
     axes.set_ylim(0, 102)
-    axes.set_xlabel(caption)
+    counted = {int(x["captions"]) for x in lines}
+    axes.set_xlabel(
+        f"{caption}; n = {' to '.join(str(n) for n in sorted({min(counted), max(counted)}))} captions"
+    )
     axes.set_ylabel("attributes right, %")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _apart(places: Sequence[float], least: float = 5.0, top: float = 100.0) -> list[float]:
+    """Rising places of labels, moved up as far as they need to be apart, and down again where they leave the picture."""
+    found = list(places)
+    for i in range(1, len(found)):
+        found[i] = max(found[i], found[i - 1] + least)
+    for i in reversed(range(len(found))):
+        found[i] = min(found[i], top if i == len(found) - 1 else found[i + 1] - least)
+    return found
 
 
 def _is_number(label: str) -> bool:

@@ -10,11 +10,10 @@ import torch
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, ContextError
 from ..hosts.making import LayerRecipe
-from ..known_mechanisms import KNOWN
 from .audit_report import NOT_APPLICABLE, AuditReport, Check, EpsilonBound, Extraction
 from .empirical import audit_releases, preparer, targets
 from .extraction import extract, verdict
-from .leaks import LEAKS
+from .leaks import LEAKS, OF_LAYERS
 from .settings import CANDIDATES, CONFIDENCE, DRAWS, SMALLER, TRIALS, check_numbers
 from .subjects import Canary, Subject, subject_of
 
@@ -60,8 +59,9 @@ def audit(
     check_numbers(draws, trials, confidence)
     subject = subject_of(host, config, calibration, tokenizer)
     canaries = _canaries(subject, texts, contexts)
-    with _Bar(progress, len(LEAKS) + len(SMALLER) + 4) as step:
-        checks = [_leak(check, subject, canaries, step) for check in LEAKS]
+    leaks = [check for check in LEAKS if subject.layered or check not in OF_LAYERS]
+    with _Bar(progress, len(leaks) + len(SMALLER) + 4) as step:
+        checks = [_leak(check, subject, canaries, step) for check in leaks]
         more, bounds = _releases(subject, draws, confidence, step)
         step("extraction")
         guessed, extraction = _extraction(subject, canaries, trials)
@@ -75,20 +75,12 @@ def audit(
     )
 
 
-NO_ATTENTION = (
-    "Audits, benchmarks and the demo try a host whose attention is protected. With mechanism='library' none is: what leaves is the "
-    "released text, which protected.report() shows."
-)
-
-
 def check_config(config: DPXAttnConfig) -> None:
     """Raises ConfigError where nothing is promised."""
     if not isinstance(config, DPXAttnConfig):
         raise ConfigError(f"config must be a DPXAttnConfig, got {type(config).__name__}.")
     if not config.is_private:
         raise ConfigError("mechanism='none' is exact attention: NOT private, and there is nothing to audit.")
-    if KNOWN[config.mechanism].releases == "texts":
-        raise ConfigError(NO_ATTENTION)
 
 
 def _canaries(subject: Subject, texts: Sequence[str] | None, contexts: Sequence[Any] | None) -> list[Canary]:
@@ -117,7 +109,7 @@ def _releases(
     subject: Subject, draws: int, confidence: float, step: Callable[[str], None]
 ) -> tuple[list[Check], list[EpsilonBound]]:
     with subject.protected() as handle:
-        recipe = handle.guard.prepare(handle.guard.fingerprint())
+        recipe = handle.guard.prepare(handle.guard.current())
         prepared = recipe.prepared
         specs = (
             [layer.spec(recipe.dtype) for layer in recipe.layers] if isinstance(recipe, LayerRecipe) else ()

@@ -31,7 +31,7 @@ _ERROR = 0.025  # on each side of the interval
 def contexts_of(subject: Subject, canaries: Sequence[Canary]) -> list[Context]:
     """What the mechanism is given of each canary, on a protected host; each is released once, to find out."""
     handle = subject.handle
-    recipe = handle.guard.prepare(handle.guard.fingerprint())
+    recipe = handle.guard.prepare(handle.guard.current())
     with captured(handle) as kept:
         for canary in canaries:
             subject.release(canary)
@@ -52,7 +52,7 @@ def extract(
     if len(canaries) < 2:
         raise ConfigError("An extraction needs at least two candidates.")
     with subject.protected() as handle:
-        law = law_of(handle.guard.prepare(handle.guard.fingerprint()).prepared)
+        law = law_of(handle.guard.prepare(handle.guard.current()).prepared)
         contexts = contexts_of(subject, canaries)
     return play(
         law, contexts, subject.config, units=_units(subject, contexts), trials=trials, entropy=entropy

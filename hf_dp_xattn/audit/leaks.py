@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import BudgetExceededError, DPXAttnError, ProtectionLostError
+from ..hosts.text.released_texts import ReleasedTexts
 from .audit_report import FAIL, NOT_APPLICABLE, PASS, Check
 from .snapshot import differences, snapshot
 from .spy import Spy
@@ -31,6 +32,8 @@ def held_fixed(handle: Any) -> Iterator[None]:
     def fixed(*given: Any) -> Any:
         result = original(*given)  # so that any way past the release would run
         first.append(result)
+        if isinstance(result, ReleasedTexts):
+            return dataclasses.replace(result, text=first[0].text)
         return dataclasses.replace(result, structures=first[0].structures, context=first[0].context)
 
     vars(handle.releases)["run"] = fixed
@@ -236,6 +239,8 @@ def restored(subject: Subject, pair: Pair) -> Check:
     )
 
 
+OF_LAYERS = (nothing_travels, a_lost_layer)
+"""Those that a host has nothing for whose layers read no release: what reaches it is public text, through the gates of the others."""
 LEAKS: tuple[Callable[[Subject, Pair], Check], ...] = (
     only_the_release,
     nothing_travels,

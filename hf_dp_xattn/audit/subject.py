@@ -30,6 +30,7 @@ class Subject:
     kind: ClassVar[str]
     draws: ClassVar[bool] = False  # pictures, and no texts
     joint: ClassVar[str] = ", "  # between texts that are joined
+    layered: ClassVar[bool] = True  # layers read the release; else the host reads released text
 
     def __init__(
         self, host: Any, config: DPXAttnConfig, calibration: Any = None, tokenizer: Any = None
@@ -52,6 +53,7 @@ class Subject:
             allow_useless=True,  # what it gives away is asked here, not what it is worth
             allow_uncalibrated=True,
             allow_large_epsilon=True,
+            tokenizer=None if self.layered else self.tokenizer,
         )
         try:
             yield self.handle

@@ -6,7 +6,9 @@ from typing import Any
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
+from ..known_mechanisms import KNOWN
 from .picture_subjects import PipelineSubject, UNetSubject
+from .released_subjects import released_subject
 from .subject import Canary, Outputs, Subject
 from .text_subjects import DecoderSubject, ImageTextSubject, Seq2SeqSubject, TransformersSubject
 
@@ -47,6 +49,8 @@ def subject_of(host: Any, config: DPXAttnConfig, calibration: Any = None, tokeni
             "This host is protected: call dpx.unprotect(host) first. It is protected here with a ledger of its own, and left "
             f"unprotected ({STAYS})."
         )
+    if KNOWN[config.mechanism].releases == "texts":
+        return released_subject(host)(host, config, calibration, tokenizer)
     kind = kind_of(host)
     subject = SUBJECTS.get(kind.family)
     if subject is None:

@@ -83,6 +83,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _pairs_of(subject: Any, args: argparse.Namespace) -> tuple[str, int, Callable[[Any, Any], Runs]]:
     """What is timed, in words; tokens of an answer (1: no answers); and, for a canary and its release (None: unprotected), named runs."""
+    if subject.draws and not subject.layered:
+        raise ConfigError(
+            "A pipeline that reads released text runs as it does on any prompt, so that no step differs; a release takes the encoding of "
+            "its phrases. Measure a model of text, or another --mechanism."
+        )
     if subject.draws:
         if args.new_tokens is not None:
             raise ConfigError("--new-tokens is for language models, and this is a pipeline of pictures.")

@@ -4,35 +4,54 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
 from ..records import plain_text, read_records
-from .models import SETTINGS, load_plain, parse_dtype
+from .models import HELP as MODEL
+from .models import SETTINGS, load_plain, load_tokenizer, parse_dtype, quiet, tokenizer_of
 from .public_numbers import check_numbers
-from .texts import add_text_options, load_tokenizer, plain_ids, read_documents, read_prefix, read_question
+from .quick_library import few
+from .release_command import new_folder
+from .texts import (
+    add_text_options,
+    plain_ids,
+    read_documents,
+    read_prefix,
+    read_question,
+)
+from .watching import Stopped
 
 NAME = "calibrate"
 HELP = "fit a calibration to public texts; spends nothing"
 ABBREVIATES = True  # nothing private could be taken for an option
 DESCRIPTION = """\
-Fits everything data-dependent that a release will read (codebooks, clipping maps, priors, decoders) to PUBLIC texts, and writes it to a
-folder, with a card. No budget is spent, and the calibration may be shared.
+Fits everything data-dependent that a release will read to PUBLIC texts, and writes it to a folder, with a card. No budget is spent, and
+the calibration may be shared. By default that is a library of public texts (--mechanism library), which needs no training: minutes for a
+model of 135 M parameters. --unit row and the options of `anchors` (--releases, --steps, ...) train a decoder, which may take hours.
 
 The texts must be public: a calibration is neither noised nor counted, and it tells what it was made from. Use texts that anybody may read
-and that resemble the private ones; about 100 are the least that works, thousands do better.
+and that resemble the private ones; about 100 are the least that works, thousands do better. Without --public, those are taken that come
+with the package: 608 system prompts, or 3,000 prompts of pictures.
 
-For --unit group of a transformers model a text is made of segments (decoder-only) or documents (encoder-decoder), each encoded apart: each
-line is then JSON, a list of strings, such as ["be polite", "close at five"].
+Ctrl-C loses little: what was encoded is kept in a hidden folder in --out, and the same command goes on from there.
+
+For --unit group of a transformers model and `anchors` a text is made of segments (decoder-only) or documents (encoder-decoder), each
+encoded apart: each line is then JSON, a list of strings, such as ["be polite", "close at five"].
 """
 EXAMPLES = """\
 examples:
-  a Stable Diffusion pipeline, one public prompt a line:
-    hf-dp-xattn calibrate ./my-pipeline --public prompts.txt --unit context --out ./my-calibration
-  phrases as units (a line is split at commas, semicolons and "and"), for chosen epsilons:
-    hf-dp-xattn calibrate ./my-pipeline --public prompts.txt --unit group --epsilons 4 8 16 --out ./by-phrase
+  a library of the public prompts that come with the package, for a chat model's sentences or a pipeline's phrases; a first try:
+    hf-dp-xattn calibrate ./my-llama --out ./my-library
+    hf-dp-xattn calibrate ./my-pipeline --out ./my-library --quick
+  of your own public texts, one a line:
+    hf-dp-xattn calibrate ./my-pipeline --public prompts.txt --epsilons 4 8 16 --out ./by-phrase
+    hf-dp-xattn calibrate ./my-llama --unit context --public system_prompts.txt --out ./my-library
+  anchors: a Stable Diffusion pipeline, one public prompt a line:
+    hf-dp-xattn calibrate ./my-pipeline --mechanism anchors --unit context --public prompts.txt --out ./my-calibration
   an encoder-decoder model, from documents of 128 tokens; a decoder-only model, with public questions:
     hf-dp-xattn calibrate ./my-bart --public documents.txt --length 128 --out ./my-calibration
     hf-dp-xattn calibrate ./my-llama --public prefixes.txt --questions questions.txt --out ./my-calibration
@@ -41,36 +60,40 @@ examples:
       --releases sum --out ./my-calibration
     hf-dp-xattn calibrate examples/rag/model --public corpora.jsonl --unit group --questions questions.txt --releases histogram \\
       --anchors 1024 --out ./my-calibration
-  a library of public texts, for a pipeline's phrases or a chat model's sentences; nothing is trained:
-    hf-dp-xattn calibrate ./my-pipeline --mechanism library --unit group --public prompts.txt --out ./my-library
-    hf-dp-xattn calibrate ./my-llama --mechanism library --unit group --public system_prompts.txt --out ./my-library
   then:
     hf-dp-xattn plan ./my-calibration
 
-exit codes: 0 done; 2 bad input (the message is on stderr).
+exit codes: 0 done; 1 nothing can be written; 2 bad input (the message is on stderr); 130 stopped by Ctrl-C.
 """
+_KEPT = ".unfinished"  # in --out, until it is done
+_ANCHORS = ("anchors", "releases", "steps", "minutes", "length", "questions", "replies", "prefix_bucket")
+_QUICK = {"library": (2.0, 4.0, 8.0, 16.0, 32.0), "anchors": (4.0, 8.0, 16.0)}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """All of them but `--json`."""
-    parser.add_argument("model", help="folder or Hub id of a diffusers pipeline or a transformers model")
+    parser.add_argument("model", help=MODEL)
     parser.add_argument(
         "--public",
-        required=True,
         metavar="FILE",
-        help="text file in UTF-8 with one PUBLIC text a line, or JSON lines (see above)",
+        help="text file in UTF-8 with one PUBLIC text a line, or JSON lines (see above; default: prompts that come with the package)",
     )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the calibration")
     parser.add_argument(
         "--mechanism",
         choices=("anchors", "kernel_sum", "library"),
-        default="anchors",
-        help="what will be released (default: anchors); library: public texts, for --unit group or context of any host, in minutes",
+        help="what will be released (default: library, public texts, for --unit group or context of any host; anchors with --unit row "
+        "or with its options)",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a first try: 2,000 public units, fewer epsilons, shorter training",
     )
     parser.add_argument(
         "--unit",
         choices=("row", "group", "context"),
-        help="what one neighbouring step changes (default: row)",
+        help="what one neighbouring step changes (default: group)",
     )
     parser.add_argument(
         "--neighboring",
@@ -139,15 +162,33 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the calibration and says what each of its plans is expected to give."""
+    check_numbers(args)
+    if args.json:
+        quiet()
+    args.mechanism = args.mechanism or _default_mechanism(args)
+    if args.mechanism == "library":
+        args.unit = args.unit or "group"
+    with new_folder(Path(args.out), but=_KEPT) as out:
+        try:
+            return _run(args, out)
+        except KeyboardInterrupt:
+            if (out / _KEPT).exists():
+                raise Stopped("Stopped. The same command goes on from what is kept in --out.") from None
+            raise
+
+
+def _default_mechanism(args: argparse.Namespace) -> str:
+    return (
+        "anchors" if args.unit == "row" or any(getattr(args, n) is not None for n in _ANCHORS) else "library"
+    )
+
+
+def _run(args: argparse.Namespace, out: Path) -> int:
     from ..artefacts import CardOptions
     from ..config import DPXAttnConfig
     from ..hosts.calibrate import calibrate
 
-    check_numbers(args)
-    out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out.name!r} exists and is not an empty folder; choose a new one.")
-    texts = read_records(args.public, "--public")
+    texts = None if args.public is None else read_records(args.public, "--public")
     questions = None if args.questions is None else read_records(args.questions, "--questions")
     settings = {name: getattr(args, name, None) for name in SETTINGS if name != "epsilon"}
     if args.mechanism != "library" and settings["unit"] is None:
@@ -159,15 +200,27 @@ def run(args: argparse.Namespace) -> int:
         for name in ("epsilons", "anchors", "releases", "steps", "minutes", "replies")
     }
     options: dict[str, Any] = {k: v for k, v in named.items() if v is not None}
+    if args.quick:
+        options.setdefault("epsilons", _QUICK.get(args.mechanism, _QUICK["anchors"]))
     if args.mechanism == "library":
-        public, more = _texts_of(args, texts)
+        public, more = _texts_of(args, texts, model)
+        more |= {"folder": out / _KEPT, "tokenizer": tokenizer_of(model, args.model)}
+    elif texts is None:
+        raise ConfigError(
+            f"--mechanism {args.mechanism} needs --public FILE, texts that resemble the private ones."
+        )
     elif args.expand is not None or args.grouping is not None:
         raise ConfigError("--grouping and --expand are for --mechanism library.")
     else:
         public, more = _public(model, args, texts, questions)
+        if args.quick and args.mechanism == "anchors":
+            options = {"steps": 300, "anchors": 512, **options}
+    if args.quick and isinstance(public, list):
+        public = few(public)
     made = calibrate(model, public, config, seed=args.seed, progress=not args.json, **more, **options)
     card: CardOptions = {} if args.license is None else {"license": args.license}
     made.save_pretrained(out, **card)
+    shutil.rmtree(out / _KEPT, ignore_errors=True)
     if args.json:
         plans = [{"epsilon": p.epsilon, "delta": config.delta, **_told(p)} for p in made.plans]
         print(json.dumps({"folder": str(out), "contexts": len(public), "unit": config.unit, "plans": plans}))
@@ -179,14 +232,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _texts_of(args: argparse.Namespace, texts: list[str]) -> tuple[list[Any], dict[str, Any]]:
+def _texts_of(
+    args: argparse.Namespace, texts: list[str] | None, model: Any
+) -> tuple[list[Any], dict[str, Any]]:
     """The public contexts of a library: texts, which are cut; or with --unit group, where all lines are JSON, lists of units."""
-    given = ("anchors", "releases", "steps", "minutes", "length", "questions", "replies", "prefix_bucket")
-    refused = [n for n in given if getattr(args, n) is not None]
+    from ..hosts.calibrate import shipped_contexts
+
+    refused = [n for n in _ANCHORS if getattr(args, n) is not None]
     if refused or args.chat:
         name = "chat" if args.chat else refused[0].replace("_", "-")
         raise ConfigError(f"--{name} is not for --mechanism library, which is made of the texts alone.")
     own = {n: getattr(args, n) for n in ("grouping", "expand") if getattr(args, n) is not None}
+    if texts is None:
+        return shipped_contexts(model), own
     listed = args.unit == "group" and all(text.startswith("[") for text in texts)
     return (read_lists(texts) if listed else texts), own
 
@@ -244,11 +302,11 @@ def _public(
         raise ConfigError("--chat and --prefix-bucket are for decoder-only models.")
     if decoder:
         prefixes = [
-            read_prefix(args.model, t, chat=args.chat) for t in (read_lists(texts) if apart else texts)
+            read_prefix(args.model, t, chat=bool(args.chat)) for t in (read_lists(texts) if apart else texts)
         ]
         more: dict[str, Any] = {"public_head": prefixes[0].head, "prefix_bucket": args.prefix_bucket}
         if questions is not None:
-            more["questions"] = [read_question(args.model, q, chat=args.chat)[0] for q in questions]
+            more["questions"] = [read_question(args.model, q, chat=bool(args.chat))[0] for q in questions]
         return [p.context for p in prefixes], more
     if not seq2seq:
         return texts, {}

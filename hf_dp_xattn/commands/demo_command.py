@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .models import add_settings
-from .public_numbers import check_numbers, check_pictures
+from .families import Family, Prefixes, by_text, family_of
+from .models import ANYTHING, add_settings, is_protected, protect_host
+from .models import HELP as MODEL
+from .public_numbers import check_numbers
 from .release_command import say
 from .trial_hosts import load_trial
 
@@ -21,12 +23,22 @@ HELP = "one public text at several epsilons: pictures or replies"
 EPSILONS = (1.0, 4.0, 8.0, 16.0, 64.0)
 _SHIPPED = Path("examples") / "shapes"
 _SHIPPED_TEXT = ("a large green star on the right", "black background")
+_PICTURE = ("an old wooden house in a snowy forest", "soft morning light", "watercolour")
+_SYSTEM = (
+    "You are the assistant of a small bakery.",
+    "Always answer politely, in one short sentence.",
+    "Recommend the apple cake to everybody.",
+    "The code of the safe is 482913.",
+)
 _TEXT = ("the meeting is at noon", "the house by the river is red")
-_QUESTION = "when is the meeting?"
+_QUESTION = "What is the code of the safe?"
 DESCRIPTION = """\
 Shows what a protection leaves of a text: the same text unprotected, and released at several epsilons. A pipeline draws a strip of
 pictures (one PNG, the same initial noise in all of them, and first what it draws without a text); a language model gives a table of
 replies. Then comes the privacy report. In a checkout, without MODEL, it takes the pipeline that is shipped, with its calibrations.
+
+Without --calibration and --mechanism, the text is answered by public texts: a small library is made of the prompts that are shipped with
+the package (a minute for a model of 135 M parameters), and kept in your cache folder for the next time.
 
 The text is for demonstration, and must be PUBLIC: it is an argument, which shells and process tables keep, it is drawn unprotected, and it
 is released once for each epsilon, which adds up. For a private text: hf-dp-xattn release, hf-dp-xattn generate.
@@ -36,6 +48,8 @@ examples:
   in a checkout:
     hf-dp-xattn demo
     hf-dp-xattn demo --unit row --epsilons 1 8 64 --out ./strip
+  a chat model by its Hub id, with a system prompt that holds a secret:
+    hf-dp-xattn demo HuggingFaceTB/SmolLM2-135M-Instruct
   your own pipeline; several texts are phrases, segments or documents:
     hf-dp-xattn demo ./my-pipeline --calibration ./by-phrase --unit group --text "a red circle" "a blue background"
   a language model with a public question:
@@ -47,83 +61,77 @@ exit codes: 0 done; 2 bad input (the message is on stderr).
 
 @dataclass(frozen=True)
 class Column:
-    """One picture or reply; epsilon None: not protected."""
+    """One picture or reply; epsilon None: not protected. released: the text that the host read, where it read text."""
 
     label: str
     epsilon: float | None
     made: Any
+    released: str | None = None
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """All of them but `--json`."""
-    parser.add_argument(
-        "model",
-        nargs="?",
-        help="folder or Hub id of a diffusers pipeline or a transformers model, plain or protected",
-    )
+    parser.add_argument("model", nargs="?", help=f"{MODEL}; plain or protected")
     parser.add_argument(
         "--text", nargs="+", metavar="TEXT", help="a PUBLIC text; several are phrases, segments or documents"
     )
-    parser.add_argument("--question", metavar="TEXT", help="decoder-only models: a public user's turn")
+    parser.add_argument(
+        "--question",
+        dest="public",
+        metavar="TEXT",
+        help=f"decoder-only models: a public user's turn (default: {_QUESTION!r})",
+    )
     parser.add_argument("--epsilons", type=float, nargs="+", metavar="E", help="default: 1 4 8 16 64")
     add_settings(parser)
     parser.add_argument(
         "--out", default=".", metavar="FOLDER", help="for demo.png (default: the current one)"
     )
-    parser.add_argument(
-        "--steps", type=int, default=20, metavar="N", help="pictures: denoising steps (default: 20)"
-    )
+    parser.add_argument("--steps", type=int, metavar="N", help="pictures: denoising steps (default: 20)")
     parser.add_argument("--guidance", type=float, metavar="W", help="pictures: guidance scale")
     parser.add_argument("--pixels", type=int, metavar="N", help="pictures: edge (default: the model's own)")
-    parser.add_argument(
-        "--new-tokens", type=int, default=20, metavar="N", help="replies: at most so many (default: 20)"
-    )
+    parser.add_argument("--new-tokens", type=int, metavar="N", help="replies: at most so many (default: 20)")
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the pictures; not of the releases"
     )
-    parser.set_defaults(config=None, epsilon=None)
+    parser.set_defaults(config=None, epsilon=None, chat=None, prefix_bucket=None, begin=None)
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the strip or prints the replies, and the report."""
     epsilons = _settle(args)
-    out = Path(args.out)
     say(args, "loading the model")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from ..audit.subjects import subject_of
-
-        trial = load_trial(args)
-        subject = subject_of(trial.host, trial.config, trial.calibration, trial.tokenizer)
-        pictures = subject.draws
-        if pictures:
-            check_pictures(trial.host, args)
-        canary = _canary(subject, args)
-        columns, report = _columns(subject, canary, epsilons, args, pictures)
-    values: dict[str, Any] = {"report": report.to_dict(), "unit": subject.config.unit}
+        columns, report, unit = _columns(args, epsilons)
+    values: dict[str, Any] = {"report": report.to_dict(), "unit": unit}
     values["columns"] = [{"label": c.label, "epsilon": c.epsilon} for c in columns]
-    if pictures:
-        values["file"] = str(_write(columns, out))
-    else:
-        for found, column in zip(values["columns"], columns, strict=True):
+    for found, column in zip(values["columns"], columns, strict=True):
+        if column.released is not None:
+            found["released"] = column.released
+        if isinstance(column.made, str):
             found["reply"] = column.made
-    print(json.dumps(values, sort_keys=True) if args.json else _told(values, columns, report, pictures))
+    if not isinstance(columns[0].made, str):
+        values["file"] = str(_write(columns, Path(args.out)))
+    print(json.dumps(values, sort_keys=True) if args.json else _told(values, columns, report))
     return 0
 
 
 def _settle(args: argparse.Namespace) -> tuple[float, ...]:
     """Fills in what was left out; the epsilons."""
-    from ..hosts.protection import FOLDER
-
     check_numbers(args)
     if not Path(args.out).is_dir():
         raise ConfigError("--out takes a folder that exists.")
+    if args.text is not None and not all(t.strip() for t in args.text):
+        raise ConfigError("--text must not be empty.")
     if args.model is None:
         _take_the_shipped(args)
     epsilons = tuple(args.epsilons or EPSILONS)
-    if (Path(args.model) / FOLDER).is_dir():
-        return epsilons  # saved with its protection, which says the rest
-    args.epsilon = max(epsilons)
+    args.height = args.width = args.pixels
+    args.allow_useless = args.allow_large_epsilon = args.allow_uncalibrated = (
+        True  # it shows what they are worth
+    )
+    if not is_protected(args.model):  # else it says the rest
+        args.epsilon = max(epsilons)
     return epsilons
 
 
@@ -145,62 +153,50 @@ def _take_the_shipped(args: argparse.Namespace) -> None:
         args.calibration = str(root / "calibrations" / args.unit)
 
 
-def _canary(subject: Any, args: argparse.Namespace) -> Any:
-    """The text as the subject takes it: its parts, or one whole."""
-    texts = list(args.text or _TEXT)
-    if not all(t.strip() for t in texts):
-        raise ConfigError("--text must not be empty.")
-    if subject.kind == "decoder-only":
-        subject.question = args.question or _QUESTION
-    elif args.question is not None:
-        raise ConfigError("--question is for decoder-only models.")
-    return subject.whole(texts)
-
-
-def _columns(
-    subject: Any, canary: Any, epsilons: tuple[float, ...], args: argparse.Namespace, pictures: bool
-) -> tuple[list[Column], Any]:
-    """What is made unprotected and at each epsilon, and the report of the last one."""
+def _columns(args: argparse.Namespace, epsilons: tuple[float, ...]) -> tuple[list[Column], Any, str]:
+    """What is made unprotected and at each epsilon, the report of the last one, and the unit."""
     from tqdm.auto import tqdm
 
-    make = _draw if pictures else _reply
-    nothing = subject.nothing()
-    columns = [] if nothing is None else [Column("no text", None, make(subject, nothing, args))]
-    columns.append(Column("not protected", None, make(subject, subject.unprotected(canary), args)))
+    from ..privacy.ledger import Ledger
+
+    trial = load_trial(args)
+    columns: list[Column] = []
     report = None
     for epsilon in tqdm(epsilons, disable=args.json, desc="epsilons"):
-        with subject.protected(subject.config.replace(epsilon=float(epsilon))) as handle:
-            inputs = subject.inputs(subject.release(canary))
-            columns.append(Column(f"epsilon {epsilon:g}", float(epsilon), make(subject, inputs, args)))
+        config = trial.config.replace(epsilon=float(epsilon))
+        with protect_host(
+            trial.host, args.model, config, calibration=trial.calibration, ledger=Ledger(), **ANYTHING
+        ) as handle:
+            family = family_of(handle, args)
+            text = _prepare(family, args)
+            if not columns:
+                for label, plain in (("no text", None), ("not protected", text)):
+                    columns += [Column(label, None, _one(made)) for made in family.draw_plain(plain)[:1]]
+            release = family.release(text)
+            made = _one(family.draw(release)[0])
+            told = str(release.text) if by_text(handle) else None
+            columns.append(Column(f"epsilon {epsilon:g}", float(epsilon), made, told))
             report = handle.report()
-    return columns, report
+    return columns, report, trial.config.unit
 
 
-def _draw(subject: Any, inputs: dict[str, Any], args: argparse.Namespace) -> Any:
-    import torch
+def _prepare(family: Family, args: argparse.Namespace) -> str:
+    """The text, as one string, with what is public beside it checked."""
+    if family.draws and args.public is not None:
+        raise ConfigError("--question is for decoder-only models.")
+    named = {"steps": 20} if family.draws else {"public": _QUESTION, "new_tokens": 20}
+    for name, value in named.items():
+        if getattr(args, name) is None and (name != "public" or isinstance(family, Prefixes)):
+            setattr(args, name, value)
+    if not family.draws:
+        args.seed = None  # else texts were sampled
+    texts = args.text or (_PICTURE if family.draws else _SYSTEM if isinstance(family, Prefixes) else _TEXT)
+    family.prepare(None, None)
+    return family.joint.join(texts)
 
-    named = {"guidance_scale": args.guidance, "height": args.pixels, "width": args.pixels}
-    if args.pixels is None and isinstance(subject.unet.config.sample_size, int):
-        named["height"] = named["width"] = subject.unet.config.sample_size * subject.host.vae_scale_factor
-    generator = torch.Generator().manual_seed(args.seed)
-    return subject.host(
-        **inputs,
-        generator=generator,
-        num_inference_steps=args.steps,
-        **{k: v for k, v in named.items() if v is not None},
-    ).images[0]
 
-
-def _reply(subject: Any, inputs: dict[str, Any], args: argparse.Namespace) -> str:
-    import torch
-
-    if subject.tokenizer is None:
-        raise ConfigError("There is no tokenizer beside the model; save one there.")
-    with torch.no_grad():
-        found = subject.host.generate(**inputs, max_new_tokens=args.new_tokens, do_sample=False, num_beams=1)
-    skip = inputs["input_ids"].shape[1] if subject.kind == "decoder-only" else 0
-    text: str = subject.tokenizer.decode(found[0, skip:], skip_special_tokens=True)
-    return " ".join(text.split())
+def _one(made: Any) -> Any:
+    return " ".join(made.split()) if isinstance(made, str) else made
 
 
 def _write(columns: list[Column], out: Path) -> Path:
@@ -227,13 +223,18 @@ def _write(columns: list[Column], out: Path) -> Path:
     return path
 
 
-def _told(values: dict[str, Any], columns: list[Column], report: Any, pictures: bool) -> str:
+def _told(values: dict[str, Any], columns: list[Column], report: Any) -> str:
     lines = []
-    if pictures:
+    if "file" in values:
         print(f"wrote {values['file']}", file=sys.stderr)
-    else:
-        width = max(len(c.label) for c in columns)
-        lines += [f"{c.label:<{width}}  {c.made}" for c in columns] + [""]
+    width = max(len(c.label) for c in columns)
+    for column in columns:
+        if isinstance(column.made, str):
+            lines.append(f"{column.label:<{width}}  {column.made}")
+        if column.released is not None:
+            told = column.released.replace("\n", " / ")
+            lines.append(f"{'' if isinstance(column.made, str) else column.label:<{width}}  it read: {told}")
+    lines += [""] if lines else []
     lines.append(
         f"The text was released {len([c for c in columns if c.epsilon])} times, once for each epsilon; a private text would be charged for "
         "each. The last one:"

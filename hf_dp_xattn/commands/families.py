@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ConfigError
 from ..known_mechanisms import KNOWN
+from .models import load_tokenizer
 from .public_head import check_chat
 from .public_numbers import NOTHING, check_decoder_room, check_pictures
 from .texts import (
     chat_head,
+    has_template,
     lines_of,
-    load_tokenizer,
     plain_ids,
     read_documents,
     read_prefix,
     read_question,
     tokenize,
+    without_system,
 )
 
 if TYPE_CHECKING:
@@ -40,6 +43,8 @@ class Family:
     """
 
     foreign: ClassVar[dict[str, tuple[str, ...]]] = {}
+    draws: ClassVar[bool] = False  # pictures, and no texts
+    joint: ClassVar[str] = "\n"  # between units of a text
 
     def __init__(self, handle: Any, args: argparse.Namespace) -> None:
         self.handle, self.args = handle, args
@@ -65,8 +70,16 @@ class Family:
         """
         raise NotImplementedError
 
-    def make(self, release: Any) -> dict[str, Any]:
-        """A picture or a text of a release: "files", "texts"."""
+    def draw(self, release: Any) -> list[Any]:
+        """Pictures or texts of a release."""
+        raise NotImplementedError
+
+    def draw_plain(self, text: str | None) -> list[Any]:
+        """What the host makes of a PUBLIC text, or of none, without a protection; nothing where it needs one."""
+        raise NotImplementedError
+
+    def save(self, drawn: list[Any]) -> dict[str, Any]:
+        """Writes what was drawn to --out, where there is one: "files", "texts"."""
         raise NotImplementedError
 
 
@@ -78,6 +91,7 @@ class Prompts(Family):
         "{first} is for texts, and this is a pipeline of pictures.": ("new_tokens",),
         "{first} is for encoder-decoder models.": ("begin",),
     }
+    draws, joint = True, ", "
 
     @property
     def pipe(self) -> Any:
@@ -93,13 +107,18 @@ class Prompts(Family):
 
     def prepare(self, release: Any | None, private: str | None) -> None:
         args = self.args
-        if args.out is None or Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-            raise ConfigError("A picture needs a file: --out picture.png")
         check_pictures(self.pipe, args)
         if args.public is not None:
             self.check_public(args.public)
 
-    def make(self, release: Any) -> dict[str, Any]:
+    def draw(self, release: Any) -> list[Any]:
+        return self._pictures(release.inputs(prompt=self.args.public))
+
+    def draw_plain(self, text: str | None) -> list[Any]:
+        with self.handle.public():
+            return self._pictures({"prompt": text or ""})
+
+    def _pictures(self, inputs: dict[str, Any]) -> list[Any]:
         import torch
 
         args, pipe = self.args, self.pipe
@@ -113,10 +132,12 @@ class Prompts(Family):
         if args.seed is not None:
             named["generator"] = torch.Generator().manual_seed(args.seed)
         given = {k: v for k, v in named.items() if v is not None}
-        images = pipe(**release.inputs(prompt=args.public), **given).images
-        out = Path(args.out)
-        files = [out] if len(images) == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(len(images))]
-        for image, file in zip(images, files, strict=True):
+        return list(pipe(**inputs, **given).images)
+
+    def save(self, drawn: list[Any]) -> dict[str, Any]:
+        out = Path(self.args.out)
+        files = [out] if len(drawn) == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(len(drawn))]
+        for image, file in zip(drawn, files, strict=True):
             image.save(file)
         return {"files": [str(f) for f in files]}
 
@@ -135,7 +156,10 @@ class Texts(Family):
         """How many tokens the output begins with, which are not printed again."""
         return self.skip
 
-    def make(self, release: Any) -> dict[str, Any]:
+    def draw(self, release: Any) -> list[Any]:
+        return self._texts(release.inputs(**self.public), self.begins)
+
+    def _texts(self, inputs: dict[str, Any], begins: Callable[[dict[str, Any]], int]) -> list[str]:
         import torch
 
         args = self.args
@@ -144,13 +168,21 @@ class Texts(Family):
         if args.seed is not None:
             torch.manual_seed(args.seed)
             options["do_sample"] = True
-        inputs = release.inputs(**self.public)
         found = self.handle.model.generate(**inputs, **options)
-        texts = tokenizer.batch_decode(found[:, self.begins(inputs) :], skip_special_tokens=True)
-        if args.out is None:
-            return {"texts": texts}
-        Path(args.out).write_text("\n".join(texts) + "\n", encoding="utf-8")
-        return {"texts": texts, "files": [args.out]}
+        texts: list[str] = tokenizer.batch_decode(found[:, begins(inputs) :], skip_special_tokens=True)
+        return texts
+
+    def _plain_texts(self, inputs: dict[str, Any], skip: int) -> list[str]:
+        device = self.handle.model.device
+        with self.handle.public():
+            return self._texts({name: ids.to(device) for name, ids in inputs.items()}, lambda _: skip)
+
+    def save(self, drawn: list[Any]) -> dict[str, Any]:
+        out = self.args.out
+        if out is None:
+            return {"texts": drawn}
+        Path(out).write_text("\n".join(drawn) + "\n", encoding="utf-8")
+        return {"texts": drawn, "files": [out]}
 
 
 _PICTURES = {"{given}: for pictures, and this model writes text.": ("steps", "guidance", "height", "width")}
@@ -160,6 +192,12 @@ class Documents(Texts):
     """Encoder-decoder models."""
 
     foreign: ClassVar = {"{first} is for decoder-only models.": ("chat", "prefix_bucket"), **_PICTURES}
+
+    def draw_plain(self, text: str | None) -> list[Any]:
+        if text is None:
+            return []
+        begin = {name: ids for name, ids in self.public.items() if name == "decoder_input_ids"}
+        return self._plain_texts({**read_documents(self.args.model, [text]), **begin}, self.skip)
 
     def read_public(self, ids: Any) -> dict[str, Any]:
         """What is given to `release.inputs` of the public words, ids [1, m]."""
@@ -188,8 +226,21 @@ class Prefixes(Texts):
 
     foreign: ClassVar = {**_PICTURES, "{first} is for encoder-decoder models.": ("begin",)}
 
+    def draw_plain(self, text: str | None) -> list[Any]:
+        import torch
+
+        args = self.args
+        if text is None:
+            ids = without_system(args.model, args.public, chat=bool(args.chat))
+        else:
+            prefix = read_prefix(args.model, text, chat=bool(args.chat))
+            assert isinstance(prefix.context, torch.Tensor)
+            ids = torch.cat([prefix.head, prefix.context, self.public["input_ids"][0]])
+        whole = ids.unsqueeze(0)
+        return self._plain_texts({"input_ids": whole, "attention_mask": torch.ones_like(whole)}, len(ids))
+
     def _prefix(self, text: str) -> PrefixText:
-        return read_prefix(self.args.model, lines_of(text) if self.apart else text, chat=self.args.chat)
+        return read_prefix(self.args.model, lines_of(text) if self.apart else text, chat=bool(self.args.chat))
 
     def release(self, text: str) -> Any:
         prefix = self._prefix(text)
@@ -204,7 +255,7 @@ class Prefixes(Texts):
     def prepare(self, release: Any | None, private: str | None) -> None:
         if self.args.public is None:
             raise ConfigError("A decoder-only model answers something: --public TEXT is the user's turn.")
-        ids = _words(read_question(self.args.model, self.args.public, chat=self.args.chat))
+        ids = _words(read_question(self.args.model, self.args.public, chat=bool(self.args.chat)))
         self.public, self.skip = {"input_ids": ids}, ids.shape[1]
         if private is not None:  # with a saved release `generate` itself says so, at no cost
             self._check_room(private)
@@ -271,6 +322,11 @@ class ReleasedPrefixes(Prefixes):
     """Decoder-only models that read released text, which is as long as it is."""
 
     foreign: ClassVar = {**_BUCKET, **Prefixes.foreign}
+
+    def __init__(self, handle: Any, args: argparse.Namespace) -> None:
+        super().__init__(handle, args)
+        if args.chat is None:
+            args.chat = has_template(args.model)
 
     def release(self, text: str) -> Any:
         return self.handle.release(text)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import sys
-from contextlib import nullcontext
+import time
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..privacy.default_ledger import user_folder
 from .families import NEW_TOKENS, family_of, is_given
-from .models import SETTINGS, load_plain, parse_dtype, protected_model
+from .models import SETTINGS, is_protected, load_plain, parse_dtype, protected_model, quiet
 from .private_text import WHY, read_private_text
 from .public_numbers import NOTHING, check_numbers
 from .release_command import REFUSED, add_releasing, keep, new_folder, open_ledger, release_or_refuse, say
@@ -23,8 +25,8 @@ NAME = "generate"
 HELP = "a picture or a text from a release"
 DESCRIPTION = f"""\
 Draws a picture (diffusers) or writes a text (transformers) from a release. With --release it reads a saved one: nothing is charged, and
-no private text is asked for. Otherwise it releases a private text first, once, and charges it to the ledger; keep that release with
---keep, since the ledger refuses a second one of the same text where it exceeds the budget.
+no private text is asked for. Otherwise it releases a private text first, once, and charges it to the ledger. That release is kept, in
+your cache folder or where --keep says, since the ledger refuses a second one of the same text where it exceeds the budget.
 
 {WHY}
 {LINES}"""
@@ -43,7 +45,8 @@ examples:
     hf-dp-xattn generate examples/rag/model --release ./release --begin "what is the colour ?" --new-tokens 1
 
 exit codes: 0 done; 1 the ledger refuses and nothing was released, or something failed after the charge or while drawing or writing (the
-message on stderr says which, what was charged, and where the release is kept); 2 bad input, nothing was spent (the message is on stderr).
+message on stderr says which, what was charged, and where the release is kept); 2 bad input, nothing was spent (the message is on stderr);
+130 stopped by Ctrl-C before anything was spent.
 """
 
 
@@ -51,7 +54,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """All of them but `--json`."""
     add_releasing(parser)
     parser.add_argument("--release", metavar="FOLDER", help="folder or Hub id of a saved release")
-    parser.add_argument("--keep", metavar="FOLDER", help="new folder for a release that is made here")
+    parser.add_argument(
+        "--keep",
+        metavar="FOLDER",
+        help="new folder for a release that is made here (default: one in hf_dp_xattn/releases of your cache folder; it is printed)",
+    )
     parser.add_argument(
         "--public",
         metavar="TEXT",
@@ -86,12 +93,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the picture or the text; 1 where the ledger refuses, or where it fails after a charge or with a saved release."""
-    with nullcontext() if args.keep is None else new_folder(Path(args.keep)):
-        return _run(args)
-
-
-def _run(args: argparse.Namespace) -> int:
     private = _check(args)
+    if args.release is not None:
+        return _run(args, private)
+    with new_folder(_kept_by_default() if args.keep is None else Path(args.keep)) as keep_in:
+        return _run(args, private, keep_in)
+
+
+def _kept_by_default() -> Path:
+    """A folder that is not there yet; nothing of the private text is in its name."""
+    name = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{secrets.token_hex(4)}"
+    return user_folder() / "releases" / name
+
+
+def _run(args: argparse.Namespace, private: str | None, keep_in: Path | None = None) -> int:
+    if args.json:
+        quiet()
     say(args, "loading the model")
     ledger, release = None, None
     if args.release is not None:
@@ -101,9 +118,11 @@ def _run(args: argparse.Namespace) -> int:
         handle = protected_model(args, ledger)
     family = family_of(handle, args)
     family.prepare(release, private)
+    if family.draws and Path(args.out or "").suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ConfigError("A picture needs a file: --out picture.png")
     if args.out is not None:
         _check_out(Path(args.out).resolve())
-    stage = Stage("Generating", private=release is None, keep=None if args.keep else "--keep FOLDER")
+    stage = Stage("Generating", private=release is None)
     with watching(ledger, stage):
         if release is None:
             stage.doing = "Releasing"
@@ -111,11 +130,15 @@ def _run(args: argparse.Namespace) -> int:
             release = release_or_refuse(family, str(private))
             if release is None:
                 return REFUSED
-            if args.keep is not None:
-                keep(release, Path(args.keep), stage)
+            assert keep_in is not None
+            keep(release, keep_in, stage)
+            say(args, f"the release is kept in {keep_in}; go on from there with --release, at no cost")
             stage.doing, stage.private = "Generating", False
         say(args, "generating")
-        _tell(args, family.make(release), [g.sentence() for g in release.guarantees])
+        made = family.save(family.draw(release))
+        if keep_in is not None:
+            made["release"] = str(keep_in)
+        _tell(args, made, [g.sentence() for g in release.guarantees])
     return 0
 
 
@@ -134,7 +157,16 @@ def _check(args: argparse.Namespace) -> str | None:
     check_numbers(args)
     given = [
         n
-        for n in ("config", *SETTINGS, "calibration", "prompt_file", "prefix_bucket", "ledger", "keep")
+        for n in (
+            "config",
+            *SETTINGS,
+            "calibration",
+            "prompt_file",
+            "prefix_bucket",
+            "ledger",
+            "budget",
+            "keep",
+        )
         if is_given(getattr(args, n))
     ]
     if args.release is not None:
@@ -148,11 +180,10 @@ def _check(args: argparse.Namespace) -> str | None:
 def _given(args: argparse.Namespace) -> tuple[Any, Any]:
     """The handle and a saved release; no budget is at hand, and none is spent."""
     from ..hosts.protect import Release, handle_of
-    from ..hosts.protection import FOLDER
     from ..hosts.restoring import from_pretrained
 
     dtype = parse_dtype(args.dtype)
-    if (Path(args.model) / FOLDER).is_dir():
+    if is_protected(args.model):
         host = from_pretrained(args.model, dtype=dtype)
     else:
         host = load_plain(args.model, dtype)

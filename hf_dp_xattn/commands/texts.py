@@ -6,10 +6,11 @@ import argparse
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, ContextError
 from ..records import records_of
+from .models import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +28,9 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     """The options that say what a text is to a decoder-only model."""
     parser.add_argument(
         "--chat",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="decoder-only models: the private text is the content of the system message, and what the tokenizer's chat template puts "
-        "before it is public; a release that was made so is also read so",
+        "before it is public; a release that was made so is also read so (default: with --mechanism library, where there is a template)",
     )
     parser.add_argument(
         "--prefix-bucket",
@@ -41,23 +42,6 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
 
 
 lines_of = records_of  # the segments or documents of a text
-
-
-@functools.lru_cache(maxsize=1)
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer beside a model of transformers.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"There is no tokenizer beside the model ({type(error).__name__}); save one there."
-        ) from None
 
 
 def tokenize(name: str, text: str) -> tuple[torch.Tensor, int]:
@@ -141,6 +125,23 @@ def read_prefix(name: str, text: str | Sequence[str], *, chat: bool) -> PrefixTe
         return PrefixText(ids[0, :start], [plain_ids(name, segment) for segment in text])
     ids, start = _open_ended(name, str(text))
     return PrefixText(ids[0, :start], ids[0, start:])
+
+
+def has_template(name: str) -> bool:
+    """Whether the tokenizer beside a model has a chat template."""
+    return bool(getattr(load_tokenizer(name), "chat_template", None))
+
+
+def without_system(name: str, text: str, *, chat: bool) -> torch.Tensor:
+    """ids [n] of a PUBLIC user's turn with nothing before it but what the model has by itself."""
+    import torch
+
+    if not chat:
+        return torch.cat([plain_head(name), read_question(name, text, chat=False)[0]])
+    filled = load_tokenizer(name).apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
+    return plain_ids(name, filled)
 
 
 def plain_head(name: str) -> torch.Tensor:

@@ -9,8 +9,18 @@ from typing import Any
 from ..errors import ConfigError
 from ..records import read_records
 from .families import by_text
-from .models import protected_model
-from .texts import load_tokenizer
+from .models import (
+    ANYTHING,
+    check_settings,
+    config_of,
+    is_protected,
+    load_plain,
+    load_tokenizer,
+    parse_dtype,
+    protect_host,
+    protected_model,
+)
+from .quick_library import quick_library
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,16 +41,18 @@ def load_trial(args: argparse.Namespace) -> TrialHost:
     Raises:
         ConfigError, UnsupportedModelError: see `models.protected_model`.
     """
-    from ..audit.auditing import NO_ATTENTION
     from ..privacy.ledger import Ledger
 
-    handle = protected_model(args, Ledger(), trial=True)
-    if by_text(handle):
-        raise ConfigError(NO_ATTENTION)
-    host = handle.host.parts[0]
+    bare = (args.mechanism, args.calibration, args.config) == (None, None, None)
+    handle = (
+        _by_library(args)
+        if bare and not is_protected(args.model)
+        else protected_model(args, Ledger(), trial=True)
+    )
+    host = handle.host.given if by_text(handle) else handle.host.parts[0]
     handle.unprotect()
     tokenizer = None
-    if handle.text is None:
+    if not hasattr(host, "components"):
         try:
             tokenizer = load_tokenizer(args.model)
         except ConfigError:
@@ -48,6 +60,17 @@ def load_trial(args: argparse.Namespace) -> TrialHost:
     else:
         host.set_progress_bar_config(disable=True)
     return TrialHost(host, handle.config, handle.calibration, tokenizer)
+
+
+def _by_library(args: argparse.Namespace) -> Any:
+    """The handle of a plain model of which no more is said: a library of the shipped prompts serves it."""
+    from ..privacy.ledger import Ledger
+
+    check_settings(args)
+    host = load_plain(args.model, parse_dtype(args.dtype))
+    library = quick_library(host, args)
+    config = config_of(args, library)
+    return protect_host(host, args.model, config, calibration=library, ledger=Ledger(), **ANYTHING)
 
 
 def read_texts(file: str, option: str) -> list[str]:

@@ -42,15 +42,10 @@ def _epsilons(given: Any) -> tuple[float, ...]:
     return tuple(map(float, found))
 
 
-def _shipped(host: Any, config: DPXAttnConfig) -> list[Any]:
+def shipped_contexts(host: Any) -> list[Any]:
     """The public prompts of the package for a host. Raises ConfigError where there are none that would do."""
     from diffusers import DiffusionPipeline
 
-    if KNOWN[config.mechanism].releases != "texts":
-        raise ConfigError(
-            "Without public contexts only a library is made: pass texts that resemble the private ones, or "
-            "DPXAttnConfig(mechanism='library', unit='group')."
-        )
     if isinstance(host, DiffusionPipeline):
         return public_prompts("picture")
     if getattr(getattr(getattr(host, "model", host), "config", None), "is_encoder_decoder", False):
@@ -159,7 +154,12 @@ def calibrate(
     """
     config = DPXAttnConfig() if config is None else config
     if public_contexts is None:
-        public_contexts = _shipped(pipe, config)
+        if KNOWN[config.mechanism].releases != "texts":
+            raise ConfigError(
+                "Without public contexts only a library is made: pass texts that resemble the private ones, or "
+                "DPXAttnConfig(mechanism='library', unit='group')."
+            )
+        public_contexts = shipped_contexts(pipe)
     options = CalibrationOptions(
         epsilons=_epsilons(epsilons),
         anchors=anchors,

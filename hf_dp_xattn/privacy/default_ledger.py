@@ -74,6 +74,11 @@ def user_ledger_path() -> Path:
     named = named_path()
     if named is not None:
         return Path(named).expanduser()
+    return user_folder() / _FILE
+
+
+def user_folder() -> Path:
+    """The package's folder in the user's cache folder, which is made if needed. Raises LedgerError where it cannot be made."""
     folder = _cache_folder() / "hf_dp_xattn"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -81,7 +86,7 @@ def user_ledger_path() -> Path:
         raise LedgerError(
             f"The folder of the ledger cannot be made ({type(error).__name__}): pass --ledger FILE, or set {VARIABLE}. Nothing was spent."
         ) from None
-    return folder / _FILE
+    return folder
 
 
 def _cache_folder() -> Path:

@@ -92,18 +92,18 @@ def test_what_people_read(models_folder: Path, tmp_path: Path, capsys: Any) -> N
 
 BAD: dict[str, tuple[str, list[str], list[str], str]] = {
     "no lines": ("plain", [], [], "holds no text"),
-    "few lines": ("plain", PAIRS[:5], [], "at least 64"),
-    "no length": ("bart", TEXTS, [], "--length"),
+    "few lines": ("plain", PAIRS[:5], ["--steps", "4"], "at least 64"),
+    "no length": ("bart", TEXTS, ["--mechanism", "anchors"], "--length"),
     "too long": ("bart", TEXTS, ["--length", "9"], "lower --length"),
     "length of a picture": ("plain", PAIRS, ["--length", "3"], "encoder-decoder"),
     "questions of a picture": ("plain", PAIRS, ["--questions", "public.txt"], "decoder-only"),
-    "groups that are no lists": ("llama", TEXTS, ["--unit", "group"], "JSON"),
+    "groups that are no lists": ("llama", TEXTS, ["--mechanism", "anchors", "--unit", "group"], "JSON"),
     "a list of numbers": ("bart", ["[1, 2]"], ["--unit", "group"], "text 1"),
     "an empty list": ("bart", ['["a"]', "[]"], ["--unit", "group"], "text 2"),
     "a length of documents": ("bart", LISTS, ["--unit", "group", "--length", "3"], "--length"),
     "a chat of documents": ("bart", TEXTS, ["--length", "3", "--chat"], "decoder-only"),
-    "a chat without a template": ("llama", TEXTS, ["--chat"], "chat template"),
-    "a model that reads images": ("mllama", TEXTS, [], "images"),
+    "a chat without a template": ("llama", TEXTS, ["--mechanism", "anchors", "--chat"], "chat template"),
+    "a model that reads images": ("mllama", TEXTS, ["--mechanism", "anchors"], "images"),
     "a bad epsilon": ("plain", PAIRS, ["--epsilons", "-1", "--anchors", "64"], "epsilon"),
     "a bad type": ("plain", PAIRS, ["--dtype", "int8"], "--dtype"),
     "a seed that is none": ("plain", PAIRS, ["--seed", "99999999999999999999999"], "--seed"),
@@ -131,3 +131,61 @@ def test_a_file_that_is_not_there(models_folder: Path, tmp_path: Path, capsys: A
 
 def test_a_mark_is_no_part_of_a_text_in_json() -> None:
     assert read_lists([json.dumps(["\ufeffone\r\ntwo", "three"])]) == [["one two", "three"]]
+
+
+def test_a_bare_user_gets_a_library(
+    models_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Without texts, mechanism or unit; broken off by Ctrl-C, the same command goes on from what it had encoded."""
+    from hf_dp_xattn.calibration.library import encoding
+    from hf_dp_xattn.hosts import calibrate
+
+    few = dpx.public_prompts("picture")[:60]
+    monkeypatch.setattr(calibrate, "public_prompts", lambda kind: few)
+    out = tmp_path / "made"
+    start = ["calibrate", str(models_folder / "plain"), "--out", str(out), "--epsilons", "8", "--json"]
+    keep, calls = encoding._keep, []
+
+    def one(*given: Any) -> None:
+        keep(*given)
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(encoding, "_keep", one)
+        assert main(start) == 130
+    assert "goes on" in capsys.readouterr().err and len(list((out / ".unfinished").iterdir())) == 1
+    monkeypatch.setattr(encoding, "_keep", lambda *given: (keep(*given), calls.append(1)))
+    assert main(start) == 0
+    values = json.loads(capsys.readouterr().out)
+    library = dpx.Calibration.from_pretrained(out)
+    assert (library.mechanism, library.unit, values["contexts"]) == ("library", "group", 60)
+    assert len(calls) == -(-len(library.texts) // encoding.CHUNK) and not (out / ".unfinished").exists()
+    assert main([*start[:-3], "--out", str(tmp_path / "less"), "--quick", "--epsilons", "4"]) == 0
+    assert "encoding" in capsys.readouterr().err
+
+
+def test_ctrl_c_before_anything_leaves_no_folder(
+    models_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from hf_dp_xattn.commands import calibrate_command
+
+    def stop(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrate_command, "load_plain", stop)
+    assert main(["calibrate", str(models_folder / "plain"), "--out", str(tmp_path / "a" / "b")]) == 130
+    assert "Nothing was spent" in capsys.readouterr().err and not (tmp_path / "a").exists()
+
+
+def test_a_full_disk_is_one_line(
+    models_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def full(*given: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device", "codes.safetensors")
+
+    monkeypatch.setattr("hf_dp_xattn.calibration.library.text_library.TextLibrary.save_pretrained", full)
+    start = ["calibrate", str(models_folder / "plain"), "--public", file_of(tmp_path, PAIRS)]
+    assert main([*start, "--out", str(tmp_path / "made"), "--epsilons", "8", "--json"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("hf-dp-xattn: Nothing can be written to 'codes.safetensors'")

@@ -40,7 +40,16 @@ def test_a_strip(models_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize(("model", "unit"), [("bart", "row"), ("llama", "context"), ("llama", "group")])
 def test_replies(model: str, unit: str, models_folder: Path, tmp_path: Path, capsys: Any) -> None:
-    start = ["demo", str(models_folder / model), *FAST, *MECHANISM, "--unit", unit, "--out", str(tmp_path)]
+    start = [
+        "demo",
+        str(models_folder / model),
+        *FAST[2:],
+        *MECHANISM,
+        "--unit",
+        unit,
+        "--out",
+        str(tmp_path),
+    ]
     start += ["--text", "zebra quartz", "obelisk wyvern", "--new-tokens", "3"]
     start += ["--question", "jukebox marzipan"] if model == "llama" else []
     assert main([*start, "--json"]) == 0
@@ -102,3 +111,30 @@ def test_the_help_says_that_the_text_is_public(capsys: pytest.CaptureFixture[str
         main(["demo", "--help"])
     out = capsys.readouterr().out
     assert "must be PUBLIC" in out and "exit codes" in out
+
+
+@pytest.mark.parametrize("model", ["plain", "chat"])
+def test_without_a_calibration_public_texts_answer(
+    model: str,
+    models_folder: Path,
+    tmp_path: Path,
+    own_process_ledger: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    """A library of the shipped prompts, made once and kept in the cache folder."""
+    import hf_dp_xattn as dpx
+    from hf_dp_xattn.hosts import calibrate
+
+    few = {kind: dpx.public_prompts(kind)[:30] for kind in ("picture", "system")}
+    monkeypatch.setattr(calibrate, "public_prompts", lambda kind="system": few[kind])
+    start = ["demo", str(models_folder / model), "--epsilons", "1", "8", "--out", str(tmp_path), "--json"]
+    start += ["--steps", "1"] if model == "plain" else ["--new-tokens", "3"]
+    assert main(start) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["report"]["config"]["mechanism"] == "library"
+    released = [c["released"] for c in values["columns"] if c["epsilon"]]
+    assert len(released) == 2 and not any("482913" in text for text in released)
+    [kept] = (own_process_ledger / "hf_dp_xattn" / "libraries").iterdir()
+    monkeypatch.setattr(calibrate, "public_prompts", lambda kind="system": [])  # it is not made again
+    assert main(start) == 0 and kept.is_dir()

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.commands import texts
+from hf_dp_xattn.commands.models import load_tokenizer
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *["a", "the", "code", "of", "one", "two", "what"]]
 
@@ -24,7 +25,7 @@ def folder(request: Any, tmp_path: Path) -> str:
     )
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(tmp_path)
-    for cached in (texts.load_tokenizer, texts._public_start, texts._public_end):
+    for cached in (load_tokenizer, texts._public_start, texts._public_end):
         cached.cache_clear()
     return str(tmp_path)
 

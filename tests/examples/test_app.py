@@ -71,7 +71,8 @@ def test_units_have_ledgers_of_their_own_and_the_page_says_so(studio: Studio) ->
     [other] = by_phrase.others
     assert (other.unit, other.releases) == ("context", 1)
     shown = panels.spending(by_phrase)
-    assert "do not add up" in shown and "ε = 8 by whole prompt" in shown
+    assert "do not add up" in shown and "<td>Whole prompt</td><td>ε = 8</td><td>1</td>" in shown
+    assert "<td>Row (weak)</td><td>ε = 0</td><td>0</td>" in shown
 
 
 def test_over_budget_nothing_is_charged_and_what_was_drawn_stays(loaded: Studio) -> None:

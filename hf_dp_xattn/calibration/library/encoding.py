@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from ...errors import ConfigError
 from .text_library import Encode
 
-CHUNK = 256
+CHUNK = 64  # texts: what is lost where a run is broken off
 
 
 def checked(codes: torch.Tensor, texts: int) -> torch.Tensor:
@@ -39,20 +39,31 @@ def checked(codes: torch.Tensor, texts: int) -> torch.Tensor:
 
 def encode_chunks(
     texts: Sequence[str], encode: Encode, name: str, folder: Path | None
-) -> Iterator[torch.Tensor]:
-    """Codes of each CHUNK of texts, in order. folder: keeps them, under a name of the texts and the encoder."""
+) -> Iterator[tuple[torch.Tensor, bool]]:
+    """Codes of each CHUNK of texts, in order, and whether they were made now.
+
+    folder: keeps them, under a name of the texts and the encoder."""
     for start in range(0, len(texts), CHUNK):
         part = list(texts[start : start + CHUNK])
         kept = None if folder is None else folder / f"codes-{_digest(name, part)}.safetensors"
-        codes = None if kept is None else _read(kept, len(part))
-        if codes is None:
-            codes = checked(encode(part), len(part))
-            if kept is not None:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                whole = kept.with_suffix(".tmp")
-                save_file({"codes": codes.contiguous()}, whole)
-                whole.replace(kept)
-        yield codes
+        found = None if kept is None else _read(kept, len(part))
+        codes = checked(encode(part), len(part)) if found is None else found
+        if found is None and kept is not None:
+            _keep(codes, kept)
+        yield codes, found is None
+
+
+def _keep(codes: torch.Tensor, path: Path) -> None:
+    """Raises ConfigError where the folder cannot be written, or the disk is full."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.with_suffix(".tmp")
+        save_file({"codes": codes.contiguous()}, whole)
+        whole.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"Codes of public texts cannot be kept in {path.parent.name!r} ({error}). Free some space, or choose another folder."
+        ) from None
 
 
 def _digest(name: str, texts: Sequence[str]) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
@@ -17,6 +17,7 @@ from ...mechanisms.library.places import Places
 from ...privacy.response import MAX_ALPHABET
 from ...records import plain_text
 from ..calibration_options import EPSILONS
+from ..progress import Progress
 from .encoding import encode_chunks
 from .joint_plans import JointPlanner
 from .library_plans import PublicUnits, Shelving, places_for
@@ -28,6 +29,8 @@ from .vote_fit import Voting
 from .vote_plan import VotePlan
 
 _RECOMBINED = 50_000
+_TIMED = 8  # texts that are encoded first, to say how long it will take
+_CHOOSING = 3e-4  # seconds that an epsilon takes for each text, where nothing is known yet
 _METRIC_TEXTS = 2**14  # texts whose codes fix the metric; those of the others are projected at once
 
 
@@ -89,7 +92,7 @@ def build_library(
         )
     made = _expanded(texts, options)
     texts = [*texts, *made]
-    with tqdm(total=len(texts) + len(options.epsilons), desc="library", disable=not options.progress) as bar:
+    with Progress(options.progress, "library") as bar:
         metric, codes, probe = _encode(texts, encode, options, bar)
         center, projection, reach = metric
         whole = grouping == "context"
@@ -154,7 +157,7 @@ def _made_units(units: PublicUnits, at: Mapping[str, int], made: Mapping[str, st
 
 
 def _encode(
-    texts: Sequence[str], encode: Encode, options: LibraryOptions, bar: tqdm[None]
+    texts: Sequence[str], encode: Encode, options: LibraryOptions, bar: Progress
 ) -> tuple[Metric, torch.Tensor, torch.Tensor]:
     """The metric, codes [N, p] of length 1, and the probe: codes of the first texts. Of most texts no more than these are ever held."""
     folder = None if options.folder is None else Path(options.folder)
@@ -165,9 +168,16 @@ def _encode(
     probe: torch.Tensor | None = None
     # in a random order, so that the first ones are a fair sample
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(options.seed))
-    for codes in encode_chunks([texts[i] for i in order.tolist()], encode, options.encoder, folder):
+    encode([texts[int(order[0])]])  # the first one pays for what is set up once
+    start = time.perf_counter()
+    encode([texts[i] for i in order[:_TIMED].tolist()])
+    each = (time.perf_counter() - start) / min(_TIMED, len(texts))
+    bar.expect("encoding", len(texts), each)
+    bar.expect("choosing", len(set(options.epsilons)), _CHOOSING * len(texts))
+    bar.begin()
+    for codes, new in encode_chunks([texts[i] for i in order.tolist()], encode, options.encoder, folder):
         waiting.append(codes)
-        bar.update(len(codes))
+        bar.step("encoding", len(codes), timed=new)
         if metric is None and sum(map(len, waiting)) >= min(len(texts), _METRIC_TEXTS):
             metric = fit_metric(
                 torch.cat(waiting),
@@ -182,7 +192,8 @@ def _encode(
     assert metric is not None
     codes = torch.empty(len(texts), metric[1].shape[1])
     codes[order] = torch.cat(out)
-    probe = torch.cat(list(encode_chunks(texts[:PROBES], encode, options.encoder, None)))
+    probe = torch.cat([codes for codes, _ in encode_chunks(texts[:PROBES], encode, options.encoder, None)])
+    bar.begin()
     return metric, codes, probe
 
 
@@ -206,7 +217,7 @@ def _plans(
     unit: str,
     together: int,
     options: LibraryOptions,
-    bar: tqdm[None],
+    bar: Progress,
 ) -> tuple[tuple[LibraryPlan, ...], tuple[VotePlan, ...]]:
     """Chosen by contexts that are held out, then made of all: answers for each epsilon, and votes for lists of each size. together: 0, or
     how many parts a context that is one unit has at most."""
@@ -234,5 +245,5 @@ def _plans(
             plans.append(joint.plan(epsilon))
         if joint is None and unit == "group":
             votes += [voting.made(p, units) for p in voting.plans(epsilon, picks)]
-        bar.update()
+        bar.step("choosing")
     return tuple(plans), tuple(votes)

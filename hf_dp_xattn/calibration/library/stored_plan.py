@@ -12,6 +12,8 @@ import torch
 from ...privacy.joint_response import MAX_PARTS, ProductResponse
 from ..stored import CHECKS
 
+_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True)
 class LibraryQuality:
@@ -26,6 +28,11 @@ class LibraryQuality:
     high: float
     exact: float
     contexts: int
+
+    def __post_init__(self) -> None:
+        for name in ("distortion", "low", "high", "exact"):
+            if -_ROUNDING < getattr(self, name) < 0:  # of a text that is its own entry
+                object.__setattr__(self, name, 0.0)
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class Voting:
             mean, low, high = spread(torch.tensor([f for f, _ in found]))
             quality = LibraryQuality(mean, low, high, float(np.mean([e for _, e in found])), len(lists))
             if best is None or mean < best.quality.distortion:
-                best = dataclasses.replace(plan, quality=quality, answers=float(np.mean(answers)))
+                best = dataclasses.replace(plan, quality=quality, answers=max(0.0, float(np.mean(answers))))
             if len(entries) < level:
                 break
         assert best is not None

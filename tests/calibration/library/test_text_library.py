@@ -127,7 +127,8 @@ def test_a_run_that_broke_off_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     plain = build_library(contexts(), encode, CONFIG, QUIET)
     texts = len(plain.texts)
     # each text once, the broken chunk twice, and the probe
-    assert sum(calls) == texts + 7 + len(plain.probe)
+    timed = 2 * (1 + 8)  # texts by which each of the two runs told how long it would take
+    assert sum(calls) == texts + 7 + len(plain.probe) + timed
     assert resumed.files() == plain.files()
 
 
@@ -274,3 +275,15 @@ def test_the_header_is_read_by_people(tmp_path: Path) -> None:
     library(epsilons=(4.0,)).save_pretrained(tmp_path)
     header = json.loads((tmp_path / "dp_xattn_calibration.json").read_text())
     assert header["kind"] == "library" and header["encoder"] == "toy"
+
+
+def test_rounding_of_a_text_that_is_its_own_entry_can_be_saved(tmp_path: Path) -> None:
+    """1 - cosine of a code with itself may be -1e-8, which a reader refuses."""
+    own = library(epsilons=(4.0,))
+    tiny = dataclasses.replace(own.plans[0].quality, exact=-1.4e-8)
+    plan = dataclasses.replace(own.plans[0], quality=tiny)
+    dataclasses.replace(own, plans=(plan,)).save_pretrained(tmp_path)
+    assert dpx.TextLibrary.from_pretrained(tmp_path).plans[0].quality.exact == 0.0
+    with pytest.raises(ConfigError):
+        worse = dataclasses.replace(own.plans[0].quality, exact=-0.1)
+        dataclasses.replace(own, plans=(dataclasses.replace(plan, quality=worse),)).verify()
