@@ -6,11 +6,12 @@ A handle (`protected.Protected`) holds one, and the guard that was made for it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 
+from ..errors import ConfigError
 from .accounts import PROTECT_AGAIN, Settings
 from .base_guard import BaseGuard
 from .context import PrivateContext
@@ -98,6 +99,15 @@ class Host(ABC):
     @abstractmethod
     def inputs(self, release: Readable, prompt: Any, **public: Any) -> dict[str, Any]:
         """See `Release.inputs`."""
+
+    def chat(
+        self, release: Callable[..., Any], tokenizer: Any, messages: Any, public_system: bool, **options: Any
+    ) -> str:
+        """See `Protected.chat`. release: of the handle."""
+        raise ConfigError(
+            f"{type(self.model).__name__} takes no chat: protect a decoder-only model, or with mechanism='library' a model that generates "
+            "text. Nothing was spent."
+        )
 
     @abstractmethod
     def words(self, setting: Setting) -> HostWords:

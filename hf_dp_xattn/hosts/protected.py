@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from ..errors import DPXAttnError
+from ..errors import ConfigError, DPXAttnError
 from ..mechanisms.groups import as_groups
 from ..privacy.ledger import Budget, Ledger
 from ..report import PrivacyReport
@@ -234,6 +234,43 @@ class Protected:
         """See `Release.inputs`."""
         self.guard.check_inputs()
         return self.host.inputs(release, prompt, **public)
+
+    def chat(
+        self,
+        tokenizer: Any,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        public_system: bool = False,
+        **options: Any,
+    ) -> str:
+        """The model's reply to a conversation whose first message, the system prompt, is private: released once, and charged; later turns
+        read the same release.
+
+        Args:
+            tokenizer: of the model, with a chat template.
+            messages: role and content, the private system prompt first; all others are PUBLIC. With unit="group" its lines are the units
+                (with mechanism="library" what the library says).
+            public_system: see `split_chat`.
+            options: of `model.generate`; and `prefix_bucket`, see `release`.
+
+        Returns:
+            The text of the reply.
+
+        Raises:
+            ConfigError, ContextError: not valid, or the host takes no chat; nothing was spent.
+            BudgetExceededError: see `release`.
+
+        Example:
+            >>> model = AutoModelForCausalLM.from_pretrained("chat")  # doctest: +SKIP
+            >>> protected = dpx.protect(model, dpx.DPXAttnConfig(unit="group"))  # doctest: +SKIP
+            >>> protected.chat(tokenizer, messages, max_new_tokens=20)  # doctest: +SKIP
+            'hello ...'
+        """
+        if options.get("num_return_sequences", 1) != 1 or options.get("return_dict_in_generate"):
+            raise ConfigError(
+                "A chat has one reply, as text. For more, call model.generate(**release.inputs(...)) yourself. Nothing was spent."
+            )
+        return self.host.chat(self.release, tokenizer, messages, public_system, **options)
 
     # ---- report ------------------------------------------------------------------------------------------------------------
 

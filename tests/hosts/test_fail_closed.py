@@ -74,16 +74,9 @@ def quantize_a_projection(pipe: Any) -> None:
     attn.to_k.__class__ = Quantised
 
 
-def disable_slicing(pipe: Any) -> None:
-    pipe.enable_attention_slicing()
-    pipe.disable_attention_slicing()
-
-
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "load_ip_adapter": load_ip_adapter,
     "unload_ip_adapter": load_and_unload_ip_adapter,
-    "enable_attention_slicing": lambda p: p.enable_attention_slicing(),
-    "disable_attention_slicing": disable_slicing,
     "fuse_qkv_projections": lambda p: p.unet.fuse_qkv_projections(),
     "set_attn_processor(one)": lambda p: p.unet.set_attn_processor(AttnProcessor2_0()),
     "set_attn_processor(dict)": set_one_processor,

@@ -1,10 +1,12 @@
-"""Calls that ask for what is in place already must not take a protected layer's processor away.
+"""Calls that change nothing of what a protected layer computes must not take its processor away.
 
-diffusers resets every attention layer when slicing or xformers is switched off, or an IP-Adapter unloaded, whether or not there was any.
+diffusers resets every attention layer when slicing or xformers is switched on or off, or an IP-Adapter unloaded, whether or not there was
+any. A protected layer has its own way to attend, which these settings are not for: they wait until `unprotect`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,34 +20,43 @@ class HarmlessCalls:
         """processors: of each protected layer."""
         self._unet, self._processors = unet, processors
         self._shadows: list[tuple[Any, str, Callable[..., Any]]] = []
+        self._waiting: dict[Any, Callable[[], Any]] = {}  # of each layer, what its processor will be told
 
     def install(self) -> None:
         self._shadow(self._unet, "set_default_attn_processor", self._set_default)
         for layer, own in self._processors.items():
             # unload_ip_adapter makes all processors anew by their classes
-            self._skip(layer, own, "set_processor", lambda p, *a, **k: _is_blank(p))
-            self._skip(layer, own, "set_attention_slice", lambda size, *a, **k: size is None)
-            self._skip(layer, own, "set_use_memory_efficient_attention_xformers", lambda on, *a, **k: not on)
+            self._skip(layer, own, "set_processor", _is_blank)
+            self._skip(layer, own, "set_attention_slice")
+            self._skip(layer, own, "set_use_memory_efficient_attention_xformers")
 
     def remove(self) -> None:
+        """When the layers have their own processors again, which are then told what was asked meanwhile."""
         for target, name, shadow in self._shadows:
             if vars(target).get(name) is shadow:
                 del vars(target)[name]
-        self._shadows = []
+        for told in self._waiting.values():
+            told()
+        self._shadows, self._waiting = [], {}
 
     def _shadow(self, target: Any, name: str, shadow: Callable[..., Any]) -> None:
         if hasattr(target, name):
             vars(target)[name] = shadow
             self._shadows.append((target, name, shadow))
 
-    def _skip(self, layer: Any, own: DPAttnProcessor, name: str, asks_nothing: Callable[..., bool]) -> None:
+    def _skip(
+        self, layer: Any, own: DPAttnProcessor, name: str, asks_nothing: Callable[[Any], bool] | None = None
+    ) -> None:
+        """asks_nothing: of the first argument; None: the call waits, whatever it asks."""
         original = getattr(layer, name, None)
 
         def shadow(*args: Any, **kwargs: Any) -> Any:
-            given = (*args, *kwargs.values())
-            if layer.processor is own and given and asks_nothing(*given):
-                return None
             assert original is not None
+            given = (*args, *kwargs.values())
+            if layer.processor is own and given and (asks_nothing is None or asks_nothing(given[0])):
+                if asks_nothing is None:
+                    self._waiting[layer] = functools.partial(original, *args, **kwargs)
+                return None
             return original(*args, **kwargs)
 
         self._shadow(layer, name, shadow)

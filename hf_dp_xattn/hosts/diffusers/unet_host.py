@@ -37,7 +37,7 @@ class UNetHost(LayerHost):
 
     family = "diffusers"
     undo = (
-        "Undo that change (unload the adapter, disable slicing or xformers), call dpx.unprotect(pipe), "
+        "Undo that change (unload the adapter, unfuse projections), call dpx.unprotect(pipe), "
         f"and {PROTECT_AGAIN}."
     )
     keeps_sketch = False  # a call that reads one tensor at all steps asks once

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ...errors import ConfigError, ReleaseError, UnsupportedModelError
@@ -149,6 +149,23 @@ class TextHost(Host):
         if not self._surfaces or not all(isinstance(c, ReleasedTexts) for c in release.contexts):
             raise ReleaseError("This release has no host to give inputs to: read release.texts.")
         return self._surfaces[0].inputs([(c.text, p) for c, p in release.beside(prompt)], **public)
+
+    def chat(
+        self, release: Callable[..., Any], tokenizer: Any, messages: Any, public_system: bool, **options: Any
+    ) -> str:
+        from transformers import PreTrainedModel, TextGenerationPipeline
+
+        model = unwrap(self.model)
+        if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
+            return super().chat(release, tokenizer, messages, public_system, **options)
+        known = (s for s in self._surfaces if isinstance(s, ChatSwap) and s.host.tokenizer is tokenizer)
+        swap: Any = next(known, None)
+        if swap is None:
+            pipe = TextGenerationPipeline(model=model, tokenizer=tokenizer)
+            swap = self.side_of(pipe, self.guard)
+            self.join(pipe, swap, handle_on(model))
+        answer = swap.host(list(messages), public_system=public_system, **options)
+        return str(answer[0]["generated_text"][-1]["content"])
 
     def words(self, setting: Setting) -> HostWords:
         name = "no host: the text is for any" if self.model is None else type(self.model).__name__

@@ -15,6 +15,7 @@ from ...hosts_tiny import close, picture
 PROMPT = "a red circle"
 CALLS: dict[str, Callable[[Any], Any]] = {
     "set_default_attn_processor": lambda p: p.unet.set_default_attn_processor(),
+    "enable_attention_slicing": lambda p: p.enable_attention_slicing(),
     "disable_attention_slicing": lambda p: p.disable_attention_slicing(),
     "disable_xformers": lambda p: p.disable_xformers_memory_efficient_attention(),
     "unload_ip_adapter": lambda p: p.unload_ip_adapter(),
@@ -55,7 +56,7 @@ def test_the_default_is_set_where_nothing_is_protected(pipe: Any, private: Any) 
 def test_what_changes_something_still_goes_through(pipe: Any, private: Any) -> None:
     """And is noticed: `test_fail_closed.py` has more of them."""
     dpx.protect(pipe, private)
-    pipe.enable_attention_slicing()
+    pipe.fuse_qkv_projections()
     with pytest.raises(dpx.ProtectionLostError):
         picture(pipe, PROMPT)
 

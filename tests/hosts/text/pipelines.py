@@ -1,4 +1,4 @@
-"""Tiny pipelines whose text rows are updated, pooled or masked (SD3, Flux, PixArt), made in memory as diffusers' own tests make them."""
+"""Tiny pipelines whose text rows are updated, pooled or masked (SD3, Flux, PixArt, Wan), made in memory, as small as diffusers' own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -17,6 +18,8 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
@@ -132,21 +135,54 @@ def tiny_pixart() -> Any:
     )
 
 
-def call(pipe: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Latents of a two-step call with fixed initial noise."""
-    quiet(pipe)
-    options: dict[str, Any] = {
+def tiny_wan() -> Any:
+    torch.manual_seed(0)
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=1,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+    vae = AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    return WanPipeline(
+        tokenizer=_t5_words(),
+        text_encoder=_t5(),
+        vae=vae.eval(),
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+def options(pipe: Any) -> dict[str, Any]:
+    """Of a two-step call with fixed initial noise, that ends in latents."""
+    size = 16 if isinstance(pipe, WanPipeline) else 8
+    given: dict[str, Any] = {
         "num_inference_steps": 2,
         "output_type": "latent",
-        "height": 8,
-        "width": 8,
+        "height": size,
+        "width": size,
         "generator": torch.Generator().manual_seed(7),
     }
     if isinstance(pipe, PixArtAlphaPipeline):
-        options |= {"use_resolution_binning": False, "clean_caption": False}
+        given |= {"use_resolution_binning": False, "clean_caption": False}
     elif not isinstance(pipe, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
-        options |= {"max_sequence_length": 16}
-    return pipe(*args, **{**options, **kwargs}).images
+        given |= {"max_sequence_length": 16}
+    return given | ({"num_frames": 5} if isinstance(pipe, WanPipeline) else {})
+
+
+def call(pipe: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Latents of a call."""
+    return quiet(pipe)(*args, **{**options(pipe), "return_dict": False, **kwargs})[0]
 
 
 PIPELINES = {
@@ -155,4 +191,5 @@ PIPELINES = {
     "sd3": tiny_sd3,
     "flux": tiny_flux,
     "pixart": tiny_pixart,
+    "wan": tiny_wan,
 }

@@ -354,3 +354,20 @@ def test_calibrate_makes_libraries() -> None:
         dpx.calibrate(pipe.model, LINES, config(), **options)
     with pytest.raises(dpx.ConfigError, match="library"):
         dpx.calibrate(pipe.model, LINES, tokenizer=words)
+
+
+def test_a_chat_in_one_call() -> None:
+    model, words = decoder.tiny("llama"), tokenizer()
+    protected = protect(model)
+    reply = protected.chat(words, chat(), **WORDS)
+    text = str(protected.release(SECRET).text)
+    assert [entry["charges"] for entry in protected.report().releases] == [1]
+    assert (
+        protected.chat(words, chat(SECRET, QUESTION), **WORDS) == reply and len(protected.host._surfaces) == 2
+    )
+    dpx.unprotect(model)
+    plain = TextGenerationPipeline(model=model, tokenizer=words)(chat(text), **WORDS)
+    assert plain[0]["generated_text"][-1]["content"] == reply
+    other = seq2seq.tiny("t5")
+    with pytest.raises(dpx.ConfigError, match="takes no chat"):
+        protect(other, ledger=dpx.Ledger()).chat(words, chat())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ....errors import ConfigError, ProtectionLostError, ReleaseError
+from ....records import records_of
 from ...content_names import with_texts
 from ...context import PrivateContext
 from ...fingerprint import Fingerprint
@@ -24,6 +25,7 @@ from ..generating import check_public_ids
 from ..reading import LayerState
 from ..routed_host import RoutedHost
 from ..routing import Routing
+from .chat import private_message, split_chat
 from .prefix_attention import LAYER_ATTRIBUTE, NAME, Call, Calls, check_window, dp_xattn_prefix
 from .prefix_cache import PrefixCache
 from .prefix_contexts import check_groups, name_prefix, read_prefixes
@@ -217,3 +219,22 @@ class DecoderHost(RoutedHost):
 
     def words(self, setting: Setting) -> HostWords:
         return prefix_words(self.model, setting)
+
+    def chat(
+        self, release: Callable[..., Any], tokenizer: Any, messages: Any, public_system: bool, **options: Any
+    ) -> str:
+        parts = split_chat(tokenizer, messages, public_system=public_system)
+        apart = self.guard.config.unit == "group"
+        text: Any = private_message(messages)[1]
+        if apart and len(records_of(text)) != len(parts.segments):  # a template changed its lines
+            text = None
+        made = release(
+            parts.segments if apart else parts.private,
+            groups="segments" if apart else None,
+            public_head=parts.head,
+            prefix_bucket=options.pop("prefix_bucket", None),
+            text=text,
+        )
+        own = parts.input_ids.to(device_of(self.model))
+        reply = self.model.generate(**made.inputs(input_ids=own), **options)[0, own.shape[1] :]
+        return str(tokenizer.decode(reply, skip_special_tokens=True))

@@ -234,3 +234,21 @@ def test_the_private_length_is_not_logged(caplog: pytest.LogCaptureFixture) -> N
         assert "101" in caplog.text
     finally:
         logger.removeHandler(caplog.handler)
+
+
+def test_a_chat_in_one_call(private: dpx.DPXAttnConfig) -> None:
+    model, made = tiny("llama"), tokenizer()
+    protected = protect(model, private.replace(unit="group"))
+    options = {"max_new_tokens": 3, "min_new_tokens": 3}
+    reply = protected.chat(made, [SYSTEM, USER], **options)
+    parts = dpx.split_chat(made, [SYSTEM, USER])
+    release = protected.release(parts.segments, groups="segments", public_head=parts.head)
+    assert [entry["charges"] for entry in protected.report().releases] == [1]
+    out = model.generate(**release.inputs(input_ids=parts.input_ids), **options)
+    assert reply == made.decode(out[0, parts.input_ids.shape[1] :], skip_special_tokens=True) and reply
+    answer = {"role": "assistant", "content": "hello"}
+    assert protected.chat(made, [SYSTEM, USER, answer, USER], **options)
+    assert len(protected.report().releases) == 1
+    for bad in ({"num_return_sequences": 2}, {"return_dict_in_generate": True}):
+        with pytest.raises(dpx.ConfigError, match="one reply"):
+            protected.chat(made, [SYSTEM, USER], **bad)

@@ -11,6 +11,7 @@ from hf_dp_xattn.hosts.diffusers.architectures import PIPELINES
 from hf_dp_xattn.hosts.transformers.encoder_decoder.cross_layers import CrossLayer
 from hf_dp_xattn.hosts.transformers.encoder_decoder.cross_probing import find_layers
 
+from ....survey.tables import section as survey_section
 from ..decoder_only.table import section
 from ..mllama.table import section as image_section
 from .tiny import BUILDERS, REFUSED, tiny
@@ -25,7 +26,8 @@ HEAD = """# Hosts
 
 ## diffusers
 
-{pipelines}, and their `UNet2DConditionModel`. All mechanisms.
+`mechanism="library"`: every pipeline with a `prompt`; those that were run stand at the end of this page, as do all language models.
+The other mechanisms patch attention: {pipelines}, and their `UNet2DConditionModel`.
 Gradient checkpointing is refused where gradients are taken, and so is a pipeline whose image processor was replaced.
 
 ## Encoder-decoder models of transformers
@@ -113,7 +115,7 @@ def table() -> str:
     pipelines = ", ".join(f"`{p}`" for p in PIPELINES)
     refused = ", ".join(f"`{_refused(name)}`" for name in REFUSED)
     encoder_decoder = HEAD.format(pipelines=pipelines) + rows + "\n" + TAIL.format(refused=refused)
-    return encoder_decoder + image_section() + section()
+    return encoder_decoder + image_section() + section() + survey_section()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,39 @@
+"""What the survey finds of one class, and what its two halves share."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).parents[2] / "docs" / "hosts"
+MECHANISMS = ("library", "anchors", "kernel_sum", "dptree", "none")
+WORKS = "works"
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What was found of one class of hosts. text: which arguments of its call are private; none where it takes no text. how: mechanism to
+    "works", or why it is refused, or what is wrong with it."""
+
+    text: tuple[str, ...]
+    how: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class NotBuilt(Exception):
+    """No such host can be made or run here, protected or not."""
+
+
+def reason(message: str) -> str:
+    """Why something is refused, without what to do about it."""
+    return message.split(". ")[0].split(" cannot be protected: ")[-1].split(" Nothing was patched")[0]
+
+
+def codes(texts: list[str]) -> torch.Tensor:
+    """Codes by the letters of a text: any public function will do, and no model runs for it."""
+    return torch.tensor([[float(t.count(c)) for c in "abcdefghijklmnopqrstuvwxyz"] for t in texts])

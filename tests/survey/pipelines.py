@@ -1,0 +1,216 @@
+"""What one pipeline of diffusers does under each mechanism, found by running it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import io
+import logging
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import hf_dp_xattn as dpx
+from hf_dp_xattn.hosts.text.prompt_swap import takes_prompt
+
+from ..hosts.text.libraries import answer_with, config, library
+from ..private_content import PrivateContent
+from .checkout import Case
+from .findings import MECHANISMS, WORKS, Finding, NotBuilt, codes, reason
+from .recorder import Record, recording
+
+SECRETS = (
+    "a purple cross under water, Zanzibar",
+    "the vault opens with 918273, at midnight, Quetzal, on a long road",
+)
+"""Of different lengths and numbers of words; no text of the library has their names."""
+WORDS = re.compile("prompt|text|lyric|phrase|caption|message|tags|transcri|concept|instruction")
+PUBLIC = re.compile("neg|.*negative|.*_(path|type)$")
+
+
+def build(case: Case) -> Any:
+    """A fresh pipeline in evaluation mode, the same each time."""
+    torch.manual_seed(0)
+    pipe = case.make()
+    pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    return pipe
+
+
+def private(pipe: Any, inputs: dict[str, Any]) -> tuple[str, ...]:
+    """The arguments of a call that are text and not declared public; what the package itself takes for private is not asked."""
+    takes = inspect.signature(type(pipe).__call__).parameters
+    return tuple(
+        n
+        for n in takes
+        if n == "prompt" or (WORDS.search(n) and not PUBLIC.match(n) and _is_text(inputs.get(n)))
+    )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, (list, tuple)) and any(map(_is_text, value)))
+
+
+def arguments(case: Case, pipe: Any, secret: str) -> dict[str, Any]:
+    """The tests' own call, with a private text for every argument that takes one."""
+    inputs = case.inputs()
+    for name in private(pipe, inputs):
+        given = inputs.get(name)
+        several = isinstance(given, (list, tuple))
+        inputs[name] = [f"{secret} {i}" for i in range(len(given))] if several else secret
+    return {n: v for n, v in inputs.items() if n != "prompt_embeds"}
+
+
+def run(pipe: Any, inputs: dict[str, Any]) -> Record:
+    """One call, with a callback that notes all that callbacks may read."""
+    options = dict(inputs)
+    takes = inspect.signature(type(pipe).__call__).parameters
+    with recording(pipe) as record:
+        if "callback_on_step_end" in takes and "callback_on_step_end" not in options:
+            options["callback_on_step_end"] = _noting(record)
+            if "callback_on_step_end_tensor_inputs" in takes:
+                options["callback_on_step_end_tensor_inputs"] = list(
+                    getattr(pipe, "_callback_tensor_inputs", ())
+                )
+        torch.manual_seed(0)
+        output = pipe(**options)
+    record.add("output", output if isinstance(output, (tuple, list)) else vars(output))
+    return record
+
+
+def _noting(record: Record) -> Any:
+    def note(pipe: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        record.add("callback", {"step": step, "time": time, **tensors})
+        return {}
+
+    return note
+
+
+def probe(case: Case) -> Finding:
+    """Raises NotBuilt where the tests' own call fails unprotected."""
+    try:
+        pipe = build(case)
+        if not takes_prompt(type(pipe)):
+            return Finding((), {})
+        with torch.no_grad():
+            plain = [
+                run(pipe, arguments(case, pipe, text)) for text in ("a public text", "another one, of a dog")
+            ]
+        inputs = arguments(case, pipe, SECRETS[0])
+    except Exception as error:
+        raise NotBuilt(f"{type(error).__name__}: {str(error)[:200]}") from error
+    if not plain[0].difference(plain[1]):
+        raise NotBuilt(
+            "unprotected, its models see no difference between two texts"
+        )  # so that a leak would not be seen
+    return Finding(private(pipe, inputs), {m: how(m, case, pipe) for m in MECHANISMS})
+
+
+def how(mechanism: str, case: Case, pipe: Any) -> str:
+    """What happens to a pipeline under one mechanism; it is as before afterwards."""
+    try:
+        if mechanism != "library":
+            return _layers(mechanism, pipe)
+        found = _library(case, lambda: pipe)
+        return (
+            _library(case, lambda: build(case)) if found.startswith("LEAKS") else found
+        )  # it may keep a state
+    except dpx.UnsupportedModelError as error:
+        return f"refused: {reason(str(error))}"
+    except Exception as error:
+        return f"fails: {type(error).__name__}: {str(error)[:300]}"
+    finally:
+        dpx.unprotect(pipe)
+
+
+def _layers(mechanism: str, pipe: Any) -> str:
+    options: dict[str, Any] = {"degree": 1, "projection_dim": 4} if mechanism == "kernel_sum" else {}
+    try:
+        dpx.protect(pipe, dpx.DPXAttnConfig(mechanism=mechanism, **options))
+    except dpx.ConfigError as error:
+        if mechanism != "anchors" or "calibration" not in str(
+            error
+        ):  # which comes after the host was accepted
+            raise
+    return WORKS
+
+
+def _library(case: Case, make: Callable[[], Any]) -> str:
+    """Two private prompts with one release: equal in all that models, callbacks, caller, files and logs see; and none of it private."""
+    seen = [_seen(case, make(), secret) for secret in SECRETS]
+    records, files, logs = zip(*seen, strict=True)
+    if not records[0].models:
+        return "fails: no model was seen"
+    different = records[0].difference(records[1])
+    more = set(logs[1].splitlines()) - set(logs[0].splitlines())  # what is said once is said for the first
+    different = different or ("files" if files[0] != files[1] else "logs" if more else "")
+    if different:
+        return f"LEAKS: {different}"
+    needles = PrivateContent(texts=("Zanzibar 918273 Quetzal midnight",)).needles()
+    blobs = {"calls": records[0].bytes(), "logs": "".join(logs).encode(), **files[0]}
+    leaked = sorted(
+        {f"{what} in {where}" for where, blob in blobs.items() for n, what in needles.items() if n in blob}
+    )
+    return f"LEAKS: {leaked}" if leaked else WORKS
+
+
+def _seen(case: Case, pipe: Any, secret: str) -> tuple[Record, dict[str, bytes], str]:
+    """Of one protected call: what models, callbacks and caller saw, what saving wrote, and what was logged."""
+    given: dict[str, Any] = {
+        "calibration": _public_library(),
+        "encoder": codes,
+        "ledger": dpx.Ledger(),
+    }
+    protected = dpx.protect(pipe, config(), **given)
+    answer_with(protected, "a red circle", "on wood")
+    inputs = arguments(case, pipe, secret)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        with _logged() as log:
+            record = run(pipe, inputs)
+        if not protected.report().releases:
+            raise AssertionError("nothing was charged")
+        _save(pipe, folder)
+        files = {
+            str(f.relative_to(folder)): f.read_bytes() for f in sorted(Path(folder).rglob("*")) if f.is_file()
+        }
+    dpx.unprotect(pipe)
+    return record, files, log.getvalue()
+
+
+@functools.cache
+def _public_library() -> Any:
+    return library(None, encoder=codes)
+
+
+def _save(pipe: Any, folder: str) -> None:
+    """All but the weights, which no call has written to."""
+    with ExitStack() as stack:
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                stack.enter_context(mock.patch.object(part, "save_pretrained", lambda *args, **kwargs: None))
+        pipe.save_pretrained(folder)
+
+
+@contextmanager
+def _logged() -> Iterator[io.StringIO]:
+    """Inside, all that is logged or printed is caught."""
+    out = io.StringIO()
+    handler = logging.StreamHandler(out)
+    with ExitStack() as stack:
+        for name in ("", "diffusers", "transformers", "hf_dp_xattn"):
+            logger = logging.getLogger(name)
+            logger.addHandler(handler)
+            stack.callback(logger.removeHandler, handler)
+        stack.enter_context(redirect_stdout(out))
+        stack.enter_context(redirect_stderr(out))
+        stack.enter_context(warnings.catch_warnings())
+        yield out
