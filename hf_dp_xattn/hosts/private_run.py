@@ -64,8 +64,9 @@ def private_run(*modules: nn.Module) -> Iterator[None]:
     Args:
         modules: all that runs.
     """
-    before, modes = _silence(), _evaluate(modules)
+    before, modes = _silence(), []
     try:
+        modes = _evaluate(modules)
         with ExitStack() as stack:
             for access in accesses_of(modules):  # other protected hosts may share them
                 stack.enter_context(access.enter("encoding"))
