@@ -49,6 +49,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-file", type=Path, help="the private prompt, in the words of shapes")
     parser.add_argument("--epsilon", type=float, choices=EPSILONS, default=16.0)
     parser.add_argument("--captions", type=int, default=600, help="public prompts (default 600)")
+    parser.add_argument(
+        "--allow-useless",
+        action="store_true",
+        help="go on where so short a calibration is no better than none",
+    )
     parser.add_argument("--steps", type=int, default=150, help="training steps of the decoder (default 150)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args()
@@ -124,7 +129,9 @@ def main() -> None:
     say(f"3. Releasing one private prompt at epsilon = {args.epsilon:g} for one phrase ...")
     prompt = PROMPT if args.prompt_file is None else decode_text(args.prompt_file.read_bytes()).strip()
     ledger = dpx.Ledger(args.out / "ledger.json")  # stays here: a restart must not forget what was spent
-    with dpx.protect(pipe, settings, calibration=calibration, ledger=ledger) as protected:
+    with dpx.protect(
+        pipe, settings, calibration=calibration, ledger=ledger, allow_useless=args.allow_useless
+    ) as protected:
         try:
             release = protected.release(prompt)
         except dpx.BudgetExceededError as error:  # an earlier run into --out released it

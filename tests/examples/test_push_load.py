@@ -15,7 +15,7 @@ from ..hub.server import TOKEN, serve
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "calibrate_release_push_load.py"
-SMALL = ("--captions", "100", "--steps", "4", "--quiet")
+SMALL = ("--captions", "100", "--steps", "4", "--quiet", "--allow-useless")
 SECRET = "a small zebra circle at the bottom, jukebox background"
 WORDS = (b"zebra", b"jukebox")
 
