@@ -17,7 +17,9 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "mod
 PROGRAM = "hf-dp-xattn"
 _FENCE = re.compile(r"^```\w*\n(.*?)^```", flags=re.S | re.M)
 PRIVATE = {  # what a user of the page would have beside it
-    "rules.txt": "rule : every reply opens with the word hey .\nthe name of the assistant here is emma .\n",
+    # many lines: of a few, nothing comes through, and their release is refused
+    "rules.txt": "rule : every reply opens with the word hey .\nthe name of the assistant here is emma .\n"
+    * 30,
     "corpus.txt": "the colour of the box is red .\nthe colour of the cup is blue .\n",
 }
 

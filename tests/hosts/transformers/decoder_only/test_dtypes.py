@@ -78,6 +78,7 @@ def test_the_shipped_calibration_serves_the_cast_model_without_a_warning(
     config = dpx.DPXAttnConfig(mechanism="anchors", epsilon=8.0, delta=1e-5, unit=unit)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "unit='row'")
         handle = dpx.protect(chat(dtype), config, calibration=calibration)
     assert OTHER_PROJECTIONS not in handle.report().warnings
 
@@ -152,4 +153,5 @@ def test_a_calibration_of_half_precision_serves_single_precision(private: dpx.DP
     calibration = calibration_for(tiny("llama").to(torch.bfloat16), "row")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "unit='row'")
         dpx.protect(tiny("llama"), private.replace(mechanism="anchors"), calibration=calibration)
