@@ -45,13 +45,13 @@ def spending(found: Answered, unit: str) -> str:
     _, what, attacker = UNITS[unit]
     share = min(100.0, 100 * found.spent / found.budget)
     bounds = ", ".join(
-        f"{at_most(guess_bound(found.spent, 0.0, p))} from {n}"
+        f"{at_most(guess_bound(found.spent, 0.0, p))} where it was {n}"
         for p, n in zip(PRIORS, ("1 in 2", "1 in 100", "1 in a million"), strict=True)
     )
     return f"""<div class="dpx-card"><h3>What this prompt has spent <small>by the ledger</small></h3>
 <p class="dpx-big">ε = {up(found.spent)}<span>of {found.budget:g}, in {found.releases} release{"s" if found.releases > 1 else ""}</span></p>
 <div class="dpx-bar" role="img" aria-label="{share:.0f} % of the budget"><i style="width:{share:.1f}%"></i></div>
-<p>{attacker} guesses {what.replace("phrase", "sentence")} right with at most: {bounds}.</p></div>"""
+<p>{attacker} guesses {what.replace("phrase", "sentence")} from all its releases together, with a chance of at most {bounds}.</p></div>"""
 
 
 def report(found: Answered) -> str:

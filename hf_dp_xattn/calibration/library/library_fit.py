@@ -30,7 +30,7 @@ from .vote_plan import VotePlan
 
 _RECOMBINED = 50_000
 _TIMED = 8  # texts that are encoded first, to say how long it will take
-_CHOOSING = 3e-4  # seconds that an epsilon takes for each text, where nothing is known yet
+_PRODUCTS = 70  # of 1,024 codes with those of all texts: about what the choice for one epsilon takes
 _METRIC_TEXTS = 2**14  # texts whose codes fix the metric; those of the others are projected at once
 
 
@@ -156,6 +156,16 @@ def _made_units(units: PublicUnits, at: Mapping[str, int], made: Mapping[str, st
     return PublicUnits(own, torch.full_like(own, -1), torch.tensor(shelves, dtype=torch.int64))
 
 
+def _seconds_of_choice(texts: int, width: int) -> float:
+    """Of one epsilon, by a product of ones that is timed."""
+    few = min(texts, 4096)
+    some, others = torch.ones(1024, width), torch.ones(width, few)
+    some @ others  # the first one pays for what is set up once
+    start = time.perf_counter()
+    some @ others
+    return _PRODUCTS * (time.perf_counter() - start) * texts / few
+
+
 def _encode(
     texts: Sequence[str], encode: Encode, options: LibraryOptions, bar: Progress
 ) -> tuple[Metric, torch.Tensor, torch.Tensor]:
@@ -173,7 +183,7 @@ def _encode(
     encode([texts[i] for i in order[:_TIMED].tolist()])
     each = (time.perf_counter() - start) / min(_TIMED, len(texts))
     bar.expect("encoding", len(texts), each)
-    bar.expect("choosing", len(set(options.epsilons)), _CHOOSING * len(texts))
+    bar.expect("choosing", len(set(options.epsilons)), _seconds_of_choice(len(texts), options.width))
     bar.begin()
     for codes, new in encode_chunks([texts[i] for i in order.tolist()], encode, options.encoder, folder):
         waiting.append(codes)
