@@ -54,7 +54,7 @@ def _protect(pipe: Any, mechanism: str) -> Any:
         handle = dpx.protect(pipe, config(), calibration=library(pipe), ledger=dpx.Ledger())
         answer_with(handle, "a red circle")
         return handle
-    return dpx.protect(pipe, dpx.DPXAttnConfig(mechanism=mechanism))
+    return dpx.protect(pipe, dpx.DPXAttnConfig(unit="row", mechanism=mechanism))
 
 
 def _draw(pipe: Any) -> torch.Tensor:

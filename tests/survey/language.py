@@ -207,7 +207,12 @@ def _how(mechanism: str, model: Any, kind: str) -> str:
 def _layers(mechanism: str, model: Any) -> str:
     options: dict[str, Any] = {"degree": 1, "projection_dim": 4} if mechanism == "kernel_sum" else {}
     try:
-        dpx.protect(model, dpx.DPXAttnConfig(mechanism=mechanism, **options), ledger=dpx.Ledger())
+        dpx.protect(
+            model,
+            dpx.DPXAttnConfig(unit="row", mechanism=mechanism, **options),
+            allow_uncalibrated=True,
+            ledger=dpx.Ledger(),
+        )
     except dpx.ConfigError as error:
         if mechanism != "anchors" or "calibration" not in str(
             error
@@ -221,7 +226,7 @@ def _exact(model: Any, kind: str) -> str:
     private, own = ids(9, 1), ids(4, 2)
     inputs = {"input_ids": private if kind == "seq2seq" else torch.cat([private, own], 1)}
     want = answer(model, {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])})
-    handle = dpx.protect(model, dpx.DPXAttnConfig(mechanism="none"), ledger=dpx.Ledger())
+    handle = dpx.protect(model, dpx.DPXAttnConfig(unit="row", mechanism="none"), ledger=dpx.Ledger())
     if kind == "seq2seq":
         got = answer(model, handle.release(private).inputs())
     else:

@@ -135,7 +135,9 @@ def how(mechanism: str, case: Case, pipe: Any) -> str:
 def _layers(mechanism: str, pipe: Any) -> str:
     options: dict[str, Any] = {"degree": 1, "projection_dim": 4} if mechanism == "kernel_sum" else {}
     try:
-        dpx.protect(pipe, dpx.DPXAttnConfig(mechanism=mechanism, **options))
+        dpx.protect(
+            pipe, dpx.DPXAttnConfig(unit="row", mechanism=mechanism, **options), allow_uncalibrated=True
+        )
     except dpx.ConfigError as error:
         if mechanism != "anchors" or "calibration" not in str(
             error

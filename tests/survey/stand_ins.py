@@ -168,7 +168,7 @@ def _qwen3_vl() -> Any:
 
 def _gemma3() -> Any:
     return tf.Gemma3Config(
-        text_config=_text(head_dim=8, hidden_size=16, num_hidden_layers=3, query_pre_attn_scalar=8),
+        text_config=_text(head_dim=8, num_hidden_layers=3, query_pre_attn_scalar=8),
         vision_config=_vision(image_size=32, patch_size=8),
         mm_tokens_per_image=4,
         image_token_index=SPECIAL.index("<image_soft_token>") + 4,
