@@ -26,9 +26,14 @@ def own_process_ledger(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest
     return cache
 
 
+# As if each test said allow_uncalibrated=True: nearly all are about what a release promises, not about what it is good for. From the import
+# on, because some fixtures are of a whole module.
+_refusal = protect.require_calibration
+protect.require_calibration = lambda *config, **allowed: None
+
+
 @pytest.fixture(autouse=True)
-def uncalibrated_releases(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if each test said allow_uncalibrated=True: nearly all are about what a release promises, not about what it is good for. Those that
-    a user's code must pass as it is carry the marker `as_users`."""
-    if request.node.get_closest_marker("as_users") is None:
-        monkeypatch.setattr(protect, "require_calibration", lambda *config, **allowed: None)
+def as_users(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that users' code must pass as it is carry the marker `as_users`."""
+    if request.node.get_closest_marker("as_users") is not None:
+        monkeypatch.setattr(protect, "require_calibration", _refusal)
