@@ -35,18 +35,23 @@ def public_tokens(replies: Replies, texts: Sequence[str]) -> torch.Tensor:
     return torch.unique(torch.cat([replies.ids(" " + text)[0] for text in texts]))
 
 
+def token_odds(
+    table: torch.Tensor, ids: torch.Tensor, vocabulary: torch.Tensor, epsilon: float
+) -> torch.Tensor:
+    """[t, V]: probabilities of the public tokens in place of each of a segment's t tokens; epsilon: of the segment."""
+    largest = 2 * float(table.norm(dim=1).max())  # of any two embeddings
+    distance = torch.cdist(table[ids].double(), table[vocabulary].double())
+    return (-distance / largest * (epsilon / (2 * len(ids)))).softmax(-1)
+
+
 def per_token(
     replies: Replies, segments: Sequence[str], epsilon: float, vocabulary: torch.Tensor
 ) -> list[str]:
     table = replies.model.get_input_embeddings().weight.detach()
-    own = table[vocabulary]
-    largest = 2 * float(table.norm(dim=1).max())  # of any two embeddings
     found = []
     for segment in segments:
-        ids = replies.ids(segment)[0]
-        scores = -torch.cdist(table[ids], own) / largest * (epsilon / (2 * len(ids)))
-        drawn = torch.multinomial(scores.softmax(-1), 1)[:, 0]
-        found.append(str(replies.tokenizer.decode(vocabulary[drawn])))
+        odds = token_odds(table, replies.ids(segment)[0], vocabulary, epsilon)
+        found.append(str(replies.tokenizer.decode(vocabulary[torch.multinomial(odds, 1)[:, 0]])))
     return found
 
 
