@@ -2,8 +2,9 @@
 
 Private are held-out prompts of 4 to 10 segments. For each way the model reads (or draws from) what that way releases, and its next-token
 distributions along the exact reply to one question are compared with those under the exact prompt: the share of the KL of "no system
-prompt" that is left, 95 % bootstrap interval over prompts. The ways are described in `library_parts/text_neighbours.py`. For `shapes` the
-numbers of `benchmarks/utility.py` and `benchmarks/library_shapes.py` are put beside each other. The file that is written is the checkpoint.
+prompt" that is left, 95 % bootstrap interval over prompts. The ways are described in `library_parts/text_neighbours.py`; `library` itself
+is measured by `benchmarks/library.py`. For `shapes` the numbers of `benchmarks/utility.py` and `benchmarks/library_shapes.py` are put
+beside each other. The file that is written is the checkpoint.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from library_parts import chat_setting
-from library_parts.replies import QUESTIONS, TOKENS, divergence
+from library_parts.replies import QUESTIONS, TOKENS, Replies, divergence
 from library_parts.text_neighbours import (
     DELTA,
     PARAPHRASE,
@@ -35,9 +35,8 @@ from library_parts.text_neighbours import (
     summed,
     top_logit,
 )
+from prompts.public import prompts
 from tqdm.auto import tqdm
-
-from hf_dp_xattn.privacy.bits import SeededEntropy
 
 ANSWERS = (1, 10, 100)
 NONE, LIBRARY = "no system prompt", "library (this package)"
@@ -54,7 +53,8 @@ the same epsilon in all of them, but what a guarantee is of differs, and so do i
   mixture of what the model says with and without the private prompt, so that every answer spends. Its unit is the whole prompt, a stronger
   unit; its (epsilon, {DELTA:g}) is by its own formula, for answers of {TOKENS} tokens.
 * *kernel_sum*: this package's, without a calibration. `anchors` is not in this table: it needs a decoder that is trained for the model.
-* *library*: pure epsilon, one release, any number of answers.
+* *library*: pure epsilon, one release, any number of answers; the number is that of `benchmarks/library.py`, of more prompts and two
+  questions.
 
 The first two release a text, which may be read any number of times, as `library` does.
 
@@ -65,42 +65,41 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    chat_setting.add_arguments(parser)
+    parser.add_argument(
+        "--chat", type=Path, required=True, help="GGUF file or folder of a chat model with ChatML"
+    )
+    parser.add_argument("--prompts", type=int, default=12, help="held-out prompts")
     parser.add_argument("--epsilon", type=float, default=8.0)
     parser.add_argument("--out", type=Path, required=True, help="folder for neighbours.json, .md and .png")
     args = parser.parse_args()
-    setting = chat_setting.load(args, (args.epsilon,))
-    path, about = args.out / "neighbours.json", {**setting.about, "epsilon": args.epsilon, "delta": DELTA}
+    replies = Replies(args.chat)
+    path, about = args.out / "neighbours.json", {"epsilon": args.epsilon, "delta": DELTA}
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if results.get("setting") != about:
         results = {"setting": about, "kl": {}}
-    vocabulary = public_tokens(setting.replies, setting.library.texts)
-    top = top_logit(setting.replies, setting.library.texts[:8])
+    public = [segment for p in prompts(held_out=False) for segment in p.segments]
+    vocabulary, top = public_tokens(replies, public), top_logit(replies, public[:8])
+    private = [p for p in prompts(held_out=True) if 4 <= len(p.segments) <= 10][: args.prompts]
     args.out.mkdir(parents=True, exist_ok=True)
-    for i, prompt in enumerate(tqdm(setting.private, desc="prompts")):
+    for i, prompt in enumerate(tqdm(private, desc="prompts")):
         if prompt.id not in results["kl"]:
             torch.manual_seed(i)
-            results["kl"][prompt.id] = one(setting, list(prompt.segments), args.epsilon, vocabulary, top, i)
+            results["kl"][prompt.id] = one(replies, list(prompt.segments), args.epsilon, vocabulary, top)
             path.write_text(json.dumps(results, indent=1) + "\n")
             write(results, args.out)
 
 
 def write(results: dict[str, Any], out: Path) -> None:
-    shares = summary(results["kl"])
+    shares = {**summary(results["kl"]), **released(results["setting"]["epsilon"])}
     (out / "neighbours.md").write_text(page(results, shares))
     plot(results, shares, out / "neighbours.png")
 
 
 def one(
-    setting: chat_setting.ChatSetting,
-    segments: list[str],
-    epsilon: float,
-    vocabulary: torch.Tensor,
-    top: float,
-    seed: int,
+    replies: Replies, segments: list[str], epsilon: float, vocabulary: torch.Tensor, top: float
 ) -> dict[str, float]:
     """The KL of each way, for one prompt."""
-    replies, question = setting.replies, QUESTIONS["about the role"][0]
+    question = QUESTIONS["about the role"][0]
     own = replies.head(" ".join(segments))
     said = replies.reply(own, question)
     exact = replies.log_probabilities(own, question, said)
@@ -108,16 +107,11 @@ def one(
     def read(system: str | None) -> torch.Tensor:
         return replies.log_probabilities(replies.head(system), question, said)
 
-    prepared = setting.library.prepare(chat_setting.CONFIG.replace(epsilon=epsilon))
-    codes = setting.encode(segments)
-    told = prepared.run(codes, groups=torch.arange(len(segments)), entropy=SeededEntropy(seed)).texts
-    none = read(None)
     found: dict[str, torch.Tensor | None] = {
-        NONE: none,
+        NONE: read(None),
         "per-token response": read(" ".join(per_token(replies, segments, epsilon, vocabulary))),
         "paraphrase, clipped logits": read(" ".join(paraphrased(replies, segments, epsilon, top))),
         "kernel_sum, no calibration": summed(replies, segments, question, said, epsilon),
-        LIBRARY: read(" ".join(told)),
     }
     redacted = read(REDACTED)
     for answers in ANSWERS:
@@ -138,6 +132,14 @@ def summary(kl: dict[str, dict[str, float]]) -> dict[str, tuple[float, float, fl
         low, high = np.percentile(shares, [2.5, 97.5])
         found[name] = (float(table[:, j].mean() / base.mean()), float(low), float(high))
     return found
+
+
+def released(epsilon: float) -> dict[str, tuple[float, float, float]]:
+    """The share that `benchmarks/library.py` measured, of held-out prompts of the same kind."""
+    made = json.loads((DOCS / "library" / "replies.json").read_text())
+    conditions = made["kinds"]["about the role"] if "kinds" in made else made["conditions"]
+    own = conditions.get(f"epsilon {epsilon:g}")
+    return {} if own is None else {LIBRARY: (own["share"], own["low"], own["high"])}
 
 
 def pictures(epsilon: float) -> dict[str, tuple[float, float, float]]:
