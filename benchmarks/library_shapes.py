@@ -47,6 +47,13 @@ def main() -> None:
     parser.add_argument(
         "--codes", type=Path, help="folder that keeps codes, so that a run that was broken off goes on"
     )
+    parser.add_argument(
+        "--units",
+        nargs="+",
+        choices=("group", "context"),
+        default=("group", "context"),
+        help="what a unit is: phrases (and the captions themselves), whole prompts; what an earlier run wrote of others stays",
+    )
     args = parser.parse_args()
     pipeline, rng = load_pipeline(), np.random.default_rng(0)
     public = [phrases(e.scene, rng) for e in train_examples(args.public, 1)]
@@ -56,32 +63,29 @@ def main() -> None:
     libraries = {
         unit: calibrated(pipeline, public, unit, epsilons, args)
         for unit, epsilons in (("group", PHRASES), ("context", WHOLE))
+        if unit in args.units
     }
     seconds, encode = time.time() - start, unit_encoder(pipeline)
     held = {phrase for unit in units for phrase in unit}
     known = {phrase for context in public for phrase in context}
     codes = [encode(unit) for unit in units]
-    texts = {"exact": units}
+    texts = {"exact": units} if "group" in args.units else {}
     for unit, library in libraries.items():
         for plan in library.plans:
             config = dpx.DPXAttnConfig(mechanism="library", unit=unit, epsilon=plan.epsilon)
             name = f"{'phrases' if unit == 'group' else 'whole prompt'}, epsilon {plan.epsilon:g}"
             texts[name] = [released(library, config, c, i) for i, c in enumerate(codes)]
-    library = libraries["group"]
-    results: dict[str, Any] = {
+    results = earlier(args.out / "shapes.json", args.n)
+    results |= {
         "captions": args.n,
-        "texts": len(library.texts),
         "library_seconds": round(seconds),
         "held_out_phrases": len(held),
         "of_them_public": len(held & known),
-        "of_them_in_the_library": len(held & set(library.texts)),
-        "plans": {
-            f"{unit} {p.epsilon:g}": [*p.described(), round(p.quality.distortion, 3)]
-            for unit, library in libraries.items()
-            for p in library.plans
-        },
-        "conditions": {},
     }
+    for unit, library in libraries.items():
+        results |= {"texts": len(library.texts), "of_them_in_the_library": len(held & set(library.texts))}
+        for p in library.plans:
+            results["plans"][f"{unit} {p.epsilon:g}"] = [*p.described(), round(p.quality.distortion, 3)]
     reader = load_reader()
     drawn: dict[tuple[int, str], np.ndarray] = {}
     scenes = [e.scene for e in private]
@@ -91,11 +95,18 @@ def main() -> None:
         images = generate(pipeline, [captions[i] for i in new], seed=7, numbers=new)
         drawn |= {(i, captions[i]): image for i, image in zip(new, images, strict=True)}
         found = score(np.stack([drawn[i, c] for i, c in enumerate(captions)]), scenes, reader)
+        results["conditions"] |= earlier(args.out / "shapes.json", args.n)["conditions"]
         results["conditions"][name] = interval(found.per_image, found.accuracy)
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "shapes.json").write_text(json.dumps(results, indent=1) + "\n")
         (args.out / "shapes.md").write_text(page(results))
     print(page(results))
+
+
+def earlier(path: Path, captions: int) -> dict[str, Any]:
+    """What an earlier run with as many captions wrote."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found if found.get("captions") == captions else {"plans": {}, "conditions": {}}
 
 
 begun: dict[tuple[str, ...], torch.Tensor] = {}  # pictures that both libraries look at
@@ -156,7 +167,12 @@ def page(results: dict[str, Any]) -> str:
         "| the pipeline reads | attributes right (95 %) |",
         "| --- | --- |",
     ]
-    for name, c in results["conditions"].items():
+    order = [
+        "exact",
+        *(f"phrases, epsilon {e:g}" for e in sorted(PHRASES)),
+        *(f"whole prompt, epsilon {e:g}" for e in WHOLE),
+    ]
+    for name, c in ((name, results["conditions"][name]) for name in order if name in results["conditions"]):
         lines.append(f"| {name} | {c['accuracy']:.1%} ({c['low']:.1%} to {c['high']:.1%}) |")
     return "\n".join(lines) + "\n"
 

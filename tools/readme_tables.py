@@ -1,5 +1,5 @@
-"""Puts the tables that the benchmarks wrote between their markers in README.md and docs/how-it-works.md, and writes docs/when.md, the table
-of where this works, from their numbers: `python tools/readme_tables.py`."""
+"""Puts the tables that the benchmarks wrote between their markers in README.md, docs/how-it-works.md and docs/library.md, and writes
+docs/when.md, the table of where this works, from their numbers: `python tools/readme_tables.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/how-it-works.md")
+PAGES = ("README.md", "docs/how-it-works.md", "docs/library.md")
 WHEN = "docs/when.md"
 BLOCK = re.compile(r"<!-- (docs/\S+) -->\n.*?<!-- end \1 -->", re.DOTALL)
 
