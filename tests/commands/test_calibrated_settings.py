@@ -150,8 +150,8 @@ def test_the_help_says_so(command: str, capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         main([command, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "default: what the calibration is for; without one, kernel_sum" in shown
-    assert "default: the calibration's; without one, row" in shown
+    assert "default: what the calibration is for; without one, library" in shown
+    assert "default: the calibration's; without one, group" in shown
 
 
 def test_what_the_publishers_page_says_of_a_config_without_a_mechanism() -> None:
