@@ -101,6 +101,10 @@ class BaseGuard(ABC, Making[State, Prepared, ReleaseT], Generic[State, Prepared,
 
     # ---- releases ----------------------------------------------------------------------------------------------------------
 
+    def prepared_for(self, prepared: Prepared, context: PrivateContext) -> Prepared:
+        """What releases this context: the same for all of them."""
+        return prepared
+
     @abstractmethod
     def take_in(self, file: ReleaseFile | TextReleaseFile) -> None:
         """Names a release that was made elsewhere in the report. Raises ReleaseError where it does not fit this host."""

@@ -11,6 +11,7 @@ import torch
 
 from ..privacy.accountant import Event
 from ..privacy.bits import Entropy
+from ..privacy.charges import epsilon_at
 from ..privacy.ledger import Name
 from ..privacy.units import Unit
 from ..report import Guarantee, PrivacyReport
@@ -55,6 +56,10 @@ class Making(Protocol[State, Prepared, ReleaseT]):
         """Raises ConfigError where no release can be made."""
         ...
 
+    def prepared_for(self, prepared: Prepared, context: PrivateContext) -> Prepared:
+        """What releases this context, chosen by what is public of it: its events are charged, and it is what `run` is given."""
+        ...
+
     def misfit(self, made: ReleaseT, state: State) -> str | None:
         """Why a release cannot serve the host as it is, or None."""
         ...
@@ -86,12 +91,11 @@ class Lookup(Protocol[ReleaseT]):
 
 @dataclass(frozen=True)
 class _Plan(Generic[State, Prepared, ReleaseT]):
-    """keys: of the contexts, in order. done: what serves them. todo: what is to be made, with its groups and names."""
+    """keys: of the contexts, in order. done: what serves them. todo: what is to be made, with its groups, its names and what makes it."""
 
     keys: list[Key]
     done: dict[Key, ReleaseT]
-    todo: dict[Key, tuple[PrivateContext, torch.Tensor | None, list[Name]]]
-    prepared: Prepared
+    todo: dict[Key, tuple[PrivateContext, torch.Tensor | None, list[Name], Prepared]]
     state: State
 
 
@@ -139,13 +143,13 @@ class Releases(Generic[State, Prepared, ReleaseT]):
             BudgetExceededError: the ledger refuses; nothing was spent or computed, for no context.
         """
         plan = self._due(contexts, groups, fresh)
-        for context, own, _ in plan.todo.values():
+        for context, own, *_ in plan.todo.values():
             if self.enough is not None and context.private_rows:
                 self.enough(_units(self.config.unit, context.private_rows, own))
-        self.making.rehearse(context for context, _, _ in plan.todo.values())
-        for key, (context, own, names) in plan.todo.items():
-            charge(self.ledger, self.budget, names, plan.prepared.events)
-            made = self.run(plan.prepared, context, own, plan.state)
+        self.making.rehearse(context for context, *_ in plan.todo.values())
+        for key, (context, own, names, prepared) in plan.todo.items():
+            charge(self.ledger, self.budget, names, prepared.events)
+            made = self.run(prepared, context, own, plan.state)
             self.spent.append(Spent([n.digest for n in names], made.guarantee))
             self.cache.put(key, made)
             plan.done[key] = made
@@ -171,7 +175,7 @@ class Releases(Generic[State, Prepared, ReleaseT]):
         """What serves them, and what is to be made. Raises ConfigError, ContextError or BudgetExceededError where it may not be."""
         state = self.making.current()
         prepared = self.making.prepare(state)
-        plan: _Plan[State, Prepared, ReleaseT] = _Plan([], {}, {}, prepared, state)
+        plan: _Plan[State, Prepared, ReleaseT] = _Plan([], {}, {}, state)
         misfit: str | None = None
         states_of = functools.cache(self.encoders.states)  # one look at the weights for all of them
         for context in contexts:
@@ -189,9 +193,15 @@ class Releases(Generic[State, Prepared, ReleaseT]):
             if found is None and not self.cache.holds(known) and self.cache.holds(others):
                 reason = OTHER_STATE
             misfit = misfit or reason
-            plan.todo[known[0]] = (context, own, names)
-        new = [name for *_, names in plan.todo.values() for name in names]
-        may_charge(self.ledger, self.budget, new, prepared.events, misfit)
+            plan.todo[known[0]] = (context, own, names, self.making.prepared_for(prepared, context))
+        new = [name for _, _, names, _ in plan.todo.values() for name in names]
+        costs = {made.events for *_, made in plan.todo.values()} or {prepared.events}  # mostly one for all
+        dearest = (
+            max(costs, key=lambda e: epsilon_at(e, self.budget.delta))
+            if len(costs) > 1
+            else next(iter(costs))
+        )
+        may_charge(self.ledger, self.budget, new, dearest, misfit)
         return plan
 
     @locked

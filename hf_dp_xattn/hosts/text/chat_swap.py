@@ -66,6 +66,9 @@ class ChatSwap:
     def read_ids(self, context: Any) -> tuple[list[str], list[Part]] | None:
         return self._gate.read_ids(context)
 
+    def ids_of(self, units: Sequence[str], whole: str) -> list[Part]:
+        return self._gate.ids_of(units, whole)
+
     def inputs(self, texts: Sequence[tuple[ReleasedText, str | None]], **public: Any) -> dict[str, Any]:
         """With `messages`, the public rest of a chat: what the pipeline takes. Else as its model's `generate` takes it."""
         if "messages" not in public:

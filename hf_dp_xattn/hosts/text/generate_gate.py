@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from ...errors import ConfigError, ContextError, ProtectionLostError, UnsupportedModelError
 from ..access import TextGate
 from ..bindings import MAX_BINDINGS
-from ..content_names import Part, id_parts, special_ids
+from ..content_names import Part, id_parts, special_ids, units_of_text
 from ..diffusers.text_side import without_length_warning
 from ..guard import mark, unmark
 from ..saving import SaveShadow
@@ -136,7 +137,6 @@ class GenerateGate:
             context = list(context) if context.ndim == 2 and len(context) == 1 else [context]
         if not isinstance(context, (list, tuple)) or not context or all(isinstance(c, str) for c in context):
             return None
-        special = special_ids(self.model)
         texts, names = [], []
         for unit in context:
             try:
@@ -149,8 +149,30 @@ class GenerateGate:
                 )
             texts.append(str(self._words().decode(ids.tolist(), skip_special_tokens=True)))
             names.append(ids.to("cpu", torch.int64))
-        owners = [i for i, ids in enumerate(names) for _ in ids]
-        return texts, list(id_parts(torch.cat(names), special, owners))
+        return texts, self._named(names)
+
+    def ids_of(self, units: Sequence[str], whole: str) -> list[Part]:
+        """Of the units' ids one behind the other, and of the whole text's where that is not the same."""
+        found: list[torch.Tensor] = []
+        with (
+            suppress(Exception),
+            without_length_warning(self._words()),
+        ):  # without a tokenizer no ids are taken in
+            for text in (*units, whole):
+                ids = self._words()(text=text, add_special_tokens=False).input_ids
+                found.append(torch.tensor(ids, dtype=torch.int64))
+        if len(found) <= len(units) or not all(map(len, found)):
+            return []
+        *apart, joined = found
+        named = self._named(apart)
+        if not torch.equal(joined, torch.cat(apart)):
+            named += id_parts(joined, special_ids(self.model), None, units_of_text(units))
+        return named
+
+    def _named(self, ids: Sequence[torch.Tensor]) -> list[Part]:
+        """ids: of each unit."""
+        owners = [i for i, own in enumerate(ids) for _ in own]
+        return list(id_parts(torch.cat(list(ids)), special_ids(self.model), owners))
 
     def inputs(self, texts: Sequence[tuple[ReleasedText, str | None]], **public: Any) -> dict[str, Any]:
         own, mask = public.pop("input_ids", None), public.pop("attention_mask", None)

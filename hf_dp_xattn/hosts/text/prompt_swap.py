@@ -98,6 +98,9 @@ class PromptSwap:
     def read_ids(self, context: Any) -> tuple[list[str], list[Part]] | None:
         return None
 
+    def ids_of(self, units: Sequence[str], whole: str) -> list[Part]:
+        return []  # no prompt is given as token ids
+
     def inputs(self, texts: Sequence[tuple[ReleasedText, str | None]], **public: Any) -> dict[str, Any]:
         if public:
             raise ConfigError(

@@ -17,7 +17,7 @@ from ...records import plain_text, records_of
 from ..content_names import name_of_text, units_of_text
 from ..context import Part, PrivateContext, Rows, Trial
 from ..diffusers.phrases import split_phrases
-from .unit_encoders import PROBES, UnitEncoder
+from .unit_encoders import UnitEncoder
 
 MOST = 2**17  # units of a context
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n")
@@ -123,5 +123,5 @@ def name_text(
         phrases=torch.arange(len(texts)) if grouped else None,
         parts=tuple(parts),
         padded=True,
-        trials=() if encoder is None else (Trial("text", lambda: encoder(PROBES[:1])),),
+        trials=() if encoder is None else (Trial("text", encoder.trial),),
     )

@@ -23,7 +23,7 @@ from ..rehearsal import rehearse
 from .released_texts import ReleasedText, ReleasedTexts, Shelf
 from .text_contexts import Cut
 from .text_release_file import TextReleaseFile
-from .unit_encoders import PROBES, UnitEncoder, unit_encoder
+from .unit_encoders import UnitEncoder, unit_encoder
 
 if TYPE_CHECKING:
     from ...privacy.bits import Entropy
@@ -61,9 +61,8 @@ class TextGuard(BaseGuard[None, ContextRecipe, ReleasedTexts]):
         if library is not None:
             library.check(config)
             self.encode = unit_encoder(host.model, tokenizer, encoder=encoder, permit=self.serving)
-            library.check_encoder(self.encode)
+            library.check_encoder(self.encode.public)
             self._prepared = lru_cache(maxsize=16)(lambda n: ContextRecipe(library.prepare_list(config, n)))
-            self._costs = self._prepared(1 if library.plan_for(config.epsilon).answers == 0 else None)
         grouping = "lines" if library is None else library.grouping
         self.cut = Cut(grouping if config.unit == "group" or library is not None else "context")
         self._told: list[ReleasedText] = []  # as `releases.spent`
@@ -93,15 +92,18 @@ class TextGuard(BaseGuard[None, ContextRecipe, ReleasedTexts]):
     def prepare(self, state: None) -> ContextRecipe:
         if self._prepared is None:
             raise ConfigError(NO_LIBRARY)
-        return self._costs  # what any number of units costs
+        assert isinstance(self.calibration, TextLibrary)
+        return self._prepared(1 if self.calibration.plan_for(self.config.epsilon).answers == 0 else None)
 
-    def _for(self, units: int) -> ContextRecipe | None:
-        """What releases a context of so many units; None: what `prepare` gives. Their number is looked at where it is public alone."""
+    def prepared_for(self, prepared: ContextRecipe, context: PrivateContext) -> ContextRecipe:
+        """By the number of its units, which is looked at where it is public alone: answers, votes, or answers to parts, each of which
+        costs what it costs."""
         assert self._prepared is not None and isinstance(self.calibration, TextLibrary)
+        units = context.rows
         if self.config.unit == "context":  # one unit, which may be answered part by part
             return self._prepared(units)
         if self.config.neighboring != "replace_one" or self.calibration.votes_for(self.config, units) is None:
-            return None
+            return prepared
         return self._prepared(units)
 
     def misfit(self, made: ReleasedTexts, state: None) -> str | None:
@@ -109,10 +111,10 @@ class TextGuard(BaseGuard[None, ContextRecipe, ReleasedTexts]):
 
     def rehearse(self, contexts: Iterable[PrivateContext]) -> None:
         """Whether the encoder runs, and whether contexts of so many units can be released; by public texts alone."""
-        assert self.encode is not None and self._prepared is not None
-        due, code = list(contexts), self.encode(PROBES[:1])
+        assert self.encode is not None
+        due, code, general = list(contexts), self.encode.trial(), self.prepare(None)
         for context in due:
-            recipe = self._for(context.rows) or self._costs
+            recipe = self.prepared_for(general, context)
             recipe.prepared.count(code.expand(context.rows, -1), context.phrases)
         rehearse(due, code.shape[-1], self.config)
 
@@ -125,8 +127,6 @@ class TextGuard(BaseGuard[None, ContextRecipe, ReleasedTexts]):
         entropy: Entropy | None,
     ) -> ReleasedTexts:
         """Encodes and releases one charged context; keeps nothing of it but the release."""
-        assert self._prepared is not None
-        prepared = self._for(context.rows) or prepared
         made = prepared.run(context.load()[0], groups, entropy)
         counted = isinstance(prepared.prepared, FromLibrary) and prepared.prepared.counted
         text = (ReleasedText.counted if counted else ReleasedText)(made.texts, self.cut.joint)

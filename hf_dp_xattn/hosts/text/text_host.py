@@ -51,6 +51,10 @@ class Surface(Protocol):
         """The units that a context of token ids spells, and the names of the ids; None where it holds none."""
         ...
 
+    def ids_of(self, units: Sequence[str], whole: str) -> list[Part]:
+        """The names of the token ids that a text is of, where it could be given as such."""
+        ...
+
     def inputs(self, texts: Sequence[tuple[ReleasedText, str | None]], **public: Any) -> dict[str, Any]:
         """See `Release.inputs`. texts: of each context, and the public text beside it."""
         ...
@@ -140,9 +144,10 @@ class TextHost(Host):
         grouped = guard.config.unit == "group"
         several = isinstance(context, (list, tuple)) and len(context) > 0 and not one
         listed = context if several else [context]
-        contexts = [
-            name_text(*guard.cut(c), guard.encode, grouped=grouped, each=each, others=others) for c in listed
-        ]
+        contexts = []
+        for units, whole in map(guard.cut, listed):
+            ids = others if surface is None or found is not None else surface.ids_of(units, whole)
+            contexts.append(name_text(units, whole, guard.encode, grouped=grouped, each=each, others=ids))
         return Named(contexts, None)
 
     def inputs(self, release: Readable, prompt: Any, **public: Any) -> dict[str, Any]:

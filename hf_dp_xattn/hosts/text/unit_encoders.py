@@ -6,6 +6,7 @@ Nothing about privacy rests on what the encoder says of a text, on its precision
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -47,24 +48,39 @@ class UnitEncoder:
     @torch.inference_mode(False)
     @torch.no_grad()
     def public(self, texts: Sequence[str]) -> torch.Tensor:
-        """Codes of PUBLIC texts: the same but for rounding, and several times faster."""
-        if self.many is None:
-            return self(texts)
+        """Codes of PUBLIC texts: the same but for rounding, and several times faster. Raises ContextError where it fails."""
         with self.permit():
-            return self.many(texts).detach().to("cpu", torch.float32)
+            try:
+                if self.many is not None:
+                    return self.many(texts).detach().to("cpu", torch.float32)
+                return torch.stack([self._code(text) for text in texts])
+            except Exception as error:
+                raise ContextError(
+                    f"The encoder of the library's codes fails on a public text ({type(error).__name__}: {error}). Nothing was spent."
+                ) from error
+
+    def trial(self) -> torch.Tensor:
+        """The code of a public text, [1, d], made as those of private ones are. Raises ContextError where it fails."""
+        return dataclasses.replace(self, many=None).public(PROBES[:1])
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        """Raises ContextError where it fails on a text; the message quotes nothing."""
+        """Codes of private texts, whatever they hold: one at which the encoder fails, or that has a code of another length than a public
+        text, has the code 0. An error would tell that it is among them."""
+        nothing = torch.zeros_like(self.trial()[0])
+
+        def code(text: str) -> torch.Tensor:
+            with suppress(Exception):
+                found = self._code(text)
+                return found if found.shape == nothing.shape else nothing
+            return nothing
+
         with self.permit():
-            try:
-                return torch.stack([self.one(t).detach().to("cpu", torch.float32).flatten() for t in texts])
-            except Exception as error:  # its message may quote a text
-                raise ContextError(
-                    f"The encoder of the library's codes fails on a text ({type(error).__name__}). No text was released; what was charged "
-                    "stays charged."
-                ) from None
+            return torch.stack([code(text) for text in texts])
+
+    def _code(self, text: str) -> torch.Tensor:
+        return self.one(text).detach().to("cpu", torch.float32).flatten()
 
 
 def unit_encoder(
@@ -156,7 +172,7 @@ def _of_tokens(model: Any, tokenizer: Any, permit: Permit = nullcontext) -> Unit
 
     def ids_of(text: str) -> list[int]:
         with without_length_warning(tokenizer):
-            ids = tokenizer(text=text, truncation=True, max_length=limit).input_ids
+            ids = tokenizer(text=text, truncation=True, max_length=limit - len(start)).input_ids
         plain: list[int] = ids[0] if ids and isinstance(ids[0], list) else list(ids)
         return [*start, *plain]
 

