@@ -72,7 +72,7 @@ class RankResponse:
             nearest: how many ranks are near, 1 to size - 1.
 
         Raises:
-            ConfigError: out of range, or so many near entries at such odds that the weights pass 2^48.
+            ConfigError: out of range.
 
         Example:
             >>> response = RankResponse.of(2.0, size=16, nearest=2)
@@ -82,7 +82,10 @@ class RankResponse:
         if isinstance(nearest, bool) or not isinstance(nearest, int) or not 1 <= nearest < max(size, 2):
             raise ConfigError(f"`nearest` must be an integer from 1 to size - 1, got {nearest!r}.")
         response = RandomizedResponse.of(epsilon, size)  # checks the rest, and rounds the odds down
-        return cls((nearest, size - nearest), (response.odds, response.unit), response.epsilon)
+        odds, unit = response.odds, response.unit
+        while nearest * odds + (size - nearest) * unit > LIMIT:  # coarser weights, whose ratio is no larger
+            odds, unit = odds >> 1, (unit + 1) >> 1
+        return cls((nearest, size - nearest), (max(odds, unit), unit), response.epsilon)
 
     @property
     def size(self) -> int:

@@ -140,7 +140,7 @@ def test_expectation() -> None:
         (lambda: RankResponse.of(1.0, 4, 4), "nearest"),
         (lambda: RankResponse.of(1.0, 4, 0), "nearest"),
         (lambda: RankResponse.of(1.0, 4, True), "nearest"),
-        (lambda: RankResponse.of(30.0, 1 << 20, 1 << 19), "too large"),
+        (lambda: small((1, 1), (1 << 48, 1)), "too large"),
         (lambda: small((1, 1), (1, 2)), "rise"),
         (lambda: RankResponse((1, 15), (10**6, 1), Fraction(1, 10)), "more would be told"),
         (lambda: RankResponse((1, 1), (1, 1), Fraction(0)), "epsilon"),
