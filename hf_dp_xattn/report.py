@@ -38,7 +38,7 @@ class Guarantee:
     Example:
         >>> release = dpx.protect(pipe, epsilon=8.0, calibration=library).release("a red circle")
         >>> print(release.guarantees[0].sentence())
-        (8, 0)-differentially private when one phrase, sentence or document (as it was cut) of the private context is replaced ...
+        (8, 1e-05)-differentially private when one phrase, sentence or document (as it was cut) of the private context is replaced ...
     """
 
     mechanism: str

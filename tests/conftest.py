@@ -26,14 +26,16 @@ def own_process_ledger(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest
     return cache
 
 
-# As if each test said allow_uncalibrated=True: nearly all are about what a release promises, not about what it is good for. From the import
-# on, because some fixtures are of a whole module.
-_refusal = protect.require_calibration
-protect.require_calibration = lambda *config, **allowed: None
+# As if each test said allow_uncalibrated=True, and that contexts of few units are worth their charge: nearly all are about what a release
+# promises, not about what it is good for. From the import on, because some fixtures are of a whole module.
+_refusals = {name: getattr(protect, name) for name in ("require_calibration", "enough_units")}
+for _name in _refusals:
+    setattr(protect, _name, lambda *config, **allowed: None)
 
 
 @pytest.fixture(autouse=True)
 def as_users(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that users' code must pass as it is carry the marker `as_users`."""
     if request.node.get_closest_marker("as_users") is not None:
-        monkeypatch.setattr(protect, "require_calibration", _refusal)
+        for name, refusal in _refusals.items():
+            monkeypatch.setattr(protect, name, refusal)

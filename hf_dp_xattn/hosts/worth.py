@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 WEAK, HUGE = 16.0, 100.0  # epsilons beyond which a release is warned of, and refused
 ROW = (
-    "unit='row' protects one embedding row: not a word, and not the prompt. A text encoder spreads a word over many rows, so what the text "
-    "says may be read off the release at any epsilon. Use unit='group' (a phrase, sentence or document) or unit='context' (everything)."
+    "unit='row' protects one embedding row: no word, and nothing whole. An encoder spreads what it reads over many rows, which may be read "
+    "off the release at any epsilon. Use unit='group' (parts that are encoded apart from each other) or unit='context' (everything)."
 )
 NO_FIT = (
     "mechanism={mechanism!r} without a calibration draws noise: its budget would be spent, and next to nothing of the private text would "

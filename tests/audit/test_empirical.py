@@ -233,6 +233,7 @@ def laplace_of(share: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BudgetSplit, "noise", property(noise))
 
 
+@pytest.mark.slow
 def test_trees_have_power() -> None:
     prepared, config = one_tree_each()
     found = targets(prepared, config, preparer(prepared, SPECS, None), ())
@@ -241,6 +242,7 @@ def test_trees_have_power() -> None:
     assert 0.7 < bounds[0].gap <= 1.0
 
 
+@pytest.mark.slow
 def test_half_the_noise_on_trees_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     laplace_of(2, monkeypatch)
     checks = run(*one_tree_each(), smaller=(), draws=DRAWS)

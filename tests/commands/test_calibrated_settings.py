@@ -70,6 +70,7 @@ def test_release_and_generate(
     check_config(ReleaseFile.load(kept).config.to_dict(), name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["anchors", "kernel_sum"])
 def test_audit_bench_and_demo(
     name: str,
@@ -150,7 +151,7 @@ def test_the_help_says_so(command: str, capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         main([command, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "default: what the calibration is for; without one, library" in shown
+    assert "default: what the calibration is for)" in shown
     assert "default: the calibration's; without one, group" in shown
 
 

@@ -17,6 +17,7 @@ from ..hub.artefacts import KINDS, content, files, load, make
 from ..hub.server import TOKEN, FakeHub, serve
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own(tmp_path: Path) -> None:
     make("release").save_pretrained(tmp_path / "release")
     with serve() as fake:

@@ -57,6 +57,7 @@ class Page:
             self.page.mouse.up()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
 def test_a_visit(tmp_path: Path) -> None:
     asked: list[tuple[str, str]] = []

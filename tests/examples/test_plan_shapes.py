@@ -36,6 +36,7 @@ def pipeline() -> Any:
     return load_pipeline()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", UNITS)
 def test_predicted_fvu_is_what_fresh_public_contexts_give(pipeline: Any, unit: str) -> None:
     calibration = load_calibration(unit)

@@ -156,7 +156,7 @@ def test_groups_for_another_unit(pipe: Any, private: Any) -> None:
     assert handle.ledger.entries() == ()
 
 
-@pytest.mark.parametrize("config", [None, {}, "anchors", dpx.DPXAttnConfig], ids=str)
+@pytest.mark.parametrize("config", [{}, "anchors", dpx.DPXAttnConfig], ids=str)
 def test_something_else_for_a_config(config: Any, pipe: Any) -> None:
     with pytest.raises(dpx.ConfigError, match="DPXAttnConfig"):
         dpx.protect(pipe, config)

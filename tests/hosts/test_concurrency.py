@@ -258,6 +258,7 @@ SCHEDULERS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheduler", "compiled"), [*((s, False) for s in SCHEDULERS), ("DDIM", True)])
 def test_two_prompts_on_one_pipeline(scheduler: str, compiled: bool) -> None:
     """A scheduler keeps the state of a call; a compiled UNet has no gate that could say what is served."""

@@ -171,6 +171,7 @@ def test_compiled_and_replaced_processors(pipe: Any, private: Any, counter: Any)
         picture(pipe, **inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_compiled_pipeline_makes_its_release(in_place: bool, pipe: Any, private: Any, counter: Any) -> None:
     """The first call of all is compiled: its gate is not traced, and bad public arguments cost nothing."""

@@ -105,6 +105,7 @@ def check_released(release: Any) -> None:
     assert tensors and all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mechanism", [*LAYERED, *ANCHORS])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_embeddings_of_any_finite_numbers_are_released(dtype: torch.dtype, mechanism: str) -> None:

@@ -336,6 +336,7 @@ def test_a_dropped_generator_leaves_nothing() -> None:
     assert not access.public
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mechanism", ["kernel_sum"])
 def test_a_compiled_unet_asks_at_each_call(mechanism: str) -> None:
     """Compiled graphs have no gate; each of their runs asks the context that it runs in."""

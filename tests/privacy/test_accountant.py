@@ -150,6 +150,7 @@ def check_against_dp_accounting(events, delta):
         assert delta_of(events, ours) <= delta * (1 + 1e-6)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, phases=NO_SHRINK)
 @given(events_strategy, st.floats(1e-12, 0.1))
 def test_never_below_dp_accounting(events, delta):

@@ -108,6 +108,7 @@ def test_units_and_relations_do_not_mix():
     ledger.charge(digest, ONE, Budget(9, 0, "row", "replace_one"))
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(
     st.lists(

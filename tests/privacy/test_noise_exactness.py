@@ -316,6 +316,7 @@ def test_short_reads_fail(monkeypatch):
         discrete_gaussian(10, 100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("byte", [b"\0", b"\xff"])
 @pytest.mark.parametrize("scale", [Fraction(1, 2), 5, 8])
 def test_stuck_sources_fail_rather_than_give_no_noise(byte, scale):

@@ -52,6 +52,7 @@ def measured(calibration: AnchorCalibration, index: int, *, pooled: bool = False
     return fvu(*objective().measure(fresh.whole.float(), [(c.rows, c.log_weights) for c in decoded]))
 
 
+@pytest.mark.slow
 def test_more_budget_explains_more(by_row: AnchorCalibration) -> None:
     quality = [p.quality.fvu for p in by_row.plans]
     assert quality[2] < quality[1] < quality[0]

@@ -38,6 +38,7 @@ def _gradient(run: Any, layer: Any, states: torch.Tensor) -> tuple[torch.Tensor,
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [False, True], ids=["private", "private and public"])
 def test_of_a_compiled_layer(guided: bool, pipe: Any) -> None:
     """They are those of the gate's way, in which no NaN takes part."""

@@ -11,6 +11,7 @@ import hf_dp_xattn as dpx
 from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibration
 from hf_dp_xattn.calibration.anchors.slot_schedule import slot_schedule
 from hf_dp_xattn.calibration.anchors.slots_fit import SlotSettings
+from hf_dp_xattn.calibration.library.text_library import TextLibrary
 from hf_dp_xattn.calibration.public_data import choose_contexts, equal_contexts
 from hf_dp_xattn.hosts.diffusers.architectures import find_layers
 from hf_dp_xattn.hosts.layer import row_flops
@@ -27,7 +28,7 @@ PUBLIC = [f"{a}, {b}" for i, a in enumerate(NAMES) for b in NAMES[i % 5 :: 16]]
 
 
 def config(**changes: Any) -> dpx.DPXAttnConfig:
-    return dpx.DPXAttnConfig(mechanism="anchors", **changes)
+    return dpx.DPXAttnConfig(**{"mechanism": "anchors", "unit": "row", **changes})
 
 
 def calibrate(
@@ -62,11 +63,9 @@ def test_from_public_prompts_to_a_protected_picture(pipe: Any, unit: str, groupi
     assert release["guarantee"]["is_private"] and release["spent_epsilon"] <= 8.0 + 1e-9
 
 
-def test_anchors_are_the_default_mechanism_of_calibrate(pipe: Any) -> None:
-    calibration = dpx.calibrate(
-        pipe, PUBLIC, epsilons=(8.0,), anchors=16, steps=2, query_prompts=2, query_steps=2, progress=False
-    )
-    assert isinstance(calibration, AnchorCalibration) and calibration.unit == "row"
+def test_a_library_is_what_calibrate_makes_by_default(pipe: Any) -> None:
+    calibration = dpx.calibrate(pipe, PUBLIC, epsilons=(8.0,), progress=False)
+    assert isinstance(calibration, TextLibrary) and calibration.unit == "group"
 
 
 @pytest.mark.slow
@@ -110,7 +109,6 @@ def test_it_is_reproducible(pipe: Any) -> None:
     ("public", "changes", "options", "message"),
     [
         (PUBLIC[:20], {}, {}, "at least 64"),
-        (PUBLIC, {}, {"anchors": 4096}, "fewer anchors"),
         ("one prompt", {}, {}, "list of prompts"),
         ([["a", "b"]] * 80, {}, {}, "Lists of phrases"),
         (PUBLIC, {"unit": "group"}, {"grouping": "rows"}, "phrases"),
@@ -125,7 +123,6 @@ def test_it_is_reproducible(pipe: Any) -> None:
     ],
     ids=[
         "too few",
-        "too many anchors",
         "a string",
         "phrases for rows",
         "grouping",

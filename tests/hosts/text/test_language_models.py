@@ -352,8 +352,8 @@ def test_calibrate_makes_libraries() -> None:
         dpx.calibrate(pipe, LINES, config(), grouping="rows", **options)
     with pytest.raises(dpx.ConfigError, match="tokenizer"):
         dpx.calibrate(pipe.model, LINES, config(), **options)
-    with pytest.raises(dpx.ConfigError, match="library"):
-        dpx.calibrate(pipe.model, LINES, tokenizer=words)
+    usual = dpx.calibrate(pipe.model, LINES, tokenizer=words, grouping="lines", **options)
+    assert (usual.mechanism, usual.unit) == ("library", "group") and set(usual.texts) <= set(LINES)
 
 
 def test_a_chat_in_one_call() -> None:

@@ -53,6 +53,7 @@ def source(prepared: PreparedAnchors) -> MixedSource:
     return prepared.source
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [0.3, 1.0, 7.0, 11.1], ids=lambda e: f"eps={e:g}")
 def test_both_events_are_charged_and_fit_the_budget(epsilon: float) -> None:
     prepared = prepare(epsilon)

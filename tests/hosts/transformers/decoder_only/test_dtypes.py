@@ -49,6 +49,7 @@ def sketches(model: Any, dtype: torch.dtype) -> tuple[Fingerprint, Fingerprint]:
     return before, prefix_fingerprint(model.to(dtype), layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("name", [*BUILDERS, "chat"])
 def test_rounding_stays_within_what_is_forgiven(name: str, dtype: torch.dtype) -> None:

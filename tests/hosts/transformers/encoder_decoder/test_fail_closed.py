@@ -220,6 +220,7 @@ def test_a_protected_pipeline(private: dpx.DPXAttnConfig) -> None:
     assert "generate" not in moonshine.__dict__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bart", "t5"])
 def test_compiled_with_graph_breaks(name: str, private: dpx.DPXAttnConfig) -> None:
     """The gate is never traced, so each call reads its own release, recompiled or not."""
