@@ -145,7 +145,7 @@ def released(epsilon: float) -> dict[str, tuple[float, float, float]]:
 def pictures(epsilon: float) -> dict[str, tuple[float, float, float]]:
     """Attributes right of `shapes` at an epsilon of a phrase, as measured elsewhere in this repository."""
     made = json.loads((DOCS / "library" / "shapes.json").read_text())["conditions"]
-    lines = json.loads((DOCS / "utility" / "results.json").read_text())["b"]["lines"]
+    lines = json.loads((DOCS / "utility" / "results.json").read_text())["d"]["attributes"]
     found = {}
     for line in lines:
         if line["unit"] == "group" and line["epsilon"] == epsilon:

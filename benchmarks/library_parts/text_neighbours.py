@@ -102,7 +102,7 @@ def summed(
     rest = torch.cat(
         [replies.ids("<|im_end|>\n"), replies.question(question), torch.tensor([list(reply[:-1])])], 1
     )
-    with dpx.protect(replies.model, config, ledger=dpx.Ledger()) as protected:
+    with dpx.protect(replies.model, config, ledger=dpx.Ledger(), allow_uncalibrated=True) as protected:
         private: list[Any] = [replies.ids(s)[0].tolist() for s in segments]
         release = protected.release(private, groups="segments", public_head=head)
         logits = replies.model(**release.inputs(input_ids=rest)).logits[0, -len(reply) :]
