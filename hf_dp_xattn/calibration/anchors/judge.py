@@ -29,6 +29,7 @@ from .objective import Objective, fvu
 from .slots_fit import PublicContexts
 
 WEIGHTS = (0.7, 0.4, 0.2, 0.1)
+_FEWEST_KINDS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +115,7 @@ class Jury:
             2, int((~self.held.unlike).sum())
         )  # the variance is about these contexts' own mean
         found = [
-            ratio_interval(errors[part], self.variances[part], self.held.kinds[part])
+            ratio_interval(errors[part], self.variances[part], counted(self.held.kinds[part]))
             for part in (~self.held.unlike, self.held.unlike)
             if bool(part.any())
         ]
@@ -165,6 +166,11 @@ class Jury:
         measured = self.nothing if weight == 0.0 else self._measure(rows)
         plan = dataclasses.replace(judged.plan, worth=worth, quality=self.quality(measured.errors))
         return Judged(plan, measured, rows)
+
+
+def counted(kinds: torch.Tensor) -> torch.Tensor:
+    """What an interval counts: kinds [N]; contexts where there are too few kinds to tell how much these vary."""
+    return kinds if len(torch.unique(kinds)) >= _FEWEST_KINDS else torch.arange(len(kinds))
 
 
 def judge(

@@ -100,6 +100,8 @@ def test_random_decoders_are_not_used(untrained: AnchorCalibration) -> None:
 def test_too_few_contexts() -> None:
     calibration = fitted(contexts(64), steps=60)
     assert max(beside_nothing(calibration, contexts(60, seed=4))) <= LIMIT
+    # a single unseen kind told nothing of how much kinds vary, and its interval was all numbers
+    assert all(p.quality.high < 10.0 for p in calibration.plans)
 
 
 def test_what_is_better_is_used(trained: AnchorCalibration) -> None:
