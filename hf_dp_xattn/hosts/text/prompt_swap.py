@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 PRIVATE = re.compile(r"prompt(_[2-9])?|source_prompt|editing_prompt|lyrics|transcription")
 """Arguments that hold private text."""
 OTHERS = re.compile(
-    r"(?!neg|num_|callback)(.*prompt.*(embed|mask|latents|segments|cu_seqlens).*|messages|gligen_phrases)"
+    r"(?!neg|num_|callback)(.*prompt.*(embed|mask|latents|segments|cu_seqlens).*|messages|gligen_phrases|text_model_output|text_attention_mask)"
 )
 """Arguments that may hold what was made of private text, or private text in another form."""
 CLOSED = (

@@ -90,8 +90,8 @@ class TextReleaseFile(Encoded):
         return cls(tuple(contexts), config, read_terms(header["host"]))
 
     def verify(self) -> None:
-        if not self.contexts or not all(c.text for c in self.contexts):
-            CHECKS.refuse("no contexts, or one without a text")
+        if not self.contexts or not all(c.text and all(c.text) for c in self.contexts):
+            CHECKS.refuse("no contexts, or one without a text, or an empty text")
         for context in self.contexts:
             check_promise(context.guarantee, self.config)
 

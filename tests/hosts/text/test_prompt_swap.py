@@ -139,6 +139,8 @@ def test_which_pipelines_are_taken() -> None:
     }
     refused = {n for c in classes for n in inspect.signature(c.__call__).parameters if OTHERS.fullmatch(n)}
     assert {
+        "text_attention_mask",
+        "text_model_output",
         "prompt_embeds",
         "pooled_prompt_embeds",
         "prompt_attention_mask",
