@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import numpy as np
 import torch
+from library_parts import chat_setting
 from library_parts.replies import QUESTIONS, Replies, divergence
-from prompts.public import Prompt, prompts
+from prompts.public import Prompt
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoTokenizer
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.calibration.library.library_fit import LibraryOptions, build_library
-from hf_dp_xattn.hosts.text.unit_encoders import unit_encoder
 from hf_dp_xattn.mechanisms.anchors.quantizer import ExactAffine
 from hf_dp_xattn.mechanisms.library.entry_lattice import EntryLattice
 from hf_dp_xattn.privacy.bits import SeededEntropy
@@ -37,41 +34,15 @@ EPSILONS = (4.0, 8.0, 16.0)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--chat", type=Path, required=True, help="GGUF file or folder of a chat model with ChatML"
-    )
-    parser.add_argument(
-        "--encoder", type=Path, help="folder of a sentence encoder; by default the chat model's own states"
-    )
+    chat_setting.add_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder for replies.json and replies.md")
-    parser.add_argument("--prompts", type=int, default=24, help="held-out prompts")
-    parser.add_argument(
-        "--codes", type=Path, help="folder that keeps codes, so that a run that was broken off goes on"
-    )
     args = parser.parse_args()
-    replies = Replies(args.chat)
-    parts = (replies.model, replies.tokenizer)
-    if args.encoder:
-        parts = AutoModel.from_pretrained(args.encoder).eval(), AutoTokenizer.from_pretrained(args.encoder)
-    encode = unit_encoder(parts[0], parts[1], encoder=parts)
-    public = [list(p.segments) for p in prompts(held_out=False)]
-    private = [p for p in prompts(held_out=True) if 4 <= len(p.segments) <= 10][: args.prompts]
-    begun = time.time()
-    config = dpx.DPXAttnConfig(mechanism="library", unit="group")
-    options = LibraryOptions(
-        epsilons=EPSILONS,
-        grouping="segments",
-        encoder=encode.name,
-        folder=args.codes,
-        flatten=0.0 if args.encoder else 0.5,
-    )
-    library = build_library(public, encode.public, config, options)
-    seconds = time.time() - begun
-    systems = released(library, private, encode, config)
+    setting = chat_setting.load(args, EPSILONS)
+    library, private, replies = setting.library, setting.private, setting.replies
+    systems = released(library, private, setting.encode, chat_setting.CONFIG)
     about: dict[str, Any] = {
-        "encoder": encode.name,
-        "texts": len(library.texts),
-        "library_seconds": None if args.codes else round(seconds),
+        **setting.about,
+        "library_seconds": None if args.codes else round(setting.seconds),
         "questions": {kind: list(asked) for kind, asked in QUESTIONS.items()},
         "plans": {f"{p.epsilon:g}": [*p.described(), round(p.quality.distortion, 3)] for p in library.plans},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,13 @@ CONFIG = dpx.DPXAttnConfig(mechanism="library", unit="group")
 
 @dataclass(frozen=True)
 class ChatSetting:
-    """encode: texts -> codes, each by itself. private: held-out prompts of 4 to 10 segments."""
+    """encode: texts -> codes, each by itself. private: held-out prompts of 4 to 10 segments. seconds: that the library took."""
 
     replies: Replies
     encode: Callable[[Sequence[str]], torch.Tensor]
     library: dpx.TextLibrary
     private: list[Prompt]
+    seconds: float
 
     @property
     def about(self) -> dict[str, object]:
@@ -66,6 +68,8 @@ def load(args: argparse.Namespace, epsilons: Sequence[float]) -> ChatSetting:
         folder=args.codes,
         flatten=0.0 if args.encoder else 0.5,
     )
+    begun = time.time()
     library = build_library(public, encode.public, CONFIG, options)
+    seconds = time.time() - begun
     private = [p for p in prompts(held_out=True) if 4 <= len(p.segments) <= 10][: args.prompts]
-    return ChatSetting(replies, encode, library, private)
+    return ChatSetting(replies, encode, library, private, seconds)
