@@ -150,7 +150,7 @@ def pictures(epsilon: float) -> dict[str, tuple[float, float, float]]:
     for line in lines:
         if line["unit"] == "group" and line["epsilon"] == epsilon:
             found[line["method"]] = (line["accuracy"], line["low"], line["high"])
-    own = made.get(f"epsilon {epsilon:g}")
+    own = made.get(f"phrases, epsilon {epsilon:g}")
     if own:
         found[LIBRARY] = (own["accuracy"], own["low"], own["high"])
     return found

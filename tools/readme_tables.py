@@ -79,7 +79,7 @@ def when() -> str:
 
 
 def _percent(conditions: dict[str, Any], epsilon: int) -> float:
-    return 100.0 * float(conditions[f"epsilon {epsilon}"]["accuracy"])
+    return 100.0 * float(conditions[f"phrases, epsilon {epsilon}"]["accuracy"])
 
 
 def _read(path: str) -> Any:

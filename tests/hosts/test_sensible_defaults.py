@@ -70,9 +70,9 @@ def test_a_large_epsilon_is_warned_of_and_a_huge_one_refused(pipe: Any) -> None:
 
 
 def test_rows_are_said_to_be_no_prompt(pipe: Any) -> None:
-    with pytest.warns(UserWarning, match="not a word, and not the prompt"):
+    with pytest.warns(UserWarning, match="no word, and nothing whole"):
         handle = dpx.protect(pipe, KERNEL.replace(unit="row"), allow_uncalibrated=True)
-    assert "not a word, and not the prompt" in str(handle.report())
+    assert "no word, and nothing whole" in str(handle.report())
     assert "neither a word nor the prompt" in str(KERNEL.replace(unit="row").card({}))
     handle.unprotect()
 

@@ -206,8 +206,9 @@ def test_the_command_line(name: str, folders: Path, capsys: pytest.CaptureFixtur
     assert _run("calibrate", model, "--public", public, *more) == 0
     assert read_artefact(str(folders / "more"))[1].grouping == "lines"
     assert _run("release", model, *own, "--prefix-bucket", 4, "--out", folders / "y") == 2
-    assert _run("bench", model, *own[:4]) == 2
-    assert "attention" in capsys.readouterr().err
+    if name == "pipe":
+        assert _run("bench", model, *own[:4]) == 2
+        assert "no step differs" in capsys.readouterr().err
 
 
 def test_a_chat_on_the_command_line_is_the_pipelines(folders: Path) -> None:
