@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import numpy as np
 import torch
 from shapes.evaluate import generate, load_pipeline
-from shapes.reader import load_reader, score
-from shapes.scenes import heldout_examples, phrases, train_examples
+from shapes.reader import Score, load_reader, score
+from shapes.scenes import Scene, heldout_examples, phrases, train_examples
+from shapes.tables import interval
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.hosts.text.unit_encoders import unit_encoder
@@ -96,7 +98,7 @@ def main() -> None:
         drawn |= {(i, captions[i]): image for i, image in zip(new, images, strict=True)}
         found = score(np.stack([drawn[i, c] for i, c in enumerate(captions)]), scenes, reader)
         results["conditions"] |= earlier(args.out / "shapes.json", args.n)["conditions"]
-        results["conditions"][name] = interval(found.per_image, found.accuracy)
+        results["conditions"][name] = measured(found, scenes)
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "shapes.json").write_text(json.dumps(results, indent=1) + "\n")
         (args.out / "shapes.md").write_text(page(results))
@@ -152,10 +154,10 @@ def released(
     return list(prepared.run(codes, groups=groups, entropy=SeededEntropy(seed)).texts)
 
 
-def interval(per_image: np.ndarray, accuracy: float) -> dict[str, float]:
-    draws = np.random.default_rng(0).integers(len(per_image), size=(4000, len(per_image)))
-    low, high = np.percentile(per_image[draws].mean(1), [2.5, 97.5])
-    return {"accuracy": round(accuracy, 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+def measured(found: Score, scenes: Sequence[Scene]) -> dict[str, float]:
+    """The share of all attributes, and its interval."""
+    low, high = interval(found.per_image, np.array([scene.n_attributes for scene in scenes]))
+    return {"accuracy": round(found.accuracy, 4), "low": round(low, 4), "high": round(high, 4)}
 
 
 def page(results: dict[str, Any]) -> str:
