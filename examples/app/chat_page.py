@@ -10,7 +10,7 @@ import gradio as gr
 
 import hf_dp_xattn as dpx
 from app.chat_studio import Answered, ChatStudio
-from app.page import ARROWS, LONGEST, say_epsilon
+from app.page import ARROWS, LONGEST, ONE_AT_A_TIME, epsilon_slider, say_epsilon
 from app.panels import UNITS, at_most, refusal, status_line, up
 from hf_dp_xattn.privacy.guessing import PRIORS, guess_bound
 
@@ -103,16 +103,7 @@ def build_chat(studio: ChatStudio) -> gr.Blocks:
                     elem_id="dpx-question",
                     html_attributes=plain,
                 )
-                index = gr.Slider(
-                    0,
-                    len(epsilons) - 1,
-                    start,
-                    step=1,
-                    label="ε of one release",
-                    elem_id="dpx-epsilon",
-                    buttons=[],
-                )
-                gr.HTML(f"<div class='dpx-ticks'>{''.join(f'<span>{e:g}</span>' for e in epsilons)}</div>")
+                index = epsilon_slider(epsilons, start)
                 button = gr.Button("Ask", variant="primary", elem_id="dpx-draw")
                 gr.HTML(_HINT)
                 spent = gr.HTML(elem_id="dpx-spent")
@@ -124,10 +115,7 @@ def build_chat(studio: ChatStudio) -> gr.Blocks:
         asks: dict[str, Any] = {
             "inputs": [system, question, index],
             "outputs": [status, shown, spent, told],
-            "concurrency_limit": 1,
-            "concurrency_id": "pipeline",
-            "api_visibility": "private",
-            "show_progress": "minimal",
+            **ONE_AT_A_TIME,
         }
         gr.on([question.submit, button.click, index.release, page.load], ask, **asks)
         again.click(reset, **asks)

@@ -56,6 +56,13 @@ def _words() -> str:
     return f"<dl class='dpx-words'>{items}</dl><p class='dpx-hint'>One or two objects, each with size, colour, shape and place.</p>"
 
 
+ONE_AT_A_TIME: dict[str, Any] = {
+    "concurrency_limit": 1,
+    "concurrency_id": "pipeline",
+    "api_visibility": "private",
+    "show_progress": "minimal",
+}
+"""Of events that run the model."""
 ARROWS = """() => {
   const slider = document.querySelector('#dpx-epsilon input[type=range]');
   let due;
@@ -71,6 +78,15 @@ def say_epsilon(epsilons: Sequence[float]) -> str:
     """What a screen reader says of the slider, whose own value is a position."""
     names = [f"epsilon {e:g}" for e in epsilons]
     return f"(i) => {{ document.querySelector('#dpx-epsilon input[type=range]').setAttribute('aria-valuetext', {names}[i]); }}"
+
+
+def epsilon_slider(epsilons: Sequence[float], start: int) -> gr.Slider:
+    """Its value is the position of an epsilon; these stand below it."""
+    slider = gr.Slider(
+        0, len(epsilons) - 1, start, step=1, label="ε of one release", elem_id="dpx-epsilon", buttons=[]
+    )
+    gr.HTML(f"<div class='dpx-ticks'>{''.join(f'<span>{e:g}</span>' for e in epsilons)}</div>")
+    return slider
 
 
 def build(studio: Studio) -> gr.Blocks:
@@ -126,16 +142,7 @@ def build(studio: Studio) -> gr.Blocks:
                     elem_id="dpx-unit",
                 )
                 unit_text = gr.HTML(about(UNIT))
-                index = gr.Slider(
-                    0,
-                    len(epsilons) - 1,
-                    start,
-                    step=1,
-                    label="ε of one release",
-                    elem_id="dpx-epsilon",
-                    buttons=[],
-                )
-                gr.HTML(f"<div class='dpx-ticks'>{''.join(f'<span>{e:g}</span>' for e in epsilons)}</div>")
+                index = epsilon_slider(epsilons, start)
                 button = gr.Button("Draw", variant="primary", elem_id="dpx-draw")
                 gr.HTML(_HINT)
                 with gr.Accordion("Words that this small model knows", open=False):
@@ -156,10 +163,7 @@ def build(studio: Studio) -> gr.Blocks:
         draws = {
             "inputs": given,
             "outputs": shown,
-            "concurrency_limit": 1,
-            "concurrency_id": "pipeline",
-            "api_visibility": "private",
-            "show_progress": "minimal",
+            **ONE_AT_A_TIME,
         }
         gr.on([prompt.submit, button.click, index.release, unit.input, page.load], draw, **draws)
         again.click(reset, **draws)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from ..mechanisms.anchors.anchors import nearest_plan
 from .anchors.anchors_calibration import AnchorCalibration
 from .curves import SCALED, Curve, Estimate
 
-NOTHING = (
-    0.98  # share of the variance left unexplained, from which on a release of too few units tells nothing
-)
+# share of the variance left unexplained, from which on a release of too few units tells nothing
+NOTHING = 0.98
 SAME_SIZE = 0.1  # what is predicted for contexts of one size holds near it
 
 
@@ -27,7 +27,7 @@ def of_units(calibration: AnchorCalibration, curve: Curve, epsilon: float, units
     about as well as the calibrated U at epsilon * u / U. Below the range that was calibrated, the variance that is explained falls with the
     square of that: what a Wiener filter leaves of a signal that is much weaker than the noise.
     """
-    plan = min(calibration.plans, key=lambda p: max(p.epsilon / epsilon, epsilon / p.epsilon))
+    plan = nearest_plan(calibration.plans, epsilon)
     few = calibration.unit != "context" and units < (1.0 - SAME_SIZE) * calibration.units
     if plan.release == "response" or not few:
         return curve.at(epsilon)
@@ -45,9 +45,8 @@ def too_few(calibration: AnchorCalibration, epsilon: float, units: int) -> str |
     found = None if curve is None else of_units(calibration, curve, epsilon, units)
     if found is None or found.origin != SCALED or not found.value >= NOTHING:
         return None
-    if (
-        curve is not None and curve.points[0][1] >= 1.0
-    ):  # fitted to a model's replies, of which an FVU says nothing
+    # fitted to a model's replies, of which an FVU says nothing
+    if curve is not None and curve.points[0][1] >= 1.0:
         return None
     return (
         f"{units} units are too few: the noise is made to hide one of them, and hides all of so few (FVU {found.value:.3f}, 1 is nothing; "

@@ -41,7 +41,7 @@ class Guarded(Protocol):
 
 
 class BaseGuard(ABC, Making[State, Prepared, ReleaseT], Generic[State, Prepared, ReleaseT]):
-    """ReleaseT for one host and one handle: whether it is still protected, who may run it, and how its releases are made.
+    """Of one host and one handle: whether it is still protected, who may run it, and how its releases are made.
 
     lock: held while anything of the handle is changed, never while a host runs. calling: held while a pipeline runs that keeps a call's
     state on itself; taken before `lock`. active: from `install` until `unprotect`.

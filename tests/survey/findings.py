@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+import hf_dp_xattn as dpx
+
 FOLDER = Path(__file__).parents[2] / "docs" / "hosts"
 MECHANISMS = ("library", "anchors", "kernel_sum", "dptree", "none")
 WORKS = "works"
@@ -37,3 +39,16 @@ def reason(message: str) -> str:
 def codes(texts: list[str]) -> torch.Tensor:
     """Codes by the letters of a text: any public function will do, and no model runs for it."""
     return torch.tensor([[float(t.count(c)) for c in "abcdefghijklmnopqrstuvwxyz"] for t in texts])
+
+
+def accepted(mechanism: str, host: Any) -> str:
+    """Protects a host by attention. Raises what `protect` does where it is refused."""
+    options: dict[str, Any] = {"degree": 1, "projection_dim": 4} if mechanism == "kernel_sum" else {}
+    chosen = dpx.DPXAttnConfig(unit="row", mechanism=mechanism, **options)
+    try:
+        dpx.protect(host, chosen, allow_uncalibrated=True, ledger=dpx.Ledger())
+    except dpx.ConfigError as error:
+        # for want of a calibration, which is asked for after the host was accepted
+        if mechanism != "anchors" or "calibration" not in str(error):
+            raise
+    return WORKS

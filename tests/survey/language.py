@@ -13,7 +13,7 @@ import hf_dp_xattn as dpx
 
 from ..hosts.text.libraries import answer_with, config, library
 from ..hosts.text.words import tokenizer
-from .findings import MECHANISMS, WORKS, Finding, NotBuilt, codes, reason
+from .findings import MECHANISMS, WORKS, Finding, NotBuilt, accepted, codes, reason
 
 VOCABULARY = 64
 LARGEST = 30_000_000  # parameters
@@ -195,30 +195,13 @@ def _how(mechanism: str, model: Any, kind: str) -> str:
     try:
         if mechanism == "library":
             return _library(model, kind)
-        return _exact(model, kind) if mechanism == "none" else _layers(mechanism, model)
+        return _exact(model, kind) if mechanism == "none" else accepted(mechanism, model)
     except dpx.UnsupportedModelError as error:
         return f"refused: {reason(str(error))}"
     except Exception as error:
         return f"fails: {type(error).__name__}: {str(error)[:200]}"
     finally:
         dpx.unprotect(model)
-
-
-def _layers(mechanism: str, model: Any) -> str:
-    options: dict[str, Any] = {"degree": 1, "projection_dim": 4} if mechanism == "kernel_sum" else {}
-    try:
-        dpx.protect(
-            model,
-            dpx.DPXAttnConfig(unit="row", mechanism=mechanism, **options),
-            allow_uncalibrated=True,
-            ledger=dpx.Ledger(),
-        )
-    except dpx.ConfigError as error:
-        if mechanism != "anchors" or "calibration" not in str(
-            error
-        ):  # which comes after the host was accepted
-            raise
-    return WORKS
 
 
 def _exact(model: Any, kind: str) -> str:

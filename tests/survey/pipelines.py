@@ -23,7 +23,7 @@ from hf_dp_xattn.hosts.text.prompt_swap import takes_prompt
 from ..hosts.text.libraries import answer_with, config, library
 from ..private_content import PrivateContent
 from .checkout import Case
-from .findings import MECHANISMS, WORKS, Finding, NotBuilt, codes, reason
+from .findings import MECHANISMS, WORKS, Finding, NotBuilt, accepted, codes, reason
 from .recorder import Record, recording
 
 SECRETS = (
@@ -119,7 +119,7 @@ def how(mechanism: str, case: Case, pipe: Any) -> str:
     """What happens to a pipeline under one mechanism; it is as before afterwards."""
     try:
         if mechanism != "library":
-            return _layers(mechanism, pipe)
+            return accepted(mechanism, pipe)
         found = _library(case, lambda: pipe)
         return (
             _library(case, lambda: build(case)) if found.startswith("LEAKS") else found
@@ -130,20 +130,6 @@ def how(mechanism: str, case: Case, pipe: Any) -> str:
         return f"fails: {type(error).__name__}: {str(error)[:300]}"
     finally:
         dpx.unprotect(pipe)
-
-
-def _layers(mechanism: str, pipe: Any) -> str:
-    options: dict[str, Any] = {"degree": 1, "projection_dim": 4} if mechanism == "kernel_sum" else {}
-    try:
-        dpx.protect(
-            pipe, dpx.DPXAttnConfig(unit="row", mechanism=mechanism, **options), allow_uncalibrated=True
-        )
-    except dpx.ConfigError as error:
-        if mechanism != "anchors" or "calibration" not in str(
-            error
-        ):  # which comes after the host was accepted
-            raise
-    return WORKS
 
 
 def _library(case: Case, make: Callable[[], Any]) -> str:

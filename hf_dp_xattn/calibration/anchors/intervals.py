@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from statistics import NormalDist
-
 import torch
+from scipy import special
 
 
 def t_quantile(probability: float, freedom: int) -> float:
-    """Of Student's distribution, by the expansion in 1 / freedom about the normal one (Abramowitz and Stegun 26.7.5).
+    """Of Student's distribution.
 
     Args:
         probability: more than 1/2.
         freedom: degrees, 2 at least are counted.
     """
-    z, v = NormalDist().inv_cdf(probability), max(2, freedom)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return float(z + sum(term / v ** (i + 1) for i, term in enumerate(terms)))
+    return float(special.stdtrit(max(2, freedom), probability))
 
 
 def ratio_interval(

@@ -127,9 +127,6 @@ class TextLibrary(Stored):
         """Refuses another encoder than the one that made the codes, by the codes of a few public entries.
 
         Args:
-            encode: n strings -> codes [n, C].
-
-        Args:
             encode: n strings -> float codes [n, C].
 
         Raises:
