@@ -78,10 +78,14 @@ def run(args: argparse.Namespace) -> int:
             stage.doing = "Printing the report"
             report = handle.report()
             if args.json:
-                told = {"folder": str(out), "ledger": str(ledger.path), "report": report.to_dict()}
+                told = {
+                    "folder": str(out),
+                    "ledger": str(ledger.path or ledger.place),
+                    "report": report.to_dict(),
+                }
                 print(json.dumps(told, sort_keys=True))
             else:
-                print(f"{report}\ncharged to {ledger.path}\nwrote {out}")
+                print(f"{report}\ncharged to {ledger.path or ledger.place}\nwrote {out}")
     return 0
 
 
@@ -117,7 +121,10 @@ def open_ledger(args: argparse.Namespace) -> WatchedLedger:
     from .watched_ledger import WatchedLedger
 
     ledger = WatchedLedger(user_ledger_path() if args.ledger is None else args.ledger)
-    print(f"ledger: {ledger.path} (what contexts have spent; keep it and its .key)", file=sys.stderr)
+    print(
+        f"ledger: {ledger.path or ledger.place} (what contexts have spent; keep it and its .key)",
+        file=sys.stderr,
+    )
     return ledger
 
 

@@ -70,7 +70,7 @@ def _failed(stage: Stage, error: BaseException) -> str:
 
 
 def _state(ledger: WatchedLedger, stage: Stage) -> str:
-    name = "the ledger" if ledger.path is None else repr(ledger.path.name)
+    name = repr(ledger.place) if ledger.persistent else "the ledger"
     charged = f"The release {ledger.charged} to {name}"
     if stage.kept is not None:
         return f"{charged} and is kept in {stage.kept!r}: go on with --release {stage.kept}, which costs nothing."

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..errors import LedgerError
 from .ledger import Ledger
+from .ledger_places import is_address
 
 VARIABLE = "HF_DP_XATTN_LEDGER"
 _FILE = "ledger.json"
@@ -68,12 +69,12 @@ def is_default(ledger: Ledger) -> bool:
     return ledger is _kept.ledger
 
 
-def user_ledger_path() -> Path:
-    """Where the command line keeps its ledger unless it is told otherwise: `VARIABLE`, or a file in the user's cache folder, which is made
-    if needed. Raises LedgerError where it cannot be made."""
+def user_ledger_path() -> str | Path:
+    """Where the command line keeps its ledger unless it is told otherwise: what `VARIABLE` says, or a file in the user's cache folder,
+    which is made if needed. Raises LedgerError where it cannot be made."""
     named = named_path()
     if named is not None:
-        return Path(named).expanduser()
+        return named if is_address(named) else Path(named).expanduser()
     return user_folder() / _FILE
 
 

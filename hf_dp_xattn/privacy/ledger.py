@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,17 +19,20 @@ from typing import Any, NoReturn
 from ..errors import ConfigError, LedgerError
 from .accountant import Event
 from .charges import DIGEST, REUSE, Budget, Charge, Name, assess_all, check_note, epsilon_at
-from .ledger_file import FileStore, MemoryStore, Store, mac
+from .ledger_file import Store, mac
+from .ledger_places import store_at
 
 __all__ = ["REUSE", "Budget", "Charge", "Ledger", "Name"]
 
 
 class Ledger:
-    """What every context has spent, in a file or (path None) in memory, forgotten at exit.
+    """What every context has spent, in a file, a database, or (path None) in memory, forgotten at exit.
 
     `path` holds the charges; `path + ".key"` a random key (mode 0600) under which contexts are named, so
     that a leaked ledger alone does not let anyone test guesses of a prompt; `path + ".lock"` is held while
-    either is used. Processes and threads may share a path; every operation reads the file anew.
+    either is used. Processes and threads may share a path; every operation reads the file anew. A file is
+    written whole at each charge: for more than some thousand contexts take a database, of which one
+    charge writes its own rows only: SQLite on one machine, PostgreSQL for several.
 
     *Formal guarantee.* Let every release of a context be charged, before it is computed, under one fixed
     budget with noise levels that do not depend on earlier outputs (or all Gaussian, or all pure with delta
@@ -38,11 +41,14 @@ class Ledger:
     from the events alone.
 
     Args:
-        path: the file, made if it is not there; None: in memory.
+        path: the file, made if it is not there; "sqlite:///FILE" (a relative path; "sqlite:////..." an absolute one) or
+            "postgresql://USER@HOST/DATABASE"; a `Store` of your own; None: in memory.
         timeout: seconds to wait for another process's lock.
+        key: the key's file, made with the ledger; by default beside the file. A PostgreSQL ledger needs it: the same one on each machine.
 
     Raises:
-        LedgerError: a damaged, foreign or unlockable file, a missing key, or a missing directory.
+        LedgerError: a damaged, foreign or unlockable file or database, a missing key, or a missing directory.
+        ConfigError: a `key` where none is used, or none where one is needed.
 
     Example:
         >>> ledger = dpx.Ledger("spent.json")
@@ -51,14 +57,20 @@ class Ledger:
         True
     """
 
-    def __init__(self, path: str | Path | None = None, *, timeout: float = 60.0) -> None:
-        self._store: Store = MemoryStore() if path is None else FileStore(path, timeout)
+    def __init__(
+        self,
+        path: str | Path | Store | None = None,
+        *,
+        timeout: float = 60.0,
+        key: str | Path | None = None,
+    ) -> None:
+        self._store = store_at(path, timeout, key)
         self._id = mac(self._store.key, b"key-id")[:16]
 
     @property
     def persistent(self) -> bool:
         """Whether charges outlive the process."""
-        return self.path is not None
+        return self._store.persistent
 
     @property
     def at_hand(self) -> bool:
@@ -67,19 +79,24 @@ class Ledger:
 
     @property
     def path(self) -> Path | None:
-        """The file, resolved; None in memory."""
+        """The file, resolved; None where there is none."""
         return self._store.path
 
+    @property
+    def place(self) -> str:
+        """Where it is, in words: a file's name, a database (without a password), or "in memory"."""
+        return self._store.place
+
     def __repr__(self) -> str:
-        return f"Ledger({'in memory' if self.path is None else self.path.name!r})"
+        return f"Ledger({self.place if not self.persistent else repr(self.place)})"
 
     def __getstate__(self) -> NoReturn:
         raise LedgerError("A ledger cannot be pickled or copied: it holds a key. Open its path again.")
 
     @contextmanager
-    def _reserved(self) -> Iterator[tuple[Charge, ...]]:
-        """All charges; what is not committed inside is dropped."""
-        charges = self._store.reserve()
+    def _reserved(self, digests: Collection[str] | None) -> Iterator[tuple[Charge, ...]]:
+        """The charges of these names (None: all); what is not committed inside is dropped."""
+        charges = self._store.reserve(digests)
         try:
             yield charges
         finally:
@@ -176,9 +193,9 @@ class Ledger:
         Raises:
             BudgetExceededError, ConfigError, LedgerError: see `charge`.
         """
-        clean = check_note(note or {})
-        with self._reserved() as charges:
-            made = self._assess(charges, digests, events, budget, clean)
+        clean, names = check_note(note or {}), self._names(digests)
+        with self._reserved({n.digest for n in names}) as charges:
+            made = assess_all(charges, names, tuple(events), budget, clean)
             self._store.commit(made)
             return made
 
@@ -202,21 +219,20 @@ class Ledger:
             events: of one release.
             budget: what each may spend in total.
         """
-        with self._reserved() as charges:
-            return self._assess(charges, digests, events, budget, {})
+        names = self._names(digests)
+        with self._reserved({n.digest for n in names}) as charges:
+            return assess_all(charges, names, tuple(events), budget, {})
 
-    def _assess(
-        self,
-        before: Sequence[Charge],
-        digests: Sequence[str | Name],
-        events: Sequence[Event],
-        budget: Budget,
-        note: dict[str, Any],
-    ) -> tuple[Charge, ...]:
+    def _names(self, digests: Sequence[str | Name]) -> list[Name]:
         names = [d if isinstance(d, Name) else Name(d) for d in digests]
         for digest in (d for name in names for d in (name.digest, name.grouping) if d is not None):
             self._check_digest(digest)
-        return assess_all(before, names, tuple(events), budget, note)
+        return names
+
+    def _of(self, digests: Collection[str]) -> tuple[Charge, ...]:
+        """Their charges, oldest first."""
+        with self._reserved(digests) as charges:
+            return tuple(c for c in charges if c.digest in digests)
 
     def most(self, digests: Iterable[str], delta: float) -> tuple[int, float]:
         """Of several names, the largest number of charges and the largest epsilon spent; (0, 0) where none was charged.
@@ -228,10 +244,9 @@ class Ledger:
         wanted = set(digests)
         events: dict[str, list[Event]] = {}
         numbers: dict[str, int] = {}
-        for c in self.entries():
-            if c.digest in wanted:
-                events.setdefault(c.digest, []).extend(c.events)
-                numbers[c.digest] = numbers.get(c.digest, 0) + 1
+        for c in self._of(wanted):
+            events.setdefault(c.digest, []).extend(c.events)
+            numbers[c.digest] = numbers.get(c.digest, 0) + 1
         distinct = {tuple(e) for e in events.values()}  # documents of one corpus have mostly spent alike
         return max(numbers.values(), default=0), max((epsilon_at(e, delta) for e in distinct), default=0.0)
 
@@ -250,10 +265,9 @@ class Ledger:
         Args:
             digest: names the context.
         """
-        self._check_digest(digest)
-        return tuple(c for c in self.entries() if c.digest == digest)
+        return self._of({self._check_digest(digest)})
 
     def entries(self) -> tuple[Charge, ...]:
         """All charges, oldest first."""
-        with self._reserved() as charges:
+        with self._reserved(None) as charges:
             return charges

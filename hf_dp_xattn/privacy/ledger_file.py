@@ -14,7 +14,7 @@ import re
 import secrets
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,18 +32,24 @@ _KEY_LINE = re.compile(rf"{re.escape(_KEY_SCHEMA)} (new|in-use) ([0-9a-f]{{64}})
 class Store(Protocol):
     """One account under one key, of which one thread of one process at a time holds a reservation.
 
-    key: under which contexts are named. path: what is resolved of it; None in memory. at_hand: this process may use it.
+    key: under which contexts are named. place: where it is, for people. path: the file, resolved; None where there is none. persistent:
+    charges outlive the process. at_hand: this process may use it.
     """
 
     key: bytes
 
     @property
+    def place(self) -> str: ...
+    @property
     def path(self) -> Path | None: ...
+    @property
+    def persistent(self) -> bool: ...
     @property
     def at_hand(self) -> bool: ...
 
-    def reserve(self) -> tuple[Charge, ...]:
-        """All charges, oldest first; nobody else adds one until `commit` or `abort`. Raises LedgerError, and holds nothing then."""
+    def reserve(self, digests: Collection[str] | None) -> tuple[Charge, ...]:
+        """The charges of these names at least (None: all charges), oldest first; nobody else adds one until `abort`. Raises LedgerError,
+        and holds nothing then."""
         ...
 
     def commit(self, made: Sequence[Charge]) -> None:
@@ -99,7 +105,7 @@ def _fsync_directory(directory: Path) -> None:
             os.close(descriptor)
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Old file or new file, nothing between; the new one is on disk on return. The lock is held."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
@@ -112,10 +118,38 @@ def _write(path: Path, content: bytes) -> None:
     _fsync_directory(path.parent)
 
 
+def open_key(path: Path, in_use: bool, begin: Callable[[bytes], None]) -> bytes:
+    """The key of an account. What is on disk, in order: key 'new'; plus the empty account; key 'in-use'; then charges.
+
+    Args:
+        path: of the key.
+        in_use: whether there is an account.
+        begin: makes an empty one, which is there for good when it returns.
+
+    Raises:
+        LedgerError: a key that is missing or damaged.
+    """
+    if not path.exists():
+        if in_use:
+            raise LedgerError(f"{path.name}, the ledger's key, is missing. Restore it from a backup.")
+        write_whole(path, f"{_KEY_SCHEMA} new {secrets.token_hex(32)}\n".encode())
+    match = _KEY_LINE.fullmatch(path.read_bytes().decode("latin-1"))
+    if match is None:
+        raise LedgerError(f"{path.name} is damaged. Restore it from a backup.")
+    key = bytes.fromhex(match[2])
+    if match[1] == "new":
+        if not in_use:
+            begin(key)
+        write_whole(path, f"{_KEY_SCHEMA} in-use {key.hex()}\n".encode())
+    return key
+
+
 class MemoryStore:
     """Charges that are forgotten when this process ends; a forked child cannot reach them."""
 
     path = None
+    place = "in memory"
+    persistent = False
 
     def __init__(self) -> None:
         self.key = secrets.token_bytes(32)
@@ -128,7 +162,7 @@ class MemoryStore:
     def at_hand(self) -> bool:
         return os.getpid() == self._pid
 
-    def reserve(self) -> tuple[Charge, ...]:
+    def reserve(self, digests: Collection[str] | None) -> tuple[Charge, ...]:
         if not self.at_hand:
             raise LedgerError(
                 "An in-memory ledger does not reach other processes, and this one was forked: it serves the releases that there "
@@ -151,6 +185,7 @@ class FileStore:
     """
 
     at_hand = True
+    persistent = True
 
     def __init__(self, path: str | Path, timeout: float) -> None:
         self.lock = threading.RLock()
@@ -165,12 +200,19 @@ class FileStore:
             raise LedgerError(f"The directory of the ledger {self.path.name!r} does not exist; create it.")
         self._acquire()
         try:
-            self.key = self._open_or_create()
+            key_path = self.path.with_name(self.path.name + ".key")
+            self.key = open_key(
+                key_path, self.path.exists(), lambda key: write_whole(self.path, _seal((), key))
+            )
             self._read()
         finally:
             self.abort()
 
-    def reserve(self) -> tuple[Charge, ...]:
+    @property
+    def place(self) -> str:
+        return self.path.name
+
+    def reserve(self, digests: Collection[str] | None) -> tuple[Charge, ...]:
         self._acquire()
         try:
             self._charges = self._read()
@@ -181,7 +223,7 @@ class FileStore:
 
     def commit(self, made: Sequence[Charge]) -> None:
         if made:
-            _write(self.path, _seal((*self._charges, *made), self.key))
+            write_whole(self.path, _seal((*self._charges, *made), self.key))
             self._charges = (*self._charges, *made)
             self._seen = tuple(c.id for c in self._charges)
 
@@ -202,23 +244,6 @@ class FileStore:
             if isinstance(error, (OSError, NotImplementedError)):
                 raise LedgerError(f"The ledger cannot be locked ({type(error).__name__}).") from error
             raise
-
-    def _open_or_create(self) -> bytes:
-        """The key. Disk states, in order: key 'new'; plus the empty ledger; key 'in-use'; then charges."""
-        key_path = self.path.with_name(self.path.name + ".key")
-        if not key_path.exists():
-            if self.path.exists():
-                raise LedgerError(f"{key_path.name}, the ledger's key, is missing. Restore it from a backup.")
-            _write(key_path, f"{_KEY_SCHEMA} new {secrets.token_hex(32)}\n".encode())
-        match = _KEY_LINE.fullmatch(key_path.read_bytes().decode("latin-1"))
-        if match is None:
-            raise LedgerError(f"{key_path.name} is damaged. Restore it from a backup.")
-        key = bytes.fromhex(match[2])
-        if match[1] == "new":
-            if not self.path.exists():
-                _write(self.path, _seal((), key))
-            _write(key_path, f"{_KEY_SCHEMA} in-use {key.hex()}\n".encode())
-        return key
 
     def _read(self) -> tuple[Charge, ...]:
         try:

@@ -188,7 +188,7 @@ class _NoLock:
 
 def test_the_race_catches_a_ledger_without_a_lock(path, monkeypatch):
     """Power: without the lock the same race admits more than seven releases."""
-    real_write = ledger_module._write
+    real_write = ledger_module.write_whole
     monkeypatch.setattr(ledger_module, "FileLock", _NoLock)
 
     def slow_write(target, content):  # widens the window between read and write; own file: no clash of names
@@ -198,12 +198,12 @@ def test_the_race_catches_a_ledger_without_a_lock(path, monkeypatch):
         os.replace(own, target)
 
     Ledger(path)
-    monkeypatch.setattr(ledger_module, "_write", slow_write)
+    monkeypatch.setattr(ledger_module, "write_whole", slow_write)
     monkeypatch.setattr(
         ledger_module.FileStore, "_seen", property(lambda self: (), lambda self, value: None), raising=False
     )
     assert _race(path) > 7
-    monkeypatch.setattr(ledger_module, "_write", real_write)
+    monkeypatch.setattr(ledger_module, "write_whole", real_write)
 
 
 def test_threads_and_two_objects_share_one_file(path):
