@@ -122,8 +122,8 @@ class DPXAttnConfig(Shareable):
                 raise ConfigError(
                     f"Unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}."
                 )
-        own = KNOWN[self.mechanism]
-        if isinstance(self.mechanism, Unnamed) and self.unit not in own.units:
+        mechanism = KNOWN[self.mechanism]
+        if isinstance(self.mechanism, Unnamed) and self.unit not in mechanism.units:
             object.__setattr__(self, "mechanism", Unnamed("anchors"))  # can give any unit and relation
         self._check_mechanism()
         if self.unit == "context" and self.neighboring == "add_or_remove_one":
@@ -176,10 +176,10 @@ class DPXAttnConfig(Shareable):
         Args:
             calibration: of whichever mechanism, or None.
         """
-        found = {n: getattr(calibration, n, None) for n in ("mechanism", "unit", "neighboring")}
-        if not isinstance(self.mechanism, Unnamed) and self.mechanism != found["mechanism"]:
+        settings = {n: getattr(calibration, n, None) for n in ("mechanism", "unit", "neighboring")}
+        if not isinstance(self.mechanism, Unnamed) and self.mechanism != settings["mechanism"]:
             return self  # for whoever compares the two, and says so
-        taken = {n: v for n, v in found.items() if v is not None and isinstance(getattr(self, n), Unnamed)}
+        taken = {n: v for n, v in settings.items() if v is not None and isinstance(getattr(self, n), Unnamed)}
         return self.replace(**taken) if taken else self
 
     def to_dict(self) -> dict[str, Any]:

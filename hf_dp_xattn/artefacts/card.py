@@ -37,17 +37,17 @@ class CardOptions(TypedDict, total=False):
     repo_id: str | None
 
 
-def card_options(given: Mapping[str, Any]) -> CardOptions:
+def card_options(values: Mapping[str, Any]) -> CardOptions:
     """Raises ConfigError for unknown options, and for a license or a model's name that the Hub would refuse."""
-    unknown = sorted(set(given) - set(CardOptions.__annotations__))
+    unknown = sorted(set(values) - set(CardOptions.__annotations__))
     if unknown:
         raise ConfigError(f"Unknown option(s): {', '.join(unknown)}.")
-    license_, base = given.get("license"), given.get("base_model")
+    license_, base = values.get("license"), values.get("base_model")
     if license_ is not None and not _LICENSE.fullmatch(license_):
         raise ConfigError("`license` must be a license id of the Hub, such as 'apache-2.0'.")
     if base is not None and not is_hub_id(base):
         raise ConfigError("`base_model` must be the id of a model on the Hub, such as 'owner/name'.")
-    options: CardOptions = given  # type: ignore[assignment]
+    options: CardOptions = values  # type: ignore[assignment]
     return options
 
 

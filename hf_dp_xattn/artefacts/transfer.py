@@ -63,9 +63,9 @@ class Found:
     commit: str | None = None
 
 
-def check_options(given: Any, known: type, what: str) -> None:
+def check_options(options: Any, known: type, what: str) -> None:
     """Raises ConfigError for options that are none: a misspelt `revision` must not read another one."""
-    unknown = sorted(set(given) - set(known.__annotations__))
+    unknown = sorted(set(options) - set(known.__annotations__))
     if unknown:
         raise ConfigError(
             f"Unknown option(s) of {what}: {', '.join(unknown)}. Known: {', '.join(known.__annotations__)}."

@@ -49,7 +49,7 @@ def load_trial(args: argparse.Namespace) -> TrialHost:
         if bare and not is_protected(args.model)
         else protected_model(args, Ledger(), trial=True)
     )
-    host = handle.host.given if by_text(handle) else handle.host.parts[0]
+    host = handle.host.first if by_text(handle) else handle.host.parts[0]
     handle.unprotect()
     tokenizer = None
     if not hasattr(host, "components"):

@@ -82,11 +82,14 @@ def _suspendable() -> frozenset[FrameType]:
     it awaits, which have a context of their own; a coroutine that is stepped by hand has not, within a task or without.
     """
     stack = _stack()
-    own = _of_task(stack)
+    task_frames = _of_task(stack)
     return frozenset(
         f
         for f in stack
-        if (f.f_code.co_flags & _GENERATORS or (f.f_code.co_flags & inspect.CO_COROUTINE and f not in own))
+        if (
+            f.f_code.co_flags & _GENERATORS
+            or (f.f_code.co_flags & inspect.CO_COROUTINE and f not in task_frames)
+        )
         and not _of_contextlib(f)
     )
 
@@ -138,13 +141,13 @@ class Access:
         return self._open("encoding")
 
     def _open(self, kind: str) -> bool:
-        own = [p for p in _permissions.get() if p.live and p.owner is self and p.kind == kind]
-        if any(not p.frames for p in own):
+        granted = [p for p in _permissions.get() if p.live and p.owner is self and p.kind == kind]
+        if any(not p.frames for p in granted):
             return True
-        if not own:
+        if not granted:
             return False
         running = frozenset(_stack())
-        return any(p.frames <= running for p in own)
+        return any(p.frames <= running for p in granted)
 
     @contextmanager
     def enter(self, kind: str) -> Iterator[None]:

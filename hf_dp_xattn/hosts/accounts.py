@@ -80,8 +80,8 @@ class Settings:
     def scoped(self) -> Budget:
         """Of a context: what was given, or one release."""
         c = self.config
-        own = Budget(c.epsilon, c.delta) if self.budget is None else self.budget
-        return own.scoped(c.unit, c.neighboring)
+        budget = Budget(c.epsilon, c.delta) if self.budget is None else self.budget
+        return budget.scoped(c.unit, c.neighboring)
 
 
 def persistence_of(ledger: Ledger) -> str:

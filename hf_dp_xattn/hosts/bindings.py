@@ -36,13 +36,13 @@ class Bindings:
 
     def find(self, tags: Iterable[Tag]) -> list[Binding]:
         """Raises ReleaseError for a tag that is not in circulation."""
-        found = [self._known.get(tag) for tag in tags]
-        if None in found:
+        bindings = [self._known.get(tag) for tag in tags]
+        if None in bindings:
             raise ReleaseError(
                 "A placeholder names no release of this host: it was made before the last unprotect, by another host, or too long ago. "
                 "Call release.inputs() again."
             )
-        return [b for b in found if b is not None]
+        return [b for b in bindings if b is not None]
 
 
 def unique(tags: Iterable[Tag | None]) -> tuple[Tag, ...]:

@@ -29,17 +29,18 @@ _REFUSED = {
 }
 
 
-def _epsilons(given: Any) -> tuple[float, ...]:
+def _epsilons(epsilons: Any) -> tuple[float, ...]:
     """One number or several. Raises ConfigError where they are not positive numbers."""
-    values = (given,) if isinstance(given, (int, float)) else given
+    values = (epsilons,) if isinstance(epsilons, (int, float)) else epsilons
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise ConfigError(f"epsilons must be positive numbers, got {type(given).__name__}.")
-    found = tuple(values)
-    if not found or not all(
-        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and v > 0 for v in found
+        raise ConfigError(f"epsilons must be positive numbers, got {type(epsilons).__name__}.")
+    sequence = tuple(values)
+    if not sequence or not all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and v > 0
+        for v in sequence
     ):
         raise ConfigError("epsilons must be positive numbers, one at least.")
-    return tuple(map(float, found))
+    return tuple(map(float, sequence))
 
 
 def shipped_contexts(host: Any) -> list[Any]:
@@ -55,13 +56,13 @@ def shipped_contexts(host: Any) -> list[Any]:
     return public_prompts()
 
 
-def _minutes(given: Any) -> float | None:
+def _minutes(minutes: Any) -> float | None:
     """Raises ConfigError where they are not a positive number."""
-    if given is None:
+    if minutes is None:
         return None
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given < math.inf:
-        raise ConfigError(f"minutes must be a positive number, got {given!r}.")
-    return float(given)
+    if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not 0 < minutes < math.inf:
+        raise ConfigError(f"minutes must be a positive number, got {minutes!r}.")
+    return float(minutes)
 
 
 def calibrate(
@@ -198,7 +199,7 @@ def calibrate(
         return make_library(
             pipe, public_contexts, config, grouping=grouping, tokenizer=tokenizer, encoder=encoder, **settings
         )
-    if expand is not False or any(given is not None for given in (tokenizer, encoder, folder, responses)):
+    if expand is not False or any(option is not None for option in (tokenizer, encoder, folder, responses)):
         raise ConfigError(
             "`tokenizer`, `encoder`, `folder`, `expand` and `responses` are for mechanism='library'."
         )

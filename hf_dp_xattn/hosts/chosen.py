@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from ..calibration.calibration import AnyCalibration
 
 
-def chosen_config(given: Any, epsilon: float | None, calibration: AnyCalibration | None) -> DPXAttnConfig:
+def chosen_config(config: Any, epsilon: float | None, calibration: AnyCalibration | None) -> DPXAttnConfig:
     """The config of a protection.
 
     Args:
-        given: a config or None. epsilon: in place of a config. calibration: decides what nobody named.
+        config: a config or None. epsilon: in place of a config. calibration: decides what nobody named.
 
     Raises:
         ConfigError: both were given, or something else than a config.
     """
-    if given is None:
+    if config is None:
         values: dict[str, Any] = {} if calibration is None else settings_of(calibration)
         return DPXAttnConfig(**values if epsilon is None else {**values, "epsilon": epsilon})
-    if not isinstance(given, DPXAttnConfig):
-        raise ConfigError(f"config must be a DPXAttnConfig, got {type(given).__name__}.")
+    if not isinstance(config, DPXAttnConfig):
+        raise ConfigError(f"config must be a DPXAttnConfig, got {type(config).__name__}.")
     if epsilon is not None:
         raise ConfigError("Give epsilon or a config (which has one), not both: config.replace(epsilon=...).")
-    return given.made_for(calibration)
+    return config.made_for(calibration)
 
 
 def settings_of(calibration: AnyCalibration) -> dict[str, Any]:
@@ -41,12 +41,13 @@ def settings_of(calibration: AnyCalibration) -> dict[str, Any]:
     return {name: getattr(calibration, name) for name in ("mechanism", "unit", "neighboring")}
 
 
-def read_calibration(given: Any) -> AnyCalibration | None:
+def read_calibration(calibration: Any) -> AnyCalibration | None:
     """A calibration, or the one in a folder or Hub repository. Raises ConfigError."""
-    if isinstance(given, (str, os.PathLike)):
-        return Calibration.from_pretrained(given)
-    if given is not None and not isinstance(given, (Calibration, AnchorCalibration, TextLibrary)):
+    if isinstance(calibration, (str, os.PathLike)):
+        return Calibration.from_pretrained(calibration)
+    if calibration is not None and not isinstance(calibration, (Calibration, AnchorCalibration, TextLibrary)):
         raise ConfigError(
-            f"`calibration` is a {type(given).__name__}: pass what dpx.calibrate returned, or its folder or Hub id. Nothing was patched."
+            f"`calibration` is a {type(calibration).__name__}: pass what dpx.calibrate returned, or its folder or Hub id. Nothing was "
+            "patched."
         )
-    return given
+    return calibration

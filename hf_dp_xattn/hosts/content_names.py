@@ -44,13 +44,17 @@ def name_of_text(text: str) -> tuple[bytes, ...]:
 
 def special_ids(model: Any) -> frozenset[int]:
     """The special token ids that a model of transformers names in its configurations."""
-    own = getattr(model, "config", None)
-    found: set[int] = set()
-    for config in (own, getattr(own, "text_config", None), getattr(model, "generation_config", None)):
+    model_config = getattr(model, "config", None)
+    ids: set[int] = set()
+    for config in (
+        model_config,
+        getattr(model_config, "text_config", None),
+        getattr(model, "generation_config", None),
+    ):
         for name in _SPECIAL:
             value = getattr(config, name, None)
-            found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
-    return frozenset(found)
+            ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+    return frozenset(ids)
 
 
 def content_of(ids: torch.Tensor, special: Collection[int]) -> slice | None:
@@ -70,8 +74,8 @@ def id_parts(
         return Part(name_of_ids(ids[where]), units, held)
 
     content = content_of(ids, special)
-    found = [slice(0, len(ids))] if content is None else [slice(0, len(ids)), content]
-    return tuple(dict.fromkeys(part(where) for where in found))
+    slices = [slice(0, len(ids))] if content is None else [slice(0, len(ids)), content]
+    return tuple(dict.fromkeys(part(where) for where in slices))
 
 
 def units_of_text(texts: Iterable[str]) -> Grouping:

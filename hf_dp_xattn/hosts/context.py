@@ -74,9 +74,9 @@ class PrivateContext:
                 return one_text(part.name)  # one unit, however many rows it has on this host
             return partition(groups if part.rows is None else groups[list(part.rows)], apart=apart)
 
-        found = [Part(p.name, units(p), former=p.former) for p in (Part(self.name), *self.parts)]
-        own = {p.name for p in found if not p.former}
-        return tuple(dict.fromkeys(p for p in found if not (p.former and p.name in own)))
+        charges = [Part(p.name, units(p), former=p.former) for p in (Part(self.name), *self.parts)]
+        current = {p.name for p in charges if not p.former}
+        return tuple(dict.fromkeys(p for p in charges if not (p.former and p.name in current)))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise DPXAttnError("A private context cannot be pickled or copied.")

@@ -121,11 +121,11 @@ class Encoders:
 
     def _number(self, now: _State) -> tuple[bytes, ...]:
         numbers = [i for i, state in enumerate(self._states) if state.serves(now)]
-        own = [i for i in numbers if now.serves(self._states[i])]  # no rows were added since
-        if not own:
+        serving = [i for i in numbers if now.serves(self._states[i])]  # no rows were added since
+        if not serving:
             self._states.append(now)
-            own = [len(self._states) - 1]
-        return tuple(str(i).encode() for i in (*own, *(i for i in numbers if i not in own)))
+            serving = [len(self._states) - 1]
+        return tuple(str(i).encode() for i in (*serving, *(i for i in numbers if i not in serving)))
 
     def check(self, state: bytes, encoder: Sequence[nn.Module]) -> None:
         """Raises ReleaseError unless rows of that state and of this encoder may stand in one release."""
@@ -141,7 +141,7 @@ def _read(encoder: Sequence[nn.Module]) -> _State:
     settings = []
     for i, root in enumerate(encoder):
         with evaluating(root):
-            for name, module, own in leaves(root):
+            for name, module, tensors in leaves(root):
                 key = f"{i}.{name}"
                 base = getattr(module, "base_layer", module)
                 if isinstance(base, nn.Linear):
@@ -149,9 +149,9 @@ def _read(encoder: Sequence[nn.Module]) -> _State:
                     continue
                 if base is not module:
                     settings.append(f"{key} {_adapters(module)}")
-                weights |= {f"{key}.{part}": values for part, values in _read_rows(module, own)}
+                weights |= {f"{key}.{part}": values for part, values in _read_rows(module, tensors)}
                 if isinstance(module, nn.Embedding):
-                    tables |= {f"{key}.{part}" for part in own}
+                    tables |= {f"{key}.{part}" for part in tensors}
     return _State(weights, frozenset(tables), tuple(settings))
 
 
@@ -160,34 +160,34 @@ def _adapters(module: Any) -> str:
     return str([getattr(module, name, None) for name in names])
 
 
-def _read_rows(module: nn.Module, own: dict[str, torch.Tensor]) -> list[tuple[str, _Weight]]:
+def _read_rows(module: nn.Module, tensors: dict[str, torch.Tensor]) -> list[tuple[str, _Weight]]:
     """Of its own weights, offloaded or not. Raises ConfigError where they are nowhere."""
-    if any(tensor.device.type == "meta" for tensor in own.values()):
+    if any(tensor.device.type == "meta" for tensor in tensors.values()):
         from accelerate.utils import align_module_device
 
         with align_module_device(module):
-            own = own_weights(module)
-            if any(tensor.device.type == "meta" for tensor in own.values()):
+            tensors = own_weights(module)
+            if any(tensor.device.type == "meta" for tensor in tensors.values()):
                 raise ConfigError(
                     "The encoder's weights are gone (on meta). Load them again; nothing was spent."
                 )
-            return [(part, _rows(tensor)) for part, tensor in own.items()]
-    return [(part, _rows(tensor)) for part, tensor in own.items()]
+            return [(part, _rows(tensor)) for part, tensor in tensors.items()]
+    return [(part, _rows(tensor)) for part, tensor in tensors.items()]
 
 
 def _product(module: nn.Module, base: nn.Linear) -> _Weight:
     weight = base.weight
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
-    found = sketch_of([module], _computes_in(base) or dtype)[0]
-    return _Weight(True, found, found.new_zeros(0), dtype, weight.device.type)
+    sketch = sketch_of([module], _computes_in(base) or dtype)[0]
+    return _Weight(True, sketch, sketch.new_zeros(0), dtype, weight.device.type)
 
 
 def _computes_in(base: Any) -> torch.dtype | None:
     """Where diffusers keeps weights in a smaller dtype than it computes in (`apply_layerwise_casting`)."""
     registry = getattr(base, "_diffusers_hook", None)
     hook = None if registry is None else registry.get_hook("layerwise_casting")
-    found: torch.dtype | None = getattr(hook, "compute_dtype", None)
-    return found
+    dtype: torch.dtype | None = getattr(hook, "compute_dtype", None)
+    return dtype
 
 
 def _rows(tensor: torch.Tensor) -> _Weight:

@@ -105,18 +105,18 @@ def open_growing(
     """
     current = guard.current()
     recipe = guard.prepare(current)
-    own = context.groups(groups, guard.config.unit)
+    row_groups = context.groups(groups, guard.config.unit)
     encoder = guard.releases.encoders.states(context.encoder)[0]
     prepared = grow(recipe.prepared, horizon, units=getattr(guard.calibration, "units", None))
-    charged = names_of(guard.releases.ledger, context, own)
+    charged = names_of(guard.releases.ledger, context, row_groups)
     names = [n.digest for n in charged]
     guard.rehearse([context])
     charge(guard.releases.ledger, guard.releases.budget, charged, prepared.events, horizon=horizon)
     rows, public = context.load()
     release = prepared.open(guard.releases.entropy)
-    private = recipe.private(rows, own)
+    private = recipe.private(rows, row_groups)
     length = context.public_length(guard.config, guard.hidden_length)
-    state = release.append(private, groups=own)
+    state = release.append(private, groups=row_groups)
     exact = public.detach().clone()
     latest = ReleasedContext(
         state.structures, context.shown(state.guarantee), exact, length, current, state.context
@@ -140,16 +140,16 @@ def append_to(
     guard.check_thoroughly()
     current = guard.verify([growing.latest])
     guard.releases.encoders.check(growing.encoder, context.encoder)
-    own = context.groups(groups, guard.config.unit)
-    if own is not None and groups is None:
-        own = own + growing.release.next_group  # phrases: each append's are units of their own
-    charged = names_of(guard.releases.ledger, context, own)
+    row_groups = context.groups(groups, guard.config.unit)
+    if row_groups is not None and groups is None:
+        row_groups = row_groups + growing.release.next_group  # phrases: each append's are units of their own
+    charged = names_of(guard.releases.ledger, context, row_groups)
     names = [n.digest for n in charged]
     if growing.names & set(names):
         raise ContextError(
             "This content is in the growing context already: a unit enters once. Nothing was released."
         )
-    growing.release.check_groups(own)
+    growing.release.check_groups(row_groups)
     entering = False
     growing.names |= set(names)  # before anything is computed: whatever happens then, it does not enter twice
     try:
@@ -168,10 +168,10 @@ def append_to(
             growing.spent.digests.extend(names)
             growing.charged |= set(charged)
         rows, _ = context.load()
-        private = growing.recipe.private(rows, own)
+        private = growing.recipe.private(rows, row_groups)
         entering = True
         before = growing.latest
-        state = growing.release.append(private, groups=own)
+        state = growing.release.append(private, groups=row_groups)
         promised = context.shown(state.guarantee)
         if before.guarantee.rows is None:  # what hid its length is in the sum
             promised = dataclasses.replace(promised, rows=None)

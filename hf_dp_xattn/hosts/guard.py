@@ -128,9 +128,9 @@ class Guard(BaseGuard[Fingerprint, Recipe, ReleasedContext]):
         """Public constants of a release."""
         return self.maker.prepare(state)
 
-    def misfit(self, made: ReleasedContext, state: Fingerprint) -> str | None:
+    def misfit(self, released: ReleasedContext, state: Fingerprint) -> str | None:
         """Why it cannot serve these weights, or None."""
-        return made.misfit(state, projected=self._host.projects_rows)
+        return released.misfit(state, projected=self._host.projects_rows)
 
     def rehearse(self, contexts: Iterable[PrivateContext]) -> None:
         """See `rehearsal.rehearse`."""
@@ -148,14 +148,14 @@ class Guard(BaseGuard[Fingerprint, Recipe, ReleasedContext]):
         private, public = context.load()
         if not context.rows:  # known when it is encoded only
             context = dataclasses.replace(context, rows=len(private))
-        made = prepared.run(private, groups, entropy)
+        outcome = prepared.run(private, groups, entropy)
         released = ReleasedContext(
-            structures=made.structures,
-            guarantee=context.shown(made.guarantee),
+            structures=outcome.structures,
+            guarantee=context.shown(outcome.guarantee),
             public_rows=public.detach().clone(),
             rows=context.public_length(self.config, self._host.hidden_length),
             fingerprint=state,
-            context=made.context,
+            context=outcome.context,
         )
         return self._host.finished(released)
 
@@ -258,5 +258,5 @@ def unmark(module: Any, handle: Any) -> None:
 
 def handle_on(module: Any) -> Any:
     """What protects this UNet, model or pipeline: its handle, or None."""
-    own: Mapping[str, Any] = getattr(module, "__dict__", {})
-    return own.get(HANDLE_ATTRIBUTE)
+    attributes: Mapping[str, Any] = getattr(module, "__dict__", {})
+    return attributes.get(HANDLE_ATTRIBUTE)

@@ -103,7 +103,7 @@ class LayerMaker(Maker):
         current: Fingerprint,
     ) -> None:
         self._model, self._layers, self._config, self._calibration = model, layers, config, calibration
-        self._made = current, self._recipe()
+        self._prepared = current, self._recipe()
 
     def _recipe(self) -> LayerRecipe:
         dtype = self._model.dtype
@@ -113,14 +113,14 @@ class LayerMaker(Maker):
         return LayerRecipe(prepared, tuple(self._layers.values()), dtype)
 
     def prepare(self, current: Fingerprint) -> LayerRecipe:
-        before, recipe = self._made
+        before, recipe = self._prepared
         if recipe.dtype != self._model.dtype or before.difference(current) is not None:
             recipe = self._recipe()
-            self._made = current, recipe
+            self._prepared = current, recipe
         return recipe
 
     def warnings(self, current: Fingerprint) -> tuple[str, ...]:
-        return self._made[1].prepared.warnings
+        return self._prepared[1].prepared.warnings
 
 
 @dataclass(frozen=True)

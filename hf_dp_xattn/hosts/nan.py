@@ -28,8 +28,8 @@ def refuse_nan(output: Any) -> None:
 def main_output(output: Any) -> Any:
     """The tensor of a model's output that answers: logits, hidden states or a sample."""
     for name in ("sample", "logits", "last_hidden_state"):
-        found = getattr(output, name, None)
-        if isinstance(found, torch.Tensor):
-            return found
+        tensor = getattr(output, name, None)
+        if isinstance(tensor, torch.Tensor):
+            return tensor
     parts = output if isinstance(output, (tuple, list)) else (output,)
     return next((p for p in parts if isinstance(p, torch.Tensor) and p.ndim > 1), None)

@@ -108,9 +108,9 @@ def read_tags(states: torch.Tensor) -> list[Tag | None]:
     states = states.detach()
     code = states[:, 0, len(MAGIC) : len(MAGIC) + TAG_DIGITS].to("cpu", torch.float32).tolist()
     marks, empty = _pieces(states), states.isnan().all(-1).any(-1)
-    found = torch.stack([is_marked(states), marks, empty], dim=-1).tolist()
+    flags = torch.stack([is_marked(states), marks, empty], dim=-1).tolist()
     result: list[Tag | None] = []
-    for digits, (whole, marked, nan) in zip(code, found, strict=True):
+    for digits, (whole, marked, nan) in zip(code, flags, strict=True):
         if not whole:
             if marked or nan:
                 raise ReleaseError(NOT_WHOLE if marked else NAN_ROWS)

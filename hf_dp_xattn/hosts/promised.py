@@ -69,8 +69,8 @@ class Promises:
         due = {tag: context for tag in tags if (context := self._due.get(tag)) is not None}
         if not due:
             return
-        made = self._releases.make(list(due.values()))
-        self._bindings.add((bind(r, None, tag) for tag, r in zip(due, made, strict=True)), beside=tags)
+        released = self._releases.make(list(due.values()))
+        self._bindings.add((bind(r, None, tag) for tag, r in zip(due, released, strict=True)), beside=tags)
         for tag in due:
             self._due.pop(tag, None)
 

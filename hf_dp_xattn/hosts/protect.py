@@ -46,8 +46,8 @@ def handle_of(host: Any) -> Any:
         >>> dpx.handle_of(pipe) is protected
         True
     """
-    found = handle_on(model_of(host))
-    return handle_on(host) if found is None else found  # a pipeline's, whatever became of its UNet
+    handle = handle_on(model_of(host))
+    return handle_on(host) if handle is None else handle  # a pipeline's, whatever became of its UNet
 
 
 def protect(
@@ -252,18 +252,18 @@ def _installed(host: Host, settings: Settings, pipe: Any) -> Protected:
 
 def _check_types(settings: Settings) -> None:
     """A path or a number in the place of an object would be noticed at the first release only, or be taken for something else."""
-    for name, given, kinds, way in (
+    for name, value, kinds, way in (
         ("ledger", settings.ledger, (Ledger,), "dpx.Ledger(path)"),
         ("budget", settings.budget, (Budget,), "dpx.Budget(epsilon, delta)"),
     ):
-        if given is not None and not isinstance(given, kinds):
-            raise ConfigError(f"`{name}` is a {type(given).__name__}: pass {way}. Nothing was patched.")
+        if value is not None and not isinstance(value, kinds):
+            raise ConfigError(f"`{name}` is a {type(value).__name__}: pass {way}. Nothing was patched.")
 
 
 def _check_same(handle: Protected, settings: Settings) -> None:
     asked = (settings.calibration, settings.ledger, settings.entropy)
-    own = (handle.calibration, handle.ledger, handle.entropy)
-    same = all(a is None or a is mine for a, mine in zip(asked, own, strict=True))
+    current = (handle.calibration, handle.ledger, handle.entropy)
+    same = all(a is None or a is b for a, b in zip(asked, current, strict=True))
     budget = settings.budget is None or settings.scoped() == handle.budget
     if settings.config != handle.config or not (same and budget):
         raise ConfigError(

@@ -207,10 +207,10 @@ class Protected:
             ContextError, ConfigError: not valid; nothing was spent.
             BudgetExceededError: the ledger refuses; nothing was spent or computed, for no context of the batch.
         """
-        contexts, own = self.host.name(context, as_groups(groups), **named)
+        contexts, row_groups = self.host.name(context, as_groups(groups), **named)
         if horizon is None:
-            return self._released(self.releases.make(contexts, groups=own, fresh=fresh))
-        growing = self.guard.open(contexts, own, horizon)
+            return self._released(self.releases.make(contexts, groups=row_groups, fresh=fresh))
+        growing = self.guard.open(contexts, row_groups, horizon)
         return self._released([growing.latest], growing)
 
     def _released(self, contexts: Sequence[Any], growing: GrowingContext | None = None) -> BaseRelease:
@@ -219,8 +219,8 @@ class Protected:
     @locked
     def append(self, growing: GrowingContext, context: Any, groups: Any) -> ReleasedContext:
         """See `Release.append`."""
-        contexts, own = self.host.name(context, as_groups(groups))
-        return self.guard.append(growing, contexts, own)
+        contexts, row_groups = self.host.name(context, as_groups(groups))
+        return self.guard.append(growing, contexts, row_groups)
 
     @locked
     def take_in(self, file: ReleaseFile | TextReleaseFile) -> BaseRelease:

@@ -72,18 +72,18 @@ def locate_protection(name_or_path: str | Path, **where: Unpack[HubOptions]) -> 
     subfolder = where.pop("subfolder", None)
     beside = FOLDER if subfolder is None else f"{subfolder}/{FOLDER}"
     try:
-        found = locate(
+        located = locate(
             name_or_path, (PROTECTION_NAME, CONFIG_NAME), error=ConfigError, subfolder=beside, **where
         )
-        document = _read(found.folder)
+        document = _read(located.folder)
     except ConfigError as error:
         raise ConfigError(
             f"{error} A protected host's save_pretrained writes a folder {FOLDER}/ beside the model; protect a plain one with dpx.protect."
         ) from None
-    if found.commit is not None and CALIBRATION.json_name in document["files"]:
-        where["revision"] = found.commit
+    if located.commit is not None and CALIBRATION.json_name in document["files"]:
+        where["revision"] = located.commit
         locate(name_or_path, CALIBRATION.names, error=ConfigError, subfolder=beside, **where)
-    return found
+    return located
 
 
 def read_protection(folder: Path) -> Protection:

@@ -28,9 +28,9 @@ def rehearse(contexts: Iterable[PrivateContext], channels: int, config: DPXAttnC
                 raise
             except Exception as error:
                 # its words are of a public stand-in, and of the context's size
-                told = type(error).__name__ + (f": {error}" if _has_public_size(context, config) else "")
+                reason = type(error).__name__ + (f": {error}" if _has_public_size(context, config) else "")
                 raise ContextError(
-                    f"The encoder fails on any context of this size, whatever it holds ({told}). Nothing was spent."
+                    f"The encoder fails on any context of this size, whatever it holds ({reason}). Nothing was spent."
                 ) from None
             if rows.ndim != 2 or rows.shape[-1] != channels:
                 raise ContextError(

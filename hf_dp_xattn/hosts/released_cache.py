@@ -65,15 +65,15 @@ class ReleasedCache:
             ReleaseError: it was set aside, and its file is gone.
         """
         for key in keys:
-            found = self._latest.get(key) or self._kept.get(key)
-            if found is None and key in self._aside:
-                found = _read(self._aside[key])
-                self._latest[key] = found
-            if found is not None:
+            released = self._latest.get(key) or self._kept.get(key)
+            if released is None and key in self._aside:
+                released = _read(self._aside[key])
+                self._latest[key] = released
+            if released is not None:
                 if key in self._latest:
                     self._latest.move_to_end(key)
                 self._trim()
-                return found
+                return released
         return None
 
     def holds(self, keys: Sequence[Key]) -> bool:
@@ -147,6 +147,6 @@ def _read(aside: _Aside) -> ReleasedContext:
         ) from None
     tensors = {name: t.to(aside.devices.get(name, "cpu")) for name, t in tensors.items()}
 
-    found = read_context(0, aside.header, tensors)
-    fingerprint = dataclasses.replace(found.fingerprint, running=aside.running)
-    return dataclasses.replace(found, fingerprint=fingerprint, tag=aside.tag)
+    released = read_context(0, aside.header, tensors)
+    fingerprint = dataclasses.replace(released.fingerprint, running=aside.running)
+    return dataclasses.replace(released, fingerprint=fingerprint, tag=aside.tag)

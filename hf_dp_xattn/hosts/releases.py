@@ -60,7 +60,7 @@ class Making(Protocol[State, Prepared, ReleaseT]):
         """What releases this context, chosen by what is public of it: its events are charged, and it is what `run` is given."""
         ...
 
-    def misfit(self, made: ReleaseT, state: State) -> str | None:
+    def misfit(self, released: ReleaseT, state: State) -> str | None:
         """Why a release cannot serve the host as it is, or None."""
         ...
 
@@ -143,16 +143,16 @@ class Releases(Generic[State, Prepared, ReleaseT]):
             BudgetExceededError: the ledger refuses; nothing was spent or computed, for no context.
         """
         plan = self._due(contexts, groups, fresh)
-        for context, own, *_ in plan.todo.values():
+        for context, row_groups, *_ in plan.todo.values():
             if self.enough is not None and context.private_rows:
-                self.enough(_units(self.config.unit, context.private_rows, own))
+                self.enough(_units(self.config.unit, context.private_rows, row_groups))
         self.making.rehearse(context for context, *_ in plan.todo.values())
-        for key, (context, own, names, prepared) in plan.todo.items():
+        for key, (context, row_groups, names, prepared) in plan.todo.items():
             charge(self.ledger, self.budget, names, prepared.events)
-            made = self.run(prepared, context, own, plan.state)
-            self.spent.append(Spent([n.digest for n in names], made.guarantee))
-            self.cache.put(key, made)
-            plan.done[key] = made
+            released = self.run(prepared, context, row_groups, plan.state)
+            self.spent.append(Spent([n.digest for n in names], released.guarantee))
+            self.cache.put(key, released)
+            plan.done[key] = released
         return [plan.done[key] for key in plan.keys]
 
     def run(
@@ -179,23 +179,25 @@ class Releases(Generic[State, Prepared, ReleaseT]):
         misfit: str | None = None
         states_of = functools.cache(self.encoders.states)  # one look at the weights for all of them
         for context in contexts:
-            own = context.groups(groups, self.config.unit)
-            names = names_of(self.ledger, context, own)
-            variant, states = context.variant_of(own), states_of(context.encoder)
+            row_groups = context.groups(groups, self.config.unit)
+            names = names_of(self.ledger, context, row_groups)
+            variant, states = context.variant_of(row_groups), states_of(context.encoder)
             known = keys_of(self.ledger, names[0], variant, states)
             plan.keys.append(known[0])
-            found = None if fresh else self.cache.find(known)
-            reason = None if found is None else self.making.misfit(found, state)
-            if found is not None and reason is None:
-                plan.done[known[0]] = found
+            released = None if fresh else self.cache.find(known)
+            reason = None if released is None else self.making.misfit(released, state)
+            if released is not None and reason is None:
+                plan.done[known[0]] = released
                 continue
             others = keys_of(self.ledger, names[0], variant, self.encoders.met)
-            if found is None and not self.cache.holds(known) and self.cache.holds(others):
+            if released is None and not self.cache.holds(known) and self.cache.holds(others):
                 reason = OTHER_STATE
             misfit = misfit or reason
-            plan.todo[known[0]] = (context, own, names, self.making.prepared_for(prepared, context))
+            plan.todo[known[0]] = (context, row_groups, names, self.making.prepared_for(prepared, context))
         new = [name for _, _, names, _ in plan.todo.values() for name in names]
-        costs = {made.events for *_, made in plan.todo.values()} or {prepared.events}  # mostly one for all
+        costs = {recipe.events for *_, recipe in plan.todo.values()} or {
+            prepared.events
+        }  # mostly one for all
         dearest = (
             max(costs, key=lambda e: epsilon_at(e, self.budget.delta))
             if len(costs) > 1
@@ -205,9 +207,9 @@ class Releases(Generic[State, Prepared, ReleaseT]):
         return plan
 
     @locked
-    def adopt(self, made: Iterable[ReleaseT]) -> None:
+    def adopt(self, releases: Iterable[ReleaseT]) -> None:
         """Names releases that were made elsewhere in the report. Whether they fit is for the caller to check."""
-        self.spent += [Spent([], m.guarantee) for m in made]
+        self.spent += [Spent([], m.guarantee) for m in releases]
 
     def report(self, words: HostWords, heads: Sequence[int], warnings: Sequence[str]) -> PrivacyReport:
         """What was promised, spent and left open. heads: of each layer. warnings: of the releases."""

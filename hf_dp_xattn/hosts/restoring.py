@@ -57,12 +57,12 @@ def from_pretrained(
         )
     where: dict[str, Any] = {k: options.pop(k) for k in list(options) if k in HubOptions.__annotations__}
     subfolder = where.pop("subfolder", None)
-    found = locate_protection(name_or_path, subfolder=subfolder, **where)
-    protection = read_protection(found.folder)
-    if found.commit is None:
-        host = _load(protection, str(found.folder.parent), None, options)
+    located = locate_protection(name_or_path, subfolder=subfolder, **where)
+    protection = read_protection(located.folder)
+    if located.commit is None:
+        host = _load(protection, str(located.folder.parent), None, options)
     else:
-        where |= {"revision": found.commit}  # everything from one commit
+        where |= {"revision": located.commit}  # everything from one commit
         host = _load(protection, str(name_or_path), subfolder, {**where, **options})
     config, calibration = protection.config, protection.calibration
     if calibration is None and KNOWN[config.mechanism].needs_calibration:

@@ -19,19 +19,23 @@ class SwappedClass:
         self._host = host
         self.original: type[Any] = type(host)
         like = {n: getattr(self.original, n) for n in ("__module__", "__qualname__", "__doc__")}
-        own = {**like, "__call__": call, "__reduce_ex__": _no_copy}
-        self._own: type[Any] = type(self.original.__name__, (self.original,), own)
+        namespace = {**like, "__call__": call, "__reduce_ex__": _no_copy}
+        self._subclass: type[Any] = type(self.original.__name__, (self.original,), namespace)
 
     def install(self) -> None:
-        self._host.__class__ = self._own
+        self._host.__class__ = self._subclass
 
     def remove(self) -> None:
-        if type(self._host) is self._own:
+        if type(self._host) is self._subclass:
             self._host.__class__ = self.original
 
     def lost(self) -> str | None:
         """That it was replaced, or None."""
-        return None if type(self._host) is self._own else f"the call of {self.original.__name__} was replaced"
+        return (
+            None
+            if type(self._host) is self._subclass
+            else f"the call of {self.original.__name__} was replaced"
+        )
 
 
 def _no_copy(host: Any, protocol: Any) -> NoReturn:
@@ -64,8 +68,8 @@ class Shadows:
                 self._shadows[name] = vars(self._model)[name] = _shadow(original, serve, self._defaults)
 
     def installed(self) -> bool:
-        own = vars(self._model)
-        return bool(self._shadows) and all(own.get(n) is s for n, s in self._shadows.items())
+        attributes = vars(self._model)
+        return bool(self._shadows) and all(attributes.get(n) is s for n, s in self._shadows.items())
 
     def remove(self) -> None:
         for name, shadow in self._shadows.items():

@@ -75,16 +75,16 @@ def own_weights(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def leaves(root: nn.Module) -> list[tuple[str, nn.Module, dict[str, torch.Tensor]]]:
     """The modules with weights of their own, by name; a linear layer with its adapters is one."""
-    found, inside = [], None
+    modules, inside = [], None
     for name, module in root.named_modules():
         if inside is not None and name.startswith(inside):
             continue
-        own = own_weights(module)
+        weights = own_weights(module)
         linear = isinstance(getattr(module, "base_layer", module), nn.Linear)
         inside = f"{name}." if linear else None
-        if linear or own or hasattr(module, "base_layer"):
-            found.append((name, module, own))
-    return found
+        if linear or weights or hasattr(module, "base_layer"):
+            modules.append((name, module, weights))
+    return modules
 
 
 def refuse_call_adapters(roots: Iterable[nn.Module]) -> None:
@@ -92,17 +92,17 @@ def refuse_call_adapters(roots: Iterable[nn.Module]) -> None:
 
     They are removed, as PEFT does only where a call succeeds: the next call would run with them too.
     """
-    found = [
+    adapters = [
         (module, key)
         for root in roots
         for module in root.modules()
         for key, hook in module._forward_pre_hooks.items()
         if getattr(hook, "keywords", {}).keys() & _OF_A_CALL
     ]
-    for module, key in found:
+    for module, key in adapters:
         module._forward_pre_hooks.pop(key, None)
         module._forward_pre_hooks_with_kwargs.pop(key, None)
-    if found:
+    if adapters:
         raise ProtectionLostError(OTHER_ADAPTERS)
 
 
@@ -175,8 +175,8 @@ class Stamp:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Stamp) or self._values != other._values:
             return False
-        own = [(a(), b()) for a, b in zip(self._things, other._things, strict=False)]
-        return len(self._things) == len(other._things) and all(a is not None and a is b for a, b in own)
+        pairs = [(a(), b()) for a, b in zip(self._things, other._things, strict=False)]
+        return len(self._things) == len(other._things) and all(a is not None and a is b for a, b in pairs)
 
 
 def stamp(roots: Iterable[nn.Module]) -> Stamp:
@@ -210,5 +210,9 @@ def stamp(roots: Iterable[nn.Module]) -> Stamp:
 
 def _scaling(rotation: nn.Module) -> object:
     """The factors of a rotation, for all layers or for each type of layer."""
-    own = rotation.__dict__
-    return () if by_length(rotation) else [(k, own[k]) for k in own if k.endswith("attention_scaling")]
+    attributes = rotation.__dict__
+    return (
+        ()
+        if by_length(rotation)
+        else [(k, attributes[k]) for k in attributes if k.endswith("attention_scaling")]
+    )

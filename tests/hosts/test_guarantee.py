@@ -279,7 +279,7 @@ def test_the_numbers_are_handed_on_unaltered(
 @pytest.mark.parametrize("plant", ["half the epsilon", "half the sensitivity"])
 def test_understated_numbers_are_caught(plant: str, pipe: Any, private: Any) -> None:
     handle = dpx.protect(pipe, private)
-    current, recipe = handle.guard.maker._made
+    current, recipe = handle.guard.maker._prepared
     (event,) = recipe.events
     if plant == "half the epsilon":
         picture(pipe, PROMPT)
@@ -290,7 +290,7 @@ def test_understated_numbers_are_caught(plant: str, pipe: Any, private: Any) -> 
     else:
         weaker = dataclasses.replace(event, sensitivity=event.sensitivity // 2)
         planted = dataclasses.replace(recipe.prepared, event=weaker)
-        handle.guard.maker._made = current, dataclasses.replace(recipe, prepared=planted)
+        handle.guard.maker._prepared = current, dataclasses.replace(recipe, prepared=planted)
         picture(pipe, PROMPT)
     with pytest.raises(AssertionError):
         check_numbers(handle, private)

@@ -45,8 +45,8 @@ def refuse_beside(kwargs: Mapping[str, Any]) -> None:
     if (attention or {}).get("scale", 1.0) != 1.0:
         raise ConfigError(NO_SCALE)
     for name in RESIDUALS:
-        given = kwargs.get(name)
-        tensors = [given] if isinstance(given, torch.Tensor) else list(given or ())
+        value = kwargs.get(name)
+        tensors = [value] if isinstance(value, torch.Tensor) else list(value or ())
         if any(bool(t.isnan().any()) for t in tensors):
             raise ProtectionLostError(
                 f"{name} holds NaN: another model (a ControlNet) read the placeholder of a release, which holds no text. Give that "

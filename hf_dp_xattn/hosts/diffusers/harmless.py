@@ -24,19 +24,19 @@ class HarmlessCalls:
 
     def install(self) -> None:
         self._shadow(self._unet, "set_default_attn_processor", self._set_default)
-        for layer, own in self._processors.items():
+        for layer, processor in self._processors.items():
             # unload_ip_adapter makes all processors anew by their classes
-            self._skip(layer, own, "set_processor", _is_blank)
-            self._skip(layer, own, "set_attention_slice")
-            self._skip(layer, own, "set_use_memory_efficient_attention_xformers")
+            self._skip(layer, processor, "set_processor", _is_blank)
+            self._skip(layer, processor, "set_attention_slice")
+            self._skip(layer, processor, "set_use_memory_efficient_attention_xformers")
 
     def remove(self) -> None:
         """When the layers have their own processors again, which are then told what was asked meanwhile."""
         for target, name, shadow in self._shadows:
             if vars(target).get(name) is shadow:
                 del vars(target)[name]
-        for told in self._waiting.values():
-            told()
+        for request in self._waiting.values():
+            request()
         self._shadows, self._waiting = [], {}
 
     def _shadow(self, target: Any, name: str, shadow: Callable[..., Any]) -> None:
@@ -45,15 +45,23 @@ class HarmlessCalls:
             self._shadows.append((target, name, shadow))
 
     def _skip(
-        self, layer: Any, own: DPAttnProcessor, name: str, asks_nothing: Callable[[Any], bool] | None = None
+        self,
+        layer: Any,
+        processor: DPAttnProcessor,
+        name: str,
+        asks_nothing: Callable[[Any], bool] | None = None,
     ) -> None:
         """asks_nothing: of the first argument; None: the call waits, whatever it asks."""
         original = getattr(layer, name, None)
 
         def shadow(*args: Any, **kwargs: Any) -> Any:
             assert original is not None
-            given = (*args, *kwargs.values())
-            if layer.processor is own and given and (asks_nothing is None or asks_nothing(given[0])):
+            arguments = (*args, *kwargs.values())
+            if (
+                layer.processor is processor
+                and arguments
+                and (asks_nothing is None or asks_nothing(arguments[0]))
+            ):
                 if asks_nothing is None:
                     self._waiting[layer] = functools.partial(original, *args, **kwargs)
                 return None

@@ -75,8 +75,8 @@ class PipelinePatch:
         self._swapped.remove()
         self._shadows.remove()
         if self._postprocess is not None:
-            processor, own = self._postprocess
-            if vars(processor).get("postprocess") is own:
+            processor, shadow = self._postprocess
+            if vars(processor).get("postprocess") is shadow:
                 del vars(processor)["postprocess"]
         self._saving.remove()
         if self._outer is not None:
@@ -142,8 +142,8 @@ class PipelinePatch:
     def _looks_at_pictures(self) -> bool:
         """Whether NaN is still looked for in what is handed on. A pipeline that shares the processor may have wrapped it once more."""
         processor = self.pipe.image_processor
-        own = self._postprocess is not None and self._postprocess[0] is processor
-        return own and hasattr(vars(processor).get("postprocess"), LOOKS)
+        shadowed = self._postprocess is not None and self._postprocess[0] is processor
+        return shadowed and hasattr(vars(processor).get("postprocess"), LOOKS)
 
     def _check_inputs(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """diffusers' own check, without the prompt: its messages quote it."""

@@ -45,11 +45,11 @@ class Layout:
     public: torch.Tensor
 
     @classmethod
-    def of(cls, states: torch.Tensor, found: Sequence[Tag | None], active: Sequence[Tag]) -> Layout:
-        """found: the tag of each batch element (`read_tags`), all of them among the active ones."""
-        rows = [i for i, tag in enumerate(found) if tag is not None]
-        others = [i for i, tag in enumerate(found) if tag is None]
-        order = [active.index(tag) for tag in found if tag is not None]
+    def of(cls, states: torch.Tensor, tags: Sequence[Tag | None], active: Sequence[Tag]) -> Layout:
+        """tags: the tag of each batch element (`read_tags`), all of them among the active ones."""
+        rows = [i for i, tag in enumerate(tags) if tag is not None]
+        others = [i for i, tag in enumerate(tags) if tag is None]
+        order = [active.index(tag) for tag in tags if tag is not None]
         tensors = (torch.tensor(x, dtype=torch.int64, device=states.device) for x in (rows, order, others))
         return cls(weakref.ref(states), *tensors)
 
@@ -119,8 +119,8 @@ class DPAttnProcessor:
     @property
     def table(self) -> LayerTable | None:
         """Outside of the UNet's gate (in a compiled graph, in a layer that is run again for gradients)."""
-        own = self._served.table
-        return self._latest if own is None else own
+        current = self._served.table
+        return self._latest if current is None else current
 
     @table.setter
     def table(self, table: LayerTable | None) -> None:

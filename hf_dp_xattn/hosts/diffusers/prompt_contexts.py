@@ -22,16 +22,16 @@ def from_ids(
     text: TextSide,
     whole: str | None = None,
     *,
-    given: int | None = None,
+    length: int | None = None,
 ) -> PrivateContext:
-    """A context given by padded token ids [length]; whole: the text that they are of, which is charged as well. given: how many ids there
+    """A context given by padded token ids [length]; whole: the text that they are of, which is charged as well. length: how many ids there
     were before."""
 
     def load() -> Rows:
         return text.private_rows(ids, mask)
 
     rows, first = ids.shape[0], int(text.first_row_is_public)
-    held = _unpadded(ids, mask, given)
+    held = _unpadded(ids, mask, length)
     parts = id_parts(ids[held], text.special_ids, [i - first for i in held])
     return PrivateContext(
         rows,
@@ -43,16 +43,16 @@ def from_ids(
         padded=True,
         trials=(text.trial(),),
         kept=torch.arange(rows) >= first,
-        ambiguous=given,
+        ambiguous=length,
         encoder=text.modules,
     )
 
 
-def _unpadded(ids: torch.Tensor, mask: torch.Tensor | None, given: int | None) -> list[int]:
+def _unpadded(ids: torch.Tensor, mask: torch.Tensor | None, length: int | None) -> list[int]:
     """The positions that are no padding."""
     if mask is not None:
         return [int(i) for i in mask.nonzero().flatten()]
-    return list(range(len(ids) if given is None else given))
+    return list(range(len(ids) if length is None else length))
 
 
 def from_phrases(phrases: Sequence[object], text: TextSide, whole: str | None = None) -> PrivateContext:
@@ -64,8 +64,8 @@ def from_phrases(phrases: Sequence[object], text: TextSide, whole: str | None = 
     """
     texts = check_phrases(phrases)
     tokens = [text.tokenize_private(phrase) for phrase in texts]
-    given = ", ".join(texts) if whole is None else whole
-    ids, mask = text.tokenize(given)
+    prompt = ", ".join(texts) if whole is None else whole
+    ids, mask = text.tokenize(prompt)
 
     def load() -> Rows:
         return torch.cat(encode_tokens(text, tokens)), text.public_first_row()
@@ -77,7 +77,7 @@ def from_phrases(phrases: Sequence[object], text: TextSide, whole: str | None = 
     parts = (
         Part(name_of_ids(ids), name),
         *id_parts(held, text.special_ids, None, name),
-        Part(name_of_text(given), units_of_text(texts)),
+        Part(name_of_text(prompt), units_of_text(texts)),
     )
     trials = (text.trial(),)
     return PrivateContext(
@@ -135,7 +135,7 @@ def name_contexts(
             raise ContextError(f"Token ids must be [n] or [B, n], got {dimensions(context)}.")
         ids = context if context.ndim == 2 else context.unsqueeze(0)
         side = _require(text)
-        return [from_ids(side.pad_ids(row), None, side, given=len(row)) for row in ids]
+        return [from_ids(side.pad_ids(row), None, side, length=len(row)) for row in ids]
     texts = as_texts(context, "context")
     side = _require(text)
     if phrases:

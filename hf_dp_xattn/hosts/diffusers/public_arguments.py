@@ -34,8 +34,8 @@ def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
     if isinstance(steps, float):
         raise ConfigError("`num_inference_steps` must be an integer, got float. Nothing was spent.")
     for name in TENSORS:
-        given = arguments.get(name)
-        for tensor in given if isinstance(given, (list, tuple)) else [given]:
+        value = arguments.get(name)
+        for tensor in value if isinstance(value, (list, tuple)) else [value]:
             if not isinstance(tensor, torch.Tensor) or (name == TENSORS[-1] and holds_placeholder(tensor)):
                 continue  # a release of a private negative text
             if not bool(torch.isfinite(tensor).all()):
@@ -84,12 +84,12 @@ def _steps_as_known(scheduler: Any) -> bool:
     return True
 
 
-def _takes(callback: Any, *given: object) -> bool:
+def _takes(callback: Any, *arguments: object) -> bool:
     """Whether it can be called with so many arguments; taken on trust where its signature cannot be read."""
     if not callable(callback):
         return False
     try:
-        inspect.signature(callback).bind(*given)
+        inspect.signature(callback).bind(*arguments)
     except TypeError:
         return False
     except ValueError:

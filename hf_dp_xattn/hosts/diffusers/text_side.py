@@ -116,14 +116,14 @@ class TextSide:
 
     def tokenize_private(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """`tokenize`, with a warning where it cuts something off. The warning holds no content, but is a fact about the prompt."""
-        found = self.tokenize(text)
+        tokens = self.tokenize(text)
         with without_length_warning(self.tokenizer):
             if hasattr(self.pipe, "maybe_convert_prompt"):
                 text = self.pipe.maybe_convert_prompt(text, self.tokenizer)
             whole = self.tokenizer([text]).input_ids[0]
         if len(whole) > self.length:
             warnings.warn(TRUNCATED, TruncatedPromptWarning, stacklevel=2)
-        return found
+        return tokens
 
     def pad_ids(self, ids: torch.Tensor) -> torch.Tensor:
         """Checks token ids [n] and pads them to the public length.

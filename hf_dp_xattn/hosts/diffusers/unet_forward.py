@@ -108,8 +108,8 @@ class ForwardGate:
             refuse_call_adapters(host.weights.roots())
             host.hand_out(seen[3].tables)
             return seen[3]  # the same tensor at every step: parsed already
-        found = read_tags(states)
-        tags = unique(found)
+        batch_tags = read_tags(states)
+        tags = unique(batch_tags)
         if not tags:
             if not guard.access.public:
                 raise ProtectionLostError(
@@ -123,7 +123,7 @@ class ForwardGate:
             check_forward(self._unet, args, kwargs, states)
             guard.promises.keep(tags)
         tables = host.activate(tags, states.device)
-        forward = Forward(tables, Layout.of(states, found, tags))
+        forward = Forward(tables, Layout.of(states, batch_tags, tags))
         if not states.is_inference():
             self.forwards.seen = weakref.ref(states), self._state_of(states), states.detach().clone(), forward
         return forward

@@ -130,9 +130,9 @@ class UNetHost(LayerHost):
         for installed in parts:
             installed.remove()
         for patch in self._patches:
-            found = handle_on(patch.pipe)
-            if getattr(found, "guard", None) is self.guard:
-                unmark(patch.pipe, found)
+            handle = handle_on(patch.pipe)
+            if getattr(handle, "guard", None) is self.guard:
+                unmark(patch.pipe, handle)
         for processor in self._processors.values():
             processor.clear()
         super().remove()

@@ -101,7 +101,7 @@ class ChatSwap:
         return call
 
     def _swap(
-        self, original: Callable[..., Any], given: Any, options: dict[str, Any], *, public_system: bool
+        self, original: Callable[..., Any], messages: Any, options: dict[str, Any], *, public_system: bool
     ) -> Any:
         """The chats with released text for their system messages.
 
@@ -109,7 +109,7 @@ class ChatSwap:
             ConfigError: no chat, no system message, a further one, tools or documents that are not declared public, or a template that
                 leaves the system message out. What the pipeline raises until its first token is chosen. Nothing was spent.
         """
-        chats, several = _chats(given)
+        chats, several = _chats(messages)
         beside = dict(options.get("tokenizer_encode_kwargs") or {})
         beside |= {n: options[n] for n in BESIDE if options.get(n)}
         private = []
@@ -126,11 +126,13 @@ class ChatSwap:
             alone = {n: v for n, v in options.items() if n != "streamer"}  # which would print it
             with one_step([self.model], options.values()), self._guard.serving():
                 original(self.host, public, **alone)
-        made = iter(self._guard.releases.make(contexts) if contexts else ())
+        released = iter(self._guard.releases.make(contexts) if contexts else ())
         swapped = []
         for chat in chats:
             content = chat[0]["content"]
-            text = content if isinstance(content, ReleasedPrompt) else ReleasedPrompt(str(next(made).text))
+            text = (
+                content if isinstance(content, ReleasedPrompt) else ReleasedPrompt(str(next(released).text))
+            )
             swapped.append([{**chat[0], "content": text}, *chat[1:]])
         return swapped if several else swapped[0]
 
@@ -158,11 +160,11 @@ class ChatSwap:
 
 def _chats(inputs: Any) -> tuple[list[Chat], bool]:
     """The chats of a call, and whether they are several. Raises ConfigError for anything else."""
-    given: Any = getattr(inputs, "messages", inputs)  # transformers' own Chat
-    if isinstance(given, (list, tuple)) and given:
-        if all(isinstance(m, Mapping) for m in given):
-            return [list(given)], False
-        chats: list[Any] = [getattr(c, "messages", c) for c in given]
+    messages: Any = getattr(inputs, "messages", inputs)  # transformers' own Chat
+    if isinstance(messages, (list, tuple)) and messages:
+        if all(isinstance(m, Mapping) for m in messages):
+            return [list(messages)], False
+        chats: list[Any] = [getattr(c, "messages", c) for c in messages]
         if all(isinstance(c, (list, tuple)) and c and all(isinstance(m, Mapping) for m in c) for c in chats):
             return [list(c) for c in chats], True
     raise ConfigError(NO_CHAT)

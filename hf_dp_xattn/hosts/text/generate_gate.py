@@ -117,7 +117,7 @@ class GenerateGate:
         seen = torch.ones_like(ids).bool() if mask is None else mask.to(ids.device).bool()
         if not bool((ids[~seen] == self._pad()).all()):  # some models read what a mask hides
             return False
-        rows = [tuple(row[own].tolist()) for row, own in zip(ids, seen, strict=True)]
+        rows = [tuple(row[real].tolist()) for row, real in zip(ids, seen, strict=True)]
         with self._guard.lock:
             if self._seq2seq:
                 return all(row in self._known for row in rows)
@@ -153,17 +153,17 @@ class GenerateGate:
 
     def ids_of(self, units: Sequence[str], whole: str) -> list[Part]:
         """Of the units' ids one behind the other, and of the whole text's where that is not the same."""
-        found: list[torch.Tensor] = []
+        encodings: list[torch.Tensor] = []
         with (
             suppress(Exception),
             without_length_warning(self._words()),
         ):  # without a tokenizer no ids are taken in
             for text in (*units, whole):
                 ids = self._words()(text=text, add_special_tokens=False).input_ids
-                found.append(torch.tensor(ids, dtype=torch.int64))
-        if len(found) <= len(units) or not all(map(len, found)):
+                encodings.append(torch.tensor(ids, dtype=torch.int64))
+        if len(encodings) <= len(units) or not all(map(len, encodings)):
             return []
-        *apart, joined = found
+        *apart, joined = encodings
         named = self._named(apart)
         if not torch.equal(joined, torch.cat(apart)):
             named += id_parts(joined, special_ids(self.model), None, units_of_text(units))
@@ -171,15 +171,15 @@ class GenerateGate:
 
     def _named(self, ids: Sequence[torch.Tensor]) -> list[Part]:
         """ids: of each unit."""
-        owners = [i for i, own in enumerate(ids) for _ in own]
+        owners = [i for i, unit_ids in enumerate(ids) for _ in unit_ids]
         return list(id_parts(torch.cat(list(ids)), special_ids(self.model), owners))
 
     def inputs(self, texts: Sequence[tuple[ReleasedText, str | None]], **public: Any) -> dict[str, Any]:
-        own, mask = public.pop("input_ids", None), public.pop("attention_mask", None)
+        user_ids, mask = public.pop("input_ids", None), public.pop("attention_mask", None)
         head = public.pop("public_head", None)
         joined = [str(t) if beside is None else t.joint.join((beside, *t)) for t, beside in texts]
         if self._seq2seq:
-            if own is not None or head is not None:
+            if user_ids is not None or head is not None:
                 raise ConfigError(
                     "Public text beside a released document is passed as text: release.inputs(prompt=...)."
                 )
@@ -188,7 +188,7 @@ class GenerateGate:
         else:
             first = self._start() if head is None else torch.as_tensor(head).flatten().tolist()
             begins = [[*first, *self._ids(text)] for text in joined]
-            users = _rows(own, mask)
+            users = _rows(user_ids, mask)
             count = max(len(begins), len(users))
             if {len(begins), len(users)} - {1, count}:
                 raise ConfigError(f"Got {len(users)} rows of input_ids for {len(begins)} contexts.")

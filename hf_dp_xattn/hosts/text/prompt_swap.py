@@ -161,12 +161,14 @@ class PromptSwap:
         if contexts and None in guard.releases.known(contexts):
             self._rehearse(original, bound, tuple(texts))
         with guard.lock:
-            made = iter(guard.releases.make(contexts) if contexts else ())
+            released = iter(guard.releases.make(contexts) if contexts else ())
         for name in texts:
-            given = arguments[name]
+            argument = arguments[name]
             # plain strings: some pipelines compare types
-            found = [str(t if isinstance(t, ReleasedPrompt) else next(made).text) for t in _items(given)]
-            arguments[name] = found[0] if isinstance(given, str) else found
+            prompts = [
+                str(t if isinstance(t, ReleasedPrompt) else next(released).text) for t in _items(argument)
+            ]
+            arguments[name] = prompts[0] if isinstance(argument, str) else prompts
         for name, value in arguments.items():
             if name.startswith("callback") and inspect.isroutine(
                 value
@@ -190,9 +192,9 @@ class PromptSwap:
             return
         stand_in = inspect.BoundArguments(bound.signature, copy.copy(bound.arguments))
         for name in names:
-            given = stand_in.arguments[name]
+            value = stand_in.arguments[name]
             stand_in.arguments[name] = (
-                PROBES[0] if isinstance(given, str) else [PROBES[0]] * len(_items(given))
+                PROBES[0] if isinstance(value, str) else [PROBES[0]] * len(_items(value))
             )
         with one_step(models, stand_in.arguments.values()), _no_progress(self.host), self._guard.serving():
             original(*stand_in.args, **stand_in.kwargs)
@@ -203,8 +205,8 @@ def _items(value: Any) -> list[Any]:
 
 
 def _components(pipe: Any) -> list[nn.Module]:
-    found = [c for c in pipe.components.values() if isinstance(c, nn.Module)]
-    return list({id(unwrap(c)): c for c in found}.values())
+    modules = [c for c in pipe.components.values() if isinstance(c, nn.Module)]
+    return list({id(unwrap(c)): c for c in modules}.values())
 
 
 def _draws(module: Any) -> bool:

@@ -65,22 +65,22 @@ def _default(host: Any) -> str:
 
 def _decoded(context: Any, host: Any, tokenizer: Any) -> Any:
     """A string, or a list of strings."""
-    given = context.tolist() if hasattr(context, "tolist") else context
+    value = context.tolist() if hasattr(context, "tolist") else context
     if (
-        isinstance(given, str)
-        or not isinstance(given, (list, tuple))
-        or all(isinstance(p, str) for p in given)
+        isinstance(value, str)
+        or not isinstance(value, (list, tuple))
+        or all(isinstance(p, str) for p in value)
     ):
-        return given
-    model, own = parts_of(host)
-    words = tokenizer or own or tokenizer_beside(model)
+        return value
+    model, host_tokenizer = parts_of(host)
+    words = tokenizer or host_tokenizer or tokenizer_beside(model)
 
     def text(ids: Any) -> str:
         return str(words.decode(list(ids), skip_special_tokens=True))
 
-    if all(isinstance(part, int) for part in given):
-        return text(given)
-    parts = [part.tolist() if hasattr(part, "tolist") else part for part in given]
+    if all(isinstance(part, int) for part in value):
+        return text(value)
+    parts = [part.tolist() if hasattr(part, "tolist") else part for part in value]
     if not all(isinstance(p, (str, list, tuple)) for p in parts):
         raise ConfigError(NOT_TEXTS)
     return [p if isinstance(p, str) else text(p) for p in parts]

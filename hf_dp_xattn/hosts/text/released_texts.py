@@ -21,16 +21,16 @@ class ReleasedText(tuple[str, ...]):
     def __new__(
         cls, texts: Iterable[str], joint: str = "\n", counts: Iterable[int] | None = None
     ) -> ReleasedText:
-        made = super().__new__(cls, texts)
-        made.joint = joint
-        made.counts = (1,) * len(made) if counts is None else tuple(counts)
-        return made
+        text = super().__new__(cls, texts)
+        text.joint = joint
+        text.counts = (1,) * len(text) if counts is None else tuple(counts)
+        return text
 
     @classmethod
     def counted(cls, texts: Iterable[str], joint: str) -> ReleasedText:
         """Of a list in which texts repeat."""
-        found = Counter(texts)
-        return cls(found, joint, found.values())
+        counts = Counter(texts)
+        return cls(counts, joint, counts.values())
 
     def __str__(self) -> str:
         return self.joint.join(self)

@@ -65,7 +65,7 @@ class TextGuard(BaseGuard[None, ContextRecipe, ReleasedTexts]):
             self._prepared = lru_cache(maxsize=16)(lambda n: ContextRecipe(library.prepare_list(config, n)))
         grouping = "lines" if library is None else library.grouping
         self.cut = Cut(grouping if config.unit == "group" or library is not None else "context")
-        self._told: list[ReleasedText] = []  # as `releases.spent`
+        self._released: list[ReleasedText] = []  # as `releases.spent`
 
     @property
     def saving(self) -> SaveShadow:
@@ -106,7 +106,7 @@ class TextGuard(BaseGuard[None, ContextRecipe, ReleasedTexts]):
             return prepared
         return self._prepared(units)
 
-    def misfit(self, made: ReleasedTexts, state: None) -> str | None:
+    def misfit(self, released: ReleasedTexts, state: None) -> str | None:
         return None
 
     def rehearse(self, contexts: Iterable[PrivateContext]) -> None:
@@ -127,11 +127,11 @@ class TextGuard(BaseGuard[None, ContextRecipe, ReleasedTexts]):
         entropy: Entropy | None,
     ) -> ReleasedTexts:
         """Encodes and releases one charged context; keeps nothing of it but the release."""
-        made = prepared.run(context.load()[0], groups, entropy)
+        outcome = prepared.run(context.load()[0], groups, entropy)
         counted = isinstance(prepared.prepared, FromLibrary) and prepared.prepared.counted
-        text = (ReleasedText.counted if counted else ReleasedText)(made.texts, self.cut.joint)
-        self._told.append(text)
-        return ReleasedTexts(text, made.guarantee)
+        text = (ReleasedText.counted if counted else ReleasedText)(outcome.texts, self.cut.joint)
+        self._released.append(text)
+        return ReleasedTexts(text, outcome.guarantee)
 
     @locked
     def take_in(self, file: ReleaseFile | TextReleaseFile) -> None:
@@ -141,10 +141,12 @@ class TextGuard(BaseGuard[None, ContextRecipe, ReleasedTexts]):
                 f"load the release again ({STAYS})."
             )
         self.releases.adopt(file.contexts)
-        self._told += [c.text for c in file.contexts]
+        self._released += [c.text for c in file.contexts]
 
     def report(self) -> PrivacyReport:
         """With the released texts, which are public."""
-        made = super().report()
-        entries = [{**entry, **text.shown()} for entry, text in zip(made.releases, self._told, strict=True)]
-        return dataclasses.replace(made, releases=tuple(entries))
+        report = super().report()
+        entries = [
+            {**entry, **text.shown()} for entry, text in zip(report.releases, self._released, strict=True)
+        ]
+        return dataclasses.replace(report, releases=tuple(entries))

@@ -73,12 +73,12 @@ class TextHost(Host):
     guard: TextGuard
 
     def __init__(self, model: Any, tokenizer: Any = None, encoder: Any = None) -> None:
-        self.given, self._tokenizer, self._encoder = model, tokenizer, encoder
+        self.first, self._tokenizer, self._encoder = model, tokenizer, encoder
         self._surfaces: list[Surface] = []
 
     @property
     def model(self) -> Any:
-        return self._surfaces[0].model if self._surfaces else self.given
+        return self._surfaces[0].model if self._surfaces else self.first
 
     def guarded(self, settings: Settings) -> TextGuard:
         return TextGuard(self, settings, self._encoder, self._tokenizer)
@@ -135,9 +135,9 @@ class TextHost(Host):
         surface = self._surfaces[0] if self._surfaces else None
         others: list[Part] = []
         apart = groups is not None
-        found = None if surface is None else surface.read_ids(context)
-        if found is not None:
-            (context, others), apart = found, True
+        spelled = None if surface is None else surface.read_ids(context)
+        if spelled is not None:
+            (context, others), apart = spelled, True
         one = isinstance(context, str) or apart or surface is None or surface.apart
         each = surface is None or surface.each
         guard = self.guard
@@ -146,7 +146,7 @@ class TextHost(Host):
         listed = context if several else [context]
         contexts = []
         for units, whole in map(guard.cut, listed):
-            ids = others if surface is None or found is not None else surface.ids_of(units, whole)
+            ids = others if surface is None or spelled is not None else surface.ids_of(units, whole)
             contexts.append(name_text(units, whole, guard.encode, grouped=grouped, each=each, others=ids))
         return Named(contexts, None)
 
@@ -182,5 +182,5 @@ def handle_of_parts(host: Any) -> Any:
     from diffusers import DiffusionPipeline
 
     parts = [host, *(text_encoders(host) if isinstance(host, DiffusionPipeline) else ())]
-    found = [handle_on(p) for p in map(unwrap, parts)]
-    return next((handle for handle in found if handle is not None), None)
+    handles = [handle_on(p) for p in map(unwrap, parts)]
+    return next((handle for handle in handles if handle is not None), None)

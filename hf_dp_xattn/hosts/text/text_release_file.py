@@ -133,11 +133,11 @@ class TextReleaseFile(Encoded):
 
 def locate_release(name_or_path: Any, **options: Any) -> Path:
     """The folder of a release's files, all of one commit (`HubOptions`). Raises ReleaseError where there is none."""
-    found = locate(name_or_path, (CODEC.json_name,), error=ReleaseError, **options)
-    if found.commit is not None and CODEC.read_document(found.folder).get("kind") != TextReleaseFile.KIND:
-        more: HubOptions = {**options, "revision": found.commit}  # type: ignore[typeddict-item]
+    located = locate(name_or_path, (CODEC.json_name,), error=ReleaseError, **options)
+    if located.commit is not None and CODEC.read_document(located.folder).get("kind") != TextReleaseFile.KIND:
+        more: HubOptions = {**options, "revision": located.commit}  # type: ignore[typeddict-item]
         locate(name_or_path, CODEC.names, error=ReleaseError, **more)
-    return found.folder
+    return located.folder
 
 
 def load_release(folder: Path) -> ReleaseFile | TextReleaseFile:

@@ -72,8 +72,8 @@ class UnitEncoder:
 
         def code(text: str) -> torch.Tensor:
             with suppress(Exception):
-                found = self._code(text)
-                return found if found.shape == nothing.shape else nothing
+                vector = self._code(text)
+                return vector if vector.shape == nothing.shape else nothing
             return nothing
 
         with self.permit():
@@ -107,10 +107,10 @@ def unit_encoder(
         return _of_function(encoder)
     if encoder is not None:
         raise ConfigError(f"`encoder` cannot be a {type(encoder).__name__} by itself. {OWN}")
-    model, own = parts_of(host)
+    model, host_tokenizer = parts_of(host)
     if model is None:
         raise ConfigError(f"This host has no text encoder with a tokenizer of its own. {OWN}")
-    return _of_tokens(model, tokenizer or own or tokenizer_beside(model), permit)
+    return _of_tokens(model, tokenizer or host_tokenizer or tokenizer_beside(model), permit)
 
 
 def parts_of(host: Any) -> tuple[Any, Any]:
@@ -154,8 +154,8 @@ def _of_function(function: Any) -> UnitEncoder:
     """Of a function of a list of strings, which is given one at a time."""
 
     def one(text: str) -> torch.Tensor:
-        found = function([text])
-        return found if isinstance(found, torch.Tensor) else torch.as_tensor(np.asarray(found))
+        codes = function([text])
+        return codes if isinstance(codes, torch.Tensor) else torch.as_tensor(np.asarray(codes))
 
     return UnitEncoder(str(getattr(function, "__qualname__", type(function).__name__)), one)
 
@@ -203,9 +203,9 @@ def _of_tokens(model: Any, tokenizer: Any, permit: Permit = nullcontext) -> Unit
     def many(texts: Sequence[str]) -> torch.Tensor:
         ids = [ids_of(text) for text in texts]
         codes = torch.zeros(len(ids), len(first[0]))
-        for length in sorted({len(own) for own in ids}):
+        for length in sorted({len(row) for row in ids}):
             if length > skip:
-                alike = [i for i, own in enumerate(ids) if len(own) == length]
+                alike = [i for i, row in enumerate(ids) if len(row) == length]
                 for start in range(0, len(alike), BATCH):
                     part = alike[start : start + BATCH]
                     rows = states([ids[i] for i in part])[:, skip:]
@@ -240,15 +240,15 @@ class _Stop(BaseException):
 
 def _stopped(model: Any, layer: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """[1, n, C]: what a layer gives of token ids [1, n]."""
-    found: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
+        outputs.append(output[0] if isinstance(output, tuple) else output)
         raise _Stop
 
     with _hooked(layer, stop), suppress(_Stop):
         model(input_ids=ids, use_cache=False)
-    return found[0]
+    return outputs[0]
 
 
 @contextmanager

@@ -39,7 +39,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
 }
 
 
-class OwnCalls(threading.local):
+class ThreadCalls(threading.local):
     """The forward that this thread is in; no other thread can see or replace it. generating: `generate` calls it."""
 
     current: Any = None

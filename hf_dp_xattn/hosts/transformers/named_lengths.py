@@ -70,8 +70,8 @@ def longest(part: nn.Module) -> int | None:
 
 def rotations(config: Any) -> set[str]:
     """The kinds of rotary embedding that a config names, for all layers or for each type of layer."""
-    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    parts = [given, *(v for v in given.values() if isinstance(v, dict))]
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    parts = [parameters, *(v for v in parameters.values() if isinstance(v, dict))]
     return {str(p.get("rope_type", p.get("type"))) for p in parts}
 
 

@@ -19,7 +19,7 @@ from ...mechanisms.rows_structure import RowsStructure
 from ...mechanisms.structure import AttentionStructure
 from ..access import NO_COPY, Access, permitted
 from ..tables import LayerTable
-from .generating import OwnCalls
+from .generating import ThreadCalls
 
 Public = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Keys [B, H, P, d], values [B, H, P, dv] and bias [B, 1, 1, P] of exact public rows."""
@@ -51,7 +51,7 @@ class LayerState:
     """
 
     name: str
-    calls: OwnCalls
+    calls: ThreadCalls
     config: Any
     access: Access | None = None
     padding: int = 0

@@ -19,7 +19,7 @@ from ..nan import main_output, refuse_nan
 from ..recorded_runs import refuse_recording
 from ..released import ReleasedContext
 from ..shadows import Shadows
-from .generating import OwnCalls, named_arguments
+from .generating import ThreadCalls, named_arguments
 from .routing import Routing, route
 
 
@@ -31,7 +31,7 @@ class RoutedHost(LayerHost):
 
     routing: ClassVar[Routing]
     never_traced: ClassVar[str]
-    calls: OwnCalls
+    calls: ThreadCalls
     generate: Shadows
 
     def __init__(self, model: Any) -> None:

@@ -79,9 +79,9 @@ def split_chat(
 
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError("This tokenizer has no chat template: set one, or release token ids.")
-    own = [name for name in ("tokenize", "return_dict", "return_tensors") if name in options]
-    if own:
-        raise ConfigError(f"{own[0]} is set here, and is no option of a template: leave it out.")
+    reserved = [name for name in ("tokenize", "return_dict", "return_tensors") if name in options]
+    if reserved:
+        raise ConfigError(f"{reserved[0]} is set here, and is no option of a template: leave it out.")
 
     def fill(text: str, later: Sequence[Mapping[str, Any]] = messages[1:]) -> str:
         conversation = [{**first, "content": text}, *later]
@@ -114,8 +114,8 @@ def split_chat(
 
     def ids(text: str) -> torch.Tensor:
         with without_length_warning(tokenizer):  # it would say how long the text is
-            found = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-        return torch.tensor(found, dtype=torch.int64)
+            token_ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        return torch.tensor(token_ids, dtype=torch.int64)
 
     lines = re.split(r"(?<=\n)", private)  # at line feeds alone: other separators may stand within one unit
     segments = [s for s in map(ids, lines) if len(s)]
@@ -154,15 +154,15 @@ def private_message(messages: Any) -> tuple[Mapping[str, Any], str]:
 def refuse_others(later: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> None:
     """Raises ConfigError for what may look private and would become public text."""
     roles = [str(message.get("role")).strip().lower() for message in later]
-    found = [role for role in SYSTEM_ROLES if role in roles]
-    if found:
+    system_roles = [role for role in SYSTEM_ROLES if role in roles]
+    if system_roles:
         raise ConfigError(
-            f"Only the first message is private, and a later one has the role {found[0]!r}: it would be public text, exact to the model. "
-            "Join its text with the first message's, or declare it public with public_system=True."
+            f"Only the first message is private, and a later one has the role {system_roles[0]!r}: it would be public text, exact to the "
+            "model. Join its text with the first message's, or declare it public with public_system=True."
         )
-    given = [name for name in BESIDE if options.get(name)]
-    if given:
+    written = [name for name in BESIDE if options.get(name)]
+    if written:
         raise ConfigError(
-            f"{given[0]} would be written into the template's public words, exact to the model. Put them into the system prompt's text, or "
-            "declare them public with public_system=True."
+            f"{written[0]} would be written into the template's public words, exact to the model. Put them into the system prompt's text, "
+            "or declare them public with public_system=True."
         )

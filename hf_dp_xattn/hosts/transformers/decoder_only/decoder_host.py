@@ -91,29 +91,29 @@ class DecoderHost(RoutedHost):
         return LayerState(name, self.calls, self.originals[name], self.guard.access)
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = self.begin(module, args, kwargs)
-        cache = given.get("past_key_values")
+        inputs = self.begin(module, args, kwargs)
+        cache = inputs.get("past_key_values")
         if not isinstance(cache, PrefixCache):
             if not self.guard.access.public:
                 raise ProtectionLostError(NO_INPUTS)
             self.calls.current = Call({}, torch.zeros(0, dtype=torch.int64), public=True)
             return
         refuse_call_adapters(self.watched())
-        ids, mask = given.get("input_ids"), given.get("attention_mask")
-        if ids is None or given.get("use_cache") is False:
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if ids is None or inputs.get("use_cache") is False:
             raise ConfigError(
                 "A protected model takes input_ids and the cache of release.inputs(), not inputs_embeds or use_cache=False."
             )
         for name in () if self.calls.generating else REFUSED_IN_CALLS:
-            if given.get(name) is not None:
+            if inputs.get(name) is not None:
                 raise ConfigError(f"{name} is not supported on a protected model: {REFUSED[name]}.")
         batch, queries = ids.shape
         if cache.expected not in (None, queries):
             raise ProtectionLostError(OTHER_TOKENS.format(given=queries, expected=cache.expected))
         cache.expected = None
         cache.fit(batch)
-        own = cache.own + queries
-        total = cache.offset + own
+        length = cache.suffix_length + queries
+        total = cache.offset + length
         if len(cache.index) != batch:
             raise ProtectionLostError(
                 f"A batch of {batch} was passed with the inputs of {len(cache.index)} release(s). Call release.inputs(input_ids=ids) "
@@ -127,12 +127,14 @@ class DecoderHost(RoutedHost):
         visible = None if mask is None else mask[:, cache.offset :].to(torch.bool)
         tables = self._read(cache, ids.device)
         cache.read_by(self.calls)
-        self.calls.current = Call(tables, cache.index.to(ids.device), cache.offset, own, visible, cache=cache)
+        self.calls.current = Call(
+            tables, cache.index.to(ids.device), cache.offset, length, visible, cache=cache
+        )
 
     def _read(self, cache: PrefixCache, device: torch.device) -> dict[str, LayerTable]:
         """The tables that `serve` made for this cache last, as long as the weights are the same; or new ones: in a direct call, for the
         first tokens of a cache."""
-        served, begun = self.calls.served, cache.own > 0 or self.calls.generating
+        served, begun = self.calls.served, cache.suffix_length > 0 or self.calls.generating
         if begun and served is not None and served[0] == self._served_for(cache.tags, device):
             return served[1]
         return self.serve(cache)
@@ -160,11 +162,11 @@ class DecoderHost(RoutedHost):
     ) -> Named:
         size = self.model.get_input_embeddings().num_embeddings
         prefixes = read_prefixes(context, groups, public_head, prefix_bucket, size)
-        own = check_groups(groups, prefixes)
+        row_groups = check_groups(groups, prefixes)
         apart = isinstance(groups, str)
         named = [name_prefix(p, self.encoder, self.guard.config.unit, apart=apart) for p in prefixes]
         named = with_texts(named, text, len(prefixes[0].segments) if apart else None)
-        return Named([dataclasses.replace(c, encoder=(self.model.base_model,)) for c in named], own)
+        return Named([dataclasses.replace(c, encoder=(self.model.base_model,)) for c in named], row_groups)
 
     def check_growing(self, contexts: Sequence[PrivateContext]) -> None:
         raise ConfigError("A prefix that grows is not supported on a decoder-only model.")
@@ -228,13 +230,13 @@ class DecoderHost(RoutedHost):
         text: Any = private_message(messages)[1]
         if apart and len(records_of(text)) != len(parts.segments):  # a template changed its lines
             text = None
-        made = release(
+        released = release(
             parts.segments if apart else parts.private,
             groups="segments" if apart else None,
             public_head=parts.head,
             prefix_bucket=options.pop("prefix_bucket", None),
             text=text,
         )
-        own = parts.input_ids.to(device_of(self.model))
-        reply = self.model.generate(**made.inputs(input_ids=own), **options)[0, own.shape[1] :]
+        question = parts.input_ids.to(device_of(self.model))
+        reply = self.model.generate(**released.inputs(input_ids=question), **options)[0, question.shape[1] :]
         return str(tokenizer.decode(reply, skip_special_tokens=True))

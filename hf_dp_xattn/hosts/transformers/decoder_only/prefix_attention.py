@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from ....errors import ConfigError, ProtectionLostError
 from ....mechanisms.merge import exact_partial, merge
 from ...tables import LayerTable
-from ..generating import OwnCalls
+from ..generating import ThreadCalls
 from ..reading import Probing, group_queries, host_attention, read_partial, served, ungroup
 
 NAME = "dp_xattn_prefix"
@@ -33,28 +33,28 @@ NO_RELEASE = (
 class Call:
     """What the layers of one forward may read.
 
-    tables: one per layer name; index [B]: each batch element's binding; offset: positions before the first own token; own: own tokens so
-    far, this forward's included; mask: bool [B, own] of those that are no padding, or None; public: inside `protected.public()`;
-    queries: where each layer's queries [B, H, m, d] are collected, public ones; H counts key heads. biases: what `own_bias` made, which is
-    the same in most layers. cache: that the forward was given.
+    tables: one per layer name; index [B]: each batch element's binding; offset: positions before the first own token; suffix_length: own
+    tokens so far, this forward's included; mask: bool [B, suffix_length] of those that are no padding, or None; public: inside
+    `protected.public()`; queries: where each layer's queries [B, H, m, d] are collected, public ones; H counts key heads.
+    biases: what `suffix_bias` made, which is the same in most layers. cache: that the forward was given.
     """
 
     tables: dict[str, LayerTable]
     index: torch.Tensor
     offset: int = 0
-    own: int = 0
+    suffix_length: int = 0
     mask: torch.Tensor | None = None
     public: bool = False
     queries: dict[str, list[torch.Tensor]] | None = None
     cache: object = None
     biases: dict[tuple[int, int, torch.device], torch.Tensor] = field(default_factory=dict)
 
-    def own_bias(self, queries: int, groups: int, device: torch.device) -> torch.Tensor:
+    def suffix_bias(self, queries: int, groups: int, device: torch.device) -> torch.Tensor:
         """[B or 1, 1, groups * queries, own]: 0 where a query (the last `queries` of the own tokens) may look, else -inf."""
         key = queries, groups, device
         if key not in self.biases:
-            keys = torch.arange(self.own, device=device)
-            visible = (keys <= keys[self.own - queries :, None]).unsqueeze(0)
+            keys = torch.arange(self.suffix_length, device=device)
+            visible = (keys <= keys[self.suffix_length - queries :, None]).unsqueeze(0)
             if self.mask is not None:
                 visible = visible & self.mask.to(device).unsqueeze(1)
             bias = torch.zeros(visible.shape, device=device).masked_fill(~visible, -torch.inf)
@@ -62,8 +62,8 @@ class Call:
         return self.biases[key]
 
 
-class Calls(OwnCalls):
-    """See `OwnCalls`. served: the tables that were made in this thread last, and what for."""
+class Calls(ThreadCalls):
+    """See `ThreadCalls`. served: the tables that were made in this thread last, and what for."""
 
     current: Call | None = None
     served: tuple[object, dict[str, LayerTable]] | None = None
@@ -132,20 +132,25 @@ def dp_xattn_prefix(
         public: tuple[torch.Tensor, Any] = original(module, query, key, value, attention_mask, **kwargs)
         return public
     batch, query_heads, m, _ = query.shape
-    if len(call.index) != batch or key.shape[0] != batch or key.shape[2] != call.own or m > call.own:
+    if (
+        len(call.index) != batch
+        or key.shape[0] != batch
+        or key.shape[2] != call.suffix_length
+        or m > call.suffix_length
+    ):
         raise ProtectionLostError(
-            f"{layer.name} was given {key.shape[2]} keys for a batch of {key.shape[0]}; the cache of this release says {call.own} for "
-            f"{len(call.index)}. Pass release.inputs(...) on as it is."
+            f"{layer.name} was given {key.shape[2]} keys for a batch of {key.shape[0]}; the cache of this release says "
+            f"{call.suffix_length} for {len(call.index)}. Pass release.inputs(...) on as it is."
         )
-    check_window(kwargs.get("sliding_window"), call.offset + call.own)
+    check_window(kwargs.get("sliding_window"), call.offset + call.suffix_length)
     heads = key.shape[1]
     grouped = group_queries(query, heads)
     if call.queries is not None:
         call.queries.setdefault(layer.name, []).append(grouped)
     prefix = read_partial(call.tables[layer.name], grouped, call.index, scale, softcap)
-    bias = call.own_bias(m, query_heads // heads, query.device)
-    own = exact_partial(grouped, key, value, scale, bias, softcap)
-    out = ungroup(merge(*prefix, *own)[0].to(query.dtype), query_heads, m)
+    bias = call.suffix_bias(m, query_heads // heads, query.device)
+    suffix = exact_partial(grouped, key, value, scale, bias, softcap)
+    out = ungroup(merge(*prefix, *suffix)[0].to(query.dtype), query_heads, m)
     return out.transpose(1, 2).contiguous(), None
 
 

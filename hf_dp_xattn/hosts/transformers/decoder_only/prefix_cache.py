@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .prefix_attention import Calls
 
 
-class OwnTokens(DynamicLayer):
+class SuffixTokens(DynamicLayer):
     """One layer's keys and values of the user's own tokens; it reports `offset` positions more, where head and prefix stand."""
 
     def __init__(self, offset: int) -> None:
@@ -26,25 +26,25 @@ class OwnTokens(DynamicLayer):
         self.offset = offset
 
     @property
-    def own(self) -> int:
+    def suffix_length(self) -> int:
         return 0 if self.keys is None or self.keys.numel() == 0 else int(self.keys.shape[-2])
 
     def get_seq_length(self) -> int:
-        return self.offset + self.own
+        return self.offset + self.suffix_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.own + query_length, self.offset
+        return self.suffix_length + query_length, self.offset
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        if self.own:
+        if self.suffix_length:
             super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.own:
+        if self.suffix_length:
             super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.own:
+        if self.suffix_length:
             super().batch_select_indices(indices)
 
 
@@ -82,7 +82,7 @@ class PrefixCache(Cache):
     """
 
     def __init__(self, tags: Sequence[Tag], offset: int, layers: int, *, trial: bool = False) -> None:
-        super().__init__(layers=[OwnTokens(offset) for _ in range(layers)])
+        super().__init__(layers=[SuffixTokens(offset) for _ in range(layers)])
         self.tags = unique(tags)
         self.index = torch.tensor([self.tags.index(tag) for tag in tags])
         self.offset = offset
@@ -103,13 +103,13 @@ class PrefixCache(Cache):
         return states
 
     def __repr__(self) -> str:
-        return f"PrefixCache(batch={len(self.index)}, releases={len(self.tags)}, offset={self.offset}, own={self.own})"
+        return f"PrefixCache(batch={len(self.index)}, releases={len(self.tags)}, offset={self.offset}, suffix_length={self.suffix_length})"
 
     @property
-    def own(self) -> int:
+    def suffix_length(self) -> int:
         """Own tokens so far."""
         first: Any = self.layers[0]
-        return int(first.own)
+        return int(first.suffix_length)
 
     def fork(self) -> PrefixCache:
         """A cache that grows apart from this one; layers replace their tensors and never write to them."""
@@ -120,7 +120,7 @@ class PrefixCache(Cache):
     def fit(self, batch: int) -> None:
         """Repeats each element where `generate` did."""
         repeats = batch // max(1, len(self.index))
-        if self.elastic and self.own == 0 and repeats > 1 and batch == repeats * len(self.index):
+        if self.elastic and self.suffix_length == 0 and repeats > 1 and batch == repeats * len(self.index):
             self.index = self.index.repeat_interleave(repeats)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

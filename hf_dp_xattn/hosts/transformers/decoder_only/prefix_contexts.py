@@ -62,10 +62,10 @@ def as_ids(ids: Any, what: str, size: int) -> torch.Tensor:
     return tensor
 
 
-def _refuse_beside(given: Any, what: str) -> None:
+def _refuse_beside(context: Any, what: str) -> None:
     """Raises ContextError for what the unprotected model would read beside the token ids: without a word it would have no effect."""
     for name, harmless in (("attention_mask", 1), ("token_type_ids", 0)):
-        value = given.get(name) if isinstance(given, Mapping) else getattr(given, name, None)
+        value = context.get(name) if isinstance(context, Mapping) else getattr(context, name, None)
         if value is not None and not bool((torch.as_tensor(value) == harmless).all()):
             raise ContextError(
                 f"{name} of {what} is not supported: pass the token ids alone, without padding; nothing was spent."

@@ -112,13 +112,19 @@ class GenerateShadow(Shadows):
             raise ProtectionLostError(PROMPT_LEARNING)
         ids = arguments.get("input_ids", arguments.get("inputs"))
         mask = arguments.get("attention_mask")
-        if ids is None or mask is None or mask.shape[-1] != cache.offset + cache.own + ids.shape[-1]:
+        if (
+            ids is None
+            or mask is None
+            or mask.shape[-1] != cache.offset + cache.suffix_length + ids.shape[-1]
+        ):
             raise ConfigError(
                 "generate needs input_ids, attention_mask and past_key_values as release.inputs(input_ids=..., attention_mask=...) gives "
                 "them. For a further turn, call release.inputs with all token ids of the conversation."
             )
         self._host.serve(cache)
-        check_window(self._host.limit, cache.offset + cache.own + self._planned(arguments, config, ids))
+        check_window(
+            self._host.limit, cache.offset + cache.suffix_length + self._planned(arguments, config, ids)
+        )
         self._warn_once(arguments, config)
         cache = cache.fork()  # so that the same inputs can be used again
         cache.elastic, cache.expected = True, int(ids.shape[-1])
@@ -135,13 +141,13 @@ class GenerateShadow(Shadows):
             value = arguments.get(name)
             return getattr(config, name, None) if value is None else value
 
-        found = [n for n, nothing in BLIND.items() if asked(n) not in (None, *nothing)]
-        if "max_length" in found and asked("max_new_tokens") is not None:
-            found.remove("max_length")
-        if found and not self._warned:
+        blind = [n for n, nothing in BLIND.items() if asked(n) not in (None, *nothing)]
+        if "max_length" in blind and asked("max_new_tokens") is not None:
+            blind.remove("max_length")
+        if blind and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{', '.join(found)}: the private prefix is not among the tokens that these see. max_length and min_length count the "
+                f"{', '.join(blind)}: the private prefix is not among the tokens that these see. max_length and min_length count the "
                 "user's own tokens and the reply (max_new_tokens and min_new_tokens say what is meant), and no word of the prefix counts "
                 "as a repetition.",
                 stacklevel=4,

@@ -212,10 +212,10 @@ def _probe_far(model: Any, layers: dict[str, PrefixLayer]) -> None:
         rows = rows_of(run_recorded(model, layers, ids[:, :prefix]))
         with serving(model, layers, rows) as calls:
             parts = [length - prefix - 2, 1, 1]
-            found = _suffix(model, layers, calls, ids, parts, prefix, head=False)
+            hidden = _suffix(model, layers, calls, ids, parts, prefix, head=False)
         _compare(
             model,
-            found,
+            hidden,
             reference[:, prefix:],
             _CHANGES.format(length=length),
             _SHARE[model.dtype not in TOLERANCE],
@@ -245,11 +245,11 @@ def _token_ids(model: Any, count: int, seed: int | None = None) -> torch.Tensor:
     """[1, count] public tokens, none of which is special; in turn, or at random."""
     config = model.config.get_text_config(decoder=True)
     special = {getattr(config, n, None) for n in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    found = [i for i in range(min(int(config.vocab_size), 32)) if i not in special]
+    plain = [i for i in range(min(int(config.vocab_size), 32)) if i not in special]
     if seed is None:
-        return torch.tensor([(found * count)[-count:]])
-    chosen = torch.randint(len(found), (1, count), generator=torch.Generator().manual_seed(seed))
-    return torch.tensor(found)[chosen]
+        return torch.tensor([(plain * count)[-count:]])
+    chosen = torch.randint(len(plain), (1, count), generator=torch.Generator().manual_seed(seed))
+    return torch.tensor(plain)[chosen]
 
 
 def tables_of(
@@ -294,11 +294,13 @@ def _suffix(
     assert calls.current is not None
     cache = PrefixCache([new_tag()], prefix, len(layers), trial=True)
     run = model if head else model.base_model
-    found, first = [], calls.current
+    outputs, first = [], calls.current
     for part in ids[:, prefix:].split(list(parts), dim=1):
-        calls.current = Call(first.tables, first.index, first.offset, cache.own + part.shape[1])
-        found.append(run(input_ids=part, past_key_values=cache, use_cache=True)[0 if not head else "logits"])
-    return torch.cat(found, dim=1)
+        calls.current = Call(first.tables, first.index, first.offset, cache.suffix_length + part.shape[1])
+        outputs.append(
+            run(input_ids=part, past_key_values=cache, use_cache=True)[0 if not head else "logits"]
+        )
+    return torch.cat(outputs, dim=1)
 
 
 _CARRIES = (
@@ -312,10 +314,10 @@ _CHANGES = (
 
 
 def _compare(
-    model: Any, found: torch.Tensor, reference: torch.Tensor, reason: str = _CARRIES, share: float = 1.0
+    model: Any, hidden: torch.Tensor, reference: torch.Tensor, reason: str = _CARRIES, share: float = 1.0
 ) -> None:
     """share: of the tokens, how many must be alike."""
     limit = TOLERANCE.get(model.dtype, HALF_TOLERANCE) * float(reference.abs().max().clamp_min(1e-3))
-    errors = (found.float() - reference).abs().amax(dim=-1).flatten()
+    errors = (hidden.float() - reference).abs().amax(dim=-1).flatten()
     if not float(errors.quantile(share)) <= limit:
         raise refuse(model, reason)

@@ -139,9 +139,9 @@ def _contexts_data(
     chunks = [prefixes[i : i + GATHER_BATCH] for i in range(0, len(prefixes), GATHER_BATCH)]
     # of these the queries are sampled, which the gathering of all of them needs
     first = [reader.read(chunk) for chunk in chunks[: -(-options.texts // GATHER_BATCH)]]
-    queries, own = _queries(model, layers, prefixes, list(chain(*first)), head, options)
+    queries, suffix_rows = _queries(model, layers, prefixes, list(chain(*first)), head, options)
     probes = _probes(layers, queries)
-    public_rows = torch.cat([head, own])
+    public_rows = torch.cat([head, suffix_rows])
     sketch = prefix_fingerprint(model, layers)
     host = HostIdentity(sketch.layers, sketch.sketch, sketch.dtype, torch.zeros(0, head.shape[-1]))
     logits, asked = None, None
@@ -255,7 +255,7 @@ def _queries(
     questions = _questions(model, options.questions)
     generator = torch.Generator().manual_seed(options.seed)
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
-    own = head[:0]
+    suffix_rows = head[:0]
     for i, (prefix, parts) in enumerate(zip(prefixes[: options.texts], private, strict=False)):
         rows = torch.cat([head, *parts]).to(model.device, model.dtype)
         offset = len(head) + prefix.slots
@@ -276,13 +276,13 @@ def _queries(
         if i == 0:
             layered: list[Any] = cache.layers
             pairs = [t.transpose(1, 2).flatten(2) for c in layered for t in (c.keys, c.values)]
-            own = torch.cat(pairs, dim=-1)[0].to("cpu", torch.float16)
+            suffix_rows = torch.cat(pairs, dim=-1)[0].to("cpu", torch.float16)
     queries = []
     for parts in seen.values():
         flat = torch.cat(parts, dim=1)
         keep = torch.randperm(flat.shape[1], generator=generator)[: options.queries]
         queries.append(flat[:, keep])
-    return queries, own
+    return queries, suffix_rows
 
 
 def _gather(

@@ -62,7 +62,7 @@ class PrefixLogits:
         cache = PrefixCache([new_tag()], self.offset, len(self.layers), trial=True)
 
         def read(ids: torch.Tensor) -> torch.Tensor:
-            self.calls.current = Call(tables, index, self.offset, cache.own + ids.shape[1])
+            self.calls.current = Call(tables, index, self.offset, cache.suffix_length + ids.shape[1])
             out = self.model(input_ids=ids.to(device), past_key_values=cache, use_cache=True)
             logits: torch.Tensor = out.logits.to(rows.device)
             return logits
@@ -132,10 +132,10 @@ def ask(
 
 def end_ids(model: Any) -> tuple[int, ...]:
     """Token ids that end a reply, by the model's generation config."""
-    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if found is None:
-        found = getattr(model.config.get_text_config(decoder=True), "eos_token_id", None)
-    return tuple(found) if isinstance(found, (list, tuple)) else () if found is None else (int(found),)
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if ids is None:
+        ids = getattr(model.config.get_text_config(decoder=True), "eos_token_id", None)
+    return tuple(ids) if isinstance(ids, (list, tuple)) else () if ids is None else (int(ids),)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from ....errors import ProtectionLostError
 from ....mechanisms.merge import exact_partial
 from ...tables import LayerTable
-from ..generating import OwnCalls
+from ..generating import ThreadCalls
 from ..reading import Probing, group_queries, host_attention, read, served, ungroup
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ class DryRunOver(Exception):
     """Ends a dry run (`dry_run.py`) at a forward that is one too many."""
 
 
-class Calls(OwnCalls):
-    """See `OwnCalls`. seen: the placeholder (and its state) parsed last, a copy of it, and what it gave. left: forwards that a dry run may
-    still make."""
+class Calls(ThreadCalls):
+    """See `ThreadCalls`. seen: the placeholder (and its state) parsed last, a copy of it, and what it gave. left: forwards that a dry
+    run may still make."""
 
     current: Call | None = None
     seen: tuple[weakref.ref[torch.Tensor], object, torch.Tensor, Call] | None = None
@@ -107,24 +107,24 @@ serving: Probing[Serving] = Probing()
 """While it lasts, this thread's `dp_xattn` is exact attention for the probe of a model."""
 
 
-def _probe(state: Serving, module: nn.Module, given: Capture) -> torch.Tensor:
+def _probe(state: Serving, module: nn.Module, capture: Capture) -> torch.Tensor:
     """Exact attention for the probe: [B, Hq, m, dv]."""
-    known = state.recorded.setdefault(module, given)
+    known = state.recorded.setdefault(module, capture)
     known.calls += 1
-    source = known if state.replay else given
-    assert given.query is not None and source.key is not None and source.value is not None
-    query_heads, m = given.query.shape[1:3]
-    grouped = group_queries(given.query, source.key.shape[1])
+    source = known if state.replay else capture
+    assert capture.query is not None and source.key is not None and source.value is not None
+    query_heads, m = capture.query.shape[1:3]
+    grouped = group_queries(capture.query, source.key.shape[1])
     if module in state.queries:
         state.queries[module].append(grouped)
-    out, _ = exact_partial(grouped, source.key, source.value, scale_of(given), softcap=given.softcap)
-    return ungroup(out, query_heads, m).to(given.query.dtype)
+    out, _ = exact_partial(grouped, source.key, source.value, scale_of(capture), softcap=capture.softcap)
+    return ungroup(out, query_heads, m).to(capture.query.dtype)
 
 
-def scale_of(given: Capture) -> float:
+def scale_of(capture: Capture) -> float:
     """The factor of the logits: what the host passes on, or the usual one."""
-    assert given.query is not None
-    return float(given.query.shape[-1] ** -0.5 if given.scaling is None else given.scaling)
+    assert capture.query is not None
+    return float(capture.query.shape[-1] ** -0.5 if capture.scaling is None else capture.scaling)
 
 
 def dp_xattn(
@@ -146,7 +146,7 @@ def dp_xattn(
     Raises:
         ProtectionLostError: no release is at hand.
     """
-    given = Capture(module, query, key, value, scaling, softcap)
+    captured = Capture(module, query, key, value, scaling, softcap)
     capture = capturing.now
     if capture is not None and capture.module is module:
         capture.query, capture.key, capture.value = query, key, value
@@ -155,7 +155,7 @@ def dp_xattn(
         answer = zeros if capture.answer is None else capture.answer.to(zeros)
         return answer.transpose(1, 2).contiguous(), None
     if serving.now is not None:
-        return _probe(serving.now, module, given).transpose(1, 2).contiguous(), None
+        return _probe(serving.now, module, captured).transpose(1, 2).contiguous(), None
     state, call = served(module, LAYER_ATTRIBUTE, NO_RELEASE)
     if call.public:
         original = host_attention(module, state.config._attn_implementation)
@@ -169,7 +169,7 @@ def dp_xattn(
             "decoder_input_ids, or release as many contexts."
         )
     kept = query[..., : width - state.padding]
-    out = read(table, group_queries(kept, key.shape[1]), call.index, scale_of(given), softcap)
+    out = read(table, group_queries(kept, key.shape[1]), call.index, scale_of(captured), softcap)
     out = F.pad(ungroup(out, query_heads, m), (0, state.padding))
     placeholder = key[:, :1, -1:, :1].isnan()
     out = torch.where(placeholder, out, torch.full_like(out, torch.nan))

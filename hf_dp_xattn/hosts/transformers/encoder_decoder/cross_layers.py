@@ -126,8 +126,8 @@ class CrossLayer(Layer):
         gains = []
         for head in range(self.heads):
             answer = torch.zeros(1, self.query_heads, _SIGNS, width + self.padding)
-            own = answer[:, head * groups : (head + 1) * groups, :, :width]
-            own.copy_(torch.randint(0, 2, own.shape, generator=generator) * 2.0 - 1.0)
+            signs = answer[:, head * groups : (head + 1) * groups, :, :width]
+            signs.copy_(torch.randint(0, 2, signs.shape, generator=generator) * 2.0 - 1.0)
             change = (self._call(hidden, states, answer)[1] - base).double().square().sum()
             gains.append(change / (_SIGNS * groups * width))
         return torch.stack(gains).cpu()

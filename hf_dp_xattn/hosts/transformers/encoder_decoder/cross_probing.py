@@ -213,8 +213,8 @@ def _token_ids(model: Any) -> torch.Tensor:
     """[1, 3] public decoder tokens, none of which is padding."""
     config = model.config.get_text_config(decoder=True)
     pads = {model.config.get_text_config().pad_token_id, getattr(config, "pad_token_id", None)}
-    found = [i for i in range(min(int(config.vocab_size), 16)) if i not in pads]
-    return torch.tensor([found[-3:]])
+    plain = [i for i in range(min(int(config.vocab_size), 16)) if i not in pads]
+    return torch.tensor([plain[-3:]])
 
 
 def run_decoder(model: Any, states: torch.Tensor, ids: torch.Tensor, **kwargs: Any) -> Any:
@@ -288,10 +288,10 @@ def _layer(
     places += [k for k, v in kwargs.items() if _is_states(v, rows)]
     if len(places) != 1 or places[0] == hidden:
         raise refuse(model, f"{name} is called in a way that is not understood")
-    given = args[places[0]] if isinstance(places[0], int) else kwargs[places[0]]
-    if torch.equal(given, states):
+    value = args[places[0]] if isinstance(places[0], int) else kwargs[places[0]]
+    if torch.equal(value, states):
         bridge = None
-    elif bridge is None or not torch.equal(given, bridge(states)) or rowwise_reason(bridge) is not None:
+    elif bridge is None or not torch.equal(value, bridge(states)) or rowwise_reason(bridge) is not None:
         raise refuse(model, f"{name} is given something else than the encoder's output")
     plain = tuple(None if isinstance(a, torch.Tensor) else a for a in args)
     named = {k: None if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}

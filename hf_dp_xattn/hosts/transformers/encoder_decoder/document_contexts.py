@@ -119,8 +119,10 @@ def _element(
         mask = None if bool(mask.all()) else mask
     if name == STATES:
         kept = main if mask is None else main[mask]
-        found = from_embeddings(kept, channels)
-        return PrivateContext(rows, len(kept), found.name, found.load, parts=found.parts, kept=positions)
+        context = from_embeddings(kept, channels)
+        return PrivateContext(
+            rows, len(kept), context.name, context.load, parts=context.parts, kept=positions
+        )
     inputs = {name: main.unsqueeze(0).detach().clone()}  # what was named is what is released
     if mask is not None:
         inputs[MASK] = mask.unsqueeze(0).to(torch.int64)
@@ -153,11 +155,11 @@ def _names(
     version called it. Where a mask may be one over several axes, it is known by what it shows along each."""
     if name in ("input_ids", "inputs_embeds"):
         seen = main if mask is None else main[mask]
-        own = _plain_name(name, seen)
+        plain = _plain_name(name, seen)
         if name == "inputs_embeds":
-            return own, tuple(Part(_plain_name(name, t)) for t in casts(seen))
+            return plain, tuple(Part(_plain_name(name, t)) for t in casts(seen))
         parts = id_parts(seen, special, range(len(seen)))
-        return name_of_ids(seen), (*parts, Part(own, former=True))
+        return name_of_ids(seen), (*parts, Part(plain, former=True))
     axes = [] if mask is None else [axis for axis in range(main.ndim) if main.shape[axis] == len(mask)]
     shown = [main.index_select(axis, mask.nonzero().flatten()) for axis in axes] if mask is not None else []
     names = [_plain_name(name, t) for whole in shown or [main] for t in (whole, *casts(whole))]
@@ -188,14 +190,14 @@ def join_documents(documents: Sequence[PrivateContext], unit: str) -> PrivateCon
         return rows, rows[:0]
 
     groups = torch.arange(len(documents)).repeat_interleave(torch.tensor(counts))
-    own = groups if unit == "group" else None
+    row_groups = groups if unit == "group" else None
     total, encoder = sum(counts), documents[0].encoder
     trials = tuple(t for d in documents for t in d.trials)
     if len(documents) == 1:
         variant = documents[0].variant
         parts = documents[0].parts
         return PrivateContext(
-            total, total, names[0], load, own, variant, parts, trials=trials, encoder=encoder
+            total, total, names[0], load, row_groups, variant, parts, trials=trials, encoder=encoder
         )
     variants = [d.variant for d in documents]
     variant = b"".join(str(len(v)).encode() + b":" + v for v in variants) if any(variants) else b""
@@ -204,7 +206,9 @@ def join_documents(documents: Sequence[PrivateContext], unit: str) -> PrivateCon
         dict.fromkeys((Part(_corpus(former), former=True), *(p for d in documents for p in _units(d))))
     )
     name = _corpus(names)
-    return PrivateContext(total, total, name, load, own, variant, parts, trials=trials, encoder=encoder)
+    return PrivateContext(
+        total, total, name, load, row_groups, variant, parts, trials=trials, encoder=encoder
+    )
 
 
 def _corpus(names: Sequence[tuple[bytes, ...]]) -> tuple[bytes, ...]:
@@ -213,8 +217,8 @@ def _corpus(names: Sequence[tuple[bytes, ...]]) -> tuple[bytes, ...]:
 
 def _units(document: PrivateContext) -> list[Part]:
     """What is charged of a document of a corpus: it is one unit."""
-    own = Part(document.name, whole(document.private_rows))
-    return [own] + [
+    charge = Part(document.name, whole(document.private_rows))
+    return [charge] + [
         Part(p.name, whole(document.private_rows if p.rows is None else len(p.rows)), former=p.former)
         for p in document.parts
     ]

@@ -41,11 +41,11 @@ class EncoderSide:
         parts = (self._model, self._model.base_model, self.module)
         return next((f for p in parts if (f := getattr(p, "_get_feature_vector_attention_mask", None))), None)
 
-    def refuse_others(self, given: Mapping[str, Any]) -> None:
+    def refuse_others(self, inputs: Mapping[str, Any]) -> None:
         """Raises ConfigError for an argument that the unprotected encoder would use and this one does not: without a word it would have
         no effect."""
         for name in self._takes:
-            value = given.get(name)
+            value = inputs.get(name)
             if name not in (*ENCODER_INPUTS, *_OUTPUTS) and value is not None and value is not False:
                 raise ConfigError(
                     f"{name} would be used by the unprotected model's encoder and is not supported on a protected one: leave it out. "
@@ -90,10 +90,10 @@ class EncoderSide:
     def _check_kind(self, inputs: dict[str, torch.Tensor]) -> None:
         """Raises ContextError for token ids where a model hears, and the like."""
         known = set(self._takes) & set(MAIN_INPUTS)
-        given = next((name for name in inputs if name in MAIN_INPUTS), None)
-        if given is not None and known and given not in known:
+        main = next((name for name in inputs if name in MAIN_INPUTS), None)
+        if main is not None and known and main not in known:
             raise ContextError(
-                f"This model's encoder reads {' or '.join(sorted(known))}, not {given}; nothing was spent."
+                f"This model's encoder reads {' or '.join(sorted(known))}, not {main}; nothing was spent."
             )
 
     def _check_ids(self, ids: torch.Tensor) -> None:
@@ -133,13 +133,13 @@ class EncoderSide:
 
     def _run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         device, dtype = self._model.device, self._model.dtype
-        given = {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+        cast = {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
         if (
-            MASK not in given and "input_ids" in given
+            MASK not in cast and "input_ids" in cast
         ):  # else some models warn, once, of a text that begins or ends with padding
-            given |= {MASK: torch.ones_like(given["input_ids"])} if MASK in self._takes else {}
+            cast |= {MASK: torch.ones_like(cast["input_ids"])} if MASK in self._takes else {}
         with private_run(self.module):
-            states: torch.Tensor = self.module(**given, return_dict=True)[0]
+            states: torch.Tensor = self.module(**cast, return_dict=True)[0]
         return states
 
     def trial(self, inputs: dict[str, torch.Tensor]) -> Trial:

@@ -59,8 +59,8 @@ class Generates(Protocol):
     def model(self) -> Any: ...
     @property
     def calls(self) -> Calls: ...
-    def refuse_others(self, given: dict[str, Any]) -> None: ...
-    def serve(self, given: dict[str, Any], copies: int) -> dict[str, Any]: ...
+    def refuse_others(self, inputs: dict[str, Any]) -> None: ...
+    def serve(self, inputs: dict[str, Any], copies: int) -> dict[str, Any]: ...
 
 
 class GenerateShadow(Shadows):
@@ -81,7 +81,7 @@ class GenerateShadow(Shadows):
             refuse_lengths(arguments, config)
         else:
             refuse_longer(longest(self._model.get_decoder()), arguments, config)
-        given = self._encoder_inputs(arguments)
+        encoder_inputs = self._encoder_inputs(arguments)
         self._host.refuse_others(arguments)
         if getattr(config, "encoder_no_repeat_ngram_size", None):
             arguments["encoder_no_repeat_ngram_size"] = 0
@@ -89,7 +89,7 @@ class GenerateShadow(Shadows):
         if transcribes(self._model):  # repeats the batch by itself
             asked = arguments.get("num_return_sequences") or getattr(config, "num_return_sequences", None)
             copies, arguments["num_return_sequences"] = asked or 1, 1
-        inputs = self._host.serve(given, copies)
+        inputs = self._host.serve(encoder_inputs, copies)
         states = inputs[STATES].last_hidden_state
         if self._host.guard.promises.due(unique(read_tags(states))):
             zeros = as_inputs(torch.zeros_like(states), MASK in inputs)
@@ -110,16 +110,16 @@ class GenerateShadow(Shadows):
 
     def _encoder_inputs(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Takes the encoder's inputs out of `arguments`."""
-        given = {n: arguments.pop(n) for n in ENCODER_INPUTS if arguments.get(n) is not None}
+        inputs = {n: arguments.pop(n) for n in ENCODER_INPUTS if arguments.get(n) is not None}
         for name in (*ENCODER_INPUTS, "inputs"):
             value = arguments.pop(name, None)
             if name == "inputs" and value is not None:
-                given[self._model.main_input_name] = value
-        if not any(n in given for n in (*MAIN_INPUTS, STATES)):
+                inputs[self._model.main_input_name] = value
+        if not any(n in inputs for n in (*MAIN_INPUTS, STATES)):
             raise ContextError(
                 "generate needs a private document: pass release.inputs(), or the encoder's inputs, which are released first."
             )
-        return given
+        return inputs
 
 
 def refuse_longer(limit: int | None, arguments: Mapping[str, Any], config: Any) -> None:
@@ -148,14 +148,14 @@ def refuse_longer(limit: int | None, arguments: Mapping[str, Any], config: Any) 
     warnings.warn(f"{has}: a longer text than {limit} fails. Ask for fewer.", stacklevel=4)
 
 
-def read_placeholder(given: dict[str, Any]) -> torch.Tensor | None:
+def read_placeholder(inputs: dict[str, Any]) -> torch.Tensor | None:
     """The placeholder among encoder inputs, or None where they are a private context."""
-    states = last_hidden_state(given.get(STATES))
+    states = last_hidden_state(inputs.get(STATES))
     if states is None or states.ndim != 3 or not any(tag is not None for tag in read_tags(states)):
         return None
-    if any(n in given for n in (*MAIN_INPUTS, TYPES)):
+    if any(n in inputs for n in (*MAIN_INPUTS, TYPES)):
         raise ConfigError("Pass either release.inputs() or a document, not both.")
-    check_mask(given.get(MASK), states)
+    check_mask(inputs.get(MASK), states)
     return states
 
 

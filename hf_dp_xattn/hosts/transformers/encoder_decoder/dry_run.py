@@ -53,21 +53,21 @@ def dry_run(
     Raises:
         ConfigError: these arguments fail. Nothing was spent.
     """
-    own = dict(arguments)
+    trial = dict(arguments)
     for name, count in _OWN.items():
-        _check_callables(name, own.get(name), count)
-        own.pop(name, None)
-    _check_stepwise(own)
-    own.pop("prefix_allowed_tokens_fn", None)
-    if own.get("streamer") is not None:
-        own["streamer"] = _Silent()
+        _check_callables(name, trial.get(name), count)
+        trial.pop(name, None)
+    _check_stepwise(trial)
+    trial.pop("prefix_allowed_tokens_fn", None)
+    if trial.get("streamer") is not None:
+        trial["streamer"] = _Silent()
     try:
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             public,
             steps,
         ):
-            original(**own, **stand_in)
+            original(**trial, **stand_in)
     except DryRunOver:
         pass
     except DPXAttnError:
@@ -89,13 +89,13 @@ def _check_stepwise(arguments: Mapping[str, Any]) -> None:
         _check_callables("prefix_allowed_tokens_fn", [allowed], 2)
 
 
-def _check_callables(name: str, given: Any, count: int) -> None:
+def _check_callables(name: str, functions: Any, count: int) -> None:
     """Raises ConfigError unless it is None or a list of functions of so many arguments."""
-    if given is None:
+    if functions is None:
         return
-    if not isinstance(given, Iterable):
+    if not isinstance(functions, Iterable):
         raise ConfigError(f"`{name}` must be a list; nothing was spent.")
-    for function in given:
+    for function in functions:
         if not callable(function) or not _takes(function, count):
             raise ConfigError(
                 f"`{name}` holds a {type(function).__name__}, which cannot be called with {count} arguments; nothing was spent."

@@ -106,8 +106,8 @@ class EncoderDecoderHost(RoutedHost):
         self._gates = [TextGate(self.encoder.module, guard.access, self.closed)]
 
     def lost(self) -> str | None:
-        own = all(gate.encoder is self.encoder.module for gate in self._gates)
-        closed = own and TextGate.installed(self._gates)
+        same = all(gate.encoder is self.encoder.module for gate in self._gates)
+        closed = same and TextGate.installed(self._gates)
         return super().lost() or (None if closed else "the encoder or its gate was replaced")
 
     def changed(self) -> str | None:
@@ -123,13 +123,13 @@ class EncoderDecoderHost(RoutedHost):
     # ---- a forward ---------------------------------------------------------------------------------------------------------
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = self.begin(module, args, kwargs)
-        states = last_hidden_state(given.get(STATES))
-        self._check_batch(given, states)
+        inputs = self.begin(module, args, kwargs)
+        states = last_hidden_state(inputs.get(STATES))
+        self._check_batch(inputs, states)
         before = self.calls.seen
         call = self.read_call(states)
         if call is not None and states is not None and (before is None or before[3] is not call):
-            check_mask(given.get(MASK), states)  # once for each tensor: it waits for the device
+            check_mask(inputs.get(MASK), states)  # once for each tensor: it waits for the device
         if call is None and not self.guard.access.public:
             raise ProtectionLostError(
                 "This model is protected and was called without the placeholder of a release. Call model.generate(...) or pass "
@@ -138,13 +138,13 @@ class EncoderDecoderHost(RoutedHost):
         self.calls.current = PUBLIC_CALL if call is None else call
 
     def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        given = super().begin(module, args, kwargs)
+        inputs = super().begin(module, args, kwargs)
         self.calls.count()
-        return given
+        return inputs
 
-    def refuse_others(self, given: dict[str, Any]) -> None:
+    def refuse_others(self, inputs: dict[str, Any]) -> None:
         """See `EncoderSide.refuse_others`."""
-        self.encoder.refuse_others(given)
+        self.encoder.refuse_others(inputs)
 
     def _check_batch(self, bound: dict[str, Any], states: torch.Tensor | None) -> None:
         """Before a release that is due is charged: raises ConfigError where the decoder's batch is another one."""
@@ -169,16 +169,16 @@ class EncoderDecoderHost(RoutedHost):
         if seen is not None and known and not bool(rewritten(states, seen[2])):
             refuse_call_adapters([self.model])
             return seen[3]  # the same tensor at every step: parsed already
-        found = read_tags(states)
-        tags = unique(found)
+        batch_tags = read_tags(states)
+        tags = unique(batch_tags)
         if not tags:
             return None
         refuse_call_adapters([self.model])
-        if None in found:
+        if None in batch_tags:
             raise ReleaseError(
                 "Private and public contexts cannot stand in one batch; call the model once for each."
             )
-        index = torch.tensor([tags.index(tag) for tag in found if tag is not None], device=states.device)
+        index = torch.tensor([tags.index(tag) for tag in batch_tags if tag is not None], device=states.device)
         self.guard.promises.keep(tags)
         contexts = tuple(b.context for b in self.guard.bindings.find(tags))
         call = Call(self.guard.build(tags, states.device), index, contexts=contexts)
@@ -196,10 +196,10 @@ class EncoderDecoderHost(RoutedHost):
     def name(
         self, context: Any, groups: Any, *, text: str | Sequence[str] | None = None, **encoder_inputs: Any
     ) -> Named:
-        given = one_of(context, encoder_inputs)
-        contexts, own = self.named(given, groups)
-        units = _batch(given) if isinstance(groups, str) else None
-        return Named(with_texts(contexts, text, units), own)
+        inputs = one_of(context, encoder_inputs)
+        contexts, row_groups = self.named(inputs, groups)
+        units = _batch(inputs) if isinstance(groups, str) else None
+        return Named(with_texts(contexts, text, units), row_groups)
 
     def named(self, context: Any, groups: Any) -> Named:
         """Contexts, and the groups that are not documents."""
@@ -270,14 +270,14 @@ class EncoderDecoderHost(RoutedHost):
         tags = self.guard.promises.make(contexts)
         return self.guard.placeholder(tags, PLACEHOLDER_ROWS, self.model.device)
 
-    def serve(self, given: dict[str, Any], copies: int = 1) -> dict[str, Any]:
+    def serve(self, inputs: dict[str, Any], copies: int = 1) -> dict[str, Any]:
         """What `generate` passes on in place of its encoder inputs: those of a release that is named, or made of a private context.
 
         copies: how often each batch element is repeated.
         """
-        placeholder = read_placeholder(given)
+        placeholder = read_placeholder(inputs)
         if placeholder is None:
-            placeholder = self.promised(self.named(given, None).contexts)
+            placeholder = self.promised(self.named(inputs, None).contexts)
         self.calls.seen = None
         return as_inputs(placeholder.repeat_interleave(copies, dim=0), self._takes_mask)
 
@@ -296,8 +296,8 @@ def one_of(context: Any, named: dict[str, Any]) -> Any:
     return named or context
 
 
-def _batch(given: Any) -> int:
+def _batch(context: Any) -> int:
     """How many documents a batch holds, of one that `named` took."""
-    inputs = gather(given)
+    inputs = gather(context)
     name, main = next((k, v) for k, v in inputs.items() if k not in (MASK, TYPES))
     return 1 if main.ndim == {"input_ids": 1}.get(name, 2) else len(main)

@@ -77,45 +77,45 @@ class MllamaHost(EncoderDecoderHost):
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Once the layers' cache is filled, the placeholder is taken out."""
-        given = self.begin(module, args, kwargs)
-        states, cached = given.get(STATES), self._cached(given.get("past_key_values"))
+        inputs = self.begin(module, args, kwargs)
+        states, cached = inputs.get(STATES), self._cached(inputs.get("past_key_values"))
         call = self.read_call(states)
         if call is None:
             if self.guard.access.public:
                 self.calls.current = PUBLIC_CALL
-            elif states is not None or given.get(PIXELS) is not None or cached:
+            elif states is not None or inputs.get(PIXELS) is not None or cached:
                 raise ProtectionLostError(NO_RELEASE)
             return None  # text alone: the layers that read images are skipped
-        if given.get(PIXELS) is not None:
+        if inputs.get(PIXELS) is not None:
             raise ConfigError("Pass either release.inputs() or an image, not both.")
-        self.calls.current = self._follow(call, given)
+        self.calls.current = self._follow(call, inputs)
         if cached:
             if len(cached) != len(self.cross) or not all(bool(keys.isnan().all()) for keys in cached):
                 raise ReleaseError(
                     "past_key_values holds an image that was read outside of this release: start with a new cache."
                 )
-            given[STATES] = None
-        return (), given
+            inputs[STATES] = None
+        return (), inputs
 
     def _cached(self, cache: Any) -> list[torch.Tensor]:
         """The keys that a cache holds for the layers that read images."""
         layers = getattr(cache, "layers", ())
-        own = [int(layer.module.layer_idx) for layer in self.cross.values()]  # type: ignore[arg-type]
-        keys = [getattr(layers[i], "keys", None) for i in own if i < len(layers)]
+        indices = [int(layer.module.layer_idx) for layer in self.cross.values()]  # type: ignore[arg-type]
+        keys = [getattr(layers[i], "keys", None) for i in indices if i < len(layers)]
         return [k for k in keys if isinstance(k, torch.Tensor) and k.numel()]
 
-    def _follow(self, call: Call, given: dict[str, Any]) -> Call:
+    def _follow(self, call: Call, inputs: dict[str, Any]) -> Call:
         """The call, with what its text tokens may see.
 
         Raises:
             ConfigError: another number of texts than releases, or a mask that a release cannot follow.
         """
-        count, length = _texts(given) or (len(call.index), 0)
+        count, length = _texts(inputs) or (len(call.index), 0)
         if count != len(call.index):
             raise ConfigError(
                 f"Got {count} texts with the inputs of {len(call.index)} release(s): call release.inputs(input_ids=ids) for these texts."
             )
-        mask = given.get(MASK)
+        mask = inputs.get(MASK)
         if mask is None:
             return call
         contexts = [call.contexts[i] for i in call.index.tolist()]
@@ -124,7 +124,7 @@ class MllamaHost(EncoderDecoderHost):
         if any(c.guarantee.mechanism != "none" or c.guarantee.rows != tiles for c in contexts):
             return call
         if length and mask.shape[1] != length:  # as the model itself cuts it
-            cache = given.get("past_key_values")
+            cache = inputs.get("past_key_values")
             past = 0 if cache is None else int(cache.get_seq_length())
             mask = mask[:, past : past + length]
         return self._exact(call, visible_rows(mask, self.encoder.patches))
@@ -138,9 +138,9 @@ class MllamaHost(EncoderDecoderHost):
             assert isinstance(rows, RowsStructure) and tags is not None
             rows = rows.select(call.index) if len(tags) > 1 else rows
             groups = self.cross[name].query_heads // self.cross[name].heads
-            own = F.pad(hidden, (0, rows.bias.shape[-1] - hidden.shape[-1])).repeat(1, groups, 1)
+            hiding = F.pad(hidden, (0, rows.bias.shape[-1] - hidden.shape[-1])).repeat(1, groups, 1)
             masked = RowsStructure(
-                rows.key, rows.value, rows.bias + own.unsqueeze(1).to(rows.bias), rows.scale
+                rows.key, rows.value, rows.bias + hiding.unsqueeze(1).to(rows.bias), rows.scale
             )
             tables[name] = LayerTable(tags[:1], masked)
         return Call(tables, call.index, contexts=call.contexts)
@@ -211,7 +211,7 @@ class MllamaHost(EncoderDecoderHost):
         return image_words(self.model, setting)
 
 
-def _texts(given: dict[str, Any]) -> tuple[int, int] | None:
+def _texts(inputs: dict[str, Any]) -> tuple[int, int] | None:
     """(number of texts, tokens of each) among named inputs."""
-    text = next((given[n] for n in TEXT if given.get(n) is not None), None)
+    text = next((inputs[n] for n in TEXT if inputs.get(n) is not None), None)
     return None if not isinstance(text, torch.Tensor) or text.ndim < 2 else (text.shape[0], text.shape[1])
