@@ -33,7 +33,7 @@ from hf_dp_xattn.hosts.host_registry import kind_of
 
 EPSILONS = (2.0, 8.0, 32.0)
 SETTINGS = ("shapes-row", "shapes-group", "shapes-context", "chat-group", "rag-group")
-OPTIONS = CalibrationOptions(query_prompts=4, query_steps=4, progress=False)
+OPTIONS = CalibrationOptions(query_prompts=4, query_steps=4)
 
 
 @contextlib.contextmanager
@@ -83,9 +83,7 @@ def covered(
 ) -> list[dict[str, Any]]:
     """One split: what each plan predicted, and what was measured on the contexts that were put away."""
     slots = SlotSettings(steps=steps, batch=24, seed=seed)
-    settings = AnchorSettings(
-        epsilons=EPSILONS, anchors=256, tilt_steps=50, slots=slots, seed=seed, progress=False
-    )
+    settings = AnchorSettings(epsilons=EPSILONS, anchors=256, tilt_steps=50, slots=slots, seed=seed)
     releases = ("histogram",) if data.documents is not None else ("sum", "response")
     known = dataclasses.replace(data, contexts=apart.training)
     with torch.enable_grad():

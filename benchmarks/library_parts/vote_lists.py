@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 import hf_dp_xattn as dpx
+from hf_dp_xattn.calibration.checkpoints import Checkpoints
 from hf_dp_xattn.calibration.library.encoding import encode_chunks
 from hf_dp_xattn.calibration.library.library_fit import LibraryOptions, build_library
 from hf_dp_xattn.calibration.library.stored_plan import spread
@@ -34,10 +35,12 @@ def curves(
     most: int,
 ) -> dict[str, Any]:
     name = getattr(encode, "name", "")
-    options = LibraryOptions(epsilons=EPSILONS, grouping="segments", encoder=name, folder=folder)
+    options = LibraryOptions(epsilons=EPSILONS, grouping="segments", encoder=name, kept=Checkpoints(folder))
     library = build_library(public, encode, CONFIG, options)
     flat = [segment for context in private for segment in context]
-    codes = torch.cat(list(tqdm(encode_chunks(flat, encode, name, folder), desc="chunks of private codes")))
+    codes = torch.cat(
+        list(tqdm(encode_chunks(flat, encode, name, Checkpoints(folder)), desc="chunks of private codes"))
+    )
     at = {text: i for i, text in enumerate(library.texts)}
     units = unit_codes(codes, library.center, library.projection)
     entries = torch.nn.functional.normalize(library.codes.float(), dim=1)

@@ -88,7 +88,6 @@ def fit(setting: Setting, k: int) -> AnchorCalibration:
         tilt_steps=200 if n < _LONG else 60,
         validation=effort.validation,
         slots=slots,
-        progress=False,
     )
     host = host_identity(setting.layers.values(), setting.pipeline.unet.dtype, setting.text)
     contexts = PublicContexts(units, torch.ones(units.shape[:2], dtype=torch.bool), whole)

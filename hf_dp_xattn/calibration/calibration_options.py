@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .anchors.anchors_fit import AnchorSettings
+from .anchors.anchors_fit import TRAINING, AnchorSettings
+from .checkpoints import NOTHING_KEPT, Checkpoints
+from .progress import QUIET, Progress, in_words
 
 DEFAULT_MINUTES = 10.0
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
@@ -19,6 +22,7 @@ class CalibrationOptions:
 
     queries_per_step counts for each sampled token or denoising step; None of query_prompts, query_steps and steps: the host's own default.
     started: when, by `time.monotonic`; what the host has taken since is part of `minutes`.
+    progress: the bar of all of it. kept: its checkpoints.
     """
 
     epsilons: Sequence[float] = EPSILONS
@@ -33,7 +37,8 @@ class CalibrationOptions:
     query_steps: int | None = None
     queries_per_step: int = 32
     seed: int = 0
-    progress: bool = True
+    progress: Progress = QUIET
+    kept: Checkpoints = NOTHING_KEPT
     public_head: Any = 0
     questions: Sequence[Any] | None = None
     prefix_bucket: int | None = None
@@ -48,9 +53,18 @@ class CalibrationOptions:
             anchors=self.anchors,
             seed=self.seed,
             progress=self.progress,
+            kept=self.kept,
             seconds=self.seconds,
             **more,
         )
+
+    def announce(self, mechanism: str) -> None:
+        """What is known before anything was encoded: `anchors` has a limit, and its training decides how long it takes."""
+        if mechanism == "anchors":
+            seconds = self.seconds
+            if seconds is not None:
+                self.progress.say(f"{in_words(60 * (self.minutes or DEFAULT_MINUTES))} at most, about")
+            self.progress.expect(TRAINING, self.steps or 3000, 0.1, most=seconds or math.inf, decides=True)
 
     @property
     def seconds(self) -> float | None:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from tqdm.auto import tqdm
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
@@ -34,6 +33,7 @@ from ..mechanisms.kernel_sum.sketch import SketchBasis, integer_analysis, sketch
 from ..privacy.lattice import lattice_exponent
 from .calibration import BOUND_FIELDS, Calibration
 from .kernel_plans import HeldOut, Probe, fit_plan
+from .progress import QUIET, Progress
 
 Rows = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]  # keys, values per layer: [H, n, d], [H, n, dv]
 
@@ -86,7 +86,7 @@ def fit_calibration(
     rank: int = 128,
     groups: torch.Tensor | Sequence[torch.Tensor] | None = None,
     row_weight_spread: float = 0.0,
-    progress: bool = True,
+    progress: Progress = QUIET,
 ) -> Calibration:
     """Fits everything; `contexts()` is called several times and yields the same `count` public contexts.
 
@@ -103,10 +103,17 @@ def fit_calibration(
         raise ConfigError(f"A calibration needs at least 8 public contexts, got {count}.")
 
     def stream(label: str) -> Iterable[Rows]:
-        bar: Iterable[Rows] = tqdm(contexts(), total=count, desc=label, disable=not progress, leave=False)
-        return bar
+        return progress.track(contexts(), label, count)
 
+    # every pass takes about as long for a context as the first one, the choice of a plan as long as some of them
+    progress.expect("moments", count, 0.0, decides=True)
     geometries, n = _fit_geometry(config, specs, stream("moments"), public_queries, row_weight_spread)
+    each = progress.each("moments")
+    later = ("clipping bound", *(() if rank == 0 else ("metric", "sketch basis", "held-out contexts")))
+    for label in later:
+        progress.expect(label, count, each)
+    if rank:
+        progress.expect("plans", len(epsilons), 1.0)
     features = [features_of(config, g.projected_dim) for g in geometries]
     units = _units(config.unit, n, groups)
     clip_norm = _unit_norm(geometries, features, stream("clipping bound"), units, limit=64)
@@ -133,10 +140,7 @@ def fit_calibration(
     probe = Probe(
         encoders, basis, [q.cpu() for q in public_queries.queries], [g.cpu() for g in public_queries.gains]
     )
-    plans = tuple(
-        fit_plan(config, float(e), held_out, probe)
-        for e in tqdm(epsilons, desc="plans", disable=not progress, leave=False)
-    )
+    plans = tuple(fit_plan(config, float(e), held_out, probe) for e in progress.track(epsilons, "plans"))
     return dataclasses.replace(result, basis=basis, plans=plans)
 
 

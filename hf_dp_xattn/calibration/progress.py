@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from tqdm.auto import tqdm
 
+T = TypeVar("T")
 _SHORT = 5.0  # seconds for which nothing needs to be estimated
+_SURE = 8  # timed steps after which a stage's seconds are known
 
 
 @dataclass
 class _Stage:
-    """steps, of which `left` are left. guess: seconds of one, until some were timed. timed, spent: how many, and their seconds."""
+    """steps, of which `left` are left. guess: seconds of one, until some were timed. most: seconds that it may take. decides: nothing is
+    estimated before some of its steps were timed. timed, spent: how many, and their seconds."""
 
     left: int
     guess: float
+    most: float = math.inf
+    decides: bool = False
     timed: int = 0
     spent: float = 0.0
 
     @property
+    def each(self) -> float:
+        """Seconds of one step."""
+        return self.spent / self.timed if self.timed else self.guess
+
+    @property
     def seconds(self) -> float:
         """Of what is left."""
-        return self.left * (self.spent / self.timed if self.timed else self.guess)
+        return min(self.left * self.each, max(0.0, self.most - self.spent))
+
+    @property
+    def known(self) -> bool:
+        """Whether there is something to estimate from."""
+        return not self.decides or not self.left or self.timed >= _SURE
 
 
 class Progress:
@@ -49,14 +66,61 @@ class Progress:
     def __exit__(self, *exc: object) -> None:
         self._bar.close()
 
-    def expect(self, stage: str, steps: int, guess: float) -> None:
-        """Announces a stage, or more steps of it.
+    def say(self, words: str) -> None:
+        """A line above the bar.
 
         Args:
-            stage: its name, which is shown. steps: how many. guess: seconds of one.
+            words: that follow the label.
         """
-        known = self._stages.get(stage)
-        self._stages[stage] = _Stage(steps + (known.left if known else 0), guess)
+        if not self._bar.disable:
+            self._bar.write(f"{self._label}: {words}", file=self._bar.fp)
+
+    def expect(
+        self, stage: str, steps: int, guess: float, *, most: float = math.inf, decides: bool = False
+    ) -> None:
+        """Announces a stage, or says anew what is left of it.
+
+        Args:
+            stage: its name, which is shown. steps: how many. guess: seconds of one. most: seconds of all of them, at most. decides: it is
+                the longest, so that no estimate is given before some of its steps were timed.
+        """
+        self._stages[stage] = _Stage(steps, guess, most, decides)
+
+    def each(self, stage: str) -> float:
+        """Seconds of one step of a stage, as far as is known.
+
+        Args:
+            stage: one that was announced.
+        """
+        return self._stages[stage].each
+
+    def track(self, items: Iterable[T], stage: str, total: int | None = None) -> Iterator[T]:
+        """The items, each of them a step; a stage that was not announced is now. What is left out at the end is not waited for.
+
+        Args:
+            items: what is gone through. stage: its name. total: how many, where they have no length.
+        """
+        steps = total if total is not None else len(items) if isinstance(items, Sized) else 0
+        if stage in self._stages:
+            self._stages[stage].left = steps
+        else:
+            self.expect(stage, steps, 0.0)
+        self.begin()
+        try:
+            for item in items:
+                yield item
+                self.step(stage)
+        finally:
+            self.end(stage)
+
+    def end(self, stage: str) -> None:
+        """Nothing is left of a stage.
+
+        Args:
+            stage: one that was announced.
+        """
+        self._stages[stage].left = 0
+        self.begin()
 
     def begin(self) -> None:
         """The next step starts now: what went before is no part of it."""
@@ -83,14 +147,33 @@ class Progress:
 
     def _show(self, stage: str, gone: float) -> None:
         left = self.seconds_left
-        if not self._told and gone + left > _SHORT and not self._bar.disable:
-            self._bar.write(f"{self._label}: about {in_words(gone + left)}", file=self._bar.fp)
+        if not self._told and gone + left > _SHORT and all(s.known for s in self._stages.values()):
+            self.say(f"about {in_words(gone + left)}")
             self._told = True
         # never backwards, whatever is learnt about what is left
         self._bar.n = max(self._bar.n, gone / max(gone + left, 1e-9))
         self._bar.set_description_str(
             f"{self._label}: {stage}, {in_words(left)} left" if left else self._label
         )
+
+
+class _Quiet(Progress):
+    """Of what is not shown by itself: keeps nothing, so that one serves all."""
+
+    def expect(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def step(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def end(self, stage: str) -> None: ...
+
+    def each(self, stage: str) -> float:
+        return 0.0
+
+    def track(self, items: Iterable[T], stage: str, total: int | None = None) -> Iterator[T]:
+        return iter(items)
+
+
+QUIET: Progress = _Quiet(False, "")
 
 
 def in_words(seconds: float) -> str:

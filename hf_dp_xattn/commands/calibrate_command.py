@@ -37,7 +37,7 @@ The texts must be public: a calibration is neither noised nor counted, and it te
 and that resemble the private ones; about 100 are the least that works, thousands do better. Without --public, those are taken that come
 with the package: 608 system prompts, or 3,000 prompts of pictures.
 
-Ctrl-C loses little: what was encoded is kept in a hidden folder in --out, and the same command goes on from there.
+Ctrl-C loses little: what was encoded and trained is kept in a hidden folder in --out, and the same command goes on from there.
 
 For --unit group of a transformers model and `anchors` a text is made of segments (decoder-only) or documents (encoder-decoder), each
 encoded apart: each line is then JSON, a list of strings, such as ["be polite", "close at five"].
@@ -200,11 +200,12 @@ def _run(args: argparse.Namespace, out: Path) -> int:
         for name in ("epsilons", "anchors", "releases", "steps", "minutes", "replies")
     }
     options: dict[str, Any] = {k: v for k, v in named.items() if v is not None}
+    options["folder"] = out / _KEPT
     if args.quick:
         options.setdefault("epsilons", _QUICK.get(args.mechanism, _QUICK["anchors"]))
     if args.mechanism == "library":
         public, more = _texts_of(args, texts, model)
-        more |= {"folder": out / _KEPT, "tokenizer": tokenizer_of(model, args.model)}
+        more["tokenizer"] = tokenizer_of(model, args.model)
     elif texts is None:
         raise ConfigError(
             f"--mechanism {args.mechanism} needs --public FILE, texts that resemble the private ones."

@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..calibration.calibration_options import EPSILONS, CalibrationOptions
+from ..calibration.checkpoints import Checkpoints, digest
 from ..calibration.fit import check, fit
 from ..calibration.library.metric import Responses
+from ..calibration.progress import Progress
 from ..calibration.shipped_prompts import public_prompts
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
@@ -19,6 +25,8 @@ from .diffusers.public_prompts import Public
 from .host_registry import kind_of
 from .protect import handle_of
 from .text.public_texts import make_library
+from .text.unit_encoders import parts_of
+from .weight_changes import checksum
 
 _REFUSED = {
     **dict.fromkeys(
@@ -27,6 +35,9 @@ _REFUSED = {
     ),
     "questions": "questions are for models that generate text.",
 }
+
+# options that do not decide what is made
+_NOT_ASKED = frozenset({"progress", "kept", "started", "minutes"})
 
 
 def _epsilons(epsilons: Any) -> tuple[float, ...]:
@@ -128,7 +139,7 @@ def calibrate(
         query_steps: of each run; by default 6 denoising steps, or 4 on a large host (16 sampled tokens for a document or prefix).
         queries_per_step: kept of each step.
         seed: of every random choice.
-        progress: shows bars.
+        progress: shows a bar, and first how long it will take.
         public_head: decoder-only models, as in `protected.release`.
         prefix_bucket: decoder-only models, as in `protected.release`.
         questions: token ids of public users' turns (of an encoder-decoder model: of what its decoder's texts start with), whose queries
@@ -138,7 +149,8 @@ def calibrate(
             forwards and backwards. What a user sees gains most from this.
         tokenizer: `library` only: of a model that comes without a pipeline.
         encoder: `library` only: what makes the codes in place of the host's own text encoder, as in `protect`.
-        folder: `library` only: keeps codes, so that a run that was broken off is taken up again.
+        folder: keeps what was encoded and trained, so that a run that was broken off is taken up again; as large as the encoded
+            public contexts. It may be deleted afterwards.
         expand: `library` only: adds new texts, in which words that stand in the same public texts take each other's place; for phrases of
             one grammar. True: up to 50,000 of them; or how many at most.
         responses: `library` only: what the host does with each of n PUBLIC strings, floats [n, d] (a picture that is begun from the same
@@ -174,7 +186,6 @@ def calibrate(
         query_steps=query_steps,
         queries_per_step=queries_per_step,
         seed=seed,
-        progress=progress,
         public_head=public_head,
         questions=list(questions) if isinstance(questions, Iterator) else questions,
         prefix_bucket=prefix_bucket,
@@ -192,22 +203,37 @@ def calibrate(
             "epsilons": options.epsilons,
             "seed": seed,
             "progress": progress,
-            "folder": folder,
+            "kept": _kept(folder, pipe),
             "expand": expand,
             "responses": responses,
         }
         return make_library(
             pipe, public_contexts, config, grouping=grouping, tokenizer=tokenizer, encoder=encoder, **settings
         )
-    if expand is not False or any(option is not None for option in (tokenizer, encoder, folder, responses)):
-        raise ConfigError(
-            "`tokenizer`, `encoder`, `folder`, `expand` and `responses` are for mechanism='library'."
-        )
+    if expand is not False or any(option is not None for option in (tokenizer, encoder, responses)):
+        raise ConfigError("`tokenizer`, `encoder`, `expand` and `responses` are for mechanism='library'.")
     kind = kind_of(pipe)
     for name, message in _REFUSED.items():
         asked = getattr(options, name)
         if name not in kind.takes and not (asked is None or (isinstance(asked, int) and asked == 0)):
             raise ConfigError(message)
     check(config, options, documents=kind.documents and config.unit == "group")
-    with kind.public_data(pipe, public_contexts, config, options) as data:
-        return fit(config, data, options)
+    with Progress(progress, "calibration") as bar:
+        if folder is not None:
+            asked = [getattr(options, f.name) for f in fields(options) if f.name not in _NOT_ASKED]
+            kept = _kept(folder, pipe, config.to_dict(), asked, public_contexts)
+            options = replace(options, kept=kept)
+        options = replace(options, progress=bar)
+        options.announce(config.mechanism)
+        with kind.public_data(pipe, public_contexts, config, options) as data:
+            return fit(config, data, options)
+
+
+def _kept(folder: str | os.PathLike[str] | None, host: Any, *made_for: object) -> Checkpoints:
+    """Checkpoints of this host's weights and of what else decides the calibration."""
+    if folder is None:
+        return Checkpoints()
+    parts = getattr(host, "components", None)
+    found = list(parts.values()) if parts else [parts_of(host)[0] or host]
+    modules = [m for m in found if isinstance(m, nn.Module)]
+    return Checkpoints(Path(folder), digest(checksum(modules), *made_for))

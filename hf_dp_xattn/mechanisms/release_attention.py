@@ -16,7 +16,7 @@ from ..report import Guarantee
 from .base import LayerSpec
 from .groups import NO_GROUPS, as_groups
 from .inputs import LayerRows
-from .kernel_sum.kernel_sum import PublicCalibration
+from .kernel_sum.kernel_sum import PreparedKernelSum, PublicCalibration
 from .registry import prepare_release
 from .structure import AttentionStructure, stack
 
@@ -58,12 +58,17 @@ def release_attention(
     calibration: PublicCalibration | None = None,
     *,
     entropy: Entropy | None = None,
+    allow_useless: bool = False,
 ) -> ReleasedAttention:
     """Releases one attention layer's private keys and values; one budget per batch element over all its heads.
 
     Formal guarantee: for each batch element, the returned structure is (config.epsilon, config.delta)-DP with respect to
     `config.unit` and `config.neighboring`; see `kernel_sum/kernel_sum.py` and `dptree/dptree.py` for what is released
     and the theorem.
+    This is the mechanism on tensors: unlike `protect` it asks for no calibration, since tensors of no model have none. `kernel_sum` is
+    refused by public numbers alone, where the noise is more than a tenth of what all rows add up to (a context of few rows, or a
+    unit that is the whole context); `dptree`, the paper's baseline, never is.
+
     The caller accounts for repeated releases of the same context (`privacy/ledger.py`; `protect` does it).
 
     Args:
@@ -74,12 +79,13 @@ def release_attention(
         scale: logit scale, default 1/sqrt(d) (the paper scales by 1/d: pass it).
         calibration: public statistics from `dpx.calibrate`.
         entropy: noise source; the operating system's by default. A seeded one makes the result NOT private.
+        allow_useless: release even where nothing but noise would come through.
 
     Raises:
-        ContextError, ConfigError: bad shapes, NaN, no rows, unfit calibration. Nothing is released.
+        ContextError, ConfigError: bad shapes, NaN, no rows, unfit calibration, too few rows. Nothing is released.
 
     Example:
-        >>> key, value = torch.randn(1, 2, 50, 8), torch.randn(1, 2, 50, 8)
+        >>> key, value = torch.randn(1, 2, 500, 8), torch.randn(1, 2, 500, 8)
         >>> released = dpx.release_attention(key, value, dpx.DPXAttnConfig(mechanism="kernel_sum", unit="row", epsilon=8.0))
         >>> released.attend(torch.randn(1, 2, 3, 8)).shape
         torch.Size([1, 2, 3, 8])
@@ -99,6 +105,13 @@ def release_attention(
         raise ConfigError("groups must be [n] or [B, n], a number for each row.")
     spec = LayerSpec("attention", heads, d, value.shape[-1], scale)
     prepared = prepare_release(config, [spec], calibration)
+    if isinstance(prepared, PreparedKernelSum) and config.neighboring == "replace_one" and not allow_useless:
+        why = prepared.drowned(n)
+        if why is not None:
+            raise ContextError(
+                f"{why}. Nothing was released. Use a larger epsilon, a smaller unit or a context of more rows; for a model, dpx.protect "
+                "with a calibration; allow_useless=True is for those who know."
+            )
     for message in prepared.warnings:
         warnings.warn(message, stacklevel=2)
     releases = [

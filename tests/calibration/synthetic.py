@@ -38,7 +38,7 @@ class SyntheticModel:
 
     def calibrate(self, config: DPXAttnConfig, count: int = 160, **kwargs) -> Calibration:  # type: ignore[no-untyped-def]
         public = self.contexts(count, seed=1)
-        options = {"epsilons": (1.0, 8.0, 1000.0), "rank": 32, "progress": False, **kwargs}
+        options = {"epsilons": (1.0, 8.0, 1000.0), "rank": 32, **kwargs}
         gains = [torch.ones(HEADS) for _ in DIMS]
         return fit_calibration(
             config,

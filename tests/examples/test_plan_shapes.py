@@ -42,7 +42,7 @@ def test_predicted_fvu_is_what_fresh_public_contexts_give(pipeline: Any, unit: s
     calibration = load_calibration(unit)
     layers, text = find_layers(pipeline.unet), TextSide(pipeline)
     public = prompts(train_examples(150, 777), unit, 777)
-    options = CalibrationOptions(memory_mb=512, query_steps=6, progress=False)
+    options = CalibrationOptions(memory_mb=512, query_steps=6)
     contexts, rows = gather_contexts(text, public, unit, calibration.grouping, options)
     options = dataclasses.replace(options, seed=5)
     queries = public_queries(pipeline, layers, text, contexts.whole[:8].float(), options)

@@ -25,7 +25,7 @@ from .transformers.mllama.tiny import tiny as image_text
 LIMIT = 1.02
 FITTED, FRESH = 96, 40
 CONFIG = dpx.DPXAttnConfig(mechanism="anchors", unit="row", epsilon=8.0)
-OPTIONS = CalibrationOptions(query_prompts=2, query_steps=2, progress=False)
+OPTIONS = CalibrationOptions(query_prompts=2, query_steps=2)
 
 
 def ids(count: int) -> list[list[int]]:
@@ -69,7 +69,7 @@ def test_a_useless_decoder_is_not_used(name: str, monkeypatch: pytest.MonkeyPatc
     make, public = HOSTS[name]
     host = make()
     monkeypatch.setattr(anchors_fit, "train", scrambled)
-    settings = AnchorSettings(releases=("sum",), slots=SlotSettings(steps=1, slots=8), progress=False)
+    settings = AnchorSettings(releases=("sum",), slots=SlotSettings(steps=1, slots=8))
     with kind_of(host).public_data(host, public(FITTED + FRESH), CONFIG, OPTIONS) as data:
         contexts = data.contexts
         assert contexts is not None and len(contexts) == FITTED + FRESH

@@ -43,7 +43,7 @@ def rows(
 def quiet(*args, **kwargs):  # type: ignore[no-untyped-def]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return release_attention(*args, **kwargs)
+        return release_attention(*args, **{"allow_useless": True, **kwargs})
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,34 @@ def test_queries_in_chunks_agree() -> None:
 def test_without_calibration_a_warning_says_what_it_would_gain() -> None:
     key, value, _ = rows(1, 1, 5, 4, 4)
     with pytest.warns(UserWarning, match="calibration"):
-        release_attention(key, value, DPXAttnConfig(mechanism="kernel_sum", unit="row"))
+        release_attention(key, value, LOUD)
+
+
+@pytest.mark.parametrize(("unit", "epsilon", "n"), [("row", 1.0, 20), ("row", 8.0, 5), ("context", 8.0, 50)])
+def test_what_would_be_noise_is_refused(unit: str, epsilon: float, n: int) -> None:
+    """Refused before anything private is read; what is refused is further off than no answer at all, and what is not refused says so."""
+    config = DPXAttnConfig(mechanism="kernel_sum", unit=unit, epsilon=epsilon)
+    key, value, query = rows(1, 2, n, 8, 8)
+    with pytest.raises(ContextError, match="too few for epsilon"):
+        release_attention(key * math.nan, value, config)
+    exact = torch.softmax(query @ key.mT / math.sqrt(8), -1) @ value
+    out = quiet(key, value, config, entropy=SeededEntropy(3)).attend(query)
+    assert float((out - exact).square().sum()) > float(exact.square().sum())
+    if unit == "context":  # it has no other relation
+        return
+    # where their number is private no choice may hang on it
+    hidden = config.replace(neighboring="add_or_remove_one")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        release_attention(key, value, hidden)
+
+
+def test_many_rows_are_enough() -> None:
+    key, value, query = rows(1, 2, 5000, 8, 8)
+    config = DPXAttnConfig(mechanism="kernel_sum", unit="row", epsilon=8.0)
+    out = quiet(key, value, config, allow_useless=False, entropy=SeededEntropy(3)).attend(query)
+    exact = torch.softmax(query @ key.mT / math.sqrt(8), -1) @ value
+    assert float((out - exact).square().sum()) < 0.2 * float(exact.square().sum())
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
@@ -19,6 +19,8 @@ from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
 from ...mechanisms.anchors.sources import HistogramSource
 from ...privacy.response import RandomizedResponse
 from ...privacy.units import NeighboringRelation
+from ..checkpoints import NOTHING_KEPT, Checkpoints
+from ..progress import QUIET, Progress
 from ..public_data import PublicData
 from .anchors_calibration import AnchorCalibration
 from .cells_fit import Codebook, fit_codebook, fit_tilt, histogram_plan
@@ -43,6 +45,8 @@ __all__ = ["AnchorSettings", "candidates", "fit_anchors", "simulate", "sum_noise
 
 MINIMUM_CONTEXTS = 64
 GEOMETRY_NOISE = 0.08  # of the auxiliary sum whose codes give the cells of `response`
+TRAINING, _ANSWERS, _MEAN, _COMPARING = "training", "training answers", "public mean", "comparing"  # stages
+_FIRST = 2 / 3  # of the time for training, where answers are trained as well
 _LONG = 256  # rows of a context from which single public rows may stand for a cell
 
 
@@ -53,7 +57,7 @@ class AnchorSettings:
     epsilons: one plan for each. releases: candidates ("mixed" brings "histogram" along). anchors: cells of the histogram's codebook (of
     documents `CELLS` at most); by default as many as the public rows make distinct. rows: cells that stay unmerged when a histogram is
     decoded; by default 48, or a quarter of a long context's rows. validation: public contexts that are held out, at most. seconds: for
-    the training of decoders, at most.
+    the training of decoders, at most. progress: the bar of the calibration. kept: its checkpoints.
     """
 
     epsilons: tuple[float, ...] = (8.0,)
@@ -64,7 +68,8 @@ class AnchorSettings:
     validation: int = 400
     slots: SlotSettings = field(default_factory=SlotSettings)
     seed: int = 0
-    progress: bool = True
+    progress: Progress = QUIET
+    kept: Checkpoints = NOTHING_KEPT
     seconds: float | None = None
 
 
@@ -124,6 +129,7 @@ def fit_anchors(config: DPXAttnConfig, data: PublicData, settings: AnchorSetting
     training, validation = held.training, held.validation
     epsilons = sorted(settings.epsilons)
     kinds = _for_length(kinds, contexts)
+    _announce(settings, kinds)
     plans: list[AnchorPlan] = []
     slots: SlotDecoder | None = None
     book: Codebook | None = None
@@ -144,10 +150,7 @@ def fit_anchors(config: DPXAttnConfig, data: PublicData, settings: AnchorSetting
     fallback = fit_fallback(training, objective, seed=settings.seed, progress=settings.progress)
     decoders = Decoders(slots, None if book is None else book.decoder, None, fallback)
     jury = Jury(config, held, objective, fallback)
-    judged = [
-        jury.judge(p, decoders)
-        for p in tqdm(plans, desc="validation", disable=not settings.progress, leave=False)
-    ]
+    judged = [jury.judge(p, decoders) for p in settings.progress.track(plans, _COMPARING)]
     everyone = torch.ones(len(validation), dtype=torch.bool)
 
     def best_at(epsilon: float) -> Judged:
@@ -192,6 +195,19 @@ def fit_anchors(config: DPXAttnConfig, data: PublicData, settings: AnchorSetting
     ).rounded()
     calibration.verify()
     return calibration
+
+
+def _announce(settings: AnchorSettings, kinds: Sequence[str]) -> None:
+    """What takes long, before it begins: the guesses stand until a step of each was timed."""
+    bar, seconds = settings.progress, settings.seconds
+    answers = "response" in kinds
+    if answers or "sum" in kinds:
+        most = math.inf if seconds is None else seconds * (_FIRST if answers else 1.0)
+        bar.expect(TRAINING, settings.slots.steps, 0.1, most=most, decides=True)
+        if answers:
+            bar.expect(_ANSWERS, max(1, settings.slots.steps // 2), 0.1, most=most / 2)
+    bar.expect(_MEAN, 200, 0.01)
+    bar.expect(_COMPARING, len(settings.epsilons) * len(kinds), 1.0)
 
 
 def _rows_book(training: PublicContexts, objective: Objective, settings: AnchorSettings) -> Codebook:
@@ -307,8 +323,7 @@ def _slot_plans(
         with torch.no_grad():
             set_code_scale(trainer, i, noised_sum(sample, i))
     trained = [p for p in trainer.parameters() if p.requires_grad]
-    # two thirds of the time, where answers are trained as well
-    first = watched.seconds if not answers or watched.seconds is None else watched.seconds * 2 / 3
+    first = watched.seconds if not answers or watched.seconds is None else watched.seconds * _FIRST
     steps = train(
         trainer,
         training,
@@ -317,9 +332,10 @@ def _slot_plans(
         noised_sum,
         settings.slots,
         parameters=trained,
-        label="decoder",
+        label=TRAINING,
         generator=generator,
         progress=settings.progress,
+        kept=settings.kept,
         watched=dataclasses.replace(watched, seconds=first),
     )
     alphabets: dict[int, tuple[torch.Tensor, RandomizedResponse]] = {}
@@ -351,9 +367,10 @@ def _slot_plans(
             # half of the steps: the decoder has been trained on codes without codebooks, and long training forgets unseen combinations
             dataclasses.replace(settings.slots, steps=max(1, settings.slots.steps // 2)),
             parameters=_response_parameters(trainer, shared=not sums),
-            label="responses",
+            label=_ANSWERS,
             generator=generator,
             progress=settings.progress,
+            kept=settings.kept,
             watched=watched if first is None else dataclasses.replace(watched, seconds=first / 2),
         )
     center, reach = _public_box(training)

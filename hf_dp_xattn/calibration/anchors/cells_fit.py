@@ -10,13 +10,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from tqdm.auto import tqdm
 
 from ...config import DPXAttnConfig
 from ...mechanisms.anchors.cells import CellDecoder, Tilt
 from ...mechanisms.anchors.plan import NOT_JUDGED, AnchorPlan
 from ...mechanisms.anchors.quantizer import RowQuantizer
 from ...privacy.units import NeighboringRelation
+from ..progress import QUIET, Progress
 from .kmeans import POINTS_PER_CELL, assign, cells_for, kmeans
 from .objective import Objective
 
@@ -111,7 +111,7 @@ def fit_codebook(
     served: int = 48,
     dims: int = 64,
     seed: int = 0,
-    progress: bool = False,
+    progress: Progress = QUIET,
 ) -> Codebook:
     """Cells of public rows [N, n, C], as many as there are rows for where `cells` is None. served: rows that stay unmerged when a release
     is decoded.
@@ -135,7 +135,7 @@ def fit_codebook(
     counts = torch.zeros(contexts, cells, dtype=torch.uint8)
     sums, sizes = torch.zeros(cells, channels), torch.zeros(cells)
     block = max(1, 2**20 // n)
-    for start in tqdm(range(0, contexts, block), desc="priors", disable=not progress, leave=False):
+    for start in progress.track(range(0, contexts, block), "priors"):
         part = rows[start : start + block].float()
         index = quantizer.cells(part.reshape(-1, channels)).reshape(len(part), n)
         sums.index_add_(0, index.flatten(), part.reshape(-1, channels))
@@ -229,7 +229,7 @@ def fit_tilt(
     width: int = 64,
     batch: int = 32,
     seed: int = 0,
-    progress: bool = False,
+    progress: Progress = QUIET,
 ) -> Tilt:
     """Trains the joint decoder's tilt on public counts with fresh noise: loss = -log posterior of the true counts."""
     generator = torch.Generator().manual_seed(seed)
@@ -246,7 +246,7 @@ def fit_tilt(
     parameters = [inner, bias, outer, cells]
     optimiser = torch.optim.Adam(parameters, lr=5e-3)
     tilt = Tilt(inner, bias, outer, cells, scale)
-    for step in tqdm(range(steps), desc="tilt", disable=not progress, leave=False):
+    for step in progress.track(range(steps), "tilt"):
         for group in optimiser.param_groups:
             group["lr"] = 5e-3 * 0.5 * (1 + math.cos(math.pi * step / steps)) + 1e-5
         index = torch.randint(0, len(book.counts), (batch,), generator=generator)

@@ -10,9 +10,9 @@ import math
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ...mechanisms.anchors.fallback import Fallback
+from ..progress import QUIET, Progress
 from .objective import Objective
 from .slots_fit import PublicContexts
 
@@ -36,7 +36,12 @@ def _first_rows(contexts: PublicContexts, public: int) -> tuple[torch.Tensor, to
 
 
 def fit_fallback(
-    contexts: PublicContexts, objective: Objective, *, steps: int = 200, seed: int = 0, progress: bool = False
+    contexts: PublicContexts,
+    objective: Objective,
+    *,
+    steps: int = 200,
+    seed: int = 0,
+    progress: Progress = QUIET,
 ) -> Fallback:
     """The public mean of these contexts as rows.
 
@@ -45,7 +50,7 @@ def fit_fallback(
         objective: the layers.
         steps: of the fit.
         seed: of the choice of queries.
-        progress: shows a bar.
+        progress: the bar of the calibration.
     """
     generator = torch.Generator().manual_seed(seed)
     some = contexts.part(torch.arange(min(_CONTEXTS, len(contexts))))
@@ -69,7 +74,7 @@ def fit_fallback(
     logs = nn.Parameter(torch.full((len(first),), math.log(max(1, length) / len(first))))
     optimiser = torch.optim.Adam([moved, logs], lr=_RATE)
     best: tuple[float, Fallback] | None = None
-    for step in tqdm(range(steps + 1), desc="public mean", disable=not progress, leave=False):
+    for step in progress.track(range(steps + 1), "public mean"):
         for group in optimiser.param_groups:
             group["lr"] = _RATE * 0.5 * (1 + math.cos(math.pi * step / (steps + 1)))
         rows = first + moved * spread

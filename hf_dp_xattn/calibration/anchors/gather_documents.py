@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from tqdm.auto import tqdm
 
 from ...errors import ConfigError
 from ...mechanisms.anchors.sources import pool
+from ..progress import QUIET, Progress
 from .documents_fit import Documents
 from .kmeans import kmeans
 from .objective import LayerProbe
@@ -33,7 +33,7 @@ def gather_documents(
     probes: Sequence[LayerProbe],
     *,
     seed: int,
-    progress: bool,
+    progress: Progress = QUIET,
 ) -> tuple[PublicContexts, Documents]:
     """Units, outputs and typical rows of public contexts, and some of their documents.
 
@@ -42,13 +42,13 @@ def gather_documents(
         count: how many contexts there are.
         probes: the layers, with all of their public queries.
         seed: of what is drawn.
-        progress: shows a bar.
+        progress: the bar of the calibration.
     """
     generator = torch.Generator().manual_seed(seed)
     means: list[torch.Tensor] = []
     drawn, outputs, normalizers, sample = [], [], [], []
-    for documents in tqdm(public, total=count, desc="documents", disable=not progress, leave=False):
-        rows = torch.cat(documents).float()
+    for documents in progress.track(public, "documents", count):
+        rows = torch.cat(list(documents)).float()
         owner = torch.arange(len(documents)).repeat_interleave(torch.tensor([len(d) for d in documents]))
         means.append(pool(rows, "group", owner).half())
         attended = [_exact(p, rows) for p in probes]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from tqdm.auto import tqdm
 
 from ...errors import ConfigError
+from ..progress import QUIET, Progress
 
 POINTS_PER_CELL = 64  # more points than this many per cell do not move the centres noticeably
 MINIMUM_PER_CELL = 4
@@ -58,7 +58,7 @@ def kmeans(
     rounds: int = 12,
     seed: int = 0,
     per_cell: int = MINIMUM_PER_CELL,
-    progress: bool = False,
+    progress: Progress = QUIET,
 ) -> torch.Tensor:
     """Centres [cells, p] of points [N, p]; no cell is empty and no two are equal. per_cell: distinct points that are asked for.
 
@@ -79,7 +79,7 @@ def kmeans(
         )
     sample = distinct[torch.randperm(len(distinct), generator=generator)[: cells * _SEED_POINTS]]
     centers = _seeds(sample, cells, generator)
-    for _ in tqdm(range(rounds), desc="codebook", disable=not progress, leave=False):
+    for _ in progress.track(range(rounds), "codebook"):
         index, distance = assign(points, centers)
         count = torch.bincount(index, minlength=cells)
         total = torch.zeros_like(centers).index_add_(0, index, points)

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
+from ..checkpoints import NOTHING_KEPT, Checkpoints
+from ..progress import QUIET, Progress
 from .objective import Objective
 from .reply_divergence import Replies
+from .training_state import Course, TrainingState
 
 _SAMPLE = 150_000_000
 _LOOKS = 100  # steps between two looks at contexts that a training does not see
@@ -205,26 +207,25 @@ class Watched:
 
 
 class _Best:
-    """The best parameters so far, by the loss on contexts that a training does not see."""
+    """The best parameters so far, by the loss on contexts that a training does not see; they are kept in its course."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], loss: Callable[[], float]) -> None:
-        self._parameters, self._loss = parameters, loss
-        self._lowest, self._kept = math.inf, [p.detach().clone() for p in parameters]
+    def __init__(self, parameters: Sequence[nn.Parameter], loss: Callable[[], float], course: Course) -> None:
+        self._parameters, self._loss, self._course = parameters, loss, course
 
     @torch.no_grad()
     def look(self) -> bool:
         """Whether the training is well; where it is not, it is taken back to where it was best."""
-        now = self._loss()
-        if now < self._lowest:
-            self._lowest, self._kept = now, [p.detach().clone() for p in self._parameters]
-        if now <= _RUINED * self._lowest:
+        now, course = self._loss(), self._course
+        if now < course.lowest:
+            course.lowest, course.best = now, [p.detach().clone() for p in self._parameters]
+        if now <= _RUINED * course.lowest:
             return True
         self.restore()
         return False
 
     @torch.no_grad()
     def restore(self) -> None:
-        for parameter, kept in zip(self._parameters, self._kept, strict=True):
+        for parameter, kept in zip(self._parameters, self._course.best, strict=True):
             parameter.copy_(kept)
 
 
@@ -239,8 +240,9 @@ def train(
     parameters: Sequence[nn.Parameter],
     label: str,
     generator: torch.Generator,
-    progress: bool,
     watched: Watched,
+    progress: Progress = QUIET,
+    kept: Checkpoints = NOTHING_KEPT,
 ) -> int:
     """Adam with a cosine schedule; every batch is shared by a few plans, whose losses count in proportion to what is attainable.
 
@@ -285,28 +287,36 @@ def train(
         generator.set_state(before)
         return found if math.isfinite(found) else math.inf
 
-    best = _Best(parameters, loss)
-    best.look()
     optimiser = torch.optim.Adam([{"params": [p]} for p in parameters], lr=settings.learning_rate)
     rates = [trainer.rate_of(p, settings.learning_rate) for p in parameters]
-    level = dict.fromkeys(plans, 1.0)
+    course = Course(dict.fromkeys(plans, 1.0), [p.detach().clone() for p in parameters], math.inf)
+    best, state = (
+        _Best(parameters, loss, course),
+        TrainingState(kept, label, trainer, optimiser, generator),
+    )
+    state.restore(course)
+    if course.over:
+        progress.end(label)
+        return course.made
+    if not course.made:
+        best.look()
+    level = course.level
     share = min(len(plans), 4)
-    started, rate, made = time.monotonic(), 1.0, 0
+    started = time.monotonic() - course.spent
     every = max(5, min(_LOOKS, settings.steps // 8))
-    bar = tqdm(range(settings.steps), desc=label, disable=not progress, leave=False)
-    for step in bar:
+    for step in progress.track(range(course.made, settings.steps), label):
         done = step / settings.steps
         if watched.seconds is not None:
             done = max(done, (time.monotonic() - started) / max(1e-3, watched.seconds))
             if done >= 1.0:
                 break
         if step % every == every - 1 and not best.look():
-            rate *= _LOWERED
+            course.rate *= _LOWERED
             optimiser.state.clear()
         warm = min(1.0, (step + 1) / min(100, 1 + settings.steps // 4))
         cosine = 0.5 * (1 + math.cos(math.pi * done))
         for group, usual in zip(optimiser.param_groups, rates, strict=True):
-            group["lr"] = rate * usual * (warm * cosine + 5e-3)
+            group["lr"] = course.rate * usual * (warm * cosine + 5e-3)
         order = torch.randperm(len(plans), generator=generator)[:share].tolist()
         batch = contexts.part(torch.randint(0, len(contexts), (settings.batch,), generator=generator)).float()
         rows, weights, counts = spread(batch, [plans[position] for position in order])
@@ -322,12 +332,10 @@ def train(
         total.backward(inputs=list(parameters))
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
-        if step % 50 == 0:
-            bar.set_postfix(
-                {"loss" if contexts.replies else "FVU": f"{sum(level.values()) / len(level):.3f}"},
-                refresh=False,
-            )
-        made += 1
+        course.made, course.spent = step + 1, time.monotonic() - started
+        state.keep(course)
     best.look()
     best.restore()
-    return made
+    course.over = True
+    state.keep(course)
+    return course.made

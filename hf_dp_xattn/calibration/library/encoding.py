@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from ...errors import ConfigError
+from ..checkpoints import Checkpoints, digest
 from .text_library import Encode
 
 CHUNK = 64  # texts: what is lost where a run is broken off
@@ -38,46 +35,16 @@ def checked(codes: torch.Tensor, texts: int) -> torch.Tensor:
 
 
 def encode_chunks(
-    texts: Sequence[str], encode: Encode, name: str, folder: Path | None
+    texts: Sequence[str], encode: Encode, name: str, kept: Checkpoints
 ) -> Iterator[tuple[torch.Tensor, bool]]:
     """Codes of each CHUNK of texts, in order, and whether they were made now.
 
-    folder: keeps them, under a name of the texts and the encoder."""
+    kept: keeps them, under a name of the texts and the encoder."""
     for start in range(0, len(texts), CHUNK):
         part = list(texts[start : start + CHUNK])
-        kept = None if folder is None else folder / f"codes-{_digest(name, part)}.safetensors"
-        found = None if kept is None else _read(kept, len(part))
-        codes = checked(encode(part), len(part)) if found is None else found
-        if found is None and kept is not None:
-            _keep(codes, kept)
+        chunk = "" if kept.folder is None else digest(name, part)
+        found = kept.read(chunk)
+        codes = checked(encode(part), len(part)) if found is None else found["codes"]
+        if found is None:
+            kept.keep(chunk, {"codes": codes})
         yield codes, found is None
-
-
-def _keep(codes: torch.Tensor, path: Path) -> None:
-    """Raises ConfigError where the folder cannot be written, or the disk is full."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_suffix(".tmp")
-        save_file({"codes": codes.contiguous()}, whole)
-        whole.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"Codes of public texts cannot be kept in {path.parent.name!r} ({error}). Free some space, or choose another folder."
-        ) from None
-
-
-def _digest(name: str, texts: Sequence[str]) -> str:
-    digest = hashlib.sha256(name.encode())
-    for text in texts:
-        written = text.encode()
-        digest.update(len(written).to_bytes(8, "big") + written)
-    return digest.hexdigest()[:24]
-
-
-def _read(path: Path, texts: int) -> torch.Tensor | None:
-    """What was kept; None where nothing was, or half a file."""
-    try:
-        codes = load_file(path)["codes"]
-    except (OSError, KeyError, SafetensorError):
-        return None
-    return codes if len(codes) == texts else None

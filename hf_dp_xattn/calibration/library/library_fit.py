@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -17,6 +15,7 @@ from ...mechanisms.library.places import Places
 from ...privacy.response import MAX_ALPHABET
 from ...records import plain_text
 from ..calibration_options import EPSILONS
+from ..checkpoints import NOTHING_KEPT, Checkpoints
 from ..progress import Progress
 from .encoding import encode_chunks
 from .joint_plans import JointPlanner
@@ -41,7 +40,7 @@ class LibraryOptions:
     epsilons: a plan for each. grouping: how contexts are cut in units; by default "phrases" for groups. encoder: the encoder's name.
     width: directions of the codes that are kept. flatten: 0: cosine of centred codes; 1: all directions count alike.
     held_out: share of the contexts by which plans are chosen. expand: new texts by `recombined` (True: up to 50,000; or how many at most).
-    folder: keeps codes, so that a run that was broken off is taken up again. responses: what the host does with each of n strings, floats
+    kept: codes, so that a run that was broken off is taken up again. responses: what the host does with each of n strings, floats
     [n, d]; then texts that it treats alike count as near. alike: how many public texts are tried so.
     """
 
@@ -54,7 +53,7 @@ class LibraryOptions:
     expand: bool | int = False
     seed: int = 0
     progress: bool = True
-    folder: str | os.PathLike[str] | None = None
+    kept: Checkpoints = NOTHING_KEPT
     responses: Responses | None = None
     alike: int = 1500
 
@@ -170,7 +169,6 @@ def _encode(
     texts: Sequence[str], encode: Encode, options: LibraryOptions, bar: Progress
 ) -> tuple[Metric, torch.Tensor, torch.Tensor]:
     """The metric, codes [N, p] of length 1, and the probe: codes of the first texts. Of most texts no more than these are ever held."""
-    folder = None if options.folder is None else Path(options.folder)
     metric: Metric | None = None
     learned = None if options.responses is None else (options.responses, options.alike)
     waiting: list[torch.Tensor] = []
@@ -185,7 +183,9 @@ def _encode(
     bar.expect("encoding", len(texts), each)
     bar.expect("choosing", len(set(options.epsilons)), _seconds_of_choice(len(texts), options.width))
     bar.begin()
-    for codes, new in encode_chunks([texts[i] for i in order.tolist()], encode, options.encoder, folder):
+    for codes, new in encode_chunks(
+        [texts[i] for i in order.tolist()], encode, options.encoder, options.kept
+    ):
         waiting.append(codes)
         bar.step("encoding", len(codes), timed=new)
         if metric is None and sum(map(len, waiting)) >= min(len(texts), _METRIC_TEXTS):
@@ -202,7 +202,9 @@ def _encode(
     assert metric is not None
     codes = torch.empty(len(texts), metric[1].shape[1])
     codes[order] = torch.cat(out)
-    probe = torch.cat([codes for codes, _ in encode_chunks(texts[:PROBES], encode, options.encoder, None)])
+    probe = torch.cat(
+        [codes for codes, _ in encode_chunks(texts[:PROBES], encode, options.encoder, NOTHING_KEPT)]
+    )
     bar.begin()
     return metric, codes, probe
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ...calibration.anchors.anchors_calibration import GROUPINGS
 from ...calibration.anchors.objective import Objective
@@ -53,7 +52,7 @@ def public_prompts(
             "validation": 128 if large else 400,
         }
     else:
-        private, whole = _encode(text, public, options.progress)
+        private, whole = _encode(text, public, options)
         shown, public_rows = torch.stack(whole[:prompts]), whole[0][:0]
         parts = {
             "rows": lambda: private,
@@ -72,15 +71,20 @@ def _check_embeddings(public: torch.Tensor) -> None:
 
 @torch.no_grad()
 def encode_batches(
-    text: TextSide, prompts: Sequence[str], label: str, progress: bool
+    text: TextSide, prompts: Sequence[str], label: str, options: CalibrationOptions
 ) -> Iterator[torch.Tensor]:
     """[B, length, C] rows of public prompts, in batches (their rounding may depend on each other: they are public)."""
     use_mask = getattr(text.encoder.config, "use_attention_mask", None)
     device = text.pipe._execution_device
-    for start in tqdm(range(0, len(prompts), ENCODER_BATCH), desc=label, disable=not progress, leave=False):
-        ids, masks = zip(*(text.tokenize(p) for p in prompts[start : start + ENCODER_BATCH]), strict=True)
+
+    def encode(some: Sequence[str]) -> torch.Tensor:
+        ids, masks = zip(*(text.tokenize(p) for p in some), strict=True)
         mask = torch.stack(masks).to(device) if use_mask else None
-        yield text.encoder(torch.stack(ids).to(device), attention_mask=mask)[0].cpu()
+        rows: torch.Tensor = text.encoder(torch.stack(ids).to(device), attention_mask=mask)[0]
+        return rows.cpu()
+
+    batches = [prompts[i : i + ENCODER_BATCH] for i in range(0, len(prompts), ENCODER_BATCH)]
+    yield from options.kept.each(batches, label, encode, options.progress)
 
 
 def gather_contexts(
@@ -126,23 +130,23 @@ def gather_contexts(
             "Lists of phrases need unit='group' (grouping='phrases'); else public_contexts is a list of prompts."
         )
     prompts = [c if isinstance(c, str) else ", ".join(c) for c in chosen]
-    whole = torch.cat([rows.half() for rows in encode_batches(text, prompts, "encoding", options.progress)])
+    whole = torch.cat([rows.half() for rows in encode_batches(text, prompts, "encoding", options)])
     start = 1 if text.first_row_is_public else 0
     public_rows = text.encode(*text.tokenize(""))[:start].to("cpu", torch.float32)
     if grouping == "phrases":
-        return _phrase_units(text, phrases, whole, options.progress), public_rows
+        return _phrase_units(text, phrases, whole, options), public_rows
     return equal_contexts(whole[:, start:], unit, whole), public_rows
 
 
 def _phrase_units(
-    text: TextSide, phrases: Sequence[Sequence[str]], whole: torch.Tensor, progress: bool
+    text: TextSide, phrases: Sequence[Sequence[str]], whole: torch.Tensor, options: CalibrationOptions
 ) -> PublicContexts:
     """One mean row per phrase; equal phrases are encoded once."""
     distinct = list(dict.fromkeys(p for group in phrases for p in group))
     start = 1 if text.first_row_is_public else 0
     means = [
         pool(rows[start:].float(), "context", None)[0].half()
-        for batch in encode_batches(text, distinct, "phrases", progress)
+        for batch in encode_batches(text, distinct, "phrases", options)
         for rows in batch
     ]
     known = dict(zip(distinct, means, strict=True))
@@ -155,17 +159,19 @@ def _phrase_units(
     return PublicContexts(units, mask, whole)
 
 
-def _encode(text: TextSide, public: Public, progress: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _encode(
+    text: TextSide, public: Public, options: CalibrationOptions
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """(rows that a release would treat as private, whole encodings) of the public contexts."""
     if isinstance(public, torch.Tensor):
         _check_embeddings(public)
         return list(public), list(public)
     if isinstance(public, str) or not len(public) or not all(isinstance(t, str) for t in public):
         raise ConfigError("public_contexts must be a list of prompts or a tensor of embeddings [N, n, C].")
-    whole = [
-        text.encode(*text.tokenize(t))
-        for t in tqdm(public, desc="encoding", disable=not progress, leave=False)
-    ]
+    texts = [t for t in public if isinstance(t, str)]
+    whole = list(
+        options.kept.each(texts, "encoding", lambda t: text.encode(*text.tokenize(t)), options.progress)
+    )
     return [rows[1:] if text.first_row_is_public else rows for rows in whole], whole
 
 
@@ -234,7 +240,7 @@ def public_queries(
         empty = torch.zeros_like(embeddings)
     both = torch.cat([empty, embeddings]).to(device, unet.dtype)
     with _capture(layers.values(), options.queries_per_step, options.seed) as store:
-        for t in tqdm(scheduler.timesteps, desc="public queries", disable=not options.progress, leave=False):
+        for t in options.progress.track(scheduler.timesteps, "public queries", steps):
             model_input = scheduler.scale_model_input(torch.cat([sample, sample]), t)
             if unet.config.in_channels != model_input.shape[1]:  # inpainting: an empty mask and image
                 extra = unet.config.in_channels - model_input.shape[1]

@@ -43,6 +43,7 @@ NO_CALIBRATION = (
     "rotated, and nothing is shrunk to a public prior. A calibration on public contexts (dpx.calibrate) spends no privacy budget: it "
     "fits the bound to what public contexts need and releases only the directions in which they differ, so there is less noise."
 )
+DROWNED = 0.1  # noise over what is summed, from which on uncalibrated sums were further off than no answer
 SKETCH_NEEDS_UNITS = (
     "The decoder of a calibrated kernel_sum needs the number of units, which add_or_remove_one keeps private while a context "
     "grows. Use replace_one, or no calibration."
@@ -160,6 +161,22 @@ class PreparedKernelSum(Mechanism[LayerRows]):
     def sigma(self) -> float:
         """Standard deviation of the noise, in the units of the clipping bound."""
         return math.sqrt(self.sigma_squared) * 2.0**-self.exponent
+
+    def drowned(self, rows: int) -> str | None:
+        """Why sums without a calibration would be noise, by public numbers alone: the noise of one sum beside the number of rows, which is
+        what the sum of the normaliser's constant feature, and of values of length 1, comes to. None: they would not, or a calibration
+        shrinks them to what is known.
+
+        Args:
+            rows: of the context.
+        """
+        if self.calibrated or self.sigma <= DROWNED * rows:
+            return None
+        enough = math.ceil(self.sigma / DROWNED)
+        return (
+            f"{rows} rows are too few for epsilon = {self.config.epsilon:g} and unit={self.config.unit!r}: the noise on each sum has "
+            f"standard deviation {self.sigma:.3g}; from {enough:,} rows on it is a tenth of what is summed"
+        )
 
     def describe(self) -> str:
         return (

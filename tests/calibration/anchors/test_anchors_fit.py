@@ -21,7 +21,7 @@ from ...sealed import write_sealed
 from .synthetic_contexts import CHANNELS, contexts, objective, public_data
 
 SLOTS = SlotSettings(code=8, slots=4, hidden=32, directions=8, steps=250, batch=32, queries=16)
-SETTINGS = AnchorSettings(anchors=32, rows=16, tilt_steps=40, slots=SLOTS, progress=False)
+SETTINGS = AnchorSettings(anchors=32, rows=16, tilt_steps=40, slots=SLOTS)
 
 
 def config(**changes: object) -> DPXAttnConfig:

@@ -26,9 +26,7 @@ from ..anchor_calibrations import calibration
 from .synthetic_contexts import CHANNELS, contexts, objective, public_data
 
 ROWS = 280
-SETTINGS = AnchorSettings(
-    releases=("histogram", "mixed"), anchors=24, tilt_steps=20, validation=24, progress=False
-)
+SETTINGS = AnchorSettings(releases=("histogram", "mixed"), anchors=24, tilt_steps=20, validation=24)
 HAND = {4.0: ("mixed", 0.5, 0.4, 0.6)}
 
 

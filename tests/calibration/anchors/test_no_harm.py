@@ -31,7 +31,7 @@ from .synthetic_contexts import CHANNELS, ROWS, contexts, objective, public_data
 
 LIMIT = 1.02
 SLOTS = SlotSettings(code=8, slots=4, hidden=32, directions=8, steps=0, batch=32, queries=16)
-SETTINGS = AnchorSettings(releases=("sum",), slots=SLOTS, epsilons=(0.5, 8.0), progress=False)
+SETTINGS = AnchorSettings(releases=("sum",), slots=SLOTS, epsilons=(0.5, 8.0))
 CONFIG = DPXAttnConfig(mechanism="anchors", unit="row")
 
 
@@ -171,7 +171,6 @@ def test_a_ruinous_learning_rate_is_lowered() -> None:
         parameters=trained,
         label="",
         generator=generator,
-        progress=False,
         watched=Watched(contexts(40, seed=5)),
     )
     assert made == 40 and loss() < 1.1 * before

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import hf_dp_xattn as dpx
+from hf_dp_xattn.calibration.checkpoints import Checkpoints
 from hf_dp_xattn.calibration.library import encoding, library_plans
 from hf_dp_xattn.calibration.library.levels import medoids
 from hf_dp_xattn.calibration.library.library_fit import LibraryOptions, build_library
@@ -112,7 +113,7 @@ def test_another_encoder_is_refused() -> None:
 
 def test_a_run_that_broke_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "CHUNK", 7)
-    options = dataclasses.replace(QUIET, folder=tmp_path)
+    options = dataclasses.replace(QUIET, kept=Checkpoints(tmp_path))
     calls: list[int] = []
 
     def breaking(texts: Sequence[str]) -> torch.Tensor:

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ....calibration.anchors.anchors_calibration import HostIdentity
 from ....calibration.anchors.objective import LayerProbe, Objective
 from ....calibration.anchors.reply_divergence import Replies
 from ....calibration.anchors.slots_fit import PublicContexts
 from ....calibration.calibration_options import CalibrationOptions
+from ....calibration.checkpoints import digest
 from ....calibration.public_data import PublicData, choose_contexts, pooled
 from ....config import DPXAttnConfig
 from ....errors import ConfigError
@@ -89,7 +89,7 @@ class PrefixReader:
 
     def __init__(self, model: Any, layers: dict[str, PrefixLayer], options: CalibrationOptions) -> None:
         self.model, self.layers = model, layers
-        self._progress = options.progress
+        self._kept = options.kept
         self._known = EncodeOnce(options.memory_mb // 4)
 
     def head(self, prefix: Prefix) -> torch.Tensor:
@@ -99,7 +99,7 @@ class PrefixReader:
         rows = rows_of(run_recorded(self.model, self.layers, prefix.head.unsqueeze(0)))
         return rows[0].to("cpu", torch.float16)
 
-    def read(self, prefixes: Sequence[Prefix], *, progress: bool = False) -> list[list[torch.Tensor]]:
+    def read(self, prefixes: Sequence[Prefix]) -> list[list[torch.Tensor]]:
         """Each prefix's segments' rows [n, C], float16 on the CPU."""
         head = prefixes[0].head
         texts = [segment for prefix in prefixes for segment in prefix.segments]
@@ -114,11 +114,16 @@ class PrefixReader:
                 for alike in by_length.values()
                 for i in range(0, len(alike), ENCODER_BATCH)
             ]
+            name = "" if self._kept.folder is None else digest("rows", [texts[i] for i in new])
+            found = self._kept.read(name)
+            if found is not None:
+                return [found[str(i)] for i in range(len(new))]
             rows: dict[int, torch.Tensor] = {}
-            for batch in tqdm(batches, desc="encoding", disable=not progress, leave=False):
+            for batch in batches:
                 ids = torch.stack([torch.cat([head, texts[i]]) for i in batch])
                 states = rows_of(run_recorded(self.model, self.layers, ids))[:, len(head) :]
                 rows.update(zip(batch, states.to("cpu", torch.float16), strict=True))
+            self._kept.keep(name, {str(i): rows[at] for i, at in enumerate(new)})
             return [rows[i] for i in new]
 
         segments = iter(self._known.rows([tuple(t.tolist()) for t in texts], encode))
@@ -149,12 +154,8 @@ def _contexts_data(
         logits = stack.enter_context(replying(model, layers, head.float(), len(head) + prefixes[0].slots))
         generator = torch.Generator().manual_seed(options.seed)
         asked = partial(ask, logits, asking=asking, generator=generator)
-    bar = tqdm(
-        chain(first, map(reader.read, chunks[len(first) :])),
-        total=len(chunks),
-        desc="public prefixes",
-        disable=not options.progress,
-        leave=False,
+    bar = options.progress.track(
+        chain(first, map(reader.read, chunks[len(first) :])), "public prefixes", len(chunks)
     )
     longest = max(sum(map(len, p.segments)) for p in prefixes)
     contexts = _gather(bar, len(public_rows) + longest, public_rows, probes, asked, config.unit)
@@ -172,7 +173,8 @@ def _rows_data(
 ) -> PublicData:
     """For `kernel_sum`. Raises ConfigError where prefixes differ in shape."""
     model, layers = reader.model, reader.layers
-    private = reader.read(prefixes, progress=options.progress)
+    chunks = [prefixes[i : i + GATHER_BATCH] for i in range(0, len(prefixes), GATHER_BATCH)]
+    private = list(chain(*map(reader.read, options.progress.track(chunks, "encoding"))))
     shapes = {tuple(len(part) for part in parts) for parts in private}
     if len(shapes) > 1:
         raise ConfigError(

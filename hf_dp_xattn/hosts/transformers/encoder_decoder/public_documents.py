@@ -8,7 +8,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ....calibration.anchors.gather_documents import gather_documents
 from ....calibration.anchors.objective import Objective
@@ -96,13 +95,11 @@ def _encode(model: Any, public: Any, options: CalibrationOptions) -> torch.Tenso
     main = torch.stack(choose_contexts(main, each, options.memory_mb, options.seed))
     if name == STATES:
         return main.to("cpu", torch.float16)
-    parts = [
-        encoder.encode_batch({name: part}).to("cpu", torch.float16)
-        for part in tqdm(
-            main.split(ENCODER_BATCH), desc="encoding", disable=not options.progress, leave=False
-        )
-    ]
-    return torch.cat(parts)
+
+    def encode(part: torch.Tensor) -> torch.Tensor:
+        return encoder.encode_batch({name: part}).to("cpu", torch.float16)
+
+    return torch.cat(list(options.kept.each(main.split(ENCODER_BATCH), "encoding", encode, options.progress)))
 
 
 def _documents_data(

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ....calibration.calibration_options import CalibrationOptions
 from ....calibration.public_data import PublicData, choose_contexts
@@ -59,9 +58,12 @@ def _encode(model: Any, public: Any, options: CalibrationOptions) -> torch.Tenso
         raise ConfigError(NEEDS)
     each = 2 * tiles.pop() * vision.patches * context_channels(model)
     order = torch.stack(choose_contexts(torch.arange(len(shown)), each, options.memory_mb, options.seed))
-    parts = []
-    for index in tqdm(order.split(ENCODER_BATCH), desc="encoding", disable=not options.progress, leave=False):
+
+    def encode(index: torch.Tensor) -> torch.Tensor:
         states = vision.encode_batch({name: value[index.to(value.device)] for name, value in inputs.items()})
         kept = shown[index].repeat_interleave(vision.patches, dim=1).to(states.device)
-        parts.append(states[kept].view(len(index), -1, states.shape[-1]).to("cpu", torch.float16))
-    return torch.cat(parts)
+        return states[kept].view(len(index), -1, states.shape[-1]).to("cpu", torch.float16)
+
+    return torch.cat(
+        list(options.kept.each(order.split(ENCODER_BATCH), "encoding", encode, options.progress))
+    )

@@ -108,7 +108,7 @@ def test_each_document_is_read_by_itself_and_attention_is_over_all_of_its_rows(n
         queries = torch.randn(layer.heads, 5, layer.inner_dim // layer.heads, generator=gen)
         probes.append(LayerProbe(layer.project, layer.scale, queries, torch.ones(layer.heads)))
     with torch.no_grad():
-        public, _ = gather_documents(map(reader.read, contexts), 3, probes, seed=0, progress=False)
+        public, _ = gather_documents(map(reader.read, contexts), 3, probes, seed=0)
         assert public.units.shape[:2] == (3, 8) and public.mask.sum(1).tolist() == [6, 7, 8]
         assert public.outputs is not None
         for i, context in enumerate(contexts):

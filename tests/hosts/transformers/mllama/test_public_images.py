@@ -49,7 +49,7 @@ def test_from_public_images_to_a_text(mechanism: str, unit: str, private: dpx.DP
 def test_rows_of_padding_tiles_are_left_out() -> None:
     model = tiny()
     with torch.no_grad():
-        options = CalibrationOptions(memory_mb=64, progress=False)
+        options = CalibrationOptions(memory_mb=64)
         both, one = (_encode(model, public(6, t), options) for t in (2, 1))
         vision = model.model.vision_model(**public(6, 1)).last_hidden_state
         want = model.model.multi_modal_projector(vision)[:, 0, 0]
