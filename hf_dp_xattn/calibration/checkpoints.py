@@ -20,6 +20,10 @@ T = TypeVar("T")
 Tensors = dict[str, torch.Tensor]
 
 
+class CannotKeepError(ConfigError):
+    """Checkpoints cannot be written; what was kept before is as it was."""
+
+
 @dataclass(frozen=True)
 class Checkpoints:
     """folder: None: nothing is kept. of: what tells this calibration from others that the folder may hold, as `digest` gives it."""
@@ -48,7 +52,7 @@ class Checkpoints:
             tensors: what to keep.
 
         Raises:
-            ConfigError: the folder cannot be written, or the disk is full.
+            CannotKeepError: the folder cannot be written, or the disk is full.
         """
         if self.folder is None:
             return
@@ -61,7 +65,7 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             with suppress(OSError):
                 whole.unlink()
-            raise ConfigError(
+            raise CannotKeepError(
                 f"What was done so far cannot be kept in {path.parent.name!r} ({error}). Free some space, or choose another folder."
             ) from None
 

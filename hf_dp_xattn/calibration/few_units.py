@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+import math
+
 from ..mechanisms.anchors.anchors import nearest_plan
 from .anchors.anchors_calibration import AnchorCalibration
 from .curves import SCALED, Curve, Estimate
 
 # share of the variance left unexplained, from which on a release of too few units tells nothing
 NOTHING = 0.98
+NO_RELEASE = 1.0  # that of the public mean
 SAME_SIZE = 0.1  # what is predicted for contexts of one size holds near it
 
 
 def fvu_curve(calibration: AnchorCalibration) -> Curve | None:
-    """Its predictions for contexts of the size that it was fitted to."""
+    """Its predictions for contexts of the size that it was fitted to. Of a plan that was never tried on contexts of unseen kinds (an older
+    file) nothing says that these get more than no release gives."""
     return Curve.of(
         "FVU",
-        ((p.epsilon, p.quality.fvu, p.quality.low, p.quality.high) for p in calibration.plans),
+        (
+            (p.epsilon, q.fvu, q.low, q.high if p.worth is not None else max(q.high, NO_RELEASE))
+            for p in calibration.plans
+            for q in (p.quality,)
+        ),
         higher_is_better=False,
     )
+
+
+def score_curve(calibration: AnchorCalibration, name: str) -> Curve | None:
+    """One of the publisher's scores, with an interval for ONE context: what it got on average, give or take what tells single contexts
+    apart, and what was lost where the calibration had not seen their kind (the spread of scores `NAME` and `NAME, ...`), for a model
+    may not have seen it either."""
+    family = [s for s in calibration.scores if s.name == name or s.name.startswith(f"{name}, ")]
+    points = []
+    for s in (s for s in family if s.name == name):
+        others = [o.score for o in family if o.epsilon == s.epsilon]
+        kind = max(others) - min(others)
+        many = math.sqrt(s.contexts)  # what is stored is the interval of their mean
+        low, high = (math.hypot(many * side, kind) for side in (s.score - s.low, s.high - s.score))
+        points.append((s.epsilon, s.score, s.score - low, s.score + high))
+    if all(0.0 <= s.score <= 1.0 for s in family):
+        points = [(e, v, max(0.0, low), min(1.0, high)) for e, v, low, high in points]
+    return Curve.of(name, points, higher_is_better=True)
 
 
 def of_units(calibration: AnchorCalibration, curve: Curve, epsilon: float, units: int) -> Estimate:

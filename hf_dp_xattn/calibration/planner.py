@@ -21,7 +21,7 @@ from ..privacy.units import NeighboringRelation, Unit
 from .anchors.anchors_calibration import NOTHING, AnchorCalibration
 from .calibration import Calibration
 from .curves import INTERPOLATED, OUTSIDE, SCALED, Curve
-from .few_units import SAME_SIZE, fvu_curve, of_units, too_few
+from .few_units import SAME_SIZE, fvu_curve, of_units, score_curve, too_few
 from .library.library_planner import plan_library
 from .library.text_library import TextLibrary
 from .plan_report import Plan, PlanPoint
@@ -95,16 +95,16 @@ def plan(
     fvu = fvu_curve(chosen)
     if fvu is None:
         raise ConfigError("The calibration holds no predicted quality: calibrate again.")
-    score_curve = _score_curve(chosen, score)
+    scores = _score_curve(chosen, score)
     wanted = []
     if want_fvu is not None:
         wanted.append(fvu.wanted(_number("want_fvu", want_fvu, low=0.0)))
     if want_score is not None:
-        if score_curve is None:
+        if scores is None:
             raise ConfigError(
                 "The calibration holds no score, so want_score cannot be planned for: its publisher measured none. Use want_fvu."
             )
-        wanted.append(score_curve.wanted(_number("want_score", want_score)))
+        wanted.append(scores.wanted(_number("want_score", want_score)))
     sizes, heads = _layers(chosen, layers)
     kind = _dtype(chosen.host.dtype if dtype is None else dtype)
     row_bytes = 2 * sum(sizes) * kind.itemsize  # a key and a value in each layer
@@ -117,7 +117,7 @@ def plan(
         mechanism="anchors", unit=chosen.unit, neighboring=chosen.neighboring, delta=delta, epsilon=1.0
     )
     configs = [base.replace(epsilon=e) for e in sorted(set(epsilons))]
-    points = tuple(_point(c, chosen, fvu, score_curve, row_bytes, units, measure) for c in configs)
+    points = tuple(_point(c, chosen, fvu, scores, row_bytes, units, measure) for c in configs)
     return Plan(
         calibration=name,
         unit=chosen.unit,
@@ -133,7 +133,7 @@ def plan(
         measured_on=machine,
         points=points,
         fvu_curve=fvu,
-        score_curve=score_curve,
+        score_curve=scores,
         wanted=tuple(wanted),
         notes=_notes(chosen, points, units, delta, machine),
     )
@@ -143,7 +143,7 @@ def _point(
     config: DPXAttnConfig,
     calibration: AnchorCalibration,
     fvu: Curve,
-    score_curve: Curve | None,
+    scores: Curve | None,
     row_bytes: int,
     units: int,
     measure: bool,
@@ -157,7 +157,7 @@ def _point(
     return PlanPoint(
         epsilon=config.epsilon,
         fvu=of_units(calibration, fvu, config.epsilon, units),
-        score=None if score_curve is None else of_units(calibration, score_curve, config.epsilon, units),
+        score=None if scores is None else of_units(calibration, scores, config.epsilon, units),
         release=prepared.plan.release,
         made_for=prepared.plan.epsilon,
         meaning=prepared.source.numbers.clipping,
@@ -270,8 +270,7 @@ def _score_curve(calibration: AnchorCalibration, name: str | None) -> Curve | No
     if not names:
         return None
     name = names[0] if name is None else name
-    points = ((s.epsilon, s.score, s.low, s.high) for s in calibration.scores if s.name == name)
-    return Curve.of(name, points, higher_is_better=True)
+    return score_curve(calibration, name)
 
 
 def _layers(calibration: AnchorCalibration, names: Sequence[str] | None) -> tuple[list[int], int]:
@@ -323,8 +322,14 @@ def _notes(
 ) -> tuple[str, ...]:
     judged = min(p.quality.contexts for p in calibration.plans)
     notes = [
-        f"predicted on {judged} public contexts that nothing was fitted to (of {calibration.contexts}); the intervals cover contexts like "
-        "those and fresh noise, not contexts of another kind, which may do worse",
+        f"predicted on {judged} public contexts that nothing was fitted to (of {calibration.contexts}); the interval of the FVU is from "
+        "contexts like those to contexts of a kind that no public one is of"
+        + ("" if _unseen(calibration) else ", on which this older calibration was never tried: up to 1"),
+        *(
+            ["the interval of a score is for ONE context, also of a kind that the calibration had not seen"]
+            if calibration.scores
+            else []
+        ),
         "FVU: fraction of the attention outputs' variance left unexplained; 1 is the public mean alone, 0 exact attention",
         *_of_replies(calibration),
     ]
@@ -372,6 +377,11 @@ def _notes(
         "public prompts, and weights that were trained on private data"
     )
     return tuple(notes)
+
+
+def _unseen(calibration: AnchorCalibration) -> bool:
+    """Whether its plans were tried on contexts of kinds that nothing was fitted to."""
+    return all(p.worth is not None for p in calibration.plans)
 
 
 def _of_replies(calibration: AnchorCalibration) -> list[str]:

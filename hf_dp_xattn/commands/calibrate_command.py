@@ -169,11 +169,19 @@ def run(args: argparse.Namespace) -> int:
     if args.mechanism == "library":
         args.unit = args.unit or "group"
     with new_folder(Path(args.out), but=_KEPT) as out:
+        kept = out / _KEPT
+        before = kept.exists()
         try:
             return _run(args, out)
         except KeyboardInterrupt:
-            if (out / _KEPT).exists():
+            if kept.exists():
                 raise Stopped("Stopped. The same command goes on from what is kept in --out.") from None
+            raise
+        except ConfigError as error:
+            from ..calibration.checkpoints import CannotKeepError
+
+            if not before and not isinstance(error, CannotKeepError):  # nothing could go on from it
+                shutil.rmtree(kept, ignore_errors=True)
             raise
 
 

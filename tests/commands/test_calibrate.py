@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import hf_dp_xattn as dpx
+from hf_dp_xattn.calibration.checkpoints import Checkpoints
 from hf_dp_xattn.cli import main
 from hf_dp_xattn.commands.calibrate_command import read_lists
 from hf_dp_xattn.commands.models import load_plain, parse_dtype
@@ -144,7 +145,7 @@ def test_a_bare_user_gets_a_library(
     monkeypatch.setattr(calibrate, "public_prompts", lambda kind: few)
     out = tmp_path / "made"
     start = ["calibrate", str(models_folder / "plain"), "--out", str(out), "--epsilons", "8", "--json"]
-    keep, calls = encoding._keep, []
+    keep, calls = Checkpoints.keep, []
 
     def one(*given: Any) -> None:
         keep(*given)
@@ -152,10 +153,12 @@ def test_a_bare_user_gets_a_library(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(encoding, "_keep", one)
+        patched.setattr(Checkpoints, "keep", one)
         assert main(start) == 130
     assert "goes on" in capsys.readouterr().err and len(list((out / ".unfinished").iterdir())) == 1
-    monkeypatch.setattr(encoding, "_keep", lambda *given: (keep(*given), calls.append(1)))
+    monkeypatch.setattr(
+        Checkpoints, "keep", lambda *given: (keep(*given), calls.append(1) if given[0].folder else None)
+    )
     assert main(start) == 0
     values = json.loads(capsys.readouterr().out)
     library = dpx.Calibration.from_pretrained(out)

@@ -17,8 +17,9 @@ import torch
 from ...errors import ConfigError
 from ...privacy.joint_response import MAX_PARTS, ProductResponse
 from .levels import MOVES
+from .library_intervals import of_one_context
 from .library_plans import TRIAL, Lists, PublicUnits, Ranked, Shelving, by_context
-from .stored_plan import JointPlan, LibraryPlan, LibraryQuality, spread
+from .stored_plan import JointPlan, LibraryPlan, LibraryQuality
 
 _LEVELS = 10  # lists of up to 2^10 texts; beyond it all
 _WRONG = 1
@@ -54,7 +55,7 @@ class JointPlanner:
         held = self.held.some(len(self.held.text), self.shelving.seed)
         lengths = dict(zip(*(t.tolist() for t in held.context.unique(return_counts=True)), strict=True))
         parts = torch.tensor([lengths[c] for c in held.context.tolist()])
-        expected = torch.full((len(parts),), math.nan)
+        expected = torch.full((2, len(parts)), math.nan)
         for m in range(1, min(self.longest, MAX_PARTS) + 1):
             places = self.shelving.places.shelves(m)
             sizes, wrong = self._best(epsilon, places)
@@ -63,14 +64,14 @@ class JointPlanner:
             )
             for i, (shelf, k) in enumerate(zip(places, sizes, strict=True)):
                 here = (parts == m) & (held.shelf == shelf)
-                if bool(here.any()):
-                    ranked = self.shelving.ranked(held.where(here), self._level(shelf, k)[1])
-                    expected[here] = _expected(response, i, ranked)
+                for unseen in (False, True) if bool(here.any()) else ():
+                    ranked = self.shelving.ranked(held.where(here), self._level(shelf, k)[1], unseen=unseen)
+                    expected[int(unseen), here] = _expected(response, i, ranked)
             made = [self._entries(self.units, shelf, k) for shelf, k in zip(places, sizes, strict=True)]
             joint.append(JointPlan(tuple(lists.add(entries)[0] for entries in made), wrong))
-        known = ~expected.isnan()
+        known = ~expected[0].isnan()
         quality = each.quality if not bool(known.any()) else LibraryQuality(
-            *spread(by_context(1.0 - expected[known], held.context[known])),
+            *of_one_context(*(by_context(1.0 - own[known], held.context[known]) for own in expected)),
             each.quality.exact,
             len(held.context[known].unique()),
         )  # fmt: skip

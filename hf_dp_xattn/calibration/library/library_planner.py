@@ -19,6 +19,7 @@ from .text_library import TextLibrary
 _NOTES = (
     "distortion: 1 - cosine between a unit and the text that answers it, in the library's metric; 0 is the unit itself, 1 is a text that "
     "says nothing of it",
+    "95 %: for one context; from those like the public ones to those of a kind that no public text is of",
     "what leaves is public text, that anyone can read: a text that the library does not hold cannot be released",
     "how many units a context has, their order and where it is cut are public",
     "not covered: a second release of the same context (charged again), and what several units say together",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -16,7 +17,8 @@ from ...errors import ConfigError
 from ...mechanisms.library.places import PLACES, Places
 from ...privacy.rank_response import RankResponse
 from .levels import MOVES, medoids
-from .stored_plan import LibraryPlan, LibraryQuality, spread
+from .library_intervals import kinds_of, of_one_context
+from .stored_plan import LibraryPlan, LibraryQuality
 
 TRIAL = 2  # rounds of moves, where sizes are compared
 _NEAR = (1, 2, 4, 8, 16)
@@ -85,11 +87,23 @@ class Ranked:
     size: int
 
     @classmethod
-    def of(cls, units: torch.Tensor, entries: torch.Tensor) -> Ranked:
-        """Codes [n, p] and [K, p] of length 1; no more than a block of cosines is ever held."""
+    def of(
+        cls,
+        units: torch.Tensor,
+        entries: torch.Tensor,
+        kinds: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Ranked:
+        """Codes [n, p] and [K, p] of length 1; no more than a block of cosines is ever held. kinds [n] and [K]: an entry of a unit's own
+        kind counts as the mean of the others."""
         keep, parts = min(_NEAR[-1], len(entries)), []
-        for block in units.split(max(1, _BLOCK // len(entries))):
+        rows = max(1, _BLOCK // len(entries))
+        for at, block in enumerate(units.split(rows)):
             cosines = block @ entries.mT
+            if kinds is not None:
+                own = kinds[0][at * rows : at * rows + len(block)].unsqueeze(1) == kinds[1]
+                others = (~own).sum(1, keepdim=True)
+                mean = cosines.masked_fill(own, 0.0).sum(1, keepdim=True) / others.clamp_min(1)
+                cosines = torch.where(own, mean, cosines)
             parts.append((cosines.topk(keep, dim=1).values, cosines.sum(1)))
         return cls(torch.cat([t for t, _ in parts]), torch.cat([s for _, s in parts]), len(entries))
 
@@ -145,9 +159,15 @@ class Shelving:
         chosen = next((u for u in (own, alike) if len(u.text) >= _FEW), held)
         return chosen.some(_HELD, self.seed)
 
-    def ranked(self, units: PublicUnits, entries: torch.Tensor) -> Ranked:
-        """The cosines of units with entries."""
-        return Ranked.of(self.codes[units.text], self.codes[entries])
+    def ranked(self, units: PublicUnits, entries: torch.Tensor, *, unseen: bool = False) -> Ranked:
+        """The cosines of units with entries. unseen: as if no entry were of a unit's kind."""
+        kinds = (self.kinds[units.text], self.kinds[entries]) if unseen else None
+        return Ranked.of(self.codes[units.text], self.codes[entries], kinds)
+
+    @cached_property
+    def kinds(self) -> torch.Tensor:
+        """[N]: of all texts."""
+        return kinds_of(self.codes, self.seed)
 
     def pick(
         self,
@@ -249,14 +269,15 @@ class Shelving:
     ) -> LibraryQuality:
         """Of all held-out units, each at its own place; by context."""
         held = held.some(_HELD, self.seed)
-        expected, exact = torch.zeros(len(held.text)), self.ranked(held, public.text.unique()).top[:, 0]
+        expected, exact = torch.zeros(2, len(held.text)), self.ranked(held, public.text.unique()).top[:, 0]
         for shelf, pick in zip(self.shelves, picks, strict=True):
             here = torch.ones_like(held.shelf, dtype=torch.bool) if shelf is None else held.shelf == shelf
             if bool(here.any()):
-                ranked = self.ranked(held.where(here), pick.entries)
-                expected[here] = ranked.expected(RankResponse.of(epsilon, ranked.size, pick.near))
-        distortion = by_context(1.0 - expected, held.context)
-        return LibraryQuality(*spread(distortion), 1.0 - float(exact.mean()), len(distortion))
+                for i, unseen in enumerate((False, True)):
+                    ranked = self.ranked(held.where(here), pick.entries, unseen=unseen)
+                    expected[i, here] = ranked.expected(RankResponse.of(epsilon, ranked.size, pick.near))
+        seen, unseen_kinds = (by_context(1.0 - own, held.context) for own in expected)
+        return LibraryQuality(*of_one_context(seen, unseen_kinds), 1.0 - float(exact.mean()), len(seen))
 
 
 class Lists:

@@ -19,8 +19,8 @@ _ROUNDING = 1e-6
 class LibraryQuality:
     """Predicted on public contexts that were held out: 1 - cosine between a unit and its answer, in the library's own metric.
 
-    0: the unit itself; 1: nothing is known of it but the public mean. low, high: 95 % interval over contexts. exact: of the nearest entry,
-    without noise. contexts: how many were held out.
+    0: the unit itself; 1: nothing is known of it but the public mean. low, high: 95 % interval for one context, also of a kind that no
+    public text is of (`library_intervals`). exact: of the nearest entry, without noise. contexts: how many were held out.
     """
 
     distortion: float
