@@ -84,10 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except KeyboardInterrupt:
-        return _told(STOPPED, INTERRUPTED)
+        return _fail(STOPPED, INTERRUPTED)
     except DPXAttnError as error:
         code = FAILED if isinstance(error, CommandFailed) else BAD_INPUT
-        return _told(str(error), INTERRUPTED if isinstance(error, Stopped) else code)
+        return _fail(str(error), INTERRUPTED if isinstance(error, Stopped) else code)
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
@@ -95,9 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in _NO_ROOM:
             raise
         name = "" if error.filename is None else f" {Path(str(error.filename)).name!r}"
-        return _told(f"Nothing can be written to{name or ' the disk'}: {error.strerror}.", FAILED)
+        return _fail(f"Nothing can be written to{name or ' the disk'}: {error.strerror}.", FAILED)
 
 
-def _told(message: str, code: int) -> int:
+def _fail(message: str, code: int) -> int:
     print(f"hf-dp-xattn: {message}", file=sys.stderr)
     return code

@@ -9,13 +9,14 @@ import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, ContextError
+from ..hosts.driver import Canary, Driver
 from ..hosts.making import LayerRecipe
 from .audit_report import NOT_APPLICABLE, AuditReport, Check, EpsilonBound, Extraction
 from .empirical import audit_releases, preparer, targets
 from .extraction import extract, verdict
 from .leaks import LEAKS, OF_LAYERS
 from .settings import CANDIDATES, CONFIDENCE, DRAWS, SMALLER, TRIALS, check_numbers
-from .subjects import Canary, Subject, subject_of
+from .subjects import subject_of
 
 OWN_LEDGER = (
     "Canaries were charged to a ledger in memory that only this audit had; no budget of yours was spent."
@@ -83,7 +84,7 @@ def check_config(config: DPXAttnConfig) -> None:
         raise ConfigError("mechanism='none' is exact attention: NOT private, and there is nothing to audit.")
 
 
-def _canaries(subject: Subject, texts: Sequence[str] | None, contexts: Sequence[Any] | None) -> list[Canary]:
+def _canaries(subject: Driver, texts: Sequence[str] | None, contexts: Sequence[Any] | None) -> list[Canary]:
     given = texts if texts is not None else contexts
     if given is not None and len(given) < 2:
         raise ConfigError("An audit needs at least two candidates: it asks which of them was released.")
@@ -95,8 +96,8 @@ def _canaries(subject: Subject, texts: Sequence[str] | None, contexts: Sequence[
 
 
 def _leak(
-    check: Callable[[Subject, Any], Check],
-    subject: Subject,
+    check: Callable[[Driver, Any], Check],
+    subject: Driver,
     canaries: Sequence[Canary],
     step: Callable[[str], None],
 ) -> Check:
@@ -106,7 +107,7 @@ def _leak(
 
 @torch.no_grad()
 def _releases(
-    subject: Subject, draws: int, confidence: float, step: Callable[[str], None]
+    subject: Driver, draws: int, confidence: float, step: Callable[[str], None]
 ) -> tuple[list[Check], list[EpsilonBound]]:
     with subject.protected() as handle:
         recipe = handle.guard.prepare(handle.guard.current())
@@ -119,7 +120,7 @@ def _releases(
 
 
 def _extraction(
-    subject: Subject, canaries: Sequence[Canary], trials: int
+    subject: Driver, canaries: Sequence[Canary], trials: int
 ) -> tuple[list[Check], Extraction | None]:
     try:
         found = extract(subject, canaries, trials=trials)

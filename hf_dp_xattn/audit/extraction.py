@@ -17,18 +17,18 @@ import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
+from ..hosts.driver import Canary, Driver
 from ..privacy.bits import Entropy, SystemEntropy
 from ..privacy.guessing import guess_bound
 from .audit_report import FAIL, PASS, Check, Extraction
 from .laws import Context, Law, law_of
 from .leaks import captured
 from .statistics import lower_bound, upper_bound
-from .subjects import Canary, Subject
 
 _ERROR = 0.025  # on each side of the interval
 
 
-def contexts_of(subject: Subject, canaries: Sequence[Canary]) -> list[Context]:
+def contexts_of(subject: Driver, canaries: Sequence[Canary]) -> list[Context]:
     """What the mechanism is given of each canary, on a protected host; each is released once, to find out."""
     handle = subject.handle
     recipe = handle.guard.prepare(handle.guard.current())
@@ -42,7 +42,7 @@ def contexts_of(subject: Subject, canaries: Sequence[Canary]) -> list[Context]:
 
 @torch.no_grad()
 def extract(
-    subject: Subject, canaries: Sequence[Canary], *, trials: int, entropy: Entropy | None = None
+    subject: Driver, canaries: Sequence[Canary], *, trials: int, entropy: Entropy | None = None
 ) -> Extraction:
     """Plays the game `trials` times: a random candidate is released, and the likeliest one is guessed (ties at random).
 
@@ -92,7 +92,7 @@ def play(
     )
 
 
-def _units(subject: Subject, contexts: Sequence[Context]) -> int:
+def _units(subject: Driver, contexts: Sequence[Context]) -> int:
     """In how many units two candidates differ at most."""
     if subject.config.unit == "context" or subject.by_groups:
         return 1

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from ..errors import BudgetExceededError, DPXAttnError, ProtectionLostError
+from ..hosts.driver import Canary, Driver, Outputs
 from ..hosts.text.released_texts import ReleasedTexts
 from .audit_report import FAIL, NOT_APPLICABLE, PASS, Check
 from .snapshot import differences, snapshot
 from .spy import Spy
-from .subjects import Canary, Outputs, Subject
 
 NO_POWER = "the unprotected host answers both canaries alike, bit for bit: this check could not fail here"
 Pair = tuple[Canary, Canary]
@@ -69,7 +69,7 @@ def has_nan(outputs: Outputs) -> bool:
     return any(bool(t.isnan().any()) for t in outputs if t.is_floating_point())
 
 
-def only_the_release(subject: Subject, pair: Pair) -> Check:
+def only_the_release(subject: Driver, pair: Pair) -> Check:
     """Invariant 1: with the release held fixed, two private contexts give bitwise equal outputs."""
     name = "nothing but the release"
     if same(*(subject.plain(c) for c in pair)):
@@ -95,7 +95,7 @@ def only_the_release(subject: Subject, pair: Pair) -> Check:
     return Check(name, PASS if equal else FAIL, text)
 
 
-def nothing_travels(subject: Subject, pair: Pair) -> Check:
+def nothing_travels(subject: Driver, pair: Pair) -> Check:
     """Invariant 1: what stands in for the private rows holds none of them, and no module is given one."""
     name = "no private row travels"
     with subject.protected() as handle, captured(handle) as kept:
@@ -122,7 +122,7 @@ def nothing_travels(subject: Subject, pair: Pair) -> Check:
     return Check(name, PASS, text)
 
 
-def a_lost_layer(subject: Subject, pair: Pair) -> Check:
+def a_lost_layer(subject: Driver, pair: Pair) -> Check:
     """Invariant 3: a layer that lost its processor or attention function stops the host; with the gate shut as well, nothing leaks."""
     name = "a lost layer fails closed"
     with subject.protected() as handle:
@@ -149,7 +149,7 @@ def a_lost_layer(subject: Subject, pair: Pair) -> Check:
     return Check(name, PASS, text)
 
 
-def _without_gates(subject: Subject, handle: Any, inputs: list[dict[str, Any]]) -> str:
+def _without_gates(subject: Driver, handle: Any, inputs: list[dict[str, Any]]) -> str:
     """What comes out where nothing looks any more: "an error", "NaN", "the same for both", or "leak"."""
     vars(handle.guard)["check"] = lambda: None
     try:
@@ -167,7 +167,7 @@ def _only_nan(outputs: Outputs) -> bool:
     return all(bool((t.isnan() | t.isinf()).all()) for t in outputs if t.is_floating_point())
 
 
-def no_release_no_answer(subject: Subject, pair: Pair) -> Check:
+def no_release_no_answer(subject: Driver, pair: Pair) -> Check:
     """Invariant 3: what is no placeholder does not pass."""
     name = "no release, no answer"
     with subject.protected():
@@ -184,7 +184,7 @@ def no_release_no_answer(subject: Subject, pair: Pair) -> Check:
     return Check(name, FAIL, "the protected host answered without a release")
 
 
-def one_release(subject: Subject, pair: Pair) -> Check:
+def one_release(subject: Driver, pair: Pair) -> Check:
     """Invariant 2: use is free, a second release of the same context is charged or refused."""
     name = "one release per context"
     with subject.protected() as handle:
@@ -220,7 +220,7 @@ def one_release(subject: Subject, pair: Pair) -> Check:
     return Check(name, FAIL, "; ".join(wrong))
 
 
-def restored(subject: Subject, pair: Pair) -> Check:
+def restored(subject: Driver, pair: Pair) -> Check:
     """Invariant 8: `unprotect` gives the host back bit for bit."""
     name = "unprotect restores the host"
     want = subject.plain(pair[0])
@@ -241,7 +241,7 @@ def restored(subject: Subject, pair: Pair) -> Check:
 
 OF_LAYERS = (nothing_travels, a_lost_layer)
 """Those that a host has nothing for whose layers read no release: what reaches it is public text, through the gates of the others."""
-LEAKS: tuple[Callable[[Subject, Pair], Check], ...] = (
+LEAKS: tuple[Callable[[Driver, Pair], Check], ...] = (
     only_the_release,
     nothing_travels,
     a_lost_layer,

@@ -1,58 +1,55 @@
-"""The subject of a host: one class per kind of host."""
+"""What is tried: a host that is not protected, with the settings to protect it by."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
-from ..known_mechanisms import KNOWN
-from .picture_subjects import PipelineSubject, UNetSubject
-from .released_subjects import released_subject
-from .subject import Canary, Outputs, Subject
-from .text_subjects import DecoderSubject, ImageTextSubject, Seq2SeqSubject, TransformersSubject
+from ..hosts.accounts import STAYS
+from ..hosts.driver import Driver
+from ..hosts.host_registry import driver_for
+from ..hosts.protect import handle_of, protect
+from ..privacy.ledger import Budget, Ledger
 
-__all__ = [
-    "Canary",
-    "DecoderSubject",
-    "ImageTextSubject",
-    "Outputs",
-    "PipelineSubject",
-    "Seq2SeqSubject",
-    "Subject",
-    "TransformersSubject",
-    "UNetSubject",
-    "subject_of",
-]
+MANY = 1000  # releases that the ledger of an audit of groups has room for
 
 
-# of diffusers there are two: of a pipeline, and of a bare UNet
-SUBJECTS: dict[str, type[Subject]] = {
-    "encoder-decoder": Seq2SeqSubject,
-    "image-text": ImageTextSubject,
-    "decoder-only": DecoderSubject,
-}
-
-
-def subject_of(host: Any, config: DPXAttnConfig, calibration: Any = None, tokenizer: Any = None) -> Subject:
-    """The subject for a host that is not protected.
+def subject_of(host: Any, config: DPXAttnConfig, calibration: Any = None, tokenizer: Any = None) -> Driver:
+    """The driver of a host that is not protected.
 
     Raises:
-        UnsupportedModelError: see `protect`. ConfigError: it is protected already.
+        UnsupportedModelError: see `protect`. ConfigError: it is protected already, or there is nothing to try.
     """
-    from ..hosts.accounts import STAYS
-    from ..hosts.host_registry import kind_of
-    from ..hosts.protect import handle_of
-
     if handle_of(host) is not None:
         raise ConfigError(
             "This host is protected: call dpx.unprotect(host) first. It is protected here with a ledger of its own, and left "
             f"unprotected ({STAYS})."
         )
-    if KNOWN[config.mechanism].releases == "texts":
-        return released_subject(host)(host, config, calibration, tokenizer)
-    kind = kind_of(host)
-    subject = SUBJECTS.get(kind.family)
-    if subject is None:
-        subject = UNetSubject if kind.pipeline(host) is None else PipelineSubject
-    return subject(host, config, calibration, tokenizer)
+    subject = driver_for(host, config)(host, config, calibration, tokenizer, protect=_protected)
+    subject.check_trial()
+    return subject
+
+
+@contextmanager
+def _protected(subject: Driver, config: DPXAttnConfig) -> Iterator[Any]:
+    """The handle, with a ledger in memory that nobody else has; unprotected at the end."""
+    # canaries that are groups stand beside the same others, and a document that is released again is charged again
+    budget = Budget(MANY * config.epsilon, min(0.5, MANY * config.delta)) if subject.by_groups else None
+    handle = protect(
+        subject.host,
+        config,
+        calibration=subject.calibration,
+        ledger=Ledger(),
+        budget=budget,
+        allow_useless=True,  # what it gives away is asked here, not what it is worth
+        allow_uncalibrated=True,
+        allow_large_epsilon=True,
+        tokenizer=None if subject.layered else subject.tokenizer,
+    )
+    try:
+        yield handle
+    finally:
+        handle.unprotect()

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         from ..audit import audit
 
         trial = load_trial(args)
-        found = audit(
+        report = audit(
             trial.host,
             trial.config,
             calibration=trial.calibration,
@@ -96,5 +96,5 @@ def run(args: argparse.Namespace) -> int:
             confidence=args.confidence,
             progress=not args.json,
         )
-    print(found.to_json() if args.json else found)
-    return 0 if found.passed else FAILED
+    print(report.to_json() if args.json else report)
+    return 0 if report.passed else FAILED

@@ -114,10 +114,10 @@ def _edge(subject: Any, latents: int | None) -> int:
 def _steps(subject: Any, edge: int, canary: Any, release: Any) -> Runs:
     import torch
 
-    negative, own = subject.states(canary)
+    negative, prompt = subject.states(canary)
     if release is not None:
-        own = next(iter(subject.inputs(release).values()))
-    states = torch.cat([negative, own])
+        prompt = next(iter(subject.inputs(release).values()))
+    states = torch.cat([negative, prompt])
     sample, step = subject.step_inputs(batch=2, edge=edge)
 
     def one() -> Any:
@@ -130,8 +130,8 @@ def _steps(subject: Any, edge: int, canary: Any, release: Any) -> Runs:
 def _answers(subject: Any, tokens: int, canary: Any, release: Any) -> Runs:
     def answer(count: int) -> Any:
         subject.new_tokens = count
-        given = subject.unprotected(canary) if release is None else subject.inputs(release)
-        return subject.answer(given)[1]
+        inputs = subject.unprotected(canary) if release is None else subject.inputs(release)
+        return subject.answer(inputs)[1]
 
     return {FIRST: lambda: answer(1), ANSWER: lambda: answer(tokens)}
 
@@ -166,9 +166,9 @@ def _time(times: Times, side: str, named: Runs) -> None:
     for name, one in named.items():
         one()
         start = time.perf_counter()
-        found = one()
+        output = one()
         times.setdefault(f"{name}, {side}", []).append(time.perf_counter() - start)
-        if side == PROTECTED and bool(found.isnan().any()):
+        if side == PROTECTED and bool(output.isnan().any()):
             raise ConfigError(
                 "The protected model gives NaN: no times are printed. Run hf-dp-xattn audit on it."
             )

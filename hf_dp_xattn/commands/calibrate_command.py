@@ -7,23 +7,20 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ..records import plain_text, read_records
 from .models import HELP as MODEL
 from .models import SETTINGS, load_plain, load_tokenizer, parse_dtype, quiet, tokenizer_of
+from .private_text import add_text_options
 from .public_numbers import check_numbers
 from .quick_library import few
 from .release_command import new_folder
-from .texts import (
-    add_text_options,
-    plain_ids,
-    read_documents,
-    read_prefix,
-    read_question,
-)
 from .watching import Stopped
+
+if TYPE_CHECKING:
+    from ..config import DPXAttnConfig
 
 NAME = "calibrate"
 HELP = "fit a calibration to public texts; spends nothing"
@@ -221,22 +218,24 @@ def _run(args: argparse.Namespace, out: Path) -> int:
     elif args.expand is not None or args.grouping is not None:
         raise ConfigError("--grouping and --expand are for --mechanism library.")
     else:
-        public, more = _public(model, args, texts, questions)
+        public, more = _public(model, config, args, texts, questions)
         if args.quick and args.mechanism == "anchors":
             options = {"steps": 300, "anchors": 512, **options}
     if args.quick and isinstance(public, list):
         public = few(public)
-    made = calibrate(model, public, config, seed=args.seed, progress=not args.json, **more, **options)
+    calibration = calibrate(model, public, config, seed=args.seed, progress=not args.json, **more, **options)
     card: CardOptions = {} if args.license is None else {"license": args.license}
-    made.save_pretrained(out, **card)
+    calibration.save_pretrained(out, **card)
     shutil.rmtree(out / _KEPT, ignore_errors=True)
     if args.json:
-        plans = [{"epsilon": p.epsilon, "delta": config.delta, **_told(p)} for p in made.plans]
+        plans = [{"epsilon": p.epsilon, "delta": config.delta, **_summary(p)} for p in calibration.plans]
         print(json.dumps({"folder": str(out), "contexts": len(public), "unit": config.unit, "plans": plans}))
         return 0
-    for plan in made.plans:
-        told = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else str(v) for k, v in _told(plan).items())
-        print(f"epsilon {plan.epsilon:g}: {told}")
+    for plan in calibration.plans:
+        values = ", ".join(
+            f"{k} {v:.3g}" if isinstance(v, float) else str(v) for k, v in _summary(plan).items()
+        )
+        print(f"epsilon {plan.epsilon:g}: {values}")
     print(f"wrote {out}; see: hf-dp-xattn report {out}")
     return 0
 
@@ -251,14 +250,14 @@ def _texts_of(
     if refused or args.chat:
         name = "chat" if args.chat else refused[0].replace("_", "-")
         raise ConfigError(f"--{name} is not for --mechanism library, which is made of the texts alone.")
-    own = {n: getattr(args, n) for n in ("grouping", "expand") if getattr(args, n) is not None}
+    options = {n: getattr(args, n) for n in ("grouping", "expand") if getattr(args, n) is not None}
     if texts is None:
-        return shipped_contexts(model), own
+        return shipped_contexts(model), options
     listed = args.unit == "group" and all(text.startswith("[") for text in texts)
-    return (read_lists(texts) if listed else texts), own
+    return (read_lists(texts) if listed else texts), options
 
 
-def _told(plan: Any) -> dict[str, Any]:
+def _summary(plan: Any) -> dict[str, Any]:
     """What a plan releases, and how far from the truth it is predicted to be."""
     if hasattr(plan, "entries") and hasattr(plan.quality, "distortion"):
         return {"texts": int(plan.entries.shape[-1]), "distortion": float(plan.quality.distortion)}
@@ -273,7 +272,7 @@ def read_lists(lines: list[str]) -> list[list[str]]:
     Raises:
         ConfigError: a line is not a list of strings, or an empty one.
     """
-    found = []
+    contexts = []
     for i, line in enumerate(lines, 1):
         try:
             parts = json.loads(line)
@@ -287,58 +286,21 @@ def read_lists(lines: list[str]) -> list[list[str]]:
             raise ConfigError(
                 f"For --unit group each line of --public is JSON, a list of the context's segments or documents; text {i} is not."
             )
-        found.append([" ".join(plain_text(p).split()) for p in parts])
-    return found
+        contexts.append([" ".join(plain_text(p).split()) for p in parts])
+    return contexts
 
 
 def _public(
-    model: Any, args: argparse.Namespace, texts: list[str], questions: list[str] | None
+    model: Any, config: DPXAttnConfig, args: argparse.Namespace, texts: list[str], questions: list[str] | None
 ) -> tuple[Any, dict[str, Any]]:
     """(public contexts, further options) as `calibrate` takes them for this kind of host."""
-    from ..hosts.host_registry import kind_of
+    from ..hosts.host_registry import driver_for
 
-    family = kind_of(model).family
-    if family == "image-text":
-        raise ConfigError(
-            "This model reads images, which the command line does not: dpx.calibrate in Python."
-        )
-    decoder, seq2seq, apart = family == "decoder-only", family == "encoder-decoder", args.unit == "group"
-    if args.length is not None and (not seq2seq or apart):
-        raise ConfigError("--length is for encoder-decoder models, of which a text is one document.")
-    if questions is not None and not (decoder or seq2seq):
-        raise ConfigError("--questions is for models of text, encoder-decoder or decoder-only.")
-    if not decoder and (args.chat or args.prefix_bucket is not None):
-        raise ConfigError("--chat and --prefix-bucket are for decoder-only models.")
-    if decoder:
-        prefixes = [
-            read_prefix(args.model, t, chat=bool(args.chat)) for t in (read_lists(texts) if apart else texts)
-        ]
-        more: dict[str, Any] = {"public_head": prefixes[0].head, "prefix_bucket": args.prefix_bucket}
-        if questions is not None:
-            more["questions"] = [read_question(args.model, q, chat=bool(args.chat))[0] for q in questions]
-        return [p.context for p in prefixes], more
-    if not seq2seq:
-        return texts, {}
-    more = {} if questions is None else {"questions": [plain_ids(args.model, q) for q in questions]}
-    if apart:
-        return [read_documents(args.model, documents) for documents in read_lists(texts)], more
-    if args.length is None:
-        raise ConfigError(
-            "Public texts of an encoder-decoder model have one length: --length N cuts them to N tokens."
-        )
-    return _one_length(args, texts), more
-
-
-def _one_length(args: argparse.Namespace, texts: list[str]) -> Any:
-    """[N, length] ids; a longer text is cut before its end token."""
-    import torch
-
-    tokenizer = load_tokenizer(args.model)
-    read = [tokenizer(text, truncation=True, max_length=args.length).input_ids for text in texts]
-    kept = [ids for ids in read if len(ids) == args.length]
-    if not kept:
-        raise ConfigError(f"No text has {args.length} tokens; lower --length.")
-    if len(kept) < len(texts) and not args.json:
-        left = len(texts) - len(kept)
-        print(f"{left} of {len(texts)} texts are shorter than --length and left out", file=sys.stderr)
-    return torch.tensor(kept)
+    driver = driver_for(model, config)(model, config, options=args)
+    if not driver.draws:
+        driver.tokenizer = load_tokenizer(args.model)
+    units = read_lists(texts) if config.unit == "group" and not driver.draws else texts
+    public, more = driver.public_contexts(units, questions)
+    for note in () if args.json else driver.notes:
+        print(note, file=sys.stderr)
+    return public, more

@@ -8,15 +8,17 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .families import Family, Prefixes, by_text, family_of
-from .models import ANYTHING, add_settings, is_protected, protect_host
+from .models import ANYTHING, add_settings, driver_of, is_protected, protect_host
 from .models import HELP as MODEL
 from .public_numbers import check_numbers
 from .release_command import say
 from .trial_hosts import load_trial
+
+if TYPE_CHECKING:
+    from ..hosts.driver import Driver
 
 NAME = "demo"
 HELP = "one public text at several epsilons: pictures or replies"
@@ -65,7 +67,7 @@ class Column:
 
     label: str
     epsilon: float | None
-    made: Any
+    output: Any
     released: str | None = None
 
 
@@ -105,14 +107,14 @@ def run(args: argparse.Namespace) -> int:
         columns, report, unit = _columns(args, epsilons)
     values: dict[str, Any] = {"report": report.to_dict(), "unit": unit}
     values["columns"] = [{"label": c.label, "epsilon": c.epsilon} for c in columns]
-    for found, column in zip(values["columns"], columns, strict=True):
+    for entry, column in zip(values["columns"], columns, strict=True):
         if column.released is not None:
-            found["released"] = column.released
-        if isinstance(column.made, str):
-            found["reply"] = column.made
-    if not isinstance(columns[0].made, str):
+            entry["released"] = column.released
+        if isinstance(column.output, str):
+            entry["reply"] = column.output
+    if not isinstance(columns[0].output, str):
         values["file"] = str(_write(columns, Path(args.out)))
-    print(json.dumps(values, sort_keys=True) if args.json else _told(values, columns, report))
+    print(json.dumps(values, sort_keys=True) if args.json else _text(values, columns, report))
     return 0
 
 
@@ -167,36 +169,36 @@ def _columns(args: argparse.Namespace, epsilons: tuple[float, ...]) -> tuple[lis
         with protect_host(
             trial.host, args.model, config, calibration=trial.calibration, ledger=Ledger(), **ANYTHING
         ) as handle:
-            family = family_of(handle, args)
-            text = _prepare(family, args)
+            driver = driver_of(handle, args)
+            text = _prepare(driver, args)
             if not columns:
                 for label, plain in (("no text", None), ("not protected", text)):
-                    columns += [Column(label, None, _one(made)) for made in family.draw_plain(plain)[:1]]
-            release = family.release(text)
-            made = _one(family.draw(release)[0])
-            told = str(release.text) if by_text(handle) else None
-            columns.append(Column(f"epsilon {epsilon:g}", float(epsilon), made, told))
+                    columns += [Column(label, None, _one(output)) for output in driver.draw_plain(plain)[:1]]
+            release = driver.release_text(text)
+            output = _one(driver.draw(release)[0])
+            read = None if driver.layered else str(release.text)
+            columns.append(Column(f"epsilon {epsilon:g}", float(epsilon), output, read))
             report = handle.report()
     return columns, report, trial.config.unit
 
 
-def _prepare(family: Family, args: argparse.Namespace) -> str:
+def _prepare(driver: Driver, args: argparse.Namespace) -> str:
     """The text, as one string, with what is public beside it checked."""
-    if family.draws and args.public is not None:
+    if driver.draws and args.public is not None:
         raise ConfigError("--question is for decoder-only models.")
-    named = {"steps": 20} if family.draws else {"public": _QUESTION, "new_tokens": 20}
+    named = {"steps": 20} if driver.draws else {"public": _QUESTION, "new_tokens": 20}
     for name, value in named.items():
-        if getattr(args, name) is None and (name != "public" or isinstance(family, Prefixes)):
+        if getattr(args, name) is None and (name != "public" or driver.asks):
             setattr(args, name, value)
-    if not family.draws:
+    if not driver.draws:
         args.seed = None  # else texts were sampled
-    texts = args.text or (_PICTURE if family.draws else _SYSTEM if isinstance(family, Prefixes) else _TEXT)
-    family.prepare(None, None)
-    return family.joint.join(texts)
+    texts = args.text or (_PICTURE if driver.draws else _SYSTEM if driver.asks else _TEXT)
+    driver.prepare(None, None)
+    return driver.joint.join(texts)
 
 
-def _one(made: Any) -> Any:
-    return " ".join(made.split()) if isinstance(made, str) else made
+def _one(output: Any) -> Any:
+    return " ".join(output.split()) if isinstance(output, str) else output
 
 
 def _write(columns: list[Column], out: Path) -> Path:
@@ -205,7 +207,7 @@ def _write(columns: list[Column], out: Path) -> Path:
         from PIL import Image, ImageDraw
     except ImportError:
         raise ConfigError("Pictures need Pillow: pip install 'hf_dp_xattn[examples]'.") from None
-    width, height = columns[0].made.size
+    width, height = columns[0].output.size
     factor = max(1, -(-160 // width))  # labels need room
     width, height, margin, label = factor * width, factor * height, 6, 18
     strip = Image.new("RGB", (len(columns) * (width + margin) + margin, height + label + 2 * margin), "white")
@@ -213,7 +215,7 @@ def _write(columns: list[Column], out: Path) -> Path:
     for i, column in enumerate(columns):
         left = margin + i * (width + margin)
         draw.text((left, margin), column.label, fill="black")
-        picture = column.made.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+        picture = column.output.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
         strip.paste(picture, (left, margin + label))
     path = out / "demo.png"
     try:
@@ -223,17 +225,19 @@ def _write(columns: list[Column], out: Path) -> Path:
     return path
 
 
-def _told(values: dict[str, Any], columns: list[Column], report: Any) -> str:
+def _text(values: dict[str, Any], columns: list[Column], report: Any) -> str:
     lines = []
     if "file" in values:
         print(f"wrote {values['file']}", file=sys.stderr)
     width = max(len(c.label) for c in columns)
     for column in columns:
-        if isinstance(column.made, str):
-            lines.append(f"{column.label:<{width}}  {column.made}")
+        if isinstance(column.output, str):
+            lines.append(f"{column.label:<{width}}  {column.output}")
         if column.released is not None:
-            told = column.released.replace("\n", " / ")
-            lines.append(f"{'' if isinstance(column.made, str) else column.label:<{width}}  it read: {told}")
+            units = column.released.replace("\n", " / ")
+            lines.append(
+                f"{'' if isinstance(column.output, str) else column.label:<{width}}  it read: {units}"
+            )
     lines += [""] if lines else []
     lines.append(
         f"The text was released {len([c for c in columns if c.epsilon])} times, once for each epsilon; a private text would be charged for "

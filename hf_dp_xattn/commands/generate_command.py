@@ -13,14 +13,13 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..privacy.default_ledger import user_folder
-from .families import NEW_TOKENS, family_of, is_given
-from .models import SETTINGS, is_protected, load_plain, parse_dtype, protected_model, quiet
-from .private_text import WHY, read_private_text
+from .models import SETTINGS, driver_of, is_protected, load_plain, parse_dtype, protected_model, quiet
+from .private_text import LINES, WHY, read_private_text
 from .public_numbers import NOTHING, check_numbers
 from .release_command import REFUSED, add_releasing, keep, new_folder, open_ledger, release_or_refuse, say
-from .texts import LINES
 from .watching import Stage, watching
 
+NOTE = "hf-dp-xattn: note: "
 NAME = "generate"
 HELP = "a picture or a text from a release"
 DESCRIPTION = f"""\
@@ -80,9 +79,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--height", type=int, metavar="PIXELS", help="pictures: a multiple of 8 (or of what the VAE needs)"
     )
     parser.add_argument("--width", type=int, metavar="PIXELS", help="pictures: likewise")
-    parser.add_argument(
-        "--new-tokens", type=int, metavar="N", help=f"texts: at most so many (default: {NEW_TOKENS})"
-    )
+    parser.add_argument("--new-tokens", type=int, metavar="N", help="texts: at most so many (default: 60)")
     parser.add_argument(
         "--seed",
         type=int,
@@ -112,13 +109,15 @@ def _run(args: argparse.Namespace, private: str | None, keep_in: Path | None = N
     say(args, "loading the model")
     ledger, release = None, None
     if args.release is not None:
-        handle, release = _given(args)
+        handle, release = _read_saved(args)
     else:
         ledger = open_ledger(args)
         handle = protected_model(args, ledger)
-    family = family_of(handle, args)
-    family.prepare(release, private)
-    if family.draws and Path(args.out or "").suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+    driver = driver_of(handle, args)
+    driver.prepare(release, private)
+    for note in driver.notes:
+        print(f"{NOTE}{note}", file=sys.stderr)
+    if driver.draws and Path(args.out or "").suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ConfigError("A picture needs a file: --out picture.png")
     if args.out is not None:
         _check_out(Path(args.out).resolve())
@@ -127,7 +126,7 @@ def _run(args: argparse.Namespace, private: str | None, keep_in: Path | None = N
         if release is None:
             stage.doing = "Releasing"
             say(args, "releasing")
-            release = release_or_refuse(family, str(private))
+            release = release_or_refuse(driver, str(private))
             if release is None:
                 return REFUSED
             assert keep_in is not None
@@ -135,27 +134,41 @@ def _run(args: argparse.Namespace, private: str | None, keep_in: Path | None = N
             say(args, f"the release is kept in {keep_in}; go on from there with --release, at no cost")
             stage.doing, stage.private = "Generating", False
         say(args, "generating")
-        made = family.save(family.draw(release))
+        written = _write(args, driver.draw(release), driver.draws)
         if keep_in is not None:
-            made["release"] = str(keep_in)
-        _tell(args, made, [g.sentence() for g in release.guarantees])
+            written["release"] = str(keep_in)
+        _tell(args, written, [g.sentence() for g in release.guarantees])
     return 0
 
 
-def _tell(args: argparse.Namespace, made: dict[str, Any], guarantees: list[str]) -> None:
+def _write(args: argparse.Namespace, drawn: list[Any], pictures: bool) -> dict[str, Any]:
+    """Writes what was drawn to --out, where there is one: "files", "texts"."""
+    if not pictures:
+        if args.out is None:
+            return {"texts": drawn}
+        Path(args.out).write_text("\n".join(drawn) + "\n", encoding="utf-8")
+        return {"texts": drawn, "files": [args.out]}
+    out = Path(args.out)
+    files = [out] if len(drawn) == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(len(drawn))]
+    for image, file in zip(drawn, files, strict=True):
+        image.save(file)
+    return {"files": [str(f) for f in files]}
+
+
+def _tell(args: argparse.Namespace, written: dict[str, Any], guarantees: list[str]) -> None:
     if args.json:
-        print(json.dumps({**made, "guarantees": guarantees}, sort_keys=True))
+        print(json.dumps({**written, "guarantees": guarantees}, sort_keys=True))
         return
-    if "texts" in made and "files" not in made:
-        print("\n".join(made["texts"]))
-    for told in (*guarantees, *(f"wrote {file}" for file in made.get("files", ()))):
-        print(told, file=sys.stderr)
+    if "texts" in written and "files" not in written:
+        print("\n".join(written["texts"]))
+    for line in (*guarantees, *(f"wrote {file}" for file in written.get("files", ()))):
+        print(line, file=sys.stderr)
 
 
 def _check(args: argparse.Namespace) -> str | None:
     """The private text, where one is to be released; everything that can be refused without a model is."""
     check_numbers(args)
-    given = [
+    options = [
         n
         for n in (
             "config",
@@ -167,17 +180,17 @@ def _check(args: argparse.Namespace) -> str | None:
             "budget",
             "keep",
         )
-        if is_given(getattr(args, n))
+        if getattr(args, n) not in (None, False)
     ]
     if args.release is not None:
-        if given:
-            names = ", --".join(n.replace("_", "-") for n in given)
+        if options:
+            names = ", --".join(n.replace("_", "-") for n in options)
             raise ConfigError(f"--release reads what was released before; leave out --{names}.")
         return None
     return read_private_text(args.prompt_file)
 
 
-def _given(args: argparse.Namespace) -> tuple[Any, Any]:
+def _read_saved(args: argparse.Namespace) -> tuple[Any, Any]:
     """The handle and a saved release; no budget is at hand, and none is spent."""
     from ..hosts.protect import Release, handle_of
     from ..hosts.restoring import from_pretrained

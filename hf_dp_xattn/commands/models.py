@@ -14,6 +14,7 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from ..calibration.calibration import AnyCalibration
     from ..config import DPXAttnConfig
+    from ..hosts.driver import Driver
     from ..privacy.ledger import Ledger
 
 ANYTHING = dict.fromkeys(
@@ -94,12 +95,12 @@ def protected_model(args: argparse.Namespace, ledger: Ledger, *, trial: bool = F
 
     dtype, useless = parse_dtype(args.dtype), trial or args.allow_useless
     total = getattr(args, "budget", None)
-    given = [name for name in ("config", *SETTINGS, "calibration") if getattr(args, name) is not None]
+    named = [name for name in ("config", *SETTINGS, "calibration") if getattr(args, name) is not None]
     if is_protected(args.model):
-        given += [] if total is None else ["budget"]
-        if given:
+        named += [] if total is None else ["budget"]
+        if named:
             raise ConfigError(
-                f"{Path(args.model).name!r} is protected already; leave out --{', --'.join(given)}."
+                f"{Path(args.model).name!r} is protected already; leave out --{', --'.join(named)}."
             )
         return handle_of(from_pretrained(args.model, ledger=ledger, dtype=dtype, allow_useless=useless))
     check_settings(args)
@@ -133,6 +134,18 @@ def protect_host(host: Any, name: str, config: DPXAttnConfig, **options: Any) ->
     if KNOWN[config.mechanism].releases == "texts":
         options["tokenizer"] = tokenizer_of(host, name)
     return protect(host, config, **options)
+
+
+def driver_of(handle: Any, args: argparse.Namespace) -> Driver:
+    """What uses a protected host. Raises ConfigError, before anything is spent, for what the command line cannot do with it."""
+    from ..hosts.host_registry import driver_for
+
+    side = handle.host.text
+    host = handle.model if side is None else side.pipe
+    driver = driver_for(host, handle.config)(host, handle.config, handle=handle, options=args)
+    driver.check()
+    driver.tokenizer = None if driver.draws else load_tokenizer(args.model)
+    return driver
 
 
 def is_protected(name: str) -> bool:
@@ -211,10 +224,10 @@ def config_of(args: argparse.Namespace, calibration: AnyCalibration | None) -> D
 
     if args.config is not None:
         return DPXAttnConfig.from_pretrained(args.config)
-    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    named = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     from ..hosts.chosen import settings_of
 
-    return DPXAttnConfig(**{**({} if calibration is None else settings_of(calibration)), **given})
+    return DPXAttnConfig(**{**({} if calibration is None else settings_of(calibration)), **named})
 
 
 def load_plain(name: str, dtype: Any) -> Any:

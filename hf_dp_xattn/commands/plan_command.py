@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the plan; 1 where a wanted quality is not reached."""
     from ..calibration.planner import plan
 
-    found = plan(
+    report = plan(
         args.calibration,
         epsilon=args.epsilon,
         epsilons=args.epsilons,
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         measure=not args.no_measure,
     )
-    print(found.to_json() if args.json else found)
+    print(report.to_json() if args.json else report)
     if args.plot is not None:
-        print(f"wrote {found.plot(args.plot)}", file=sys.stderr)
-    return 0 if found.reached else 1
+        print(f"wrote {report.plot(args.plot)}", file=sys.stderr)
+    return 0 if report.reached else 1

@@ -17,11 +17,35 @@ them.
 """
 
 
+LINES = """\
+With --unit group a text for a transformers model has one segment (decoder-only) or document (encoder-decoder) on each line; empty lines are
+left out. A line ends at a line feed (LF, or CR LF) and at nothing else. Each is encoded apart from the others, so that the promise for one
+of them holds end to end.
+"""
+
+
 def add_private_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-file",
         metavar="FILE",
         help="file with the private context, '-' for standard input (default: standard input where it is a pipe, else a hidden prompt)",
+    )
+
+
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say what a text is to a decoder-only model."""
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="decoder-only models: the private text is the content of the system message, and what the tokenizer's chat template puts "
+        "before it is public; a release that was made so is also read so (default: with --mechanism library, where there is a template)",
+    )
+    parser.add_argument(
+        "--prefix-bucket",
+        type=int,
+        metavar="N",
+        help="decoder-only models: positions that the private text (with --unit group: each segment) takes, public (default: the next "
+        "multiple of 64)",
     )
 
 

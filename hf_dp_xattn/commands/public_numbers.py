@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import math
-from typing import Any
 
 from ..errors import ConfigError
 
@@ -22,7 +20,6 @@ _RANGES = {
     "length": (1, _MOST),
     "seed": (0, LARGEST_SEED),
 }
-_EIGHT = 8  # diffusers takes multiples of it only, whatever the VAE's factor is
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -35,51 +32,6 @@ def check_numbers(args: argparse.Namespace) -> None:
     guidance = getattr(args, "guidance", None)
     if guidance is not None and not (math.isfinite(guidance) and guidance >= 0):
         raise ConfigError(f"--guidance must be a finite number that is not negative. {NOTHING}")
-
-
-def check_pictures(pipe: Any, args: argparse.Namespace) -> None:
-    """What this pipeline can draw.
-
-    Raises:
-        ConfigError: it starts from an image; a size that is no multiple of its VAE's factor, or more steps than its scheduler has.
-    """
-    if "image" in inspect.signature(type(pipe).__call__).parameters:
-        raise ConfigError(
-            f"{type(pipe).__name__} starts from an image, which the command line does not read: hf-dp-xattn release, and then in Python "
-            f"pipe(**release.inputs(), image=...). {NOTHING}"
-        )
-    factor = math.lcm(_EIGHT, int(pipe.vae_scale_factor))
-    for name in ("height", "width", "pixels"):
-        value = getattr(args, name, None)
-        if value is not None and value % factor:
-            raise ConfigError(
-                f"{_option(name)} must be a multiple of {factor} for this pipeline, got {value}. {NOTHING}"
-            )
-    if args.steps is not None:
-        try:
-            scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-            scheduler.set_timesteps(args.steps)
-        except Exception as error:  # each scheduler has bounds of its own
-            reason = " ".join(str(error).split())
-            raise ConfigError(
-                f"--steps {args.steps} does not suit this pipeline's {type(pipe.scheduler).__name__} ({type(error).__name__}: {reason}). "
-                f"{NOTHING}"
-            ) from None
-
-
-def check_decoder_room(model: Any, tokens: int) -> None:
-    """Raises ConfigError where an encoder-decoder model's decoder has fewer positions than `tokens`, of its start and its text."""
-    from torch import nn
-
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    for name, module in decoder.named_modules():
-        last = name.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and ("position" in last or last == "wpe"):
-            places = module.num_embeddings - int(getattr(module, "offset", 0))
-            if tokens > places:
-                raise ConfigError(
-                    f"The decoder has {places} positions, and --begin and --new-tokens need {tokens}: ask for fewer. {NOTHING}"
-                )
 
 
 def _option(name: str) -> str:

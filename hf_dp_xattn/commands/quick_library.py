@@ -42,7 +42,7 @@ def quick_library(host: Any, args: argparse.Namespace) -> TextLibrary:
     except DPXAttnError:
         pass  # not there yet
     config = DPXAttnConfig(mechanism="library", unit="group")
-    made: TextLibrary = calibrate(
+    library: TextLibrary = calibrate(
         host,
         few(shipped_contexts(host)),
         config,
@@ -50,5 +50,5 @@ def quick_library(host: Any, args: argparse.Namespace) -> TextLibrary:
         tokenizer=tokenizer_of(host, args.model),
         progress=not args.json,
     )
-    made.save_pretrained(folder)
-    return made
+    library.save_pretrained(folder)
+    return library

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BudgetExceededError, ConfigError
-from .families import Family, family_of
-from .models import add_protection, protected_model, quiet
-from .private_text import WHY, add_private_text, read_private_text
-from .texts import LINES, add_text_options
+from .models import add_protection, driver_of, protected_model, quiet
+from .private_text import LINES, WHY, add_private_text, add_text_options, read_private_text
 from .watching import Stage, watching
 
 if TYPE_CHECKING:
+    from ..hosts.driver import Driver
     from .watched_ledger import WatchedLedger
 
 NAME = "release"
@@ -68,22 +67,22 @@ def run(args: argparse.Namespace) -> int:
         say(args, "loading the model")
         ledger = open_ledger(args)
         handle = protected_model(args, ledger)
-        family = family_of(handle, args)
+        driver = driver_of(handle, args)
         say(args, "releasing")
         with watching(ledger, Stage("Releasing")) as stage:
-            release = release_or_refuse(family, text)
+            release = release_or_refuse(driver, text)
             if release is None:
                 return REFUSED
             keep(release, out, stage)
             stage.doing = "Printing the report"
             report = handle.report()
             if args.json:
-                told = {
+                values = {
                     "folder": str(out),
                     "ledger": str(ledger.path or ledger.place),
                     "report": report.to_dict(),
                 }
-                print(json.dumps(told, sort_keys=True))
+                print(json.dumps(values, sort_keys=True))
             else:
                 print(f"{report}\ncharged to {ledger.path or ledger.place}\nwrote {out}")
     return 0
@@ -128,10 +127,10 @@ def open_ledger(args: argparse.Namespace) -> WatchedLedger:
     return ledger
 
 
-def release_or_refuse(family: Family, text: str) -> Any | None:
+def release_or_refuse(driver: Driver, text: str) -> Any | None:
     """The release, or None where the ledger refuses, with its reason on stderr."""
     try:
-        return family.release(text)
+        return driver.release_text(text)
     except BudgetExceededError as error:
         print(f"hf-dp-xattn: {error}", file=sys.stderr)
         return None

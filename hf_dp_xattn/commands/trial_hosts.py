@@ -8,7 +8,6 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..records import read_records
-from .families import by_text
 from .models import (
     ANYTHING,
     check_settings,
@@ -49,7 +48,7 @@ def load_trial(args: argparse.Namespace) -> TrialHost:
         if bare and not is_protected(args.model)
         else protected_model(args, Ledger(), trial=True)
     )
-    host = handle.host.first if by_text(handle) else handle.host.parts[0]
+    host = handle.host.parts[0]
     handle.unprotect()
     tokenizer = None
     if not hasattr(host, "components"):

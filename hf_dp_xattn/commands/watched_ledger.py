@@ -25,11 +25,11 @@ class WatchedLedger(Ledger):
     ) -> tuple[Charge, ...]:
         """See `Ledger.charge_all`."""
         try:
-            made = super().charge_all(digests, events, budget, note=note)
+            charges = super().charge_all(digests, events, budget, note=note)
         except (BudgetExceededError, ConfigError, LedgerError):
             raise
         except BaseException:  # such as a full disk: the ledger itself cannot tell
             self.charged = self.charged or "may have been charged"
             raise
         self.charged = "was charged"
-        return made
+        return charges

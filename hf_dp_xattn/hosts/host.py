@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -16,8 +16,6 @@ from .accounts import PROTECT_AGAIN, Settings
 from .base_guard import BaseGuard
 from .context import PrivateContext
 from .host_words import HostWords, Setting
-
-Family = Literal["diffusers", "encoder-decoder", "decoder-only", "image-text", "released-text"]
 
 
 class Named(NamedTuple):
@@ -43,7 +41,6 @@ class Host(ABC):
     undo: what to do where the protection was lost. layers: those that read a private context, by name. guard: from `install` on.
     """
 
-    family: ClassVar[Family]
     undo: ClassVar[str] = f"Undo that change, call dpx.unprotect(model), and {PROTECT_AGAIN}."
     model: Any
     layers: Mapping[str, Any] = {}

@@ -10,18 +10,24 @@ from typing import Any
 from ..calibration.calibration_options import CalibrationOptions
 from ..calibration.public_data import PublicData
 from ..config import DPXAttnConfig
+from ..known_mechanisms import KNOWN
 from .diffusers.architectures import check_pipeline_class, refuse_host, unwrap
+from .diffusers.picture_driver import PipelineDriver, UNetDriver
 from .diffusers.public_prompts import public_prompts
 from .diffusers.unet_host import UNetHost
+from .driver import Driver
 from .guard import handle_on
-from .host import Family
 from .layer_host import LayerHost
+from .text.released_drivers import released_driver
 from .transformers.decoder_only.decoder_host import DecoderHost
+from .transformers.decoder_only.prefix_driver import PrefixDriver
 from .transformers.decoder_only.prefix_probing import is_decoder_only
 from .transformers.decoder_only.public_prefixes import public_prefixes
 from .transformers.encoder_decoder.cross_probing import is_seq2seq
+from .transformers.encoder_decoder.document_driver import DocumentDriver
 from .transformers.encoder_decoder.encoder_decoder_host import EncoderDecoderHost
 from .transformers.encoder_decoder.public_documents import public_documents
+from .transformers.mllama.image_driver import ImageDriver
 from .transformers.mllama.mllama_host import MllamaHost
 from .transformers.mllama.mllama_probing import is_image_text
 from .transformers.mllama.public_images import public_images
@@ -32,21 +38,18 @@ class HostKind:
     """A kind of host: which ones it is, what adapts it, what its public contexts give, and the options that it alone takes.
 
     public_data: (host, public contexts, config, options) -> what a calibration is fitted to; the host is ready for that while it lasts.
-    takes: of the options of `calibrate` that not all kinds take. documents: whether groups are documents that are encoded apart. pipeline:
-    what of a given host is the pipeline that its model is to be protected in, or None; raises where it is neither.
+    driver: its use from plain texts, by the audit and the command line. takes: of the options of `calibrate` that not all kinds take.
+    documents: whether groups are documents that are encoded apart. pipeline: what of a given host is the pipeline that its model is to be
+    protected in, or None; raises where it is neither.
     """
 
     matches: Callable[[Any], bool]
     host: type[LayerHost]
     public_data: Callable[[Any, Any, DPXAttnConfig, CalibrationOptions], AbstractContextManager[PublicData]]
+    driver: type[Driver]
     takes: frozenset[str] = frozenset()
     documents: bool = False
     pipeline: Callable[[Any], Any] = lambda host: None
-
-    @property
-    def family(self) -> Family:
-        """What the audit and the command line know it by."""
-        return self.host.family
 
 
 def _pipeline(host: Any) -> Any:
@@ -65,12 +68,12 @@ def _pipeline(host: Any) -> Any:
 
 QUESTIONS = frozenset({"questions"})
 PREFIXES = frozenset({"public_head", "prefix_bucket", "replies"})
-DIFFUSERS = HostKind(lambda host: True, UNetHost, public_prompts, pipeline=_pipeline)
+DIFFUSERS = HostKind(lambda host: True, UNetHost, public_prompts, PipelineDriver, pipeline=_pipeline)
 # the first that matches; the last takes what no other takes, and refuses what it does not know
 KINDS = (
-    HostKind(is_seq2seq, EncoderDecoderHost, public_documents, QUESTIONS, documents=True),
-    HostKind(is_image_text, MllamaHost, public_images, QUESTIONS),
-    HostKind(is_decoder_only, DecoderHost, public_prefixes, QUESTIONS | PREFIXES),
+    HostKind(is_seq2seq, EncoderDecoderHost, public_documents, DocumentDriver, QUESTIONS, documents=True),
+    HostKind(is_image_text, MllamaHost, public_images, ImageDriver, QUESTIONS),
+    HostKind(is_decoder_only, DecoderHost, public_prefixes, PrefixDriver, QUESTIONS | PREFIXES),
     DIFFUSERS,
 )
 
@@ -78,6 +81,14 @@ KINDS = (
 def kind_of(model: Any) -> HostKind:
     """The kind of a model, or of a diffusers pipeline; not of a pipeline of transformers (`model_of` gives its model)."""
     return next(kind for kind in KINDS if kind.matches(model))
+
+
+def driver_for(host: Any, config: DPXAttnConfig) -> type[Driver]:
+    """What uses a host from plain texts. Raises UnsupportedModelError, ConfigError."""
+    if KNOWN[config.mechanism].releases == "texts":
+        return released_driver(host)
+    kind = kind_of(host)
+    return UNetDriver if kind is DIFFUSERS and kind.pipeline(host) is None else kind.driver
 
 
 def model_of(host: Any) -> Any:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.audit.subjects import Subject, subject_of
+from hf_dp_xattn.audit.subjects import subject_of
+from hf_dp_xattn.hosts.driver import Driver
 
 from ..hosts import anchor_calibrations
 from ..hosts.transformers.decoder_only import calibrations as decoder_calibrations
@@ -46,7 +47,7 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-def case(name: str) -> Subject:
+def case(name: str) -> Driver:
     host, config, calibration = CASES[name]()
     return subject_of(host, config, calibration)
 

@@ -12,11 +12,11 @@ from hf_dp_xattn.audit import leaks
 from hf_dp_xattn.audit.audit_report import FAIL, NOT_APPLICABLE, PASS
 from hf_dp_xattn.audit.leaks import LEAKS
 from hf_dp_xattn.audit.spy import Spy
-from hf_dp_xattn.audit.subjects import Subject
 from hf_dp_xattn.hosts import guard as guard_module
 from hf_dp_xattn.hosts import releases as releases_module
 from hf_dp_xattn.hosts.diffusers.processor import DPAttnProcessor, Forward
 from hf_dp_xattn.hosts.diffusers.unet_forward import ForwardGate
+from hf_dp_xattn.hosts.driver import Driver
 from hf_dp_xattn.hosts.protected import Protected
 from hf_dp_xattn.hosts.transformers.decoder_only import prefix_attention as decoder_attention
 from hf_dp_xattn.hosts.transformers.encoder_decoder import cross_attention as seq2seq_attention
@@ -24,11 +24,11 @@ from hf_dp_xattn.privacy.ledger import Ledger
 
 from .hosts import CASES, case
 
-Check = Callable[[Subject, Any], Any]
+Check = Callable[[Driver, Any], Any]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-def run(check: Check, subject: Subject) -> Any:
+def run(check: Check, subject: Driver) -> Any:
     one, other = subject.canaries(2)
     return check(subject, (one, other))
 
@@ -57,7 +57,7 @@ def kept_rows(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     return kept
 
 
-def keep_rows_aside(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
+def keep_rows_aside(monkeypatch: pytest.MonkeyPatch, subject: Driver) -> None:
     """What is released is kept, and read by what attends."""
     kept = kept_rows(monkeypatch)
 
@@ -73,7 +73,7 @@ def keep_rows_aside(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
     monkeypatch.setattr(DPAttnProcessor, "_attend", lambda self, *a: attend(self, *a) + more().float())
 
 
-def pass_rows_on(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
+def pass_rows_on(monkeypatch: pytest.MonkeyPatch, subject: Driver) -> None:
     """A module of the host is given the private rows."""
     kept = kept_rows(monkeypatch)
     probe = torch.nn.Identity()
@@ -81,23 +81,23 @@ def pass_rows_on(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
     subject.serving.register_forward_pre_hook(lambda *a: None if not kept else (probe(kept[-1]), None)[1])
 
 
-def numbers_in_the_placeholder(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
+def numbers_in_the_placeholder(monkeypatch: pytest.MonkeyPatch, subject: Driver) -> None:
     make = guard_module.make_placeholder
     monkeypatch.setattr(guard_module, "make_placeholder", lambda *a: make(*a).nan_to_num(0.25))
 
 
-def gates_that_never_look(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
+def gates_that_never_look(monkeypatch: pytest.MonkeyPatch, subject: Driver) -> None:
     for check in ("check", "check_changes", "check_thoroughly"):
         monkeypatch.setattr(guard_module.Guard, check, lambda self: None)
     monkeypatch.setattr("hf_dp_xattn.hosts.diffusers.pipelines.PipelinePatch.check", lambda self: None)
     monkeypatch.setattr("hf_dp_xattn.hosts.diffusers.pipelines.refuse_nan", lambda image: None)
 
 
-def an_open_gate(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
+def an_open_gate(monkeypatch: pytest.MonkeyPatch, subject: Driver) -> None:
     monkeypatch.setattr(ForwardGate, "read", lambda self, a, k: Forward(self._host.guard._built.tables))
 
 
-def a_free_second_release(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
+def a_free_second_release(monkeypatch: pytest.MonkeyPatch, subject: Driver) -> None:
     charge, seen = Ledger.charge_all, set()
 
     def once(self: Any, digests: list[str], *rest: Any, **options: Any) -> Any:
@@ -109,7 +109,7 @@ def a_free_second_release(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> 
     monkeypatch.setattr(Ledger, "check_all", lambda *a: ())
 
 
-def no_cache_of_releases(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
+def no_cache_of_releases(monkeypatch: pytest.MonkeyPatch, subject: Driver) -> None:
     release = releases_module.Releases.make
 
     def anew(self: Any, contexts: Any, **options: Any) -> Any:
@@ -120,7 +120,7 @@ def no_cache_of_releases(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> N
     monkeypatch.setattr(Ledger, "charge_all", lambda *a, **options: ())
 
 
-def a_weight_that_stays_changed(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
+def a_weight_that_stays_changed(monkeypatch: pytest.MonkeyPatch, subject: Driver) -> None:
     unprotect = Protected.unprotect
 
     def careless(self: Any) -> None:
@@ -130,7 +130,7 @@ def a_weight_that_stays_changed(monkeypatch: pytest.MonkeyPatch, subject: Subjec
     monkeypatch.setattr(Protected, "unprotect", careless)
 
 
-def a_hook_that_stays(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
+def a_hook_that_stays(monkeypatch: pytest.MonkeyPatch, subject: Driver) -> None:
     unprotect = Protected.unprotect
 
     def careless(self: Any) -> None:

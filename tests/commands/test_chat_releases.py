@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hf_dp_xattn.cli import main
-from hf_dp_xattn.commands.public_head import NOTE
+from hf_dp_xattn.commands.generate_command import NOTE
 
 from ..hosts.transformers.decoder_only.tiny import tiny as decoder_tiny
 from .conftest import chat_tokenizer

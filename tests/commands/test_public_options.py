@@ -12,8 +12,8 @@ import transformers
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.cli import main
-from hf_dp_xattn.commands import families
 from hf_dp_xattn.commands import generate_command as module
+from hf_dp_xattn.hosts.diffusers.picture_driver import PipelineDriver
 from hf_dp_xattn.hosts.protect import Release
 
 from ..hosts.transformers.decoder_only.tiny import tiny as decoder_tiny
@@ -120,13 +120,13 @@ def fail(error: BaseException) -> Callable[..., Any]:
 
 FAILURES: dict[str, tuple[Any, str, BaseException, str]] = {
     "foreign": (
-        families.Prompts,
+        PipelineDriver,
         "draw",
         RuntimeError("no\nmemory is left"),
         "RuntimeError: no memory is left",
     ),
-    "one of ours": (families.Prompts, "draw", dpx.ConfigError("not so"), "ConfigError: not so"),
-    "stopped": (families.Prompts, "draw", KeyboardInterrupt(), "Generating was stopped."),
+    "one of ours": (PipelineDriver, "draw", dpx.ConfigError("not so"), "ConfigError: not so"),
+    "stopped": (PipelineDriver, "draw", KeyboardInterrupt(), "Generating was stopped."),
     "a full disk at the end": (module, "_tell", OSError(28, "No space left on device"), "No space left"),
 }
 
@@ -229,7 +229,7 @@ def test_what_fails_before_the_charge_is_not_said_to_be_charged(
     here: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(families.Prompts, "release", fail(RuntimeError("a bug")))
+    monkeypatch.setattr(PipelineDriver, "release_text", fail(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         generate(models_folder, "plain", *DRAW, "--prompt-file", prompt)
     assert charges() == 0
@@ -244,10 +244,10 @@ def test_a_failure_with_a_saved_release_costs_nothing(
 ) -> None:
     assert main(["release", str(models_folder / "plain"), "--out", "r", *SPEND, "--prompt-file", prompt]) == 0
     start = ["--release", "r", "--out", "a.png", *PICTURE]
-    monkeypatch.setattr(families.Prompts, "draw", fail(MemoryError()))
+    monkeypatch.setattr(PipelineDriver, "draw", fail(MemoryError()))
     assert generate(models_folder, "plain", *start) == 1
     assert "Generating failed (MemoryError). Nothing was charged" in capsys.readouterr().err
-    monkeypatch.setattr(families.Prompts, "draw", fail(dpx.ReleaseError("it does not fit")))
+    monkeypatch.setattr(PipelineDriver, "draw", fail(dpx.ReleaseError("it does not fit")))
     assert generate(models_folder, "plain", *start) == 2
 
 

@@ -17,8 +17,8 @@ from tokenizers.processors import TemplateProcessing
 import hf_dp_xattn as dpx
 from hf_dp_xattn.cli import main
 from hf_dp_xattn.commands.models import load_plain
-from hf_dp_xattn.commands.texts import read_prefix
 from hf_dp_xattn.hosts.storage import ReleaseFile
+from hf_dp_xattn.hosts.transformers.model_texts import read_prefix
 
 from ..hub.hosts import SECRET, files
 from ..private_content import PrivateContent, check_clean
@@ -249,11 +249,10 @@ def test_what_is_public_of_a_prefix_does_not_depend_on_it(adds: bool, tmp_path: 
     if adds:
         bos = ("<s>", tokenizer.bos_token_id)
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[bos])
-    tokenizer.save_pretrained(tmp_path)
     for text in ("zebra", "<s> zebra"):
-        prefix = read_prefix(str(tmp_path), text, chat=False)
+        prefix = read_prefix(tokenizer, text, chat=False)
         assert len(prefix.head) == adds and len(prefix.context) == len(text.split())
-        apart = read_prefix(str(tmp_path), [text, "quartz"], chat=False)
+        apart = read_prefix(tokenizer, [text, "quartz"], chat=False)
         assert len(apart.head) == adds and [len(s) for s in apart.context] == [len(text.split()), 1]
 
 

@@ -35,7 +35,6 @@ from .unet_forward import ForwardGate
 class UNetHost(LayerHost):
     """Its cross-attention layers are given processors that read releases; a gate on its forward says which."""
 
-    family = "diffusers"
     undo = (
         "Undo that change (unload the adapter, unfuse projections), call dpx.unprotect(pipe), "
         f"and {PROTECT_AGAIN}."

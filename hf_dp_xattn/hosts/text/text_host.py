@@ -68,7 +68,6 @@ class TextHost(Host):
         tokenizer, encoder: see `protect`.
     """
 
-    family = "released-text"
     undo = f"Undo that change, call dpx.unprotect(host), and {PROTECT_AGAIN}."
     guard: TextGuard
 

@@ -211,9 +211,9 @@ def test_the_command_line(name: str, folders: Path, capsys: pytest.CaptureFixtur
         assert "no step differs" in capsys.readouterr().err
 
 
-def test_a_chat_on_the_command_line_is_the_pipelines(folders: Path) -> None:
+def test_a_chat_on_the_command_line_is_the_pipelines() -> None:
     """The head of the template, the released text and the user's turn make the ids of the filled template."""
-    from hf_dp_xattn.commands.texts import chat_head, read_question
+    from hf_dp_xattn.hosts.transformers.model_texts import chat_head, read_question
 
     model = decoder.tiny("llama")
     words = tokenizer()
@@ -222,8 +222,7 @@ def test_a_chat_on_the_command_line_is_the_pipelines(folders: Path) -> None:
     )
     answer_with(protected, "close at five")
     release = protected.release("a secret")
-    name = str(folders / "chat")
-    head, question = chat_head(name), read_question(name, "be open", chat=True)
+    head, question = chat_head(words), read_question(words, "be open", chat=True)
     inputs = release.inputs(input_ids=question, public_head=head)
     chat = [{"role": "system", "content": "close at five"}, {"role": "user", "content": "be open"}]
     want = words.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]

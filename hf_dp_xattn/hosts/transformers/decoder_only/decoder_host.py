@@ -47,7 +47,6 @@ class DecoderHost(RoutedHost):
     the prefix's tokens, keys and values never enter it. Every layer, beam, sample, step and turn reads the release.
     """
 
-    family = "decoder-only"
     routing = Routing(NAME, LAYER_ATTRIBUTE, dp_xattn_prefix)
     projects_rows = False  # a row IS keys and values, of the weights that it was made with
     never_traced = "The gate of a protected decoder-only model is never traced: torch.compile runs it with fullgraph=False only."

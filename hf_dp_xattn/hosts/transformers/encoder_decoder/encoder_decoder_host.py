@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import weakref
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -18,7 +18,7 @@ from ...content_names import special_ids, with_texts
 from ...context import PrivateContext
 from ...fingerprint import Fingerprint, fingerprint
 from ...guard import Guard
-from ...host import Family, Named, Readable
+from ...host import Named, Readable
 from ...host_words import HostWords, Setting, document_words
 from ...layer import Layer
 from ...placeholder import Tag, new_tag, read_tags, rewritten
@@ -54,7 +54,6 @@ class EncoderDecoderHost(RoutedHost):
     the decoder receives a placeholder in place of the encoder's output. Every beam, sample and step reads the release.
     """
 
-    family: ClassVar[Family] = "encoder-decoder"
     routing = Routing(NAME, LAYER_ATTRIBUTE, dp_xattn)
     never_traced = "The gate of a protected encoder-decoder model is never traced: torch.compile runs it with fullgraph=False only."
     closed = CLOSED  # what the encoder's gate says

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ....errors import ConfigError, ProtectionLostError, ReleaseError
 from ....mechanisms.rows_structure import RowsStructure
 from ...context import PrivateContext
-from ...host import Family, Named, Readable
+from ...host import Named, Readable
 from ...host_words import HostWords, Setting, image_words
 from ...tables import LayerTable
 from ..encoder_decoder.cross_attention import Call
@@ -55,7 +55,6 @@ class MllamaHost(EncoderDecoderHost):
     model, padding included.
     """
 
-    family: ClassVar[Family] = "image-text"
     never_traced = "A protected Mllama is not supported under torch.compile yet."
     closed = CLOSED
     encoder: VisionSide
