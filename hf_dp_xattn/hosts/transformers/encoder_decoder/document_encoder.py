@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,7 +21,9 @@ _OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "use_cac
 
 
 class EncoderSide:
-    """Runs the model's encoder, which is closed to all others."""
+    """Runs the model's encoder, which is closed to all others. kind: in words."""
+
+    kind: ClassVar[str] = "encoder"
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -123,12 +125,12 @@ class EncoderSide:
         return rows, mask[0].to(torch.bool)
 
     def encode_batch(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The encoder's last hidden state [B, n, C]."""
+        """Rows [B, n, C]: the last hidden state."""
         try:
             return self._run(inputs)
-        except Exception as error:  # its message may quote the document
+        except Exception as error:  # its message may quote the context
             raise ContextError(
-                f"The encoder failed on a context ({type(error).__name__}). Nothing was released; what was charged stays charged."
+                f"The {self.kind} failed on a context ({type(error).__name__}). Nothing was released; what was charged stays charged."
             ) from None
 
     def _run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

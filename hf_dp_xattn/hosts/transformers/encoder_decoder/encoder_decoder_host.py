@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 
@@ -52,37 +52,31 @@ class EncoderDecoderHost(RoutedHost):
 
     What `generate` is given for the encoder is private: each document is released once (charged to the ledger before it is encoded), and
     the decoder receives a placeholder in place of the encoder's output. Every beam, sample and step reads the release.
+
+    probe: finds the cross-attention layers; raises UnsupportedModelError. encoder_side: what encodes a context. generate_shadow: what
+    stands in for `generate`. closed: what the encoder's gate says.
     """
 
+    probe: Callable[[Any], dict[str, CrossLayer]] = staticmethod(find_layers)
+    encoder_side: ClassVar[type[EncoderSide]] = EncoderSide
+    generate_shadow: ClassVar[type[GenerateShadow]] = GenerateShadow
     routing = Routing(NAME, LAYER_ATTRIBUTE, dp_xattn)
     never_traced = "The gate of a protected encoder-decoder model is never traced: torch.compile runs it with fullgraph=False only."
-    closed = CLOSED  # what the encoder's gate says
+    closed = CLOSED
     calls: Calls
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self.calls = Calls()
-        self.encoder = self.make_encoder()
-        self.generate = self.make_generate()
+        self.encoder = self.encoder_side(model)
+        self.generate = self.generate_shadow(self)
 
     def find_layers(self) -> dict[str, Layer]:
-        self.cross = self.find_cross()
+        self.cross = self.probe(self.model)
         return dict(self.cross)
-
-    def find_cross(self) -> dict[str, CrossLayer]:
-        """Its cross-attention layers. Raises UnsupportedModelError."""
-        return find_layers(self.model)
 
     def sketch(self) -> Fingerprint:
         return fingerprint(self.cross.values(), self.model.dtype)
-
-    def make_encoder(self) -> EncoderSide:
-        """What encodes a context."""
-        return EncoderSide(self.model)
-
-    def make_generate(self) -> GenerateShadow:
-        """What stands in for `generate`."""
-        return GenerateShadow(self)
 
     def watched(self) -> list[torch.nn.Module]:
         """The layers, and what makes their context from the encoder's output."""

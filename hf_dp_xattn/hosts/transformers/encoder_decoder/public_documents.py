@@ -45,9 +45,7 @@ def public_documents(
         if config.unit == "group":
             data = _documents_data(model, public, config, layers, starts, options)
         else:
-            whole = _encode(model, public, options)
-            queries = sample_queries(model, layers, list(whole[: options.texts]), starts, options)
-            data = rows_data(model, layers, whole, queries, config)
+            data = rows_data(model, layers, _encode(model, public, options), starts, config, options)
     yield data
 
 
@@ -55,10 +53,13 @@ def rows_data(
     model: Any,
     layers: dict[str, CrossLayer],
     whole: torch.Tensor,
-    queries: Sequence[torch.Tensor],
+    starts: Sequence[torch.Tensor],
     config: DPXAttnConfig,
+    options: CalibrationOptions,
+    forward: Forward = run_decoder,
 ) -> PublicData:
-    """Of rows [N, n, C] of public contexts and each layer's public queries [H, m, d]; unit "row" or "context"."""
+    """Of rows [N, n, C] of public contexts; unit "row" or "context". starts, forward: see `sample_queries`."""
+    queries = sample_queries(model, layers, list(whole[: options.texts]), starts, options, forward)
     objective = _objective(layers, queries, whole.shape[-1])
     grouping = {"row": "rows", "context": "context"}[config.unit]
     shared = _shared(model, layers)

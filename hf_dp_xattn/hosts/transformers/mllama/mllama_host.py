@@ -16,7 +16,6 @@ from ...host import Named, Readable
 from ...host_words import HostWords, Setting, image_words
 from ...tables import LayerTable
 from ..encoder_decoder.cross_attention import Call
-from ..encoder_decoder.cross_layers import CrossLayer
 from ..encoder_decoder.encoder_decoder_host import PUBLIC_CALL, EncoderDecoderHost, one_of
 from .image_contexts import (
     IMAGE_INPUTS,
@@ -57,16 +56,10 @@ class MllamaHost(EncoderDecoderHost):
 
     never_traced = "A protected Mllama is not supported under torch.compile yet."
     closed = CLOSED
+    probe = staticmethod(find_layers)
+    encoder_side = VisionSide
+    generate_shadow = ImageGenerateShadow
     encoder: VisionSide
-
-    def find_cross(self) -> dict[str, CrossLayer]:
-        return find_layers(self.model)
-
-    def make_encoder(self) -> VisionSide:
-        return VisionSide(self.model)
-
-    def make_generate(self) -> ImageGenerateShadow:
-        return ImageGenerateShadow(self)
 
     @property
     def channels(self) -> int:

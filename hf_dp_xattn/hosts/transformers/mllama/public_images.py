@@ -12,7 +12,7 @@ from ....calibration.calibration_options import CalibrationOptions
 from ....calibration.public_data import PublicData, choose_contexts
 from ....config import DPXAttnConfig
 from ....errors import ConfigError
-from ..encoder_decoder.public_documents import rows_data, sample_queries, starts_of
+from ..encoder_decoder.public_documents import rows_data, starts_of
 from .image_contexts import RATIO_MASK, STATES, gather
 from .mllama_probing import context_channels, find_layers, run_text
 from .vision import VisionSide
@@ -34,9 +34,7 @@ def public_images(
     with torch.no_grad():
         layers = find_layers(model)
         starts = starts_of(model, options.questions)
-        whole = _encode(model, public, options)
-        queries = sample_queries(model, layers, list(whole[: options.texts]), starts, options, run_text)
-        data = rows_data(model, layers, whole, queries, config)
+        data = rows_data(model, layers, _encode(model, public, options), starts, config, options, run_text)
     yield data
 
 

@@ -17,6 +17,8 @@ from .mllama_probing import vision_parts
 class VisionSide(EncoderSide):
     """Runs the model's vision model, which is closed to all others, and the projection of its output."""
 
+    kind = "vision model"
+
     @property
     def module(self) -> Any:
         return vision_parts(self._model)[0]
@@ -69,15 +71,6 @@ class VisionSide(EncoderSide):
         rows = self.encode_batch(inputs)[0]
         mask = inputs[RATIO_MASK].flatten().to(rows.device, torch.bool)
         return rows, mask.repeat_interleave(self.patches)
-
-    def encode_batch(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """[B, tiles * patches, C]: the projected output of the vision model."""
-        try:
-            return self._run(inputs)
-        except Exception as error:  # its message may quote the image
-            raise ContextError(
-                f"The vision model failed on a context ({type(error).__name__}). Nothing was released; what was charged stays charged."
-            ) from None
 
     def _run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         vision, projector = vision_parts(self._model)
