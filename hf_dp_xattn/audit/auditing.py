@@ -85,8 +85,8 @@ def check_config(config: DPXAttnConfig) -> None:
 
 
 def _canaries(subject: Driver, texts: Sequence[str] | None, contexts: Sequence[Any] | None) -> list[Canary]:
-    given = texts if texts is not None else contexts
-    if given is not None and len(given) < 2:
+    candidates = texts if texts is not None else contexts
+    if candidates is not None and len(candidates) < 2:
         raise ConfigError("An audit needs at least two candidates: it asks which of them was released.")
     if texts is not None:
         return subject.from_texts(texts)
@@ -115,20 +115,20 @@ def _releases(
         specs = (
             [layer.spec(recipe.dtype) for layer in recipe.layers] if isinstance(recipe, LayerRecipe) else ()
         )
-    found = targets(prepared, subject.config, preparer(prepared, specs, subject.calibration), SMALLER)
-    return audit_releases(found, draws=draws, confidence=confidence, step=step)
+    audited = targets(prepared, subject.config, preparer(prepared, specs, subject.calibration), SMALLER)
+    return audit_releases(audited, draws=draws, confidence=confidence, step=step)
 
 
 def _extraction(
     subject: Driver, canaries: Sequence[Canary], trials: int
 ) -> tuple[list[Check], Extraction | None]:
     try:
-        found = extract(subject, canaries, trials=trials)
+        game = extract(subject, canaries, trials=trials)
     except ContextError:
         raise
     except ConfigError as error:
         return [Check("extraction", NOT_APPLICABLE, str(error))], None
-    return [verdict(found)], found
+    return [verdict(game)], game
 
 
 class _Bar:

@@ -121,12 +121,12 @@ def _bound(config: DPXAttnConfig, units: int, candidates: int) -> float:
     return guess_bound(units * config.epsilon, delta, 1 / candidates, config.neighboring)
 
 
-def verdict(found: Extraction) -> Check:
+def verdict(game: Extraction) -> Check:
     """Fails where even the lower end of the interval at a very small error lies above what the guarantee allows."""
-    right = round(found.rate * found.trials)
-    low = float(lower_bound(right, found.trials, 1e-6))
+    right = round(game.rate * game.trials)
+    low = float(lower_bound(right, game.trials, 1e-6))
     text = (
-        f"the best guess among {found.candidates} candidates that differ in {found.units} unit(s) is right in {100 * found.rate:.1f} % of "
-        f"{found.trials:,} releases; at most {100 * found.bound:.1f} % is allowed, {100 * found.chance:.1f} % is chance"
+        f"the best guess among {game.candidates} candidates that differ in {game.units} unit(s) is right in {100 * game.rate:.1f} % of "
+        f"{game.trials:,} releases; at most {100 * game.bound:.1f} % is allowed, {100 * game.chance:.1f} % is chance"
     )
-    return Check("extraction", FAIL if low > found.bound else PASS, text)
+    return Check("extraction", FAIL if low > game.bound else PASS, text)

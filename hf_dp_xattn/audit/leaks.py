@@ -29,8 +29,8 @@ def held_fixed(handle: Any) -> Iterator[None]:
     """While inside, every context gets what the first one released: what differs then did not come through the release."""
     original, first = handle.releases.run, []
 
-    def fixed(*given: Any) -> Any:
-        result = original(*given)  # so that any way past the release would run
+    def fixed(*arguments: Any) -> Any:
+        result = original(*arguments)  # so that any way past the release would run
         first.append(result)
         if isinstance(result, ReleasedTexts):
             return dataclasses.replace(result, text=first[0].text)
@@ -110,15 +110,18 @@ def nothing_travels(subject: Driver, pair: Pair) -> Check:
     with control.watching(subject.serving):
         subject.plain(pair[0])
     looked = f"{spy.tensors:,} tensors of {spy.modules:,} modules"
-    if spy.found:
-        return Check(name, FAIL, f"{spy.found} of {looked} hold numbers of the canary's private rows")
-    if not control.found:
+    if spy.matches:
+        return Check(name, FAIL, f"{spy.matches} of {looked} hold numbers of the canary's private rows")
+    if not control.matches:
         return Check(
             name,
             NOT_APPLICABLE,
             f"none in {looked}, but the search finds none in the unprotected host either",
         )
-    text = f"none of {looked} holds a piece of the canary's rows (unprotected: {control.found:,}); the placeholder is NaN but for a marker"
+    text = (
+        f"none of {looked} holds a piece of the canary's rows (unprotected: {control.matches:,}); the placeholder is NaN but for a "
+        "marker"
+    )
     return Check(name, PASS, text)
 
 
@@ -153,7 +156,7 @@ def _without_gates(subject: Driver, handle: Any, inputs: list[dict[str, Any]]) -
     """What comes out where nothing looks any more: "an error", "NaN", "the same for both", or "leak"."""
     vars(handle.guard)["check"] = lambda: None
     try:
-        outputs = [subject.ungated(given) for given in inputs]
+        outputs = [subject.ungated(placeholder) for placeholder in inputs]
     except (DPXAttnError, RuntimeError, ValueError, TypeError, AttributeError):
         return "an error"
     finally:

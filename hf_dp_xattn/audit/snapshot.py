@@ -10,21 +10,21 @@ import torch
 
 def snapshot(host: Any, modules: dict[str, torch.nn.Module]) -> dict[str, Any]:
     """Weights by digest, attributes and hooks by identity; compare with `differences` while the host is alive."""
-    found: dict[str, Any] = {}
+    state: dict[str, Any] = {}
     if not isinstance(host, torch.nn.Module):
-        found |= {f"attribute {k}": v for k, v in vars(host).items()}
+        state |= {f"attribute {k}": v for k, v in vars(host).items()}
     for name, model in modules.items():
         for path, tensor in model.state_dict().items():
-            found[f"weight {name}.{path}"] = _digest(tensor)
+            state[f"weight {name}.{path}"] = _digest(tensor)
         for path, module in model.named_modules():
             where = f"{name}.{path}"
             for key, value in vars(module).items():
                 if key.endswith(("_hooks", "_with_kwargs")) or key in ("_parameters", "_buffers", "_modules"):
-                    found[f"{where} {key}"] = tuple((k, id(v)) for k, v in value.items())
+                    state[f"{where} {key}"] = tuple((k, id(v)) for k, v in value.items())
                 elif not key.startswith("_") or key == "_forward_hooks":
-                    found[f"{where} {key}"] = value
-            found[f"{where} names"] = frozenset(vars(module))
-    return found
+                    state[f"{where} {key}"] = value
+            state[f"{where} names"] = frozenset(vars(module))
+    return state
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -18,8 +18,8 @@ def _windows(tensor: torch.Tensor) -> torch.Tensor:
         return torch.zeros(0, dtype=torch.int64)
     values = tensor.detach().to("cpu", torch.bfloat16)
     values = values[..., : values.shape[-1] // WIDTH * WIDTH].reshape(-1, WIDTH)
-    told = values.isfinite().all(-1) & (values != values[:, :1]).any(-1)
-    bits = values[told].view(torch.int16).to(torch.int64)
+    telling = values.isfinite().all(-1) & (values != values[:, :1]).any(-1)
+    bits = values[telling].view(torch.int16).to(torch.int64)
     factors = torch.tensor(
         [(2 * i + 3) ** 25 % (2**61 - 1) for i in range(WIDTH)]
     )  # a hash; int64 wraps around
@@ -35,7 +35,7 @@ class Spy:
     def __init__(self, rows: torch.Tensor, unless: torch.Tensor | None = None) -> None:
         needles = _windows(rows).unique()
         self._needles = needles if unless is None else needles[~torch.isin(needles, _windows(unless))]
-        self.modules = self.tensors = self.found = 0
+        self.modules = self.tensors = self.matches = 0
 
     @contextmanager
     def watching(self, model: torch.nn.Module) -> Iterator[None]:
@@ -51,7 +51,7 @@ class Spy:
     def _look(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         for tensor in _tensors([args, list(kwargs.values()), output]):
             self.tensors += 1
-            self.found += bool(torch.isin(_windows(tensor), self._needles).any())
+            self.matches += bool(torch.isin(_windows(tensor), self._needles).any())
 
 
 def _tensors(thing: Any) -> Iterator[torch.Tensor]:

@@ -27,15 +27,15 @@ _CHOICE = 1e-6
 def lower_bound(hits: npt.ArrayLike, trials: int, error: float) -> Array:
     """What the probability exceeds but with probability `error`; hits may be an array."""
     k = np.asarray(hits, dtype=np.float64)
-    found = special.betaincinv(np.maximum(k, 1.0), trials - k + 1.0, error)
-    return np.asarray(np.where(k > 0, found, 0.0))
+    bound = special.betaincinv(np.maximum(k, 1.0), trials - k + 1.0, error)
+    return np.asarray(np.where(k > 0, bound, 0.0))
 
 
 def upper_bound(hits: npt.ArrayLike, trials: int, error: float) -> Array:
     """What the probability stays below but with probability `error`; hits may be an array."""
     k = np.asarray(hits, dtype=np.float64)
-    found = special.betainccinv(k + 1.0, np.maximum(trials - k, 1.0), error)
-    return np.asarray(np.where(k < trials, found, 1.0))
+    bound = special.betainccinv(k + 1.0, np.maximum(trials - k, 1.0), error)
+    return np.asarray(np.where(k < trials, bound, 1.0))
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:

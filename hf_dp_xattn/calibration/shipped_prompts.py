@@ -69,13 +69,13 @@ def _picture_prompts() -> tuple[str, ...]:
     """Distinct ones, the same on every machine."""
     words: dict[str, list[str]] = json.loads(_text("picture_words.json"))
     draw = random.Random(0)
-    found: dict[str, None] = {}
-    while len(found) < _PICTURES:
+    prompts: dict[str, None] = {}
+    while len(prompts) < _PICTURES:
         look, subject = draw.choice(words["look"]), draw.choice(words["subject"])
         article = "an" if look[0] in "aeiou" else "a"
         thing = f"{article} {look} {subject}"
         place = f" {draw.choice(words['place'])}" if draw.random() < 0.6 else ""
         medium = f"{draw.choice(words['medium'])} " if draw.random() < 0.5 else ""
         tails = [draw.choice(words[kind]) for kind in draw.sample(_TAILS, draw.randint(1, 3))]
-        found[", ".join([f"{medium}{thing}{place}", *tails])] = None
-    return tuple(found)
+        prompts[", ".join([f"{medium}{thing}{place}", *tails])] = None
+    return tuple(prompts)

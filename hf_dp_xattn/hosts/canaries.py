@@ -20,10 +20,10 @@ def vocabulary(tokenizer: Any) -> list[str]:
     plain = {t.translate(marks).removesuffix("</w>") for t in tokenizer.get_vocab() if t not in special}
     letters = sorted(t for t in plain if t.isascii() and t.isalpha() and t.islower())
     words = [t for t in letters if len(t) >= _LONG]
-    found = words if len(words) >= 4 * WORDS else letters
-    if len(found) < 2:
+    usable = words if len(words) >= 4 * WORDS else letters
+    if len(usable) < 2:
         raise ConfigError("No canaries can be made of this tokenizer's vocabulary; give texts of your own.")
-    return found
+    return usable
 
 
 def texts(tokenizer: Any, count: int, seed: int = 0) -> list[str]:
@@ -34,14 +34,14 @@ def texts(tokenizer: Any, count: int, seed: int = 0) -> list[str]:
     """
     words, draw = vocabulary(tokenizer), random.Random(seed)
     draw.shuffle(words)
-    found: dict[tuple[int, ...], str] = {}
+    distinct: dict[tuple[int, ...], str] = {}
     for i in range(20 * count):
         start = i * WORDS
         fresh = start + WORDS <= len(words)
         text = " ".join(words[start : start + WORDS] if fresh else draw.choices(words, k=WORDS))
-        found.setdefault(tuple(tokenizer(text, add_special_tokens=False).input_ids), text)
-        if len(found) == count:
-            return list(found.values())
+        distinct.setdefault(tuple(tokenizer(text, add_special_tokens=False).input_ids), text)
+        if len(distinct) == count:
+            return list(distinct.values())
     raise ConfigError("This tokenizer's vocabulary gives too few different canaries; give texts of your own.")
 
 

@@ -22,9 +22,9 @@ def as_groups(groups: Any) -> Any:
     if groups is None or isinstance(groups, (str, torch.Tensor)):
         return groups
     try:
-        found = torch.as_tensor(groups)
+        tensor = torch.as_tensor(groups)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ConfigError(NO_GROUPS) from None
-    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ConfigError(NO_GROUPS)
-    return found
+    return tensor

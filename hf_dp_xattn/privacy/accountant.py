@@ -255,11 +255,11 @@ def epsilon_of(events: Sequence[Event], delta: float) -> float:
     plain = plain_epsilon(events)
     if left == 0 or math.isinf(losses.rho):
         return plain
-    own = epsilon_of_curve(renyi_curve(losses), left)
+    composed = epsilon_of_curve(renyi_curve(losses), left)
     kinds = (losses.rho > 0) + bool(losses.pure) + bool(losses.truncated)
     if kinds > 1:
-        own = max(own, compose_unlike(events, left))
-    return min(plain, own)
+        composed = max(composed, compose_unlike(events, left))
+    return min(plain, composed)
 
 
 def compose_unlike(events: Sequence[Event], delta: float) -> float:

@@ -190,10 +190,10 @@ def test_the_search_finds_a_piece_of_a_row_in_any_type() -> None:
         spy = Spy(rows)
         with spy.watching(layer):
             layer(seen)
-        assert spy.found == 2  # what goes in, and what comes out
+        assert spy.matches == 2  # what goes in, and what comes out
     for other in (rows.flip(1), torch.full_like(rows, torch.nan), torch.zeros(3, 24), rows[:, :7]):
         spy = Spy(rows)
         with spy.watching(layer):
             layer(other)
-        assert spy.found == 0 and spy.tensors == 2
+        assert spy.matches == 0 and spy.tensors == 2
     assert not layer._forward_hooks

@@ -168,13 +168,13 @@ def _members(
     cell, distance = assign(points, codes)
     best = mass.topk(ROWS_OF_A_DOCUMENT, dim=1).indices
     attended = rows.float().gather(1, best.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))  # [D, rows, C]
-    found = []
+    members = []
     for j in range(len(codes)):
-        own = (cell == j).nonzero()[:, 0]
-        if not len(own):  # a cell that only rounding filled
-            own = (points - codes[j]).square().sum(-1).argmin().unsqueeze(0)
-        own = own[distance[own].argsort()]
+        indices = (cell == j).nonzero()[:, 0]
+        if not len(indices):  # a cell that only rounding filled
+            indices = (points - codes[j]).square().sum(-1).argmin().unsqueeze(0)
+        indices = indices[distance[indices].argsort()]
         # one of many times the same document tells no more than itself
-        spread = own[torch.linspace(0, len(own) - 1, DOCUMENTS_OF_A_CELL).round().long()]
-        found.append(attended[spread].flatten(0, 1))
-    return torch.stack(found)
+        spread = indices[torch.linspace(0, len(indices) - 1, DOCUMENTS_OF_A_CELL).round().long()]
+        members.append(attended[spread].flatten(0, 1))
+    return torch.stack(members)

@@ -119,14 +119,14 @@ class Objective:
     ) -> torch.Tensor:
         """[N] mean over each context's replies; `decoded`: (rows, log weights)."""
         assert self.logits is not None
-        found = []
+        divergences = []
         for start in range(0, len(decoded), 32):
             rows, weights = pad_decoded(decoded[start : start + 32])
             part = replies[torch.arange(start, start + len(rows))]
             asked = [torch.full((len(rows),), i) for i in range(replies.ids.shape[1])]
             each = [divergence(part.one_each(i), rows, weights, self.logits) for i in asked]
-            found.append(torch.stack(each).mean(0))
-        return torch.cat(found)
+            divergences.append(torch.stack(each).mean(0))
+        return torch.cat(divergences)
 
     @torch.no_grad()
     def exact(
@@ -141,7 +141,7 @@ class Objective:
         """What decoded rows are compared with: the exact outputs of some queries, for rows [N, n, C], or those of given outputs. Variances
         are about the mean over the `usual` contexts [N] bool, by default all."""
         generator = torch.Generator().manual_seed(seed)
-        found = []
+        sampled = []
         for i, layer in enumerate(self.layers):
             pick = torch.randint(0, layer.queries.shape[1], (queries,), generator=generator)
             if outputs is None:
@@ -149,13 +149,13 @@ class Objective:
                 exact = torch.cat([layer.attend(part.float(), q) for part in whole.split(32)])
             else:
                 exact = outputs[i][:, :, pick].float()
-            found.append((pick, exact))
+            sampled.append((pick, exact))
         among = slice(None) if usual is None else usual
         variances = [
             (exact.double() - exact[among].double().mean(0)).square().sum((2, 3)) * layer.gain.double()
-            for (_, exact), layer in zip(found, self.layers, strict=True)
+            for (_, exact), layer in zip(sampled, self.layers, strict=True)
         ]
-        return Exact(tuple(found), torch.stack(variances, 1))
+        return Exact(tuple(sampled), torch.stack(variances, 1))
 
     @torch.no_grad()
     def errors(self, exact: Exact, decoded: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:

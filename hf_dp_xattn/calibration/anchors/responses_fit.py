@@ -107,9 +107,9 @@ def _left_over(
     rest, error = units, 0.0
     for codes, share in stages:
         false = (1 - response.truth) / (len(codes) - 1)
-        told = share * response.truth + (1 - share) * false  # P(answer = s)
+        answered = share * response.truth + (1 - share) * false  # P(answer = s)
         belief = (
-            share * (response.truth - false) / told.clamp_min(1e-30)
+            share * (response.truth - false) / answered.clamp_min(1e-30)
         )  # beyond the prior, what answer s says for cell s
         mean = share @ codes
         guess = mean + belief.unsqueeze(1) * (codes - mean)  # posterior mean after each answer
@@ -118,8 +118,8 @@ def _left_over(
         square = (
             guess.square().sum(-1) - 2 * codes @ guess.mT + codes.square().sum(-1, keepdim=True)
         ).clamp_min(0)
-        own = square.diagonal()
-        per_cell = response.truth * own + false * (square.sum(1) - own)
+        diagonal = square.diagonal()
+        per_cell = response.truth * diagonal + false * (square.sum(1) - diagonal)
         error += float(per_cell[index].mean())
         rest = rest - codes[index]
     return error + float(rest.square().sum(-1).mean())

@@ -256,6 +256,6 @@ def _plans(
         else:
             plans.append(joint.plan(epsilon))
         if joint is None and unit == "group":
-            votes += [voting.made(p, units) for p in voting.plans(epsilon, picks)]
+            votes += [voting.refitted(p, units) for p in voting.plans(epsilon, picks)]
         bar.step("choosing")
     return tuple(plans), tuple(votes)

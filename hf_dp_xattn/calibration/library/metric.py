@@ -36,7 +36,7 @@ def fit_metric(
     scatter = centred.mT @ centred / max(1, len(codes) - 1)
     if learned is not None:
         count = min(learned[1], len(codes))
-        within = _within(centred[:count], _found(learned[0], texts[:count]))
+        within = _within(centred[:count], _vectors_of(learned[0], texts[:count]))
         if within is not None:
             values, vectors = torch.linalg.eigh(within)
             white = vectors / (values.clamp_min(0.0) + _RIDGE * values.mean().clamp_min(1e-30)).sqrt()
@@ -55,16 +55,16 @@ def _reach(centred: torch.Tensor) -> float:
     return _REACH * float(centred.abs().max())
 
 
-def _found(responses: Responses, texts: Sequence[str]) -> torch.Tensor:
-    found = responses(list(texts))
+def _vectors_of(responses: Responses, texts: Sequence[str]) -> torch.Tensor:
+    vectors = responses(list(texts))
     if (
-        not isinstance(found, torch.Tensor)
-        or found.ndim != 2
-        or len(found) != len(texts)
-        or not bool(found.isfinite().all())
+        not isinstance(vectors, torch.Tensor)
+        or vectors.ndim != 2
+        or len(vectors) != len(texts)
+        or not bool(vectors.isfinite().all())
     ):
         raise ConfigError("`responses` takes a list of n strings and gives finite floats [n, d].")
-    return found.detach().to("cpu", torch.float32)
+    return vectors.detach().to("cpu", torch.float32)
 
 
 def _within(codes: torch.Tensor, responses: torch.Tensor) -> torch.Tensor | None:

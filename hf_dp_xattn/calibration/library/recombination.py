@@ -35,12 +35,12 @@ def exchangeable(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
                 used[word] += 1
             for pair in combinations(sorted(fillers)[:_FILLERS], 2):
                 shared[pair] += 1
-    found: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    pairs: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for (a, b), count in shared.items():
         if count >= max(_SHARED, _FAIR * min(used[a], used[b])):
-            found[a].append((-count, b))
-            found[b].append((-count, a))
-    return {word: tuple(other for _, other in sorted(others)) for word, others in found.items()}
+            pairs[a].append((-count, b))
+            pairs[b].append((-count, a))
+    return {word: tuple(other for _, other in sorted(others)) for word, others in pairs.items()}
 
 
 def recombined(texts: Sequence[str], limit: int) -> dict[str, str]:
@@ -52,8 +52,8 @@ def recombined(texts: Sequence[str], limit: int) -> dict[str, str]:
     others = exchangeable(texts)
     root: dict[str, str] = {text: text for text in texts}
     waiting = deque(texts)
-    made: dict[str, str] = {}
-    while waiting and len(made) < limit:
+    roots: dict[str, str] = {}
+    while waiting and len(roots) < limit:
         text = waiting.popleft()
         words = text.split()
         if not 1 < len(words) <= _LONGEST:
@@ -61,7 +61,7 @@ def recombined(texts: Sequence[str], limit: int) -> dict[str, str]:
         for i, word in enumerate(words):
             for other in others.get(word, ()):
                 new = " ".join((*words[:i], other, *words[i + 1 :]))
-                if new not in root and len(made) < limit:
-                    root[new] = made[new] = root[text]
+                if new not in root and len(roots) < limit:
+                    root[new] = roots[new] = root[text]
                     waiting.append(new)
-    return made
+    return roots

@@ -132,14 +132,14 @@ class TextLibrary(Stored):
         Raises:
             ConfigError: other codes, or codes of another shape.
         """
-        found = encode(list(self.texts[: len(self.probe)]))
-        if found.shape != self.probe.shape:
+        codes = encode(list(self.texts[: len(self.probe)]))
+        if codes.shape != self.probe.shape:
             raise ConfigError(
                 f"The library's codes were made by {self.encoder or 'another encoder'} and have {self.channels} numbers, this one gives "
-                f"{list(found.shape[1:])}. Use that one, or calibrate again."
+                f"{list(codes.shape[1:])}. Use that one, or calibrate again."
             )
         same = torch.nn.functional.cosine_similarity(
-            found.detach().cpu().float() - self.center, self.probe - self.center
+            codes.detach().cpu().float() - self.center, self.probe - self.center
         )
         if not bool((same >= _SAME).all()):
             raise ConfigError(
@@ -231,13 +231,13 @@ class TextLibrary(Stored):
             ]
             return PreparedLibrary(config, tuple(shelves), self.places, parts, joint)
         share = Fraction(config.epsilon) / parts
-        made = {
-            (own, near): self._shelf(
-                plan.lists[own], affine, RankResponse.of(share, len(plan.lists[own]), near)
+        by_pair = {
+            (index, near): self._shelf(
+                plan.lists[index], affine, RankResponse.of(share, len(plan.lists[index]), near)
             )
-            for own, near in set(plan.shelves)
+            for index, near in set(plan.shelves)
         }
-        return PreparedLibrary(config, tuple(made[s] for s in plan.shelves), self.places, parts)
+        return PreparedLibrary(config, tuple(by_pair[s] for s in plan.shelves), self.places, parts)
 
     def _shelf(self, entries: torch.Tensor, affine: ExactAffine, response: RankResponse) -> Shelf:
         texts = tuple(self.texts[i] for i in entries.tolist())

@@ -60,7 +60,7 @@ class Voting:
         place = torch.zeros(int(contexts.max()) + 1, dtype=torch.int64)
         place[contexts] = torch.randperm(len(contexts), generator=generator)
         order = torch.argsort(place[units.context], stable=True)
-        return [units.where(own) for own in order.split(size) if len(own) == size][:most]
+        return [units.where(members) for members in order.split(size) if len(members) == size][:most]
 
     def cells(self, units: PublicUnits, entries: torch.Tensor) -> torch.Tensor:
         codes = self.shelving.codes
@@ -72,14 +72,14 @@ class Voting:
 
     def _plan(self, epsilon: float, size: int, picks: Sequence[Pick]) -> VotePlan:
         lists = self.lists(self.held, size, _LISTS)
-        answers = [self._answers(own, epsilon, picks, i) for i, own in enumerate(lists)]
+        answers = [self._answers(members, epsilon, picks, i) for i, members in enumerate(lists)]
         best: VotePlan | None = None
         for level in LEVELS:
             entries = self.entries(self.public, level)
             plan = self._of(epsilon, size, entries, self.public)
-            found = [self._votes(own, plan, i) for i, own in enumerate(lists)]
-            mean, low, high = spread(torch.tensor([f for f, _ in found]))
-            quality = LibraryQuality(mean, low, high, float(np.mean([e for _, e in found])), len(lists))
+            votes = [self._votes(members, plan, i) for i, members in enumerate(lists)]
+            mean, low, high = spread(torch.tensor([f for f, _ in votes]))
+            quality = LibraryQuality(mean, low, high, float(np.mean([e for _, e in votes])), len(lists))
             if best is None or mean < best.quality.distortion:
                 best = dataclasses.replace(plan, quality=quality, answers=max(0.0, float(np.mean(answers))))
             if len(entries) < level:
@@ -96,10 +96,10 @@ class Voting:
 
     def _of(self, epsilon: float, size: int, entries: torch.Tensor, units: PublicUnits) -> VotePlan:
         """A plan that is not judged yet: shares and dispersion of public contexts."""
-        own = units.where(units.context >= 0)
-        count = torch.bincount(self.cells(own, entries), minlength=len(entries)).double() + 0.5
+        grouped = units.where(units.context >= 0)
+        count = torch.bincount(self.cells(grouped, entries), minlength=len(entries)).double() + 0.5
         share = count / count.sum()
-        lists = self.lists(own, size, _FITTED)
+        lists = self.lists(grouped, size, _FITTED)
         votes = [torch.bincount(self.cells(u, entries), minlength=len(entries)).double() for u in lists]
         mean = share * size
         beyond = sum(float(((v - mean).square() - mean).sum()) for v in votes) / max(1, len(votes))
@@ -109,10 +109,10 @@ class Voting:
         bounded = min(1e3, max(1e-3, dispersion))
         return VotePlan(epsilon, size, share_plus, bounded, 1.0, quality, entries, share.float())
 
-    def _votes(self, own: PublicUnits, plan: VotePlan, seed: int) -> tuple[float, float]:
+    def _votes(self, members: PublicUnits, plan: VotePlan, seed: int) -> tuple[float, float]:
         """Distortion of a list that is released by votes, and of one without noise."""
-        codes, size = self.shelving.codes, len(own.text)
-        exact = torch.bincount(self.cells(own, plan.entries), minlength=len(plan.entries))
+        codes, size = self.shelving.codes, len(members.text)
+        exact = torch.bincount(self.cells(members, plan.entries), minlength=len(plan.entries))
         noise = prepare_geometric(
             plan.epsilon,
             cells=len(exact),
@@ -125,21 +125,23 @@ class Voting:
         reading = Reading(("",) * len(exact), plan.share, plan.dispersion)
         counts = reading.counts(votes, size, noise.log_weight, reach_of(noise))
         texts = (plan.entries.repeat_interleave(c) for c in (counts, exact))
-        released, clean = (matched(codes[own.text], codes[t]) for t in texts)
+        released, clean = (matched(codes[members.text], codes[t]) for t in texts)
         return released, clean
 
-    def _answers(self, own: PublicUnits, epsilon: float, picks: Sequence[Pick], seed: int) -> float:
+    def _answers(self, members: PublicUnits, epsilon: float, picks: Sequence[Pick], seed: int) -> float:
         """Distortion of a list of which each unit is answered by itself."""
         codes, entropy = self.shelving.codes, SeededEntropy(seed)
-        text = torch.empty_like(own.text)
+        text = torch.empty_like(members.text)
         for shelf, pick in zip(self.shelving.shelves, picks, strict=True):
-            here = torch.ones_like(own.shelf, dtype=torch.bool) if shelf is None else own.shelf == shelf
+            here = (
+                torch.ones_like(members.shelf, dtype=torch.bool) if shelf is None else members.shelf == shelf
+            )
             response = RankResponse.of(epsilon, len(pick.entries), pick.near)
-            order = (codes[own.text[here]] @ codes[pick.entries].mT).topk(response.near, dim=1).indices
+            order = (codes[members.text[here]] @ codes[pick.entries].mT).topk(response.near, dim=1).indices
             text[here] = pick.entries[response.perturb(order, entropy)]
-        return matched(codes[own.text], codes[text])
+        return matched(codes[members.text], codes[text])
 
-    def made(self, plan: VotePlan, units: PublicUnits) -> VotePlan:
+    def refitted(self, plan: VotePlan, units: PublicUnits) -> VotePlan:
         """The same plan, of all public units."""
         entries = self.entries(units, len(plan.entries))
         new = self._of(plan.epsilon, plan.units, entries, units)

@@ -43,9 +43,9 @@ class VotePlan:
     def read(cls, i: int, numbers: Mapping[str, Any], entries: torch.Tensor, share: torch.Tensor) -> VotePlan:
         where = f"votes {i}"
         CHECKS.keys(numbers, {*cls.FIELDS, "quality"}, where)
-        given = {name: numbers[name] for name in cls.FIELDS}
+        fields = {name: numbers[name] for name in cls.FIELDS}
         CHECKS.keys(numbers["quality"], set(LibraryQuality.__dataclass_fields__), f"the quality of {where}")
-        return cls(**given, quality=LibraryQuality(**numbers["quality"]), entries=entries, share=share)
+        return cls(**fields, quality=LibraryQuality(**numbers["quality"]), entries=entries, share=share)
 
     def verify(self, i: int, texts: int) -> None:
         where = f"votes {i}"
@@ -69,5 +69,5 @@ class VotePlan:
 def chosen(plans: Sequence[VotePlan], epsilon: float, units: int) -> VotePlan:
     """The plan made for the epsilon nearest to this one (in ratio) and the longest lists that are no longer than `units`, if any."""
     near = min((p.epsilon for p in plans), key=lambda e: max(e / epsilon, epsilon / e))
-    own = sorted((p for p in plans if p.epsilon == near), key=lambda p: p.units)
-    return max((p for p in own if p.units <= units), key=lambda p: p.units, default=own[0])
+    near_plans = sorted((p for p in plans if p.epsilon == near), key=lambda p: p.units)
+    return max((p for p in near_plans if p.units <= units), key=lambda p: p.units, default=near_plans[0])

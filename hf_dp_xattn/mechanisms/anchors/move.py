@@ -37,6 +37,6 @@ class RowMove:
     def shift(self, mean_code: torch.Tensor, weights: torch.Tensor, noise: float) -> torch.Tensor:
         """What is added to every anchor, [C] float32. mean_code [K]: ybar; weights [m]; noise: s."""
         moment = self.moment.double() + noise**2 * torch.eye(len(self.moment), dtype=torch.float64)
-        told = torch.linalg.solve(moment, self.residual(mean_code, weights))
-        step: torch.Tensor = self.cross.double() @ told
+        solution = torch.linalg.solve(moment, self.residual(mean_code, weights))
+        step: torch.Tensor = self.cross.double() @ solution
         return step.float()

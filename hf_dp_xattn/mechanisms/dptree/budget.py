@@ -123,15 +123,15 @@ class BudgetSplit:
         off = off_support(self.event)
         rows = []
         for part in self.parts:
-            own = self.factor * part.l1
+            sensitivity = self.factor * part.l1
             rows.append(
                 {
                     "part": part.name,
                     "coordinates": part.touched,
-                    "l1": own,
-                    "epsilon": float(Fraction(own) / self.event.scale),
+                    "l1": sensitivity,
+                    "epsilon": float(Fraction(sensitivity) / self.event.scale),
                     "share": float((self.factor * part.bound) ** 2 / squared),
-                    "delta": float(off * own / l1),
+                    "delta": float(off * sensitivity / l1),
                 }
             )
         return rows

@@ -132,9 +132,9 @@ class DPTreeDistance:
     def _power_1(self, y: torch.Tensor) -> torch.Tensor:
         leaves = self.levels["weights"][0].shape[-1]
         half = self.half.unsqueeze(-1)
-        own = bin_of(y, -half, 2 * half / leaves, leaves)
-        zero = torch.zeros_like(own)
-        left, right = (zero, own), (own + 1, zero + leaves)
+        leaf = bin_of(y, -half, 2 * half / leaves, leaves)
+        zero = torch.zeros_like(leaf)
+        left, right = (zero, leaf), (leaf + 1, zero + leaves)
         at = y.unsqueeze(-2)
         below = at * self._sums("weights", *left) - self._sums("first", *left)
         above = self._sums("first", *right) - at * self._sums("weights", *right)

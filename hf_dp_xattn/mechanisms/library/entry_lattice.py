@@ -86,7 +86,7 @@ class EntryLattice:
         if not 0 <= count <= self.size:
             raise ConfigError(f"There are {self.size} entries, {count} were asked for.")
         m = check_context(rows, self.map.channels, may_be_empty=True)
-        found = torch.empty(m, count, dtype=torch.int64)
+        indices = torch.empty(m, count, dtype=torch.int64)
         for start in range(0, m, _UNITS):
             z = self.integers(rows[start : start + _UNITS])
             best = z.new_empty(len(z), 0)
@@ -94,8 +94,8 @@ class EntryLattice:
                 best = torch.cat([best, self._keys(z, first)], dim=1).topk(
                     min(count, first + _ENTRIES, self.size), dim=1
                 )[0]
-            found[start : start + _UNITS] = MAX_ALPHABET - 1 - best.remainder(MAX_ALPHABET).to(torch.int64)
-        return found
+            indices[start : start + _UNITS] = MAX_ALPHABET - 1 - best.remainder(MAX_ALPHABET).to(torch.int64)
+        return indices
 
     def _keys(self, z: torch.Tensor, first: int) -> torch.Tensor:
         codes = self.codes[first : first + _ENTRIES].to("cpu", torch.float64)
