@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError
 from ..records import plain_text, read_records
 from .models import HELP as MODEL
-from .models import SETTINGS, load_plain, load_tokenizer, parse_dtype, quiet, tokenizer_of
+from .models import SETTINGS, add_units, load_plain, load_tokenizer, parse_dtype, quiet, tokenizer_of
 from .private_text import add_text_options
 from .public_numbers import check_numbers
 from .quick_library import few
@@ -87,17 +87,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="a first try: 2,000 public units, fewer epsilons, shorter training",
     )
-    parser.add_argument(
-        "--unit",
-        choices=("row", "group", "context"),
-        help="what one neighbouring step changes (default: group)",
+    add_units(
+        parser,
+        delta=" (default: 1e-5)",
+        unit=" (default: group)",
+        neighboring=" (default: replace_one)",
     )
-    parser.add_argument(
-        "--neighboring",
-        choices=("replace_one", "add_or_remove_one"),
-        help="how it changes (default: replace_one)",
-    )
-    parser.add_argument("--delta", type=float, metavar="D", help="failure probability (default: 1e-5)")
     parser.add_argument(
         "--epsilons", type=float, nargs="+", metavar="E", help="one plan for each (default: 0.5 to 64)"
     )

@@ -55,16 +55,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         choices=("anchors", "kernel_sum", "library", "dptree"),
         help="what is released (default: what the calibration is for)",
     )
-    parser.add_argument("--delta", type=float, metavar="D", help="failure probability (default: 1e-5)")
-    parser.add_argument(
-        "--unit",
-        choices=("row", "group", "context"),
-        help="what one neighbouring step changes (default: the calibration's; without one, group)",
-    )
-    parser.add_argument(
-        "--neighboring",
-        choices=("replace_one", "add_or_remove_one"),
-        help="how it changes (default: the calibration's where it has one, else replace_one)",
+    add_units(
+        parser,
+        delta=" (default: 1e-5)",
+        unit=" (default: the calibration's; without one, group)",
+        neighboring=" (default: the calibration's where it has one, else replace_one)",
     )
     parser.add_argument(
         "--calibration",
@@ -77,6 +72,19 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         help="go on where the calibration says that the release is not known to be better than none",
     )
     parser.add_argument("--dtype", default="float32", help="type of the weights (default: float32)")
+
+
+def add_units(parser: argparse.ArgumentParser, *, delta: str, unit: str, neighboring: str) -> None:
+    """What a guarantee is about: --delta, --unit, --neighboring; each with what is said of its default."""
+    parser.add_argument("--delta", type=float, metavar="D", help=f"failure probability{delta}")
+    parser.add_argument(
+        "--unit", choices=("row", "group", "context"), help=f"what one neighbouring step changes{unit}"
+    )
+    parser.add_argument(
+        "--neighboring",
+        choices=("replace_one", "add_or_remove_one"),
+        help=f"how it changes{neighboring}",
+    )
 
 
 def protected_model(args: argparse.Namespace, ledger: Ledger, *, trial: bool = False) -> Any:

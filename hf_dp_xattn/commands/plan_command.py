@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from .models import add_units
+
 NAME = "plan"
 HELP = "predict quality, odds and cost of a release; spends nothing"
 ABBREVIATES = True  # nothing private could be taken for an option
@@ -41,16 +43,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="E",
         help="several of them (default: all that were calibrated)",
     )
-    parser.add_argument(
-        "--delta", type=float, help="failure probability of the guarantee (default: the calibration's)"
-    )
-    parser.add_argument(
-        "--unit", choices=("row", "group", "context"), help="what one neighbouring step changes"
-    )
-    parser.add_argument(
-        "--neighboring",
-        choices=("replace_one", "add_or_remove_one"),
-        help="how it changes: replaced (their number is public), or added or removed",
+    add_units(
+        parser,
+        delta=" of the guarantee (default: the calibration's)",
+        unit="",
+        neighboring=": replaced (their number is public), or added or removed",
     )
     parser.add_argument(
         "-n", "--rows", type=int, metavar="N", help="units in one context: rows, or groups for --unit group"
