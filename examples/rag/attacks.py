@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_dp_xattn.mechanisms.anchors.sources import HistogramSource, pool
+from hf_dp_xattn.mechanisms.anchors.sources import AnchorHistogram, pool
 from rag.corpus import (
     CODE_GROUPS,
     CODES,
@@ -139,7 +139,7 @@ class ReleaseAttacker:
     contribution of the true document and the noise. Noise is simulated with the mechanism's own law and scale (public)."""
 
     def __init__(self, model: Any, corpus: Corpus, settings: Any, calibration: Any) -> None:
-        self.source = calibration.prepare(settings).source
+        self.source = calibration.prepare(settings)
         self.model, self.corpus, self.unit = model, corpus, settings.unit
 
     @torch.no_grad()
@@ -151,7 +151,7 @@ class ReleaseAttacker:
         owner = torch.arange(len(ids)).repeat_interleave(mask.sum(1))
         pooled = self.unit == "group"
         units = pool(states[mask], self.unit, owner if pooled else None)
-        if isinstance(self.source, HistogramSource):
+        if isinstance(self.source, AnchorHistogram):
             cells = self.source.quantizer.cells(units.float())
             values = torch.nn.functional.one_hot(cells, self.source.prepared.cells).double()
         else:
@@ -162,7 +162,7 @@ class ReleaseAttacker:
 
     def noise(self, size: int, rng: np.random.Generator) -> np.ndarray:
         """One draw for each number; float, for this measurement only."""
-        if isinstance(self.source, HistogramSource):
+        if isinstance(self.source, AnchorHistogram):
             plus, minus = self.source.rates
             up, down = (np.floor(rng.exponential(1 / rate, size)) for rate in (plus, minus))
             return up - down
@@ -170,7 +170,7 @@ class ReleaseAttacker:
 
     def likelihood(self, noise: np.ndarray) -> np.ndarray:
         """[k, K] what the noise must have been -> log likelihood [k], up to a constant."""
-        if isinstance(self.source, HistogramSource):
+        if isinstance(self.source, AnchorHistogram):
             plus, minus = self.source.rates
             return np.where(noise >= 0, -plus * noise, minus * noise).sum(1)
         return -np.square(noise).sum(1) / (2 * self.source.prepared.sigma**2)

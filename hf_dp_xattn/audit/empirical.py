@@ -16,9 +16,8 @@ from typing import Any
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
-from ..mechanisms.anchors.anchors import PreparedAnchors
+from ..known_mechanisms import KNOWN
 from ..mechanisms.base import Mechanism
-from ..mechanisms.library.library import FromLibrary
 from ..mechanisms.registry import prepare_release
 from ..privacy.accountant import epsilon_of
 from ..privacy.bits import Entropy, SystemEntropy
@@ -59,8 +58,8 @@ def targets(
 def preparer(
     prepared: Mechanism[Any], specs: Sequence[Any], calibration: Any
 ) -> Callable[[DPXAttnConfig], Any]:
-    """How a release is prepared at another epsilon: anchors and a library with the same plan, so that it is the same kind of release."""
-    if isinstance(prepared, (PreparedAnchors, FromLibrary)):
+    """How a release is prepared at another epsilon: of layers anew, others with the same plan, so that it is the same kind of release."""
+    if KNOWN[prepared.config.mechanism].releases != "layers":
         return prepared.at
     return lambda config: prepare_release(config, specs, calibration)
 

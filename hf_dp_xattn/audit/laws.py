@@ -18,19 +18,16 @@ import torch
 
 from ..errors import ConfigError
 from ..mechanisms.base import Mechanism, NoisePart, by_tensor
-from ..privacy.accountant import Event, GaussianEvent, TruncatedLaplaceEvent, epsilon_of, needs_delta
-from ..privacy.additive import AdditiveNoise, GaussianNoise, GeometricNoise
+from ..privacy.accountant import Event, GaussianEvent, epsilon_of, needs_delta
+from ..privacy.additive import AdditiveNoise, GaussianNoise
 from ..privacy.bits import Entropy
-from ..privacy.joint_response import PlacedResponse, ProductResponse
-from ..privacy.rank_response import RankResponse
-from ..privacy.response import RandomizedResponse
+from ..privacy.response import Response
 
 SAMPLED = (
     512  # coordinates whose noise the release's own sampler draws: those in which candidates differ most
 )
 MOST = 2**14  # likewise, of noise that is not Gaussian
 _CHUNK = 2**22
-ANSWERS = (RankResponse, PlacedResponse, ProductResponse)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,21 +80,7 @@ class AdditiveViews:
         return found
 
     def gap(self, one: int, other: int) -> float:
-        difference = self.totals[one] - self.totals[other]
-        if isinstance(self.event, GaussianEvent):
-            return float(difference.double().norm()) / self.event.sensitivity
-        if isinstance(self.event, TruncatedLaplaceEvent):
-            l1, largest, squared = self.event.shape
-            steps = difference.abs()
-            norm = float(steps.double().square().sum() / float(squared)) ** 0.5
-            # all three must hold; the price is that of the norm, as long as they do
-            others = max(int(steps.sum()) / l1, int(steps.max()) / largest) if len(steps) else 0.0
-            return others if norm <= 1 < others else norm
-        assert isinstance(self.noise, GeometricNoise)
-        up, down = int(difference.clamp_min(0).sum()), int((-difference).clamp_min(0).sum())
-        plus, minus = self.noise.rate_plus, self.noise.rate_minus
-        loss = max(up * plus + down * minus, up * minus + down * plus)
-        return float(loss / getattr(self.event, "epsilon", loss))
+        return self.noise.gap(self.totals[one] - self.totals[other], self.event)
 
 
 def _projected(differences: torch.Tensor, variance: float, draws: int) -> np.ndarray:
@@ -117,38 +100,10 @@ def _projected(differences: torch.Tensor, variance: float, draws: int) -> np.nda
 
 
 @dataclass(frozen=True, eq=False)
-class ResponseViews:
-    """cells [k, S U]: each context's cells, of U units in S codebooks."""
-
-    response: RandomizedResponse
-    cells: torch.Tensor
-    stages: int
-
-    def scores(self, which: int, draws: int, entropy: Entropy) -> np.ndarray:
-        response = self.response
-        odds = float(np.log(response.truth * (response.alphabet - 1) / (1 - response.truth)))
-        found = np.zeros((draws, len(self.cells)))
-        for stage in range(self.cells.shape[1]):
-            answers = response.draw(np.full(draws, int(self.cells[which, stage])), entropy)
-            found += odds * (answers[:, None] == self.cells[:, stage].numpy()[None])
-        return found
-
-    def gap(self, one: int, other: int) -> float:
-        return int((self.cells[one] != self.cells[other]).sum()) / self.stages
-
-
-class AnswerNoise(Protocol):
-    """A response by rank, by place or of all parts together (`privacy/rank_response.py`, `privacy/joint_response.py`)."""
-
-    def perturb(self, integers: torch.Tensor, entropy: Entropy) -> torch.Tensor: ...
-    def log_weights(self, integers: torch.Tensor, answers: np.ndarray) -> np.ndarray: ...
-
-
-@dataclass(frozen=True, eq=False)
 class AnswerViews:
-    """integers [k, m, .]: of each context's m texts. stages: how many of them one unit has."""
+    """integers [k, m, .]: of each context's m answers. stages: how many of them one unit has."""
 
-    response: AnswerNoise
+    response: Response
     integers: torch.Tensor
     stages: int
 
@@ -190,7 +145,7 @@ class Law:
         for context in contexts:
             exact = self.prepared.exact(context.rows, context.groups)
             for own, (part, tensors) in zip(flat, by_tensor(parts, exact), strict=True):
-                stacked = isinstance(part.noise, (RandomizedResponse, *ANSWERS))
+                stacked = isinstance(part.noise, Response)
                 numbers = (
                     torch.stack(tensors, dim=-1).reshape(-1)
                     if stacked
@@ -205,17 +160,11 @@ class Law:
 
 def _views(part: NoisePart, filled: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Views:
     """filled: where each context's integers are not zero, and what they are."""
-    if isinstance(part.noise, RandomizedResponse):
-        if len({len(cells) for _, cells in filled}) > 1:
-            raise ConfigError("Randomised response answers once for each unit: their number is public.")
-        return ResponseViews(part.noise, torch.stack([cells for _, cells in filled]), len(part.events))
-    if isinstance(part.noise, ANSWERS):
-        if len({len(near) for _, near in filled}) > 1:
+    if isinstance(part.noise, Response):
+        if len({len(numbers) for _, numbers in filled}) > 1:
             raise ConfigError("Each unit is answered once: their number is public.")
-        joint = isinstance(part.noise, ProductResponse)
-        width = 1 if joint else part.noise.near + isinstance(part.noise, PlacedResponse)
-        integers = torch.stack([near for _, near in filled]).view(len(filled), -1, width)
-        return AnswerViews(part.noise, integers, integers.shape[1] if joint else len(part.events))
+        integers = torch.stack([numbers for _, numbers in filled]).view(len(filled), -1, part.noise.width)
+        return AnswerViews(part.noise, integers, len(part.events) * part.noise.together)
     if not isinstance(part.noise, AdditiveNoise):
         raise ConfigError(f"{type(part.noise).__name__} has no law to audit.")
     every = torch.unique(torch.cat([at for at, _ in filled]))

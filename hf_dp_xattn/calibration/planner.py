@@ -13,8 +13,8 @@ import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
-from ..mechanisms.anchors.anchors import PreparedAnchors
 from ..mechanisms.anchors.plan import AnchorPlan, Decoders
+from ..mechanisms.anchors.sources import PreparedAnchors
 from ..privacy.accountant import epsilon_of, needs_delta
 from ..privacy.guessing import PRIORS, guess_bound
 from ..privacy.units import NeighboringRelation, Unit
@@ -160,8 +160,8 @@ def _point(
         score=None if scores is None else of_units(calibration, scores, config.epsilon, units),
         release=prepared.plan.release,
         made_for=prepared.plan.epsilon,
-        meaning=prepared.source.numbers.clipping,
-        noise=prepared.source.noise_numbers,
+        meaning=prepared.leaves.clipping,
+        noise=prepared.noise_numbers,
         events=tuple(e.to_dict() for e in events),
         charged=charged,
         charged_delta=delta,

@@ -3,7 +3,8 @@
 A `Mechanism` is a release of which everything public is fixed. `exact` turns private data into integers (PRIVATE: sums of the units'
 clipped contributions, or the cells that units fall into), `noise` draws for each of them as `parts` says, `decode` is post-processing of
 what `noise` gave and of public counts. `Mechanism.run` joins the three and says what is promised. Charging comes before (`events`), the
-audit reads `parts` (`audit/laws.py`), and a growing context sums or collects `exact` over its appends (`growing_release.py`).
+audit reads `parts` (`audit/laws.py`) and asks for `canaries`. What a growing context sums or collects over its appends
+(`growing_release.py`) is a mechanism too, that of `growing`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, NoReturn, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -79,6 +80,18 @@ class State:
     rows: int | None
     units: int | None
     deviation: float | None = None
+
+
+@dataclass(frozen=True)
+class Summed:
+    """What a continual sum adds up: `size` numbers on the lattice 2^-exponent, clipped to norm clip_norm. what: in words. One unit changes
+    those of the append that it enters by at most `sensitivity` lattice steps (l2, neighbouring factor included)."""
+
+    size: int
+    sensitivity: int
+    exponent: int
+    clip_norm: float
+    what: str
 
 
 @dataclass(frozen=True)
@@ -152,28 +165,12 @@ def guarantee_of(
     )
 
 
-class Exact(ABC, Generic[PrivateT]):
-    """The private half of the shape: what is computed of private data before noise."""
-
-    @abstractmethod
-    def exact(self, private: PrivateT, groups: torch.Tensor | None) -> Integers:
-        """Exact integers of `private`. PRIVATE: without noise they must not leave.
-
-        Raises:
-            ConfigError, ContextError: bad data or groups.
-        """
-
-    @abstractmethod
-    def decode(self, noised: Integers, state: State) -> Content:
-        """What queries read. Post-processing of noised integers (of their running total, where a context grows) and public counts."""
-
-
-class Mechanism(Exact[PrivateT]):
+class Mechanism(ABC, Generic[PrivateT]):
     """A release of which everything public is fixed. `events` must be charged before `run` touches private data."""
 
     config: DPXAttnConfig
-    warnings: tuple[str, ...]
-    calibrated: bool
+    warnings: tuple[str, ...] = ()
+    calibrated: bool = True
 
     @property
     @abstractmethod
@@ -192,6 +189,18 @@ class Mechanism(Exact[PrivateT]):
         Raises:
             ConfigError, ContextError: bad data or groups; nothing is released.
         """
+
+    @abstractmethod
+    def exact(self, private: PrivateT, groups: torch.Tensor | None) -> Integers:
+        """Exact integers of `private`. PRIVATE: without noise they must not leave.
+
+        Raises:
+            ConfigError, ContextError: bad data or groups.
+        """
+
+    @abstractmethod
+    def decode(self, noised: Integers, state: State) -> Content:
+        """What queries read. Post-processing of noised integers (of their running total, where a context grows) and public counts."""
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -236,20 +245,50 @@ class Mechanism(Exact[PrivateT]):
         known = counts["rows"] if self.config.unit == "row" else None
         return State(known, counts["units"], deviation=deviation)
 
-    def growing(self, units: int | None) -> Summand | Answers[Any]:
+    def growing(self, units: int | None) -> Mechanism[PrivateT]:
         """How it is released as a context grows. units: how many the public contexts of its calibration had.
 
         Raises:
             ConfigError: it cannot.
         """
-        return no_growth()
+        raise ConfigError(
+            "A context grows with mechanism='kernel_sum' or 'anchors'; 'dptree' and 'none' release once. Change the mechanism, or leave "
+            "out the horizon."
+        )
 
+    @property
+    def summed(self) -> Summed | None:
+        """Where a context grows: what its running sum adds up. None: every unit answers for itself when it is appended, with fresh coins,
+        so that T appends of distinct units cost what one does."""
+        return None
 
-def no_growth() -> NoReturn:
-    raise ConfigError(
-        "A context grows with mechanism='kernel_sum' or 'anchors'; 'dptree' and 'none' release once. Change the mechanism, or leave "
-        "out the horizon."
-    )
+    def join(self, total: Integers, noised: Integers) -> Integers:
+        """All answers so far (`total`; empty at first) and those of one more append. Post-processing."""
+        return tuple(map(torch.cat, zip(total, noised, strict=True))) if total else noised
+
+    def at(self, config: DPXAttnConfig) -> Mechanism[PrivateT]:
+        """The same kind of release at another epsilon, where a calibration has several.
+
+        Raises:
+            ConfigError: it is prepared of the layers' shapes (`registry.prepare_release`), or cannot give the config's guarantee.
+        """
+        raise ConfigError(f"{type(self).__name__} is prepared of the layers that it is for.")
+
+    def canaries(self, count: int, rows: int, generator: torch.Generator) -> list[PrivateT]:
+        """About `count` units of `rows` rows, made of public parameters alone, of which some contribute as unlike as units can. For audits.
+
+        Raises:
+            ConfigError: none are known.
+        """
+        raise ConfigError(f"No canaries are known for {type(self).__name__}.")
+
+    def bystander(self) -> PrivateT:
+        """One row in the middle of what is public: the unit beside a canary, the same in both of two neighbours.
+
+        Raises:
+            ConfigError: none is known.
+        """
+        raise ConfigError(f"No canaries are known for {type(self).__name__}.")
 
 
 def by_tensor(parts: tuple[NoisePart, ...], exact: Integers) -> Iterator[tuple[NoisePart, Integers]]:
@@ -264,44 +303,3 @@ def by_tensor(parts: tuple[NoisePart, ...], exact: Integers) -> Iterator[tuple[N
 def perturb(exact: Integers, parts: tuple[NoisePart, ...], entropy: Entropy) -> Integers:
     """Each tensor with the noise of its part, in order."""
     return tuple(part.noise.perturb(t, entropy) for part, own in by_tensor(parts, exact) for t in own)
-
-
-class Summand(Protocol):
-    """What a continual sum adds up. `exact` is `size` numbers on the lattice 2^-exponent; one unit changes those of the append that it
-    enters by at most `sensitivity` lattice steps (l2, neighbouring factor included). `decode` is told the deviation of the moment."""
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def sensitivity(self) -> int: ...
-
-    @property
-    def exponent(self) -> int: ...
-
-    @property
-    def clip_norm(self) -> float: ...
-
-    def exact(self, private: Any, groups: torch.Tensor | None) -> Integers: ...
-
-    def decode(self, noised: Integers, state: State) -> Content: ...
-
-    def describe(self) -> str:
-        """What is summed, in words."""
-        ...
-
-
-class Answers(Exact[PrivateT]):
-    """Every unit answers for itself, when it is appended, with fresh coins: T appends of distinct units cost what one does."""
-
-    @property
-    @abstractmethod
-    def parts(self) -> tuple[NoisePart, ...]: ...
-
-    @property
-    @abstractmethod
-    def numbers(self) -> GuaranteeNumbers: ...
-
-    @abstractmethod
-    def join(self, total: Integers, noised: Integers) -> Integers:
-        """All answers so far (`total`; empty at first) and those of one more append. Post-processing."""

@@ -56,6 +56,6 @@ class PreparedExact(Mechanism[LayerRows]):
         )
 
 
-def prepare_exact(config: DPXAttnConfig, specs: Sequence[LayerSpec], calibration: Any) -> PreparedExact:
+def prepare(config: DPXAttnConfig, specs: Sequence[LayerSpec], calibration: Any) -> PreparedExact:
     """`mechanism="none"` needs nothing of a calibration."""
     return PreparedExact(config, tuple(specs))

@@ -19,7 +19,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 
@@ -30,17 +30,7 @@ from ..privacy.bits import Entropy, SystemEntropy
 from ..privacy.continual import ContinualPlan, RunningSum, choose_factors
 from ..privacy.units import NeighboringRelation
 from ..report import Guarantee
-from .base import (
-    Answers,
-    GuaranteeNumbers,
-    Integers,
-    LayerSpec,
-    Mechanism,
-    Released,
-    Summand,
-    guarantee_of,
-    perturb,
-)
+from .base import GuaranteeNumbers, Integers, LayerSpec, Mechanism, Released, guarantee_of, perturb
 from .inputs import MAX_ROWS, Private, count_units, may_be_empty
 from .kernel_sum.kernel_sum import PublicCalibration
 from .registry import prepare_release
@@ -51,124 +41,16 @@ CLOSED = (
 )
 
 
-class Totals(Protocol):
-    """How totals over appends are made: by a continual sum, or by answers that stand for themselves."""
-
-    @property
-    def source(self) -> Summand | Answers[Any]:
-        """What is appended, and how a total is decoded."""
-        ...
-
-    @property
-    def events(self) -> tuple[Event, ...]: ...
-
-    @property
-    def numbers(self) -> GuaranteeNumbers: ...
-
-    def start(self, entropy: Entropy) -> Run: ...
-
-
-class Run(Protocol):
-    """The private side of one growing release."""
-
-    def add(self, private: Any, groups: torch.Tensor | None) -> tuple[Integers, float]:
-        """The noised total of all appends in lattice units, and the standard deviation of its noise."""
-        ...
-
-    def close(self) -> None:
-        """Drops what is private."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class ContinualTotals:
-    """A summand's vectors through a continual sum."""
-
-    source: Summand
-    plan: ContinualPlan
-
-    @property
-    def events(self) -> tuple[Event, ...]:
-        return (self.plan.event,)
-
-    @property
-    def numbers(self) -> GuaranteeNumbers:
-        source, plan = self.source, self.plan
-        shifted, last = (
-            2.0 ** (plan.shift - source.exponent),
-            plan.deviation(plan.horizon) * 2.0**-source.exponent,
-        )
-        return GuaranteeNumbers(
-            source.clip_norm,
-            plan.event.sensitivity * shifted,
-            math.sqrt(plan.sigma_squared) * shifted,
-            f"{source.describe()} is clipped to norm {source.clip_norm:.4g}; the running sum leaves with discrete Gaussian "
-            f"noise ({plan.factors.name} factorisation) of standard deviation {last:.4g} in its last state",
-        )
-
-    def start(self, entropy: Entropy) -> Run:
-        return _SumRun(self.source, RunningSum(self.plan, entropy))
-
-
-@dataclass(frozen=True, eq=False)
-class _SumRun:
-    source: Summand
-    running: RunningSum
-
-    def add(self, private: Any, groups: torch.Tensor | None) -> tuple[Integers, float]:
-        self.running.check()
-        exact = self.source.exact(private, groups)
-        total = self.running.add(torch.cat([t.flatten().cpu() for t in exact]))
-        tensors = total.split([t.numel() for t in exact])
-        shaped = tuple(t.reshape(e.shape) for t, e in zip(tensors, exact, strict=True))
-        return shaped, self.running.plan.deviation(self.running.steps)
-
-    def close(self) -> None:
-        self.running.close()
-
-
-@dataclass(frozen=True, eq=False)
-class AnsweredTotals:
-    """The answers of all units so far."""
-
-    source: Answers[Any]
-
-    @property
-    def events(self) -> tuple[Event, ...]:
-        return tuple(event for part in self.source.parts for event in part.events)
-
-    @property
-    def numbers(self) -> GuaranteeNumbers:
-        numbers = self.source.numbers
-        return dataclasses.replace(
-            numbers, clipping=f"{numbers.clipping}; every unit answers once, when it is appended"
-        )
-
-    def start(self, entropy: Entropy) -> Run:
-        return _AnswerRun(self.source, entropy)
-
-
-class _AnswerRun:
-    def __init__(self, source: Answers[Any], entropy: Entropy) -> None:
-        self._source, self._entropy = source, entropy
-        self._total: Integers = ()  # released; nothing private
-
-    def add(self, private: Any, groups: torch.Tensor | None) -> tuple[Integers, float]:
-        noised = perturb(self._source.exact(private, groups), self._source.parts, self._entropy)
-        self._total = self._source.join(self._total, noised)
-        return self._total, 0.0
-
-    def close(self) -> None:
-        pass
-
-
 @dataclass(frozen=True, eq=False)
 class PreparedGrowing:
-    """A growing release of which everything public is fixed. `events` must be charged, once, before `open`."""
+    """A growing release of which everything public is fixed. `events` must be charged, once, before `open`.
+
+    mechanism: of the appends. plan: of their running sum; None: every unit answers for itself.
+    """
 
     mechanism: Mechanism[Any]
     horizon: int
-    totals: Totals
+    plan: ContinualPlan | None
 
     @property
     def config(self) -> DPXAttnConfig:
@@ -180,7 +62,24 @@ class PreparedGrowing:
 
     @property
     def events(self) -> tuple[Event, ...]:
-        return self.totals.events
+        return self.mechanism.events if self.plan is None else (self.plan.event,)
+
+    @property
+    def numbers(self) -> GuaranteeNumbers:
+        """For the guarantee: of the appends' own noise, or of the running sum's."""
+        own, plan = self.mechanism.summed, self.plan
+        if own is None or plan is None:
+            answers = self.mechanism.numbers
+            clipping = f"{answers.clipping}; every unit answers once, when it is appended"
+            return dataclasses.replace(answers, clipping=clipping)
+        shifted, last = 2.0 ** (plan.shift - own.exponent), plan.deviation(plan.horizon) * 2.0**-own.exponent
+        return GuaranteeNumbers(
+            own.clip_norm,
+            plan.event.sensitivity * shifted,
+            math.sqrt(plan.sigma_squared) * shifted,
+            f"{own.what} is clipped to norm {own.clip_norm:.4g}; the running sum leaves with discrete Gaussian noise "
+            f"({plan.factors.name} factorisation) of standard deviation {last:.4g} in its last state",
+        )
 
     def open(self, entropy: Entropy | None = None) -> GrowingRelease:
         """Starts with nothing in it."""
@@ -194,7 +93,8 @@ class GrowingRelease:
         self.prepared = prepared
         self.appends = self.rows = self.units = 0
         self._entropy = entropy
-        self._run = prepared.totals.start(entropy)
+        self._running = None if prepared.plan is None else RunningSum(prepared.plan, entropy)
+        self._answers: Integers = ()  # released; nothing private
         self._groups: set[int] = set()
         self._closed = False
         self._pid = os.getpid()
@@ -243,7 +143,7 @@ class GrowingRelease:
         if self.rows + n > MAX_ROWS:
             raise ContextError(f"A growing context has at most {MAX_ROWS} rows; nothing was released.")
         try:
-            total, deviation = self._run.add(private, groups)
+            total, deviation = self._add(private, groups)
         except (ConfigError, ContextError):
             raise
         except BaseException:
@@ -256,11 +156,24 @@ class GrowingRelease:
         self._groups |= new
         state = self.prepared.mechanism.state(self.rows, self.units, deviation)
         try:
-            content = self.prepared.totals.source.decode(total, state)
+            content = self.prepared.mechanism.decode(total, state)
         except BaseException:
             self.close()  # made again, the append would enter twice
             raise
         return Released(content, self.guarantee())
+
+    def _add(self, private: Private, groups: torch.Tensor | None) -> tuple[Integers, float | None]:
+        """The noised total of all appends in lattice steps, and the standard deviation of a running sum's noise."""
+        mechanism = self.prepared.mechanism
+        if self._running is None:
+            noised = perturb(mechanism.exact(private, groups), mechanism.parts, self._entropy)
+            self._answers = mechanism.join(self._answers, noised)
+            return self._answers, None
+        self._running.check()
+        exact = mechanism.exact(private, groups)
+        total = self._running.add(torch.cat([t.flatten().cpu() for t in exact]))
+        parts = zip(total.split([t.numel() for t in exact]), exact, strict=True)
+        return tuple(t.reshape(e.shape) for t, e in parts), self._running.plan.deviation(self._running.steps)
 
     def check_groups(self, groups: torch.Tensor | None) -> set[int]:
         """The groups' numbers. Raises ContextError where an earlier append held one of them."""
@@ -286,11 +199,12 @@ class GrowingRelease:
     def close(self) -> None:
         """Drops what is private; what was released stays valid."""
         self._closed = True
-        self._run.close()
+        if self._running is not None:
+            self._running.close()
 
     def guarantee(self) -> Guarantee:
         """What is promised about all states together, up to the horizon."""
-        config, numbers = self.prepared.config, self.prepared.totals.numbers
+        config, numbers = self.prepared.config, self.prepared.numbers
         counted = config.neighboring == NeighboringRelation.REPLACE_ONE.value
         sizes = f", and the number of its {config.unit}s," if counted else ""
         clipping = (
@@ -320,18 +234,19 @@ def grow(prepared: Mechanism[Any], horizon: int, *, units: int | None = None) ->
     """
     config = prepared.config
     choose_factors(horizon, 1)  # validates the horizon
-    source = prepared.growing(units)
+    mechanism = prepared.growing(units)
     if config.unit == "context":
         raise ConfigError(
             "A context that grows is not one unit that enters once: use unit='row', or unit='group' with a group for each document."
         )
-    if isinstance(source, Answers):
-        return PreparedGrowing(prepared, horizon, AnsweredTotals(source))
+    summed = mechanism.summed
+    if summed is None:
+        return PreparedGrowing(mechanism, horizon, None)
     plan = ContinualPlan.prepare(
-        size=source.size,
-        sensitivity=source.sensitivity,
+        size=summed.size,
+        sensitivity=summed.sensitivity,
         horizon=horizon,
         epsilon=config.epsilon,
         delta=config.delta,
     )
-    return PreparedGrowing(prepared, horizon, ContinualTotals(source, plan))
+    return PreparedGrowing(mechanism, horizon, plan)

@@ -32,6 +32,17 @@ def count_rows(private: Private) -> int:
     return private.shape[0] if private.ndim == 2 else 0
 
 
+def together(parts: Sequence[Private]) -> Private:
+    """The rows of several pieces of one context."""
+    if not isinstance(parts[0], LayerRows):
+        return torch.cat([rows_of(p) for p in parts])
+    pieces = [layers_of(p) for p in parts]
+    keys, values = zip(*((p.keys, p.values) for p in pieces), strict=True)
+    return LayerRows(
+        *([torch.cat(layer, dim=1) for layer in zip(*each, strict=True)] for each in (keys, values))
+    )
+
+
 def layers_of(private: Private) -> LayerRows:
     """Raises ConfigError where rows were given to a mechanism that takes keys and values."""
     if not isinstance(private, LayerRows):

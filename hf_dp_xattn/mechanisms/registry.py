@@ -1,23 +1,17 @@
-"""How each mechanism is made, and what storage must know of it. A new one: a folder, a line in `known_mechanisms.py`, an entry here."""
+"""How each mechanism of `known_mechanisms.py` is made, and what storage must know of it, out of the mechanism's own module."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
-from ..known_mechanisms import KNOWN
-from .anchors.anchors import NO_CALIBRATION, PreparedAnchors
+from ..known_mechanisms import KNOWN, KnownMechanism
 from .base import LayerSpec, Mechanism
-from .dptree.dptree import prepare_dptree
-from .dptree.tree_structure import DistanceFeatures, DPTreeStructure
-from .exact import prepare_exact
 from .inputs import LayerRows
-from .kernel_sum.features import PositiveRandomFeatures, TaylorFeatures
-from .kernel_sum.kernel_sum import prepare_kernel_sum
-from .library.library import NO_LIBRARY, PreparedLibrary
 from .structure import KernelSumStructure
 
 Prepare = Callable[[DPXAttnConfig, Sequence[LayerSpec], Any], Mechanism[Any]]
@@ -32,37 +26,16 @@ class Registration:
     """
 
     prepare: Prepare
-    structures: Mapping[str, type[KernelSumStructure]] = field(default_factory=dict)
-    features: Mapping[str, Any] = field(default_factory=dict)
+    structures: Mapping[str, type[KernelSumStructure]]
+    features: Mapping[str, Any]
 
 
-def _prepare_anchors(config: DPXAttnConfig, specs: Sequence[LayerSpec], calibration: Any) -> PreparedAnchors:
-    """The calibration holds the plans and decoders; no layer takes part."""
-    if calibration is None:
-        raise ConfigError(NO_CALIBRATION)
-    prepared: PreparedAnchors = calibration.prepare(config)
-    return prepared
+def _registration(known: KnownMechanism) -> Registration:
+    module = import_module(f".{known.module}", __package__)
+    return Registration(module.prepare, getattr(module, "STRUCTURES", {}), getattr(module, "FEATURES", {}))
 
 
-def _prepare_library(config: DPXAttnConfig, specs: Sequence[LayerSpec], calibration: Any) -> PreparedLibrary:
-    """The library holds the texts and plans; no layer takes part."""
-    if calibration is None:
-        raise ConfigError(NO_LIBRARY)
-    prepared: PreparedLibrary = calibration.prepare(config)
-    return prepared
-
-
-REGISTRY: dict[str, Registration] = {
-    "anchors": Registration(_prepare_anchors),
-    "dptree": Registration(prepare_dptree, {"dptree": DPTreeStructure}, {"distance": DistanceFeatures}),
-    "kernel_sum": Registration(
-        prepare_kernel_sum,
-        {"kernel_sum": KernelSumStructure},
-        {"positive_random": PositiveRandomFeatures, "taylor": TaylorFeatures},
-    ),
-    "library": Registration(_prepare_library),
-    "none": Registration(prepare_exact),
-}
+REGISTRY = {name: _registration(known) for name, known in KNOWN.items()}
 STRUCTURES: dict[str, type[KernelSumStructure]] = {
     k: v for r in REGISTRY.values() for k, v in r.structures.items()
 }

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .accountant import Event, GaussianEvent, PureEvent, TruncatedLaplaceEvent
 from .bits import Entropy
 from .noise import discrete_gaussian, discrete_geometric
 from .truncated_laplace import truncated_laplace
@@ -28,6 +29,10 @@ class AdditiveNoise(ABC):
     @abstractmethod
     def log_weight(self, z: torch.Tensor) -> torch.Tensor:
         """log P(z) up to a constant, float64; -inf outside of the support."""
+
+    @abstractmethod
+    def gap(self, difference: torch.Tensor, event: Event) -> float:
+        """How large a difference of two sums, int64 [D], is as a share of what the event is charged for; above 1 nothing holds."""
 
     def perturb(self, integers: torch.Tensor, entropy: Entropy) -> torch.Tensor:
         """int64 of any shape -> the same with noise on each entry."""
@@ -58,6 +63,12 @@ class GeometricNoise(AdditiveNoise):
         steps = z.to(torch.float64)
         return -float(self.rate_plus) * steps.clamp_min(0.0) + float(self.rate_minus) * steps.clamp_max(0.0)
 
+    def gap(self, difference: torch.Tensor, event: Event) -> float:
+        assert isinstance(event, PureEvent)
+        up, down = int(difference.clamp_min(0).sum()), int((-difference).clamp_min(0).sum())
+        plus, minus = self.rate_plus, self.rate_minus
+        return float(max(up * plus + down * minus, up * minus + down * plus) / event.epsilon)
+
 
 @dataclass(frozen=True)
 class GaussianNoise(AdditiveNoise):
@@ -70,6 +81,10 @@ class GaussianNoise(AdditiveNoise):
 
     def log_weight(self, z: torch.Tensor) -> torch.Tensor:
         return z.to(torch.float64).square() * (-0.5 / float(self.sigma_squared))
+
+    def gap(self, difference: torch.Tensor, event: Event) -> float:
+        assert isinstance(event, GaussianEvent)
+        return float(difference.double().norm()) / event.sensitivity
 
 
 @dataclass(frozen=True)
@@ -85,3 +100,12 @@ class TruncatedLaplaceNoise(AdditiveNoise):
     def log_weight(self, z: torch.Tensor) -> torch.Tensor:
         steps = z.abs()
         return (steps.to(torch.float64) / -float(self.scale)).masked_fill(steps > self.bound, -torch.inf)
+
+    def gap(self, difference: torch.Tensor, event: Event) -> float:
+        assert isinstance(event, TruncatedLaplaceEvent)
+        l1, largest, squared = event.shape
+        steps = difference.abs()
+        norm = float(steps.double().square().sum() / float(squared)) ** 0.5
+        # all three must hold; the price is that of the norm, as long as they do
+        others = max(int(steps.sum()) / l1, int(steps.max()) / largest) if len(steps) else 0.0
+        return others if norm <= 1 < others else norm

@@ -33,7 +33,7 @@ from .accountant import PureEvent
 from .bernoulli import exp_neg_bounds
 from .bits import Entropy, uniform_below
 from .rank_response import LIMIT, RankResponse
-from .response import check_odds
+from .response import Response, check_odds
 
 Answers = npt.NDArray[np.int64]
 MAX_PARTS = 16
@@ -42,7 +42,7 @@ _CAP = Fraction(32)
 
 
 @dataclass(frozen=True)
-class PlacedResponse:
+class PlacedResponse(Response):
     """responses: of each place.
 
     Raises:
@@ -59,6 +59,10 @@ class PlacedResponse:
     def near(self) -> int:
         """How many ranks a unit's own order decides, at most."""
         return max(r.near for r in self.responses)
+
+    @property
+    def width(self) -> int:
+        return 1 + self.near
 
     @property
     def event(self) -> PureEvent:
@@ -79,7 +83,6 @@ class PlacedResponse:
         return torch.from_numpy(out)
 
     def log_weights(self, integers: torch.Tensor, answers: Answers) -> npt.NDArray[np.float64]:
-        """[draws]: log-likelihood of answers [draws, m] of units with these integers, up to a public number."""
         rows, found = self._checked(integers), np.zeros(len(answers))
         for own, response in self._by_place(rows):
             found += response.log_weights(torch.from_numpy(rows[own, 1 : 1 + response.near]), answers[:, own])
@@ -98,7 +101,7 @@ class PlacedResponse:
 
 
 @dataclass(frozen=True)
-class ProductResponse:
+class ProductResponse(Response):
     """One answer for all parts of a unit; made by `of`.
 
     sizes: of each part's list. wrong: d, how many parts of a near tuple may differ. odds, unit: W and D. epsilon: what is charged.
@@ -154,6 +157,14 @@ class ProductResponse:
     def near(self) -> int:
         """F, how many tuples are near."""
         return _tuples(self.sizes, self.wrong)
+
+    @property
+    def width(self) -> int:
+        return 1
+
+    @property
+    def together(self) -> int:
+        return len(self.sizes)
 
     @property
     def total(self) -> int:

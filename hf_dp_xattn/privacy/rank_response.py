@@ -28,13 +28,13 @@ import torch
 from ..errors import ConfigError
 from .accountant import PureEvent
 from .bits import Entropy, uniform_below
-from .response import MAX_ALPHABET, RandomizedResponse, check_odds
+from .response import MAX_ALPHABET, RandomizedResponse, Response, check_odds
 
 LIMIT = 1 << 48  # of `uniform_below`
 
 
 @dataclass(frozen=True)
-class RankResponse:
+class RankResponse(Response):
     """Answers by rank; made by `of`.
 
     counts: how many ranks each level has, the nearest entries first.
@@ -96,6 +96,10 @@ class RankResponse:
     def near(self) -> int:
         """How many ranks a unit's own order decides: all but those of the last level, whose entries have equal odds in any order."""
         return self.size - self.counts[-1]
+
+    @property
+    def width(self) -> int:
+        return self.near
 
     @property
     def total(self) -> int:
@@ -181,7 +185,6 @@ class RankResponse:
         return torch.from_numpy(self.answer(integers.cpu().numpy(), self.draw(len(integers), entropy)))
 
     def log_weights(self, integers: torch.Tensor, answers: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """[draws]: log-likelihood of answers [draws, m] of units whose nearest entries are `integers` [m, near], up to a public number."""
         logs = np.log(np.repeat(np.array(self.weights, dtype=np.float64), self.counts)[: self.near])
         found = np.zeros(len(answers))
         for unit, own in enumerate(integers.cpu().numpy()):

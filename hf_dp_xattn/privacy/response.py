@@ -12,6 +12,7 @@ list is epsilon-DP, by parallel composition. The number of units must be public 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -45,8 +46,30 @@ def check_odds(odds: int, unit: int, epsilon: Fraction) -> None:
         )
 
 
+class Response(ABC):
+    """Answers of units from public lists, each a function of one unit and fresh coins."""
+
+    @property
+    def together(self) -> int:
+        """How many answers one draw gives."""
+        return 1
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """How many integers each answer is drawn by."""
+
+    @abstractmethod
+    def perturb(self, integers: torch.Tensor, entropy: Entropy) -> torch.Tensor:
+        """int64 [m, width], on any device -> answers [m] (CPU)."""
+
+    @abstractmethod
+    def log_weights(self, integers: torch.Tensor, answers: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """[draws]: log-likelihood of answers [draws, m] of units with these integers [m, width], up to a public number."""
+
+
 @dataclass(frozen=True)
-class RandomizedResponse:
+class RandomizedResponse(Response):
     """k-ary randomised response over `alphabet` symbols; made by `of`. epsilon: what is charged; odds: W.
 
     Raises:
@@ -111,6 +134,14 @@ class RandomizedResponse:
         other = (symbols + 1 + np.maximum(u - self.odds, 0) // _UNIT) % self.alphabet
         return np.where(u < self.odds, symbols, other).astype(np.int64)
 
+    @property
+    def width(self) -> int:
+        return 1
+
     def perturb(self, integers: torch.Tensor, entropy: Entropy) -> torch.Tensor:
-        """int64 [G] symbols, on any device -> answers (CPU)."""
-        return torch.from_numpy(self.draw(integers.cpu().numpy(), entropy))
+        """int64 [G] or [G, 1] symbols, on any device -> answers [G] (CPU)."""
+        return torch.from_numpy(self.draw(integers.cpu().numpy().reshape(-1), entropy))
+
+    def log_weights(self, integers: torch.Tensor, answers: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        told: npt.NDArray[np.int64] = (answers == integers.cpu().numpy().reshape(-1)).sum(1)
+        return told * math.log(self.odds / _UNIT)

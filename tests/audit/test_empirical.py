@@ -17,10 +17,10 @@ from hf_dp_xattn import DPXAttnConfig
 from hf_dp_xattn.audit.audit_report import PASS, Check
 from hf_dp_xattn.audit.empirical import audit_releases, preparer, targets
 from hf_dp_xattn.audit.settings import SMALLER
-from hf_dp_xattn.mechanisms.anchors import anchors as anchors_release
 from hf_dp_xattn.mechanisms.anchors import histogram, row_sum
-from hf_dp_xattn.mechanisms.anchors.anchors import PreparedAnchors, prepare_anchors
-from hf_dp_xattn.mechanisms.anchors.mixed import MixedSource
+from hf_dp_xattn.mechanisms.anchors.anchors import prepare_anchors
+from hf_dp_xattn.mechanisms.anchors.mixed import AnchorMixed
+from hf_dp_xattn.mechanisms.anchors.sources import AnchorHistogram, AnchorSum, PreparedAnchors
 from hf_dp_xattn.mechanisms.base import Integers, LayerSpec, perturb
 from hf_dp_xattn.mechanisms.dptree import tree_moments as dptree_moments
 from hf_dp_xattn.mechanisms.dptree.budget import BudgetSplit
@@ -103,24 +103,23 @@ def test_it_has_power(kind: str) -> None:
 
 def half_the_noise(prepared: Any) -> Any:
     """Noise of half the scale (an answer at twice the epsilon), while the events say what they said."""
-    if not hasattr(prepared, "source"):
-        return dataclasses.replace(prepared, sigma_squared=Fraction(prepared.sigma_squared) / 4)
-    return dataclasses.replace(prepared, source=_half(prepared.source))
-
-
-def _half(source: Any) -> Any:
-    if isinstance(source, anchors_release.SumSource):
-        return dataclasses.replace(source, prepared=_half_sum(source.prepared))
-    if isinstance(source, MixedSource):
-        return dataclasses.replace(source, sum=_half_sum(source.sum), histogram=_half(source.histogram))
-    if isinstance(source, anchors_release.HistogramSource):
-        noise = GeometricNoise(2 * source.noise.rate_plus, 2 * source.noise.rate_minus)
-        prepared = dataclasses.replace(source.prepared, noise=noise)
-        return dataclasses.replace(source, prepared=prepared, noise=noise)
-    response = RandomizedResponse.of(2 * source.response.epsilon, source.response.alphabet)
-    planted = copy.copy(response)  # past the check of its odds
-    object.__setattr__(planted, "epsilon", source.response.epsilon)
-    return dataclasses.replace(source, response=planted)
+    if not isinstance(prepared, PreparedAnchors):
+        return _half_sum(prepared)
+    if isinstance(prepared, AnchorSum):
+        return dataclasses.replace(prepared, prepared=_half_sum(prepared.prepared))
+    if isinstance(prepared, AnchorMixed):
+        counts = half_the_noise(prepared.histogram)
+        return dataclasses.replace(prepared, sum=_half_sum(prepared.sum), histogram=counts)
+    if isinstance(prepared, AnchorHistogram):
+        own: Any = prepared.prepared.noise
+        noise = GeometricNoise(2 * own.rate_plus, 2 * own.rate_minus)
+        return dataclasses.replace(prepared, prepared=dataclasses.replace(prepared.prepared, noise=noise))
+    honest: Any = prepared.response  # type: ignore[attr-defined]
+    planted = copy.copy(
+        RandomizedResponse.of(2 * honest.epsilon, honest.alphabet)
+    )  # past the check of its odds
+    object.__setattr__(planted, "epsilon", honest.epsilon)
+    return dataclasses.replace(prepared, response=planted)  # type: ignore[call-arg]
 
 
 def _half_sum(prepared: Any) -> Any:

@@ -33,7 +33,7 @@ def rows_in_different_cells(found: Law, count: int) -> list[Context]:
     contexts: dict[int, Context] = {}
     for seed in range(2000):
         row = Context(torch.randn(1, CHANNELS, generator=gen(seed)) * 3)
-        contexts.setdefault(int(found.views([row]).cells[0, 0]), row)  # type: ignore[attr-defined]
+        contexts.setdefault(int(found.views([row]).integers[0, 0, 0]), row)  # type: ignore[attr-defined]
         if len(contexts) == count:
             return list(contexts.values())
     raise AssertionError
@@ -58,8 +58,8 @@ def test_gaussian_noise_is_read_as_well_as_can_be() -> None:
     found, config = law("sum", 4.0)
     contexts = [Context(torch.randn(1, CHANNELS, generator=gen(seed))) for seed in (0, 1)]
     views = found.views(contexts)
-    distance = views.gap(0, 1) * found.prepared.source.numbers.sensitivity
-    expected = 0.5 * math.erfc(-distance / (2 * found.prepared.source.numbers.sigma) / math.sqrt(2))
+    distance = views.gap(0, 1) * found.prepared.numbers.sensitivity
+    expected = 0.5 * math.erfc(-distance / (2 * found.prepared.numbers.sigma) / math.sqrt(2))
     result = play(found, contexts, config, units=1, trials=TRIALS, entropy=SeededEntropy(2))
     assert 0.55 < expected < 0.99
     assert result.rate == pytest.approx(expected, abs=TOLERANCE)

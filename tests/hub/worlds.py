@@ -13,8 +13,8 @@ import torch
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibration
-from hf_dp_xattn.mechanisms.anchors.anchors import PreparedAnchors
-from hf_dp_xattn.mechanisms.anchors.sources import CellAnswers, CellCounts, LearnedSum
+from hf_dp_xattn.mechanisms.anchors.mixed import AnchorMixed
+from hf_dp_xattn.mechanisms.anchors.sources import AnchorCounts, AnchorHistogram, AnchorResponse, AnchorSum
 from hf_dp_xattn.mechanisms.base import Integers
 from hf_dp_xattn.mechanisms.dptree.dptree import PreparedDPTree
 from hf_dp_xattn.mechanisms.kernel_sum.kernel_sum import PreparedKernelSum
@@ -52,7 +52,8 @@ def zeroed(exact: Integers) -> Integers:
 
 def equal_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every sum of private contributions is zero: with equal noise, two worlds release equal integers."""
-    for owner in (PreparedKernelSum, PreparedDPTree, PreparedAnchors, LearnedSum, CellCounts, CellAnswers):
+    anchors = (AnchorSum, AnchorResponse, AnchorHistogram, AnchorMixed, AnchorCounts)
+    for owner in (PreparedKernelSum, PreparedDPTree, *anchors):
         original = owner.exact
 
         def patched(*args: Any, _original: Callable[..., Any] = original, **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ from hf_dp_xattn.audit.replay import replayed
 from hf_dp_xattn.config import MECHANISMS, DPXAttnConfig
 from hf_dp_xattn.errors import ConfigError
 from hf_dp_xattn.known_mechanisms import KNOWN
-from hf_dp_xattn.mechanisms.base import Answers, GuaranteeNumbers, Integers, Mechanism, NoisePart, State
+from hf_dp_xattn.mechanisms.base import GuaranteeNumbers, Integers, Mechanism, NoisePart, State
 from hf_dp_xattn.mechanisms.growing_release import grow
 from hf_dp_xattn.mechanisms.registry import FEATURES, REGISTRY, STRUCTURES, prepare_release
 from hf_dp_xattn.privacy.accountant import epsilon_of
@@ -25,9 +25,11 @@ from hf_dp_xattn.privacy.response import RandomizedResponse
 LIBRARY = tuple(f"a public text of length {n}" for n in range(12))
 
 
-class _Shelf:
-    """What answers at once and answers that are collected share: the cell of a text is its length."""
+@dataclass(frozen=True)
+class PublicTexts(Mechanism[Sequence[str]]):
+    """The cell of a text is its length. As a context grows, each text is answered when it comes."""
 
+    config: DPXAttnConfig
     response: RandomizedResponse
 
     @property
@@ -38,33 +40,17 @@ class _Shelf:
     def numbers(self) -> GuaranteeNumbers:
         return GuaranteeNumbers(1.0, 1.0, 0.0, "each text is answered by an entry of a public list")
 
+    def count(self, private: Sequence[str], groups: torch.Tensor | None, *, empty: bool = False) -> int:
+        return len(private)
+
     def exact(self, private: Sequence[str], groups: torch.Tensor | None) -> Integers:
         return (torch.tensor([len(text) % len(LIBRARY) for text in private], dtype=torch.int64),)
 
     def decode(self, noised: Integers, state: State) -> tuple[str, ...]:
         return tuple(LIBRARY[i] for i in noised[0].tolist())
 
-
-@dataclass(frozen=True)
-class CollectedTexts(_Shelf, Answers[Sequence[str]]):
-    response: RandomizedResponse
-
-    def join(self, total: Integers, noised: Integers) -> Integers:
-        return (torch.cat([*total, *noised]),)
-
-
-@dataclass(frozen=True)
-class PublicTexts(_Shelf, Mechanism[Sequence[str]]):
-    config: DPXAttnConfig
-    response: RandomizedResponse
-    warnings: tuple[str, ...] = ()
-    calibrated: bool = True
-
-    def count(self, private: Sequence[str], groups: torch.Tensor | None, *, empty: bool = False) -> int:
-        return len(private)
-
-    def growing(self, units: int | None) -> CollectedTexts:
-        return CollectedTexts(self.response)
+    def growing(self, units: int | None) -> PublicTexts:
+        return self
 
 
 def texts(epsilon: float) -> PublicTexts:

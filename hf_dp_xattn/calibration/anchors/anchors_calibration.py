@@ -13,12 +13,13 @@ from ...artefacts.card import table
 from ...artefacts.codec import Tensors
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
-from ...mechanisms.anchors.anchors import PreparedAnchors, nearest_plan, prepare_anchors
+from ...mechanisms.anchors.anchors import nearest_plan, prepare_anchors
 from ...mechanisms.anchors.cells import CellDecoder, Tilt
 from ...mechanisms.anchors.fallback import Fallback, Worth
 from ...mechanisms.anchors.move import RowMove
 from ...mechanisms.anchors.plan import AnchorPlan, Decoders, Quality
 from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
+from ...mechanisms.anchors.sources import PreparedAnchors
 from ...privacy.units import NeighboringRelation
 from ..calibration_card import Described
 from ..stored import CHECKS, CODEC, Stored

@@ -12,11 +12,10 @@ import torch
 
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
-from ...mechanisms.anchors.anchors import prepare_source
 from ...mechanisms.anchors.plan import NOT_JUDGED, AnchorPlan, Decoders
 from ...mechanisms.anchors.row_sum import RowSum
 from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
-from ...mechanisms.anchors.sources import HistogramSource
+from ...mechanisms.anchors.sources import AnchorHistogram
 from ...privacy.response import RandomizedResponse
 from ...privacy.units import NeighboringRelation
 from ..checkpoints import NOTHING_KEPT, Checkpoints
@@ -279,10 +278,9 @@ def _public_box(contexts: PublicContexts) -> tuple[torch.Tensor, torch.Tensor]:
 def _with_tilt(
     config: DPXAttnConfig, book: Codebook, plan: AnchorPlan, settings: AnchorSettings
 ) -> AnchorPlan:
-    source = prepare_source(plan, config.replace(epsilon=plan.epsilon), Decoders(None, book.decoder))
-    assert isinstance(source, HistogramSource)
+    release = AnchorHistogram.of(config.replace(epsilon=plan.epsilon), plan, Decoders(None, book.decoder))
     tilt = fit_tilt(
-        book, source.rates, steps=settings.tilt_steps, seed=settings.seed, progress=settings.progress
+        book, release.rates, steps=settings.tilt_steps, seed=settings.seed, progress=settings.progress
     )
     return dataclasses.replace(plan, tilt=tilt)
 

@@ -16,7 +16,6 @@ import torch
 
 from ...config import DPXAttnConfig
 from ...mechanisms.anchors.cells import CellDecoder
-from ...mechanisms.anchors.mixed import row_code
 from ...mechanisms.anchors.move import RowMove
 from ...mechanisms.anchors.plan import AnchorPlan, Decoders
 from ...mechanisms.anchors.quantizer import RowQuantizer
@@ -48,12 +47,13 @@ def fit_move(book: Codebook, plan: AnchorPlan, units: torch.Tensor) -> RowMove:
     points = (flat - plan.center) @ plan.matrix.mT + plan.bias
     scale = 1.0 / torch.quantile(points.norm(dim=-1)[: 2**20], UNCLIPPED).clamp_min(1e-9)
     cells = assign(points, plan.codes[0])[0]
-    z = row_code(plan, scale).features(flat).float()
+    encoder = plan.encoder(float(scale))
+    z = encoder.features(flat).float()
     size = torch.bincount(cells, minlength=plan.codes.shape[1]).float()
     codes = torch.zeros(len(size), z.shape[1]).index_add_(0, cells, z) / size.clamp_min(1).unsqueeze(1)
     anchors = book.decoder.anchors.mean(1)
     # a cell without rows here: the code of its anchor
-    codes = torch.where(size.unsqueeze(1) > 0, codes, row_code(plan, scale).features(anchors).float())
+    codes = torch.where(size.unsqueeze(1) > 0, codes, encoder.features(anchors).float())
     left, wanted = (z - codes[cells]).double(), (flat - anchors[cells]).double()
     within, cross = left.mT @ left / len(left), wanted.mT @ left / len(left)
     means = left.unflatten(0, units.shape[:2]).mean(1)

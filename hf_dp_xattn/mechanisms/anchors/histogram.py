@@ -37,6 +37,7 @@ from ...privacy.clipping import clip_factor
 from ...privacy.noise import MAX_SCALE
 from ...privacy.split import gaussian_sigma_squared_beside
 from ...privacy.units import NeighboringRelation, Unit, unit_and_relation
+from ..base import NoisePart, Summed
 from ..inputs import MAX_ROWS, check_groups, units_of_rows
 
 MAX_CELLS = 2**24
@@ -59,10 +60,20 @@ class PreparedHistogram:
     noise: GeometricNoise | GaussianNoise
     events: tuple[Event, ...]
 
-    def counts(self, released: torch.Tensor, *, nonnegative: bool = False) -> torch.Tensor:
-        """Post-processing: released integers as float64 numbers of rows, optionally max(0, .)."""
-        values = released.to(torch.float64) * 2.0**-self.exponent
-        return values.clamp_min(0.0) if nonnegative else values
+    @property
+    def part(self) -> NoisePart:
+        """The noise of the counts."""
+        return NoisePart(self.noise, self.events, 1)
+
+    def summed(self, what: str) -> Summed:
+        """The counts of a context that grows, with Gaussian noise."""
+        (event,) = self.events
+        assert isinstance(event, GaussianEvent)
+        return Summed(self.cells, event.sensitivity, self.exponent, self.bound * 2.0**-self.exponent, what)
+
+    def counts(self, released: torch.Tensor) -> torch.Tensor:
+        """Post-processing: released integers as float64 numbers of rows."""
+        return released.to(torch.float64) * 2.0**-self.exponent
 
     def exact_sums(self, cells: torch.Tensor, groups: torch.Tensor | None = None) -> torch.Tensor:
         """The sum of the units' contributions, int64 [m]. Private: without noise it must not leave."""

@@ -25,13 +25,12 @@ import torch
 
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
-from ...privacy.additive import GaussianNoise
 from ...privacy.units import NeighboringRelation, Unit
 from ..base import GuaranteeNumbers, Integers, NoisePart
 from ..context_rows import ContextRows
 from .plan import AnchorPlan, Decoders
-from .row_sum import PreparedRowSum, RowSum
-from .sources import HistogramSource, Source
+from .row_sum import PreparedRowSum
+from .sources import AnchorHistogram, PreparedAnchors
 
 HISTOGRAM_SHARE = Fraction(3, 4)  # of epsilon; the sum gets the rest, and all of delta
 
@@ -51,46 +50,65 @@ def check_mixed(config: DPXAttnConfig) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class MixedSource(Source):
+class AnchorMixed(PreparedAnchors):
     """Counts [m], then the noised sum [K], then the public number of rows: one code of m + K + 1 numbers."""
 
-    histogram: HistogramSource
+    histogram: AnchorHistogram
     sum: PreparedRowSum
-    unit: str = Unit.ROW.value
+
+    @classmethod
+    def of(cls, config: DPXAttnConfig, plan: AnchorPlan, decoders: Decoders) -> AnchorMixed:
+        """Both releases at config.epsilon.
+
+        Raises:
+            ConfigError: another unit or relation, or a calibration without the public move.
+        """
+        check_mixed(config)
+        if decoders.move is None:
+            raise ConfigError("The calibration holds no move of its anchors for this plan; calibrate again.")
+        histogram = AnchorHistogram.of(config, plan, decoders, HISTOGRAM_SHARE)
+        total = plan.encoder(float(decoders.move.scale)).prepare(
+            config.epsilon,
+            config.delta,
+            unit=config.unit,
+            neighboring=config.neighboring,
+            beside=histogram.events,
+        )
+        return cls(config, plan, decoders, histogram, total)
 
     @property
     def parts(self) -> tuple[NoisePart, ...]:
-        return (*self.histogram.parts, NoisePart(GaussianNoise(self.sum.sigma_squared), self.sum.events, 1))
+        return (*self.histogram.parts, self.sum.part)
 
-    def exact(self, rows: torch.Tensor, groups: torch.Tensor | None) -> Integers:
-        return (*self.histogram.exact(rows, groups), self.sum.exact_sums(rows))
+    def exact(self, private: torch.Tensor, groups: torch.Tensor | None) -> Integers:
+        return (*self.histogram.exact(private, groups), self.sum.exact_sums(private))
 
     def code(self, noised: Integers, rows: int | None) -> torch.Tensor:
         assert rows is not None  # replace_one
         total = self.sum.real(noised[1])
         return torch.cat([self.histogram.code(noised[:1], rows), total, total.new_tensor([float(rows)])])
 
-    def decoded(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
-        if decoders.cells is None or decoders.move is None:
+    def decoded(self, code: torch.Tensor, deviation: float | None = None) -> ContextRows:
+        if self.decoders.cells is None or self.decoders.move is None:
             raise ConfigError(
                 "The calibration holds no anchors, or no move of them, for this plan; calibrate again."
             )
         code = code.cpu()
-        counts, total, n = code.split([plan.codes.shape[1], self.sum.row_sum.size, 1])
-        weights = self.histogram.weights(counts, plan, decoders.cells)
-        context = decoders.cells.decode(weights)
-        shift = decoders.move.shift(total / n, weights, self.sum.sigma / float(n))
+        counts, total, n = code.split([self.plan.codes.shape[1], self.sum.row_sum.size, 1])
+        weights = self.histogram.weights(counts)
+        context = self.decoders.cells.decode(weights)
+        shift = self.decoders.move.shift(total / n, weights, self.sum.sigma / float(n))
         return ContextRows(context.rows + shift, context.log_weights)
 
     @property
-    def numbers(self) -> GuaranteeNumbers:
+    def leaves(self) -> GuaranteeNumbers:
         """Those of the sum; a row moves the counts by one up and one down."""
         step = 2.0**-self.sum.exponent
         return GuaranteeNumbers(
             self.sum.bound * step,
             2 * self.sum.bound * step,
             self.sum.sigma,
-            f"{self.histogram.numbers.clipping}, at {HISTOGRAM_SHARE} of epsilon; and each row is mapped by a public map into the unit "
+            f"{self.histogram.leaves.clipping}, at {HISTOGRAM_SHARE} of epsilon; and each row is mapped by a public map into the unit "
             f"ball of R^{self.sum.row_sum.size}, whose exact sum is released with discrete Gaussian noise of standard deviation "
             f"{self.sum.sigma:.4g} for the rest of epsilon and all of delta",
         )
@@ -99,36 +117,7 @@ class MixedSource(Source):
     def noise_numbers(self) -> dict[str, float]:
         return {**self.histogram.noise_numbers, "sigma": self.sum.sigma}
 
-    def growing(
-        self, config: DPXAttnConfig, plan: AnchorPlan, decoders: Decoders, units: int | None
-    ) -> NoReturn:
+    def growing(self, units: int | None) -> NoReturn:
         raise ConfigError(
             "A context that grows cannot be released as 'mixed' (counts beside a sum). Calibrate with releases=('histogram',) or ('sum',)."
         )
-
-
-def row_code(plan: AnchorPlan, scale: float | torch.Tensor) -> RowSum:
-    """f, from the plan's map and a public scale."""
-    factor = float(scale)
-    return RowSum.from_tensors(plan.center, plan.matrix * factor, plan.bias * factor, reach=plan.reach)
-
-
-def prepare_mixed(
-    plan: AnchorPlan, config: DPXAttnConfig, decoders: Decoders, histogram: HistogramSource
-) -> MixedSource:
-    """Both releases at config.epsilon; `histogram` is prepared for its share.
-
-    Raises:
-        ConfigError: another unit or relation, or a calibration without the public move.
-    """
-    check_mixed(config)
-    if decoders.move is None:
-        raise ConfigError("The calibration holds no move of its anchors for this plan; calibrate again.")
-    total = row_code(plan, decoders.move.scale).prepare(
-        config.epsilon,
-        config.delta,
-        unit=config.unit,
-        neighboring=config.neighboring,
-        beside=histogram.events,
-    )
-    return MixedSource(histogram, total)

@@ -10,6 +10,7 @@ import torch
 from .cells import CellDecoder, Tilt
 from .fallback import Fallback, Worth
 from .move import RowMove
+from .row_sum import RowSum
 from .slots import SlotDecoder, SlotHead
 
 RELEASES = ("sum", "response", "histogram", "mixed")
@@ -57,6 +58,10 @@ class AnchorPlan:
     tilt: Tilt | None
     quality: Quality
     worth: Worth | None = None
+
+    def encoder(self, scale: float = 1.0) -> RowSum:
+        """The public map with another scale, as the map of a sum."""
+        return RowSum.from_tensors(self.center, self.matrix * scale, self.bias * scale, reach=self.reach)
 
     TENSORS = ("center", "reach", "matrix", "bias", "codes")
     FIELDS = ("epsilon", "release", "bound", "share_plus", "noise")

@@ -20,10 +20,12 @@ import torch
 
 from ...errors import ConfigError
 from ...privacy.accountant import Event, GaussianEvent
+from ...privacy.additive import GaussianNoise
 from ...privacy.clipping import clip_factor, verify_clipped
 from ...privacy.lattice import lattice_exponent, quantize, sequential_sum
 from ...privacy.split import gaussian_sigma_squared_beside
 from ...privacy.units import NeighboringRelation, Unit, sensitivity_factor, unit_and_relation
+from ..base import NoisePart
 from ..inputs import check_context, check_groups, row_chunks, units_of_rows
 from .quantizer import ExactAffine
 
@@ -113,6 +115,11 @@ class PreparedRowSum:
     bound: int
     sigma_squared: int | Fraction
     events: tuple[Event, ...]
+
+    @property
+    def part(self) -> NoisePart:
+        """The noise of the sum."""
+        return NoisePart(GaussianNoise(self.sigma_squared), self.events, 1)
 
     @property
     def sigma(self) -> float:

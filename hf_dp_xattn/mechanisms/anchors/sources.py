@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Self
 
 import torch
 
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
-from ...privacy.accountant import Event, GaussianEvent
-from ...privacy.additive import GaussianNoise, GeometricNoise
+from ...privacy.additive import GeometricNoise
 from ...privacy.response import RandomizedResponse
-from ...privacy.units import sensitivity_factor
-from ..base import Answers, GuaranteeNumbers, Integers, NoisePart, State, Summand
+from ...privacy.units import NeighboringRelation, sensitivity_factor
+from ..base import GuaranteeNumbers, Integers, Mechanism, NoisePart, State, Summed
 from ..context_rows import ContextRows
-from ..inputs import units_of_rows
+from ..inputs import check_context, check_groups, rows_of, units_of_rows
 from .cells import CellDecoder
 from .fallback import drawn
-from .histogram import PreparedHistogram, prepare_gaussian
+from .histogram import PreparedHistogram, prepare_gaussian, prepare_geometric
 from .plan import AnchorPlan, Decoders
 from .quantizer import RowQuantizer
 from .row_sum import PreparedRowSum, RowSum
@@ -28,40 +30,32 @@ _POOL_BITS = 24
 _POOL_LIMIT = 2**38
 
 
-class Source(ABC):
-    """One kind of release of rows [n, C]: everything public is fixed."""
+@dataclass(frozen=True, eq=False)
+class PreparedAnchors(Mechanism[torch.Tensor]):
+    """A release of rows [n, C] of which everything public is fixed, of the kind that its plan chose.
 
-    unit: str
+    trained: of a context that grows: how many units the decoder's public contexts had. It is shown the mean: a total is brought to as many
+    units, where their number is public, and the rows' weights are brought back, so that they stand for all units beside public rows.
+    """
+
+    config: DPXAttnConfig
+    plan: AnchorPlan
+    decoders: Decoders
+    trained: int | None = field(default=None, kw_only=True)
+
+    @classmethod
+    @abstractmethod
+    def of(cls, config: DPXAttnConfig, plan: AnchorPlan, decoders: Decoders) -> Self:
+        """What is released at config.epsilon by a plan of this kind.
+
+        Raises:
+            ConfigError: it cannot give this unit or neighbouring relation.
+        """
 
     @property
     @abstractmethod
-    def parts(self) -> tuple[NoisePart, ...]:
-        """The noise of each tensor of `exact`, in order."""
-
-    @property
-    def events(self) -> tuple[Event, ...]:
-        return tuple(event for part in self.parts for event in part.events)
-
-    @abstractmethod
-    def exact(self, rows: torch.Tensor, groups: torch.Tensor | None) -> Integers:
-        """PRIVATE integers, see `base.Exact`."""
-
-    @abstractmethod
-    def code(self, noised: Integers, rows: int | None) -> torch.Tensor:
-        """Noised integers as one float code, of `rows` rows where that number is public. Post-processing."""
-
-    def decode(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
-        """The plan's rows, drawn towards its fall-back. Post-processing."""
-        return drawn(self.decoded(code, plan, decoders), plan.worth, decoders.fallback)
-
-    @abstractmethod
-    def decoded(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
-        """What the plan's own decoder makes of the code. Post-processing."""
-
-    @property
-    @abstractmethod
-    def numbers(self) -> GuaranteeNumbers:
-        """For the guarantee; `clipping` says what is released."""
+    def leaves(self) -> GuaranteeNumbers:
+        """`numbers`; `clipping` says what is released, and nothing of the public box."""
 
     @property
     @abstractmethod
@@ -69,14 +63,65 @@ class Source(ABC):
         """The noise in a planner's words."""
 
     @abstractmethod
-    def growing(
-        self, config: DPXAttnConfig, plan: AnchorPlan, decoders: Decoders, units: int | None
-    ) -> Summand | Answers[torch.Tensor]:
-        """How it is released as a context grows. Raises ConfigError where it cannot."""
+    def code(self, noised: Integers, rows: int | None) -> torch.Tensor:
+        """Noised integers as one float code, of `rows` rows where that number is public. Post-processing."""
+
+    @abstractmethod
+    def decoded(self, code: torch.Tensor, deviation: float | None = None) -> ContextRows:
+        """What the plan's own decoder makes of a code. Post-processing. deviation: of its noise, in lattice steps; None: the release's."""
+
+    @property
+    def numbers(self) -> GuaranteeNumbers:
+        if self.trained is not None:
+            return self.leaves
+        public_box = "coordinates of rows are first clamped to a public box around the calibration's centre"
+        return dataclasses.replace(self.leaves, clipping=f"{self.leaves.clipping}; {public_box}")
+
+    def count(self, private: torch.Tensor, groups: torch.Tensor | None, *, empty: bool = False) -> int:
+        n = check_context(rows_of(private), self.plan.center.shape[0], may_be_empty=empty)
+        check_groups(self.config.unit, n, groups)
+        return n
+
+    def decode(self, noised: Integers, state: State) -> ContextRows:
+        """The plan's rows, drawn towards its fall-back."""
+        ratio = 1.0 if self.trained is None or state.units is None else self.trained / state.units
+        deviation = None if state.deviation is None else state.deviation * ratio
+        rows = self.drawn(self.decoded(self.code(noised, state.rows) * ratio, deviation))
+        return ContextRows(rows.rows, rows.log_weights - math.log(ratio)).pruned()
+
+    def drawn(self, rows: ContextRows) -> ContextRows:
+        return drawn(rows, self.plan.worth, self.decoders.fallback)
+
+    def from_slots(self, code: torch.Tensor, trust: float) -> ContextRows:
+        """trust < 1 draws the code to its public mean: for an epsilon below the plan's, whose noise the decoder has not seen."""
+        if self.decoders.slots is None or self.plan.head is None:
+            raise ConfigError("The calibration holds no slot decoder for this plan; calibrate again.")
+        center = self.plan.head.center.to(code.device, code.dtype)
+        return self.decoders.slots.decode(center + (code - center) * min(1.0, trust), self.plan.head)
+
+    def growing(self, units: int | None) -> PreparedAnchors:
+        if units is None or units < 1:
+            raise ConfigError("`units` is needed: how many units the calibration's public contexts had.")
+        return dataclasses.replace(self, trained=units)
+
+    def at(self, config: DPXAttnConfig) -> PreparedAnchors:
+        return self.of(config, self.plan, self.decoders)
+
+    def canaries(self, count: int, rows: int, generator: torch.Generator) -> list[torch.Tensor]:
+        """Corners of the public box, along the directions that the public map stretches most and its opposite ones, and random rows."""
+        center, reach = self.plan.center.double(), self.plan.reach.double()
+        directions = torch.linalg.svd(self.plan.matrix.double() * reach, full_matrices=False).Vh[: count // 4]
+        corners = [center + sign * reach * d.sign() for d in directions for sign in (1.0, -1.0)]
+        random = torch.randn(count // 2, len(center), generator=generator, dtype=torch.float64)
+        corners += [center + reach * r for r in random]
+        return [c.expand(rows, -1).float() for c in corners]
+
+    def bystander(self) -> torch.Tensor:
+        return self.plan.center.float().unsqueeze(0)
 
     @property
     def what(self) -> str:
-        return "row" if self.unit == "row" else f"{self.unit}'s mean row"
+        return "row" if self.config.unit == "row" else f"{self.config.unit}'s mean row"
 
 
 def pool(rows: torch.Tensor, unit: str, groups: torch.Tensor | None) -> torch.Tensor:
@@ -97,54 +142,36 @@ def pool(rows: torch.Tensor, unit: str, groups: torch.Tensor | None) -> torch.Te
     return total.to(torch.float64) / count.unsqueeze(1) * 2.0**-_POOL_BITS
 
 
-def _decode_slots(code: torch.Tensor, trust: float, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
-    """trust < 1 draws the code to its public mean: for an epsilon below the plan's, whose noise the decoder has not seen."""
-    if decoders.slots is None or plan.head is None:
-        raise ConfigError("The calibration holds no slot decoder for this plan; calibrate again.")
-    center = plan.head.center.to(code.device, code.dtype)
-    return decoders.slots.decode(center + (code - center) * min(1.0, trust), plan.head)
-
-
-def known_units(units: int | None) -> int:
-    """How many units the calibration's public contexts had. Raises ConfigError where that is not given."""
-    if units is None or units < 1:
-        raise ConfigError("`units` is needed: how many units the calibration's public contexts had.")
-    return units
-
-
-def mean_ratio(trained: int, units: int | None) -> float:
-    """What a total is multiplied by before a decoder reads it that was trained on contexts of `trained` units: it is shown the mean.
-    1 where the number of units is private."""
-    return 1.0 if units is None else trained / units
-
-
-def weighted(rows: ContextRows, ratio: float) -> ContextRows:
-    """Undoes `mean_ratio` in the rows' weights, so that they stand for all units beside public rows."""
-    return ContextRows(rows.rows, rows.log_weights - math.log(ratio)).pruned()
-
-
 @dataclass(frozen=True, eq=False)
-class SumSource(Source):
+class AnchorSum(PreparedAnchors):
     """Release B on units' mean rows."""
 
     prepared: PreparedRowSum
-    unit: str
+
+    @classmethod
+    def of(cls, config: DPXAttnConfig, plan: AnchorPlan, decoders: Decoders) -> AnchorSum:
+        # a pooled unit is one row to the sum: the sensitivity of one unit is that of one row
+        prepared = plan.encoder().prepare(
+            config.epsilon, config.delta, unit="row", neighboring=config.neighboring
+        )
+        return cls(config, plan, decoders, prepared)
 
     @property
     def parts(self) -> tuple[NoisePart, ...]:
-        return (NoisePart(GaussianNoise(self.prepared.sigma_squared), self.prepared.events, 1),)
+        return (self.prepared.part,)
 
-    def exact(self, rows: torch.Tensor, groups: torch.Tensor | None) -> Integers:
-        return (self.prepared.exact_sums(pool(rows, self.unit, groups)),)
+    def exact(self, private: torch.Tensor, groups: torch.Tensor | None) -> Integers:
+        return (self.prepared.exact_sums(pool(private, self.config.unit, groups)),)
 
     def code(self, noised: Integers, rows: int | None) -> torch.Tensor:
         return self.prepared.real(noised[0])
 
-    def decoded(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
-        return _decode_slots(code, (plan.noise / self.prepared.sigma) ** 2, plan, decoders)
+    def decoded(self, code: torch.Tensor, deviation: float | None = None) -> ContextRows:
+        sigma = self.prepared.sigma if deviation is None else deviation * 2.0**-self.prepared.exponent
+        return self.from_slots(code, (self.plan.noise / sigma) ** 2)
 
     @property
-    def numbers(self) -> GuaranteeNumbers:
+    def leaves(self) -> GuaranteeNumbers:
         step, p = 2.0**-self.prepared.exponent, self.prepared
         return GuaranteeNumbers(
             p.bound * step,
@@ -158,69 +185,45 @@ class SumSource(Source):
     def noise_numbers(self) -> dict[str, float]:
         return {"sigma": self.prepared.sigma}
 
-    def growing(
-        self, config: DPXAttnConfig, plan: AnchorPlan, decoders: Decoders, units: int | None
-    ) -> LearnedSum:
-        return LearnedSum(self, plan, decoders, known_units(units))
+    @property
+    def summed(self) -> Summed:
+        p = self.prepared
+        what = f"the image of each {self.what} under a public map into R^{p.row_sum.size}"
+        sensitivity = sensitivity_factor(p.neighboring) * p.bound
+        return Summed(p.row_sum.size, sensitivity, p.exponent, p.bound * 2.0**-p.exponent, what)
 
 
 @dataclass(frozen=True, eq=False)
-class LearnedSum:
-    """`SumSource` as a context grows. units: how many the decoder's public contexts had."""
-
-    source: SumSource
-    plan: AnchorPlan
-    decoders: Decoders
-    units: int
-
-    @property
-    def size(self) -> int:
-        return self.source.prepared.row_sum.size
-
-    @property
-    def sensitivity(self) -> int:
-        return sensitivity_factor(self.source.prepared.neighboring) * self.source.prepared.bound
-
-    @property
-    def exponent(self) -> int:
-        return self.source.prepared.exponent
-
-    @property
-    def clip_norm(self) -> float:
-        return self.source.numbers.clip_norm
-
-    def exact(self, private: torch.Tensor, groups: torch.Tensor | None) -> Integers:
-        return self.source.exact(private, groups)
-
-    def decode(self, noised: Integers, state: State) -> ContextRows:
-        assert state.deviation is not None
-        ratio, step = mean_ratio(self.units, state.units), 2.0**-self.exponent
-        trust = (self.plan.noise / (state.deviation * ratio * step)) ** 2
-        found = _decode_slots(noised[0] * (ratio * step), trust, self.plan, self.decoders)
-        return weighted(drawn(found, self.plan.worth, self.decoders.fallback), ratio)
-
-    def describe(self) -> str:
-        return f"the image of each {self.source.what} under a public map into R^{self.size}"
-
-
-@dataclass(frozen=True, eq=False)
-class ResponseSource(Source):
+class AnchorResponse(PreparedAnchors):
     """k-ary randomised response of each unit's cell in each codebook; the code is the sum of the answers' codes."""
 
     response: RandomizedResponse
     encoder: RowSum
     quantizers: tuple[RowQuantizer, ...]
-    codes: torch.Tensor
-    unit: str
+
+    @classmethod
+    def of(cls, config: DPXAttnConfig, plan: AnchorPlan, decoders: Decoders) -> AnchorResponse:
+        if config.neighboring != NeighboringRelation.REPLACE_ONE.value:
+            raise ConfigError(
+                "This calibration answers by randomised response, once for each unit, so the number of units is public: it cannot give "
+                "neighboring='add_or_remove_one'. Use replace_one, or calibrate with releases=('sum',)."
+            )
+        stages, alphabet, width = plan.codes.shape
+        response = RandomizedResponse.of(Fraction(config.epsilon) / stages, alphabet)
+        identity, span = torch.eye(width), 2.0 + 4.0 * float(plan.codes.abs().max())
+        quantizers = tuple(
+            RowQuantizer.from_tensors(torch.zeros(width), identity, codes, reach=span) for codes in plan.codes
+        )
+        return cls(config, plan, decoders, response, plan.encoder(), quantizers)
 
     @property
     def parts(self) -> tuple[NoisePart, ...]:
         stages = len(self.quantizers)
         return (NoisePart(self.response, (self.response.event,) * stages, stages),)
 
-    def exact(self, rows: torch.Tensor, groups: torch.Tensor | None) -> Integers:
+    def exact(self, private: torch.Tensor, groups: torch.Tensor | None) -> Integers:
         """Each unit's cell in each codebook, int64 [U]. A function of each unit alone, as every step of it is."""
-        rest = self.encoder.features(pool(rows, self.unit, groups))
+        rest = self.encoder.features(pool(private, self.config.unit, groups))
         cells: list[torch.Tensor] = []
         for i, quantizer in enumerate(self.quantizers):
             cells.append(quantizer.cells(rest))
@@ -230,16 +233,23 @@ class ResponseSource(Source):
         return tuple(cells)
 
     def code(self, noised: Integers, rows: int | None) -> torch.Tensor:
-        total = self.codes.new_zeros(self.codes.shape[-1])
-        for answers, codes in zip(noised, self.codes, strict=True):
+        if noised[0].is_floating_point():  # joined
+            return noised[0]
+        total = self.plan.codes.new_zeros(self.plan.codes.shape[-1])
+        for answers, codes in zip(noised, self.plan.codes, strict=True):
             total = total + codes[answers].sum(0)
         return total
 
-    def decoded(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
-        return _decode_slots(code, (self.response.truth / plan.noise) ** 2, plan, decoders)
+    def join(self, total: Integers, noised: Integers) -> Integers:
+        """The sum of the answers' codes."""
+        code = self.code(noised, None)
+        return (code + total[0] if total else code,)
+
+    def decoded(self, code: torch.Tensor, deviation: float | None = None) -> ContextRows:
+        return self.from_slots(code, (self.response.truth / self.plan.noise) ** 2)
 
     @property
-    def numbers(self) -> GuaranteeNumbers:
+    def leaves(self) -> GuaranteeNumbers:
         return GuaranteeNumbers(
             1.0,
             1.0,
@@ -257,81 +267,71 @@ class ResponseSource(Source):
             "codebooks": len(self.quantizers),
         }
 
-    def growing(
-        self, config: DPXAttnConfig, plan: AnchorPlan, decoders: Decoders, units: int | None
-    ) -> CellAnswers:
-        return CellAnswers(self, plan, decoders, known_units(units))
-
 
 @dataclass(frozen=True, eq=False)
-class CellAnswers(Answers[torch.Tensor]):
-    """`ResponseSource` as a context grows. units: how many the decoder's public contexts had."""
-
-    source: ResponseSource
-    plan: AnchorPlan
-    decoders: Decoders
-    units: int
-
-    @property
-    def parts(self) -> tuple[NoisePart, ...]:
-        return self.source.parts
-
-    @property
-    def numbers(self) -> GuaranteeNumbers:
-        return self.source.numbers
-
-    def exact(self, private: torch.Tensor, groups: torch.Tensor | None) -> Integers:
-        return self.source.exact(private, groups)
-
-    def join(self, total: Integers, noised: Integers) -> Integers:
-        """The sum of the answers' codes."""
-        code = self.source.code(noised, None)
-        return (code + total[0] if total else code,)
-
-    def decode(self, noised: Integers, state: State) -> ContextRows:
-        ratio = mean_ratio(self.units, state.units)
-        return weighted(self.source.decode(noised[0] * ratio, self.plan, self.decoders), ratio)
-
-
-@dataclass(frozen=True, eq=False)
-class HistogramSource(Source):
+class AnchorHistogram(PreparedAnchors):
     """Releases A and C: noised counts of the public cells that units fall into, by their mean rows."""
 
     prepared: PreparedHistogram
     quantizer: RowQuantizer
-    noise: GeometricNoise
-    unit: str = "row"
+
+    @classmethod
+    def of(
+        cls,
+        config: DPXAttnConfig,
+        plan: AnchorPlan,
+        decoders: Decoders,
+        share: Fraction = Fraction(1),
+    ) -> AnchorHistogram:
+        """share: of epsilon."""
+        quantizer = RowQuantizer.from_tensors(
+            plan.center, plan.matrix.mT, plan.codes[0] - plan.bias, reach=plan.reach
+        )
+        symmetric = config.neighboring != NeighboringRelation.REPLACE_ONE.value
+        histogram = prepare_geometric(
+            Fraction(config.epsilon) * share,
+            cells=plan.codes.shape[1],
+            unit="row",  # a pooled unit is one row to it
+            neighboring=config.neighboring,
+            share_plus=Fraction(1, 2) if symmetric else Fraction(plan.share_plus),
+        )
+        return cls(config, plan, decoders, histogram, quantizer)
 
     @property
     def parts(self) -> tuple[NoisePart, ...]:
-        return (NoisePart(self.noise, self.prepared.events, 1),)
+        return (self.prepared.part,)
 
     @property
     def rates(self) -> tuple[float, float]:
         """(e_plus, e_minus) per row."""
-        scale = 2.0**self.prepared.exponent
-        return float(self.noise.rate_plus) * scale, float(self.noise.rate_minus) * scale
+        noise, scale = self.prepared.noise, 2.0**self.prepared.exponent
+        assert isinstance(noise, GeometricNoise)
+        return float(noise.rate_plus) * scale, float(noise.rate_minus) * scale
 
-    def exact(self, rows: torch.Tensor, groups: torch.Tensor | None) -> Integers:
-        return (self.prepared.exact_sums(self.quantizer.cells(pool(rows, self.unit, groups))),)
+    def exact(self, private: torch.Tensor, groups: torch.Tensor | None) -> Integers:
+        return (self.prepared.exact_sums(self.quantizer.cells(pool(private, self.config.unit, groups))),)
 
     def code(self, noised: Integers, rows: int | None) -> torch.Tensor:
         return self.prepared.counts(noised[0])
 
-    def decoded(self, code: torch.Tensor, plan: AnchorPlan, decoders: Decoders) -> ContextRows:
-        if decoders.cells is None:
-            raise ConfigError("The calibration holds no anchors for this plan; calibrate again.")
-        return decoders.cells.decode(self.weights(code, plan, decoders.cells))
+    def decoded(self, code: torch.Tensor, deviation: float | None = None) -> ContextRows:
+        return self.cells().decode(self.weights(code))
 
-    def weights(self, code: torch.Tensor, plan: AnchorPlan, cells: CellDecoder) -> torch.Tensor:
+    def weights(self, code: torch.Tensor) -> torch.Tensor:
         """Posterior mean counts [m] of noised counts [m]."""
-        return cells.weights(code.cpu().float(), self.rates, plan.codes[0], plan.tilt)
+        return self.cells().weights(code.cpu().float(), self.rates, self.plan.codes[0], self.plan.tilt)
+
+    def cells(self) -> CellDecoder:
+        if self.decoders.cells is None:
+            raise ConfigError("The calibration holds no anchors for this plan; calibrate again.")
+        return self.decoders.cells
 
     @property
-    def numbers(self) -> GuaranteeNumbers:
+    def leaves(self) -> GuaranteeNumbers:
         bound = self.prepared.bound * 2.0**-self.prepared.exponent
         plus, minus = self.rates
-        where = "" if self.unit == "row" else f", into one of which each {self.unit} falls by its mean row,"
+        unit = self.config.unit
+        where = "" if unit == "row" else f", into one of which each {unit} falls by its mean row,"
         return GuaranteeNumbers(
             bound,
             sensitivity_factor(self.prepared.neighboring) * bound,
@@ -345,22 +345,20 @@ class HistogramSource(Source):
         plus, minus = self.rates
         return {"rate_plus": plus, "rate_minus": minus, "cells": self.prepared.cells}
 
-    def growing(
-        self, config: DPXAttnConfig, plan: AnchorPlan, decoders: Decoders, units: int | None
-    ) -> CellCounts:
+    def growing(self, units: int | None) -> AnchorCounts:
+        config = self.config
         counts = prepare_gaussian(
             config.epsilon,
             config.delta,
             cells=self.prepared.cells,
             unit=config.unit,
             neighboring=config.neighboring,
-            group_bound=1 if config.unit == "row" else plan.bound,
+            group_bound=1 if config.unit == "row" else self.plan.bound,
         )
-        return CellCounts(counts, self.quantizer, plan, decoders)
+        return AnchorCounts(config, self.plan, self.decoders, counts, self.quantizer)
 
 
-@dataclass(frozen=True, eq=False)
-class CellCounts:
+class AnchorCounts(AnchorHistogram):
     """Counts of public cells as a context grows, with Gaussian noise (histogram.py) and each row in its own cell.
 
     *Decoder.* With p the public mean share of each cell, n the number of rows and s the noise's deviation, a count has the prior mean n p
@@ -368,45 +366,19 @@ class CellCounts:
     of the noised counts stands for it.
     """
 
-    prepared: PreparedHistogram
-    quantizer: RowQuantizer
-    plan: AnchorPlan
-    decoders: Decoders
-
     @property
-    def size(self) -> int:
-        return self.prepared.cells
-
-    @property
-    def sensitivity(self) -> int:
-        (event,) = self.prepared.events
-        assert isinstance(event, GaussianEvent)
-        return event.sensitivity
-
-    @property
-    def exponent(self) -> int:
-        return self.prepared.exponent
-
-    @property
-    def clip_norm(self) -> float:
-        return self.prepared.bound * 2.0**-self.exponent
+    def summed(self) -> Summed:
+        return self.prepared.summed(f"each {self.config.unit}'s counts in {self.prepared.cells} public cells")
 
     def exact(self, private: torch.Tensor, groups: torch.Tensor | None) -> Integers:
         return (self.prepared.exact_sums(self.quantizer.cells(private), groups),)
 
     def decode(self, noised: Integers, state: State) -> ContextRows:
-        cells = self.decoders.cells
-        if cells is None:
-            raise ConfigError("The calibration holds no anchors for this plan; calibrate again.")
         assert state.deviation is not None
-        y = noised[0] * 2.0**-self.exponent
+        cells, y = self.cells(), self.prepared.counts(noised[0])
         prior = cells.log_prior.to(torch.float64).softmax(-1) @ cells.support.to(torch.float64)
         n = float(y.sum().clamp_min(1.0)) if state.rows is None else float(state.rows)
         mean = n * prior / prior.sum()
-        variance = (state.deviation * 2.0**-self.exponent) ** 2
+        variance = (state.deviation * 2.0**-self.prepared.exponent) ** 2
         weights = mean + mean / (mean + variance) * (y - mean)
-        found = cells.decode(weights.clamp_min(0.0).to(torch.float32))
-        return drawn(found, self.plan.worth, self.decoders.fallback).pruned()
-
-    def describe(self) -> str:
-        return f"each {self.prepared.unit.value}'s counts in {self.size} public cells"
+        return self.drawn(cells.decode(weights.clamp_min(0.0).to(torch.float32))).pruned()

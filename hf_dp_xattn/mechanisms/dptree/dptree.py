@@ -20,15 +20,18 @@ from ...config import DPXAttnConfig
 from ...errors import DPXAttnError
 from ..base import GuaranteeNumbers, Integers, LayerSpec, Mechanism, NoisePart, State
 from ..inputs import LayerRows, check_groups, layers_of
+from ..kernel_sum.canary_rows import far_apart, public_centre
 from ..kernel_sum.contributions import LayerEncoder, check_rows
 from ..kernel_sum.kernel_sum import NO_CALIBRATION, PublicCalibration
 from .budget import BudgetSplit
 from .softmax import SoftmaxPlan
 from .tree_attention import attention_of, exact_sums, plan_attention
 from .tree_moments import moments_of, parts_of
-from .tree_structure import DPTreeStructure, structure_of
+from .tree_structure import DistanceFeatures, DPTreeStructure, structure_of
 
 BASELINE = "mechanism='dptree' is the paper's own construction, kept for reference; at equal privacy mechanism='kernel_sum' has less noise."
+STRUCTURES = {"dptree": DPTreeStructure}
+FEATURES = {"distance": DistanceFeatures}
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,13 @@ class PreparedDPTree(Mechanism[LayerRows]):
         channels = [e.geometry.heads * (e.geometry.value_dim + 1) for e in self.encoders]
         trees = sum(c * (e.features.size - 1) for c, e in zip(channels, self.encoders, strict=True))
         return len(moments.trees) * trees * (2 * moments.leaves - 1) + len(moments.plain) * sum(channels)
+
+    def canaries(self, count: int, rows: int, generator: torch.Generator) -> list[LayerRows]:
+        # keys away from the centre fill the moments of first and second order as well
+        return far_apart(self.encoders, rows, (0.0, 1.0), count, self.size)
+
+    def bystander(self) -> LayerRows:
+        return public_centre(self.encoders)
 
     def count(self, private: LayerRows, groups: torch.Tensor | None, *, empty: bool = False) -> int:
         rows = layers_of(private)
@@ -100,7 +110,7 @@ class PreparedDPTree(Mechanism[LayerRows]):
         )
 
 
-def prepare_dptree(
+def prepare(
     config: DPXAttnConfig, specs: Sequence[LayerSpec], calibration: PublicCalibration | None
 ) -> PreparedDPTree:
     """Fixes geometry, features, split, lattice and noise from public data and the config.

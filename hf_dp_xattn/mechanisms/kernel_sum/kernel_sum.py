@@ -30,11 +30,12 @@ from ...privacy.additive import GaussianNoise
 from ...privacy.lattice import lattice_exponent
 from ...privacy.split import gaussian_sigma_squared_beside
 from ...privacy.units import NeighboringRelation, sensitivity_factor
-from ..base import GuaranteeNumbers, Integers, LayerSpec, Mechanism, NoisePart, State
+from ..base import GuaranteeNumbers, Integers, LayerSpec, Mechanism, NoisePart, State, Summed
 from ..inputs import LayerRows, check_groups, count_rows, layers_of, may_be_empty
 from ..structure import KernelSumStructure
+from .canary_rows import far_apart, public_centre
 from .contributions import LayerEncoder, check_rows, make_encoders, sum_rows, sum_units, unit_rows
-from .features import FeatureMap, features_of
+from .features import FeatureMap, PositiveRandomFeatures, TaylorFeatures, features_of
 from .geometry import HeadGeometry, feature_norm, geometry_of
 from .sketch import SketchPlan, sum_sketch
 
@@ -48,6 +49,8 @@ SKETCH_NEEDS_UNITS = (
     "The decoder of a calibrated kernel_sum needs the number of units, which add_or_remove_one keeps private while a context "
     "grows. Use replace_one, or no calibration."
 )
+STRUCTURES = {"kernel_sum": KernelSumStructure}
+FEATURES = {"positive_random": PositiveRandomFeatures, "taylor": TaylorFeatures}
 
 
 def declared_clip_norm(
@@ -82,7 +85,7 @@ class PublicCalibration(Protocol):
 
 @dataclass(frozen=True)
 class PreparedKernelSum(Mechanism[LayerRows]):
-    """A kernel-sum release of which everything public is fixed; a `Summand` too, where a context grows."""
+    """A kernel-sum release of which everything public is fixed; a context that grows sums the same."""
 
     config: DPXAttnConfig
     encoders: tuple[LayerEncoder, ...]
@@ -148,9 +151,15 @@ class PreparedKernelSum(Mechanism[LayerRows]):
         return sum(math.prod(shape) for shape in self._shapes)
 
     @property
-    def sensitivity(self) -> int:
-        """In lattice steps."""
-        return sensitivity_factor(self.config.neighboring) * self.bound
+    def summed(self) -> Summed:
+        sensitivity = sensitivity_factor(self.config.neighboring) * self.bound
+        return Summed(self.size, sensitivity, self.exponent, self.clip_norm, self.describe())
+
+    def canaries(self, count: int, rows: int, generator: torch.Generator) -> list[LayerRows]:
+        return far_apart(self.encoders, rows, (0.0,), count, sum(e.size for e in self.encoders))
+
+    def bystander(self) -> LayerRows:
+        return public_centre(self.encoders)
 
     @property
     def exponent(self) -> int:
@@ -228,7 +237,7 @@ def layer_structure(
     )
 
 
-def prepare_kernel_sum(
+def prepare(
     config: DPXAttnConfig, specs: Sequence[LayerSpec], calibration: PublicCalibration | None
 ) -> PreparedKernelSum:
     """Fixes geometry, features, clipping bound, lattice and noise from public data and the config.

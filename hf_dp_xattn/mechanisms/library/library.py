@@ -16,10 +16,10 @@ cannot be released.
 from __future__ import annotations
 
 import dataclasses
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 import torch
 
@@ -27,7 +27,7 @@ from ...config import DPXAttnConfig
 from ...errors import ConfigError, ContextError
 from ...privacy.joint_response import PlacedResponse, ProductResponse
 from ...privacy.rank_response import RankResponse
-from ..base import Answers, GuaranteeNumbers, Integers, Mechanism, NoisePart, State, Summand
+from ..base import GuaranteeNumbers, Integers, LayerSpec, Mechanism, NoisePart, State
 from ..inputs import check_context, check_groups, rows_of
 from .entry_lattice import EntryLattice
 from .places import Places
@@ -37,6 +37,9 @@ NO_LIBRARY = (
     "with the package, in minutes), dpx.calibrate(host, public_texts), or the folder or Hub id of one that is shared. On the command line: "
     "hf-dp-xattn calibrate MODEL --out FOLDER. Nothing was spent."
 )
+
+
+_FAR = 1e4  # of a canary's code: what is clamped anyway
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +58,30 @@ class Shelf:
 class FromLibrary(Mechanism[torch.Tensor]):
     """A release of entries. shelves: what may leave. answers: into how many parts a unit is cut. Private are codes [m, C] of units."""
 
+    config: DPXAttnConfig
     shelves: tuple[Shelf, ...]
     answers: int
     counted: bool = False  # texts with multiplicities, in no order of the units; else one text for each unit
 
-    @abstractmethod
-    def at(self, config: DPXAttnConfig) -> FromLibrary:
-        """The same entries at another epsilon."""
+    def count(self, private: torch.Tensor, groups: torch.Tensor | None, *, empty: bool = False) -> int:
+        n = check_context(rows_of(private), self.shelves[0].lattice.map.channels, may_be_empty=empty)
+        check_groups(self.config.unit, n, groups)
+        if self.config.unit == "context" and n != self.answers:
+            raise ContextError(
+                f"This release is for a context in {self.answers} part(s), there are {n}; nothing was spent."
+            )
+        if groups is not None and torch.unique(groups).numel() != n:
+            raise ContextError("Each unit has ONE code: `groups` must name each row once; nothing was spent.")
+        return n
+
+    def canaries(self, count: int, rows: int, generator: torch.Generator) -> list[torch.Tensor]:
+        """Codes of one unit, far out in random directions of the public box."""
+        center = self.shelves[0].lattice.map.center
+        found = torch.randn(count, self.answers, len(center), generator=generator, dtype=torch.float64)
+        return [(center + d.sign() * _FAR).float() for d in found]
+
+    def bystander(self) -> torch.Tensor:
+        return self.shelves[0].lattice.map.center.float().unsqueeze(0)
 
 
 def _numbers(shelves: Sequence[Shelf], split: str) -> GuaranteeNumbers:
@@ -80,30 +100,6 @@ def _numbers(shelves: Sequence[Shelf], split: str) -> GuaranteeNumbers:
 
 
 @dataclass(frozen=True, eq=False)
-class TextAnswers(Answers[torch.Tensor]):
-    """A release that grows: each new unit is answered when it comes, by one shelf, as how many will come is not known."""
-
-    shelf: Shelf
-
-    @property
-    def parts(self) -> tuple[NoisePart, ...]:
-        return (NoisePart(self.shelf.response, (self.shelf.response.event,)),)
-
-    @property
-    def numbers(self) -> GuaranteeNumbers:
-        return _numbers([self.shelf], "")
-
-    def exact(self, private: torch.Tensor, groups: torch.Tensor | None) -> Integers:
-        return (self.shelf.lattice.nearest(rows_of(private), self.shelf.response.near),)
-
-    def join(self, total: Integers, noised: Integers) -> Integers:
-        return (torch.cat([*total, *noised]),)
-
-    def decode(self, noised: Integers, state: State) -> tuple[str, ...]:
-        return tuple(self.shelf.texts[i] for i in noised[0].tolist())
-
-
-@dataclass(frozen=True, eq=False)
 class PreparedLibrary(FromLibrary):
     """A `library` release of which everything public is fixed.
 
@@ -117,8 +113,6 @@ class PreparedLibrary(FromLibrary):
     places: Places = field(default_factory=Places)
     answers: int = 1
     joint: ProductResponse | None = None
-    warnings: tuple[str, ...] = ()
-    calibrated: bool = True
 
     def __post_init__(self) -> None:
         if self.joint is None and len(self.shelves) not in (1, self.places.size):
@@ -166,17 +160,6 @@ class PreparedLibrary(FromLibrary):
             return list(range(count))
         return [0] * count if len(self.shelves) == 1 else self.places.shelves(count)
 
-    def count(self, private: torch.Tensor, groups: torch.Tensor | None, *, empty: bool = False) -> int:
-        n = check_context(rows_of(private), self.shelves[0].lattice.map.channels, may_be_empty=empty)
-        check_groups(self.config.unit, n, groups)
-        if self.config.unit == "context" and n != self.answers:
-            raise ContextError(
-                f"This release is for a context in {self.answers} part(s), there are {n}; nothing was spent."
-            )
-        if groups is not None and torch.unique(groups).numel() != n:
-            raise ContextError("Each unit has ONE code: `groups` must name each row once; nothing was spent.")
-        return n
-
     def exact(self, private: torch.Tensor, groups: torch.Tensor | None) -> Integers:
         """[m, 1 + t]: each unit's place, which is public, and the entries of its shelf that are nearest to it; of a joint answer [m, 1]:
         the nearest one. A function of each unit and of its public place alone."""
@@ -197,12 +180,14 @@ class PreparedLibrary(FromLibrary):
             self.shelves[s].texts[a] for s, a in zip(self._shelves_of(len(answers)), answers, strict=True)
         )
 
-    def growing(self, units: int | None) -> Summand | Answers[torch.Tensor]:
+    def growing(self, units: int | None) -> PreparedLibrary:
+        """By one shelf, as how many units will come is not known."""
         if self.config.unit != "group":
             raise ConfigError(
                 "A library's release grows by units: use unit='group', or leave out the horizon."
             )
-        return TextAnswers(self.shelves[self.places.shelf(2, 2**30) if len(self.shelves) > 1 else 0])
+        shelf = self.shelves[self.places.shelf(2, 2**30) if len(self.shelves) > 1 else 0]
+        return dataclasses.replace(self, shelves=(shelf,))
 
     def at(self, config: DPXAttnConfig) -> PreparedLibrary:
         """The same lists and near sizes at another epsilon."""
@@ -215,3 +200,11 @@ class PreparedLibrary(FromLibrary):
             for s in self.shelves
         )
         return dataclasses.replace(self, config=config, shelves=shelves)
+
+
+def prepare(config: DPXAttnConfig, specs: Sequence[LayerSpec], calibration: Any) -> PreparedLibrary:
+    """The library holds the texts and plans; no layer takes part. Raises ConfigError where there is none."""
+    if calibration is None:
+        raise ConfigError(NO_LIBRARY)
+    prepared: PreparedLibrary = calibration.prepare(config)
+    return prepared

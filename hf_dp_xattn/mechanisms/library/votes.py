@@ -16,6 +16,7 @@ rounded by largest remainder.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,12 +24,11 @@ from dataclasses import dataclass
 import torch
 
 from ...config import DPXAttnConfig
-from ...errors import ConfigError, ContextError
-from ...privacy.accountant import GaussianEvent
+from ...errors import ConfigError
 from ...privacy.additive import GaussianNoise, GeometricNoise
 from ..anchors.histogram import PreparedHistogram, prepare_gaussian, prepare_geometric
-from ..base import GuaranteeNumbers, Integers, NoisePart, State, Summand
-from ..inputs import check_context, check_groups, may_be_empty, rows_of
+from ..base import GuaranteeNumbers, Integers, NoisePart, State, Summed
+from ..inputs import may_be_empty, rows_of
 from .library import FromLibrary, Shelf
 
 _TAIL = 30.0  # nats of noise beyond which a count is not looked at
@@ -115,8 +115,6 @@ class PreparedVotes(FromLibrary):
     histogram: PreparedHistogram
     reading: Reading
     share_plus: float
-    warnings: tuple[str, ...] = ()
-    calibrated: bool = True
     answers: int = 1
     counted = True
 
@@ -143,7 +141,7 @@ class PreparedVotes(FromLibrary):
 
     @property
     def parts(self) -> tuple[NoisePart, ...]:
-        return (NoisePart(self.histogram.noise, self.histogram.events, 1),)
+        return (self.histogram.part,)
 
     @property
     def numbers(self) -> GuaranteeNumbers:
@@ -160,24 +158,29 @@ class PreparedVotes(FromLibrary):
         )
 
     def count(self, private: torch.Tensor, groups: torch.Tensor | None, *, empty: bool = False) -> int:
-        allowed = empty or may_be_empty(self.config.neighboring)
-        n = check_context(rows_of(private), self.shelves[0].lattice.map.channels, may_be_empty=allowed)
-        check_groups(self.config.unit, n, groups)
-        if groups is not None and torch.unique(groups).numel() != n:
-            raise ContextError("Each unit has ONE code: `groups` must name each row once; nothing was spent.")
-        return n
+        return super().count(private, groups, empty=empty or may_be_empty(self.config.neighboring))
 
     def exact(self, private: torch.Tensor, groups: torch.Tensor | None) -> Integers:
         """[K]: votes. A sum of a function of each unit alone. PRIVATE."""
         return (self.histogram.exact_sums(self.shelves[0].lattice.nearest(rows_of(private), 1)[:, 0]),)
 
     def decode(self, noised: Integers, state: State) -> tuple[str, ...]:
-        noise = self.histogram.noise
-        assert isinstance(noise, GeometricNoise)
-        counts = self.reading.counts(noised[0].cpu(), state.units, noise.log_weight, reach_of(noise))
+        noise, votes = self.histogram.noise, noised[0].cpu()
+        if isinstance(noise, GeometricNoise):
+            counts = self.reading.counts(votes, state.units, noise.log_weight, reach_of(noise))
+            return self.reading.list(counts)
+        assert state.deviation is not None  # of a running sum
+        deviation = state.deviation * 2.0**-self.histogram.exponent
+        # on a finer scale, as votes are no integers
+        finer = GaussianNoise(max(1, round(deviation**2 * 2**20)))
+        reach = math.ceil(deviation * math.sqrt(2 * _TAIL)) + 1
+        counts = self.reading.counts(
+            self.histogram.counts(votes), state.units, lambda z: finer.log_weight(z * 2**10), reach
+        )
         return self.reading.list(counts)
 
-    def growing(self, units: int | None) -> Summand:
+    def growing(self, units: int | None) -> PreparedVotes:
+        """With Gaussian noise on the votes' running sum."""
         config = self.config
         counts = prepare_gaussian(
             config.epsilon,
@@ -186,53 +189,13 @@ class PreparedVotes(FromLibrary):
             unit="row",
             neighboring=config.neighboring,
         )
-        return GrowingVotes(counts, self)
+        return dataclasses.replace(self, histogram=counts)
+
+    @property
+    def summed(self) -> Summed:
+        return self.histogram.summed(
+            f"each text's vote for the nearest of {self.histogram.cells} public texts"
+        )
 
     def at(self, config: DPXAttnConfig) -> PreparedVotes:
         return self.of(config, self.shelves[0], self.reading, self.share_plus)
-
-
-@dataclass(frozen=True, eq=False)
-class GrowingVotes:
-    """Votes of a list that grows, with Gaussian noise."""
-
-    counts: PreparedHistogram
-    votes: PreparedVotes
-
-    @property
-    def size(self) -> int:
-        return self.counts.cells
-
-    @property
-    def sensitivity(self) -> int:
-        (event,) = self.counts.events
-        assert isinstance(event, GaussianEvent)
-        return event.sensitivity
-
-    @property
-    def exponent(self) -> int:
-        return self.counts.exponent
-
-    @property
-    def clip_norm(self) -> float:
-        return 1.0
-
-    def exact(self, private: torch.Tensor, groups: torch.Tensor | None) -> Integers:
-        cells = self.votes.shelves[0].lattice.nearest(rows_of(private), 1)[:, 0]
-        return (self.counts.exact_sums(cells),)
-
-    def decode(self, noised: Integers, state: State) -> tuple[str, ...]:
-        assert state.deviation is not None
-        deviation = state.deviation * 2.0**-self.exponent
-        noise = GaussianNoise(
-            max(1, round(deviation**2 * 2**20))
-        )  # on a finer scale, as votes are no integers
-        reach = math.ceil(deviation * math.sqrt(2 * _TAIL)) + 1
-        reading = self.votes.reading
-        counts = reading.counts(
-            self.counts.counts(noised[0].cpu()), state.units, lambda z: noise.log_weight(z * 2**10), reach
-        )
-        return reading.list(counts)
-
-    def describe(self) -> str:
-        return f"each text's vote for the nearest of {self.size} public texts"

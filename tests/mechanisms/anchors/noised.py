@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from hf_dp_xattn.mechanisms.anchors.anchors import PreparedAnchors
 from hf_dp_xattn.mechanisms.anchors.histogram import PreparedHistogram
 from hf_dp_xattn.mechanisms.anchors.row_sum import PreparedRowSum
+from hf_dp_xattn.mechanisms.anchors.sources import PreparedAnchors
 from hf_dp_xattn.privacy.additive import GaussianNoise
 from hf_dp_xattn.privacy.bits import Entropy, SystemEntropy
 
@@ -28,4 +28,4 @@ def release(
 
 def code_of(prepared: PreparedAnchors, rows: torch.Tensor, entropy: Entropy) -> torch.Tensor:
     """The released code of rows [n, C]."""
-    return prepared.source.code(prepared.noise(prepared.exact(rows, None), entropy), len(rows))
+    return prepared.code(prepared.noise(prepared.exact(rows, None), entropy), len(rows))

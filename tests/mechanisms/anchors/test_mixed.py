@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_dp_xattn import ConfigError, DPXAttnConfig
-from hf_dp_xattn.mechanisms.anchors.anchors import PreparedAnchors, prepare_anchors
-from hf_dp_xattn.mechanisms.anchors.mixed import HISTOGRAM_SHARE, MixedSource
+from hf_dp_xattn.mechanisms.anchors.anchors import prepare_anchors
+from hf_dp_xattn.mechanisms.anchors.mixed import HISTOGRAM_SHARE, AnchorMixed
 from hf_dp_xattn.mechanisms.anchors.plan import Decoders
 from hf_dp_xattn.mechanisms.growing_release import grow
 from hf_dp_xattn.privacy.accountant import GaussianEvent, PureEvent, epsilon_of, gaussian_sigma_squared
@@ -43,14 +43,11 @@ def rows(seed: int = 0, n: int = N) -> torch.Tensor:
     return torch.randn(n, CHANNELS, generator=gen(seed))
 
 
-def prepare(epsilon: float = 4.0, **changes: object) -> PreparedAnchors:
+def prepare(epsilon: float = 4.0, **changes: object) -> AnchorMixed:
     config = DPXAttnConfig(unit="row", mechanism="anchors", epsilon=epsilon).replace(**changes)
-    return prepare_anchors(config, [plan("mixed")], decoders("mixed"))
-
-
-def source(prepared: PreparedAnchors) -> MixedSource:
-    assert isinstance(prepared.source, MixedSource)
-    return prepared.source
+    prepared = prepare_anchors(config, [plan("mixed")], decoders("mixed"))
+    assert isinstance(prepared, AnchorMixed)
+    return prepared
 
 
 @pytest.mark.slow
@@ -63,7 +60,7 @@ def test_both_events_are_charged_and_fit_the_budget(epsilon: float) -> None:
     assert epsilon_of([pure], 0.0) <= math.nextafter(epsilon * 0.75, math.inf)
     assert epsilon_of(prepared.events, 1e-5) <= epsilon
     # replace_one: two vectors of the unit ball are two radii apart
-    assert gaussian.sensitivity == 2 * source(prepared).sum.bound
+    assert gaussian.sensitivity == 2 * prepared.sum.bound
     ledger = Ledger()
     ledger.charge(ledger.digest([b"context"]), prepared.events, Budget(epsilon, 1e-5))
 
@@ -85,7 +82,7 @@ def test_an_independent_accountant_agrees(epsilon: float) -> None:
 
 def test_the_sum_takes_about_the_noise_that_basic_composition_gives() -> None:
     """Never much more: the joint accounting may not cost utility beside eps_h + eps_s."""
-    s = source(prepare(8.0))
+    s = prepare(8.0)
     alone = math.sqrt(gaussian_sigma_squared(2.0, 1e-5, 2 * s.sum.bound))
     assert math.sqrt(s.sum.sigma_squared) < 1.1 * alone
 
@@ -127,7 +124,7 @@ def test_joint_loss_by_enumeration(epsilon: float) -> None:
 
 def test_without_noise_the_code_is_the_naive_one() -> None:
     prepared = prepare(200.0)
-    s, p, x = source(prepared), plan("mixed"), rows()
+    s, p, x = prepared, plan("mixed"), rows()
     counts, total, n = code_of(prepared, x, SeededEntropy(0)).split([CELLS, CODE, 1])
     z = (x - p.center) @ p.matrix.T + p.bias
     assert torch.equal(counts.long(), torch.bincount(torch.cdist(z, p.codes[0]).argmin(1), minlength=CELLS))
@@ -141,7 +138,7 @@ def test_without_noise_the_code_is_the_naive_one() -> None:
 @pytest.mark.parametrize("epsilon", [1.0, 8.0], ids=lambda e: f"eps={e:g}")
 def test_decoder_matches_the_naive_one(epsilon: float) -> None:
     prepared = prepare(epsilon)
-    s, p = source(prepared), plan("mixed")
+    s, p = prepared, plan("mixed")
     code = code_of(prepared, rows(), SeededEntropy(1))
     weights = naive_weights(cell_decoder(), code[:CELLS].float(), s.histogram.rates, p.codes[0], None)
     shift = naive_shift(row_move(), code[CELLS:-1] / N, weights, s.sum.sigma / N)

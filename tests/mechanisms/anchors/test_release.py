@@ -116,7 +116,7 @@ def test_small_epsilon_falls_back_to_the_public_mean(release: str) -> None:
     def distance(epsilon: float) -> float:
         prepared = prepare_anchors(config(epsilon=epsilon), [p], decoders())
         codes = [code_of(prepared, rows(seed), SeededEntropy(seed)) for seed in range(8)]
-        decoded = [prepared.source.decode(c, p, decoders()).rows for c in codes]
+        decoded = [prepared.drawn(prepared.decoded(c)).rows for c in codes]
         return float(torch.stack([(d - mean).square().mean() for d in decoded]).mean())
 
     assert distance(0.05) < 0.05 * distance(4.0)

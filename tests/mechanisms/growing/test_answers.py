@@ -9,9 +9,9 @@ import torch
 
 from hf_dp_xattn.mechanisms.anchors.anchors import prepare_anchors
 from hf_dp_xattn.mechanisms.anchors.cells import CellDecoder
-from hf_dp_xattn.mechanisms.anchors.sources import CellCounts
+from hf_dp_xattn.mechanisms.anchors.sources import AnchorCounts
 from hf_dp_xattn.mechanisms.base import LayerSpec, Released, State
-from hf_dp_xattn.mechanisms.growing_release import ContinualTotals, GrowingRelease, grow
+from hf_dp_xattn.mechanisms.growing_release import GrowingRelease, grow
 from hf_dp_xattn.mechanisms.inputs import LayerRows
 from hf_dp_xattn.mechanisms.kernel_sum.kernel_sum import PreparedKernelSum
 from hf_dp_xattn.mechanisms.kernel_sum.sketch import SketchPlan
@@ -47,18 +47,16 @@ def test_totals_are_those_of_a_release_at_once(way: str, unit: str) -> None:
     if unit == "group":
         groups = [torch.tensor([0, 0, 1, 1]), torch.tensor([2]), torch.tensor([5, 4, 4])]
     prepared = prepare(way, **changes)
-    assert isinstance(prepared.totals, ContinualTotals)
+    assert prepared.plan is not None
     with no_noise():
         growing = prepared.open()
         totals = [
-            flat(growing._run.add(b, None if groups is None else groups[i])[0]) for i, b in enumerate(batches)
+            flat(growing._add(b, None if groups is None else groups[i])[0]) for i, b in enumerate(batches)
         ]
         once = prepared.open()
-        whole = flat(once._run.add(joined(batches), None if groups is None else torch.cat(groups))[0])
-    assert float((totals[-1] - whole).abs().max()) <= 3 * 2.0**prepared.totals.plan.shift
-    assert (
-        float((totals[0] - whole).abs().max()) > 1000 * 2.0**prepared.totals.plan.shift or way == "histogram"
-    )
+        whole = flat(once._add(joined(batches), None if groups is None else torch.cat(groups))[0])
+    assert float((totals[-1] - whole).abs().max()) <= 3 * 2.0**prepared.plan.shift
+    assert float((totals[0] - whole).abs().max()) > 1000 * 2.0**prepared.plan.shift or way == "histogram"
 
 
 @pytest.mark.parametrize("degree", [1, 2])
@@ -108,8 +106,8 @@ def test_slot_decoders_are_shown_the_mean(way: str) -> None:
 
 def test_cells_are_counted_and_shrunk_to_the_public_shares() -> None:
     prepared = prepare("histogram", epsilon=LOUD)
-    assert isinstance(prepared.totals, ContinualTotals) and isinstance(prepared.totals.source, CellCounts)
-    source, rows = prepared.totals.source, torch.randn(40, CHANNELS, generator=gen(2))
+    assert prepared.plan is not None and isinstance(prepared.mechanism, AnchorCounts)
+    source, rows = prepared.mechanism, torch.randn(40, CHANNELS, generator=gen(2))
     counts = torch.bincount(source.quantizer.cells(rows), minlength=CELLS).double()
     captured: list[torch.Tensor] = []
     original = CellDecoder.decode
@@ -118,11 +116,11 @@ def test_cells_are_counted_and_shrunk_to_the_public_shares() -> None:
         captured.append(weights)
         return original(self, weights)
 
-    noise = prepared.totals.plan.deviation(1) * 2.0**-source.exponent
+    noise = prepared.plan.deviation(1) * 2.0**-source.prepared.exponent
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CellDecoder, "decode", spy)
         prepared.open().append(rows)
-        lattice = 2.0**source.exponent
+        lattice = 2.0**source.prepared.exponent
         source.decode((counts * lattice,), State(40, 40, 1e6 * lattice))
         source.decode((counts * lattice,), State(None, None, 1e-9))
     # 20 normal noises, each beyond 6 deviations once in 5e8: false alarms below 1e-7 a run
@@ -139,9 +137,7 @@ def test_cells_are_counted_and_shrunk_to_the_public_shares() -> None:
 
 def test_a_sketch_is_decoded_with_the_noise_and_units_of_the_moment() -> None:
     prepared = prepare("sketch")
-    assert isinstance(prepared.totals, ContinualTotals) and isinstance(
-        prepared.totals.source, PreparedKernelSum
-    )
+    assert prepared.plan is not None and isinstance(prepared.mechanism, PreparedKernelSum)
     seen: list[tuple[int, float]] = []
     original = SketchPlan.reconstruct
 
@@ -154,10 +150,10 @@ def test_a_sketch_is_decoded_with_the_noise_and_units_of_the_moment() -> None:
         growing = prepared.open(SeededEntropy(0))
         for n in (3, 2):
             growing.append(layer_rows(n, n))
-    scale = 2.0**-prepared.totals.source.exponent
+    scale = 2.0**-prepared.mechanism.exponent
     assert seen == [
-        (3, prepared.totals.plan.deviation(1) * scale),
-        (5, prepared.totals.plan.deviation(2) * scale),
+        (3, prepared.plan.deviation(1) * scale),
+        (5, prepared.plan.deviation(2) * scale),
     ]
     assert seen[0][1] < seen[1][1]
 
@@ -168,16 +164,16 @@ def test_error_of_attention_over_a_thousand_appends() -> None:
     config = KERNEL.replace(epsilon=1.0, degree=1, value_bound=1.0)
     spec = [LayerSpec("one", 1, 2, 1, 2**-0.5)]
     prepared = grow(prepare_release(config, spec), horizon)
-    assert isinstance(prepared.totals, ContinualTotals)
-    source, running = prepared.totals.source, prepared.totals.plan
-    growing, exact = prepared.open(SeededEntropy(8)), torch.zeros(source.size, dtype=torch.int64)
+    assert prepared.plan is not None
+    source, running = prepared.mechanism, prepared.plan
+    growing, exact = prepared.open(SeededEntropy(8)), torch.zeros(source.summed.size, dtype=torch.int64)
     g, errors = gen(0), []
     for _ in range(horizon):
         rows = LayerRows([torch.randn(1, 1, 2, generator=g)], [torch.rand(1, 1, 1, generator=g)])
         exact += flat(source.exact(rows, None))
-        total, _ = growing._run.add(rows, None)
+        total, _ = growing._add(rows, None)
         errors.append(flat(total) - exact)
     error = torch.stack(errors)
     assert float(error.abs().max()) <= running.error_bound(1e-6)
-    again = math.sqrt(horizon) * gaussian_sigma_squared(1.0, 1e-5, source.sensitivity) ** 0.5
+    again = math.sqrt(horizon) * gaussian_sigma_squared(1.0, 1e-5, source.summed.sensitivity) ** 0.5
     assert float(error.square().mean().sqrt()) < again / 8

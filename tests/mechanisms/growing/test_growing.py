@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_dp_xattn import BudgetExceededError
-from hf_dp_xattn.mechanisms.growing_release import ContinualTotals, PreparedGrowing
+from hf_dp_xattn.mechanisms.growing_release import PreparedGrowing
 from hf_dp_xattn.mechanisms.inputs import LayerRows
 from hf_dp_xattn.mechanisms.kernel_sum import contributions, kernel_sum
 from hf_dp_xattn.privacy import continual
@@ -121,13 +121,13 @@ def test_planted_bugs_are_caught() -> None:
 def test_every_number_that_leaves_is_noised(way: str) -> None:
     """The first vector of 400 openings: the noise of each coordinate has the deviation that is stated."""
     prepared = prepare(way, horizon=3)
-    assert isinstance(prepared.totals, ContinualTotals)
+    assert prepared.plan is not None
     b, source = batch(way, 4, 0), SeededEntropy(4)
     with no_noise():
-        exact, _ = prepared.open()._run.add(b, None)
+        exact, _ = prepared.open()._add(b, None)
     drawn = []
     for _ in range(400):
-        total, deviation = prepared.open(source)._run.add(b, None)
+        total, deviation = prepared.open(source)._add(b, None)
         drawn.append((flat(total) - flat(exact)) / deviation)
     z = torch.stack(drawn)
     # each variance of 400 draws errs by 7 %; the largest of some hundred coordinates by less than 6 times that
@@ -157,14 +157,14 @@ def test_responses_of_appends_are_answers_of_their_own_units() -> None:
     prepared = prepare("response", horizon=4)
     growing = prepared.open(SeededEntropy(3))
     asked: list[int] = []
-    original = type(prepared.totals.source).exact  # type: ignore[attr-defined]
+    original = type(prepared.mechanism).exact  # type: ignore[attr-defined]
 
     def spy(self: object, rows: torch.Tensor, groups: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         asked.append(rows.shape[0])
         return original(self, rows, groups)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(prepared.totals.source), "exact", spy)  # type: ignore[attr-defined]
+        patch.setattr(type(prepared.mechanism), "exact", spy)  # type: ignore[attr-defined]
         for n in (3, 1, 2):
             growing.append(batch("response", n, n))
     assert asked == [3, 1, 2] and growing.units == 6
