@@ -7,21 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from .artefacts import CardOptions
 from .artefacts.card import Parts, render, table
-from .artefacts.words import ONE_RELEASE, code, config_promise, name_of, price_table
+from .artefacts.words import code, config_guarantee, name_of
 from .known_mechanisms import KNOWN
+from .not_covered import CONFIG
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
-
-NOT_COVERED = (
-    "words: an encoder mixes its rows, so unit='row' protects one row of its output, never a word; unit='context' protects everything at "
-    "once and costs accordingly",
-    "what can be learned from a release at this epsilon, by anyone who sees it or what is made from it",
-    "negative prompts, public prompts, the initial image of img2img; weights and calibrations that were made from private data",
-    "further releases of the same context, and the same text under another name (token ids, embeddings): each is charged on its own",
-    "timing, memory, the number of requests, and what the surrounding program logs",
-    "anything more that `protected.report()` lists for the host at hand",
-)
 
 
 def config_card(config: Mapping[str, Any], meanings: Mapping[str, str], options: CardOptions) -> ModelCard:
@@ -34,7 +25,6 @@ def config_card(config: Mapping[str, Any], meanings: Mapping[str, str], options:
     """
     known = KNOWN[config["mechanism"]]
     calibration = ", calibration=calibration" if known.needs_calibration else ""
-    price = price_table(config)
     return render(
         Parts(
             title="Config for differentially private attention",
@@ -43,11 +33,9 @@ def config_card(config: Mapping[str, Any], meanings: Mapping[str, str], options:
                 f'config = dpx.DPXAttnConfig.from_pretrained("{name_of(options)}")',
                 f"protected = dpx.protect(pipe, config{calibration})",
             ),
-            guarantee=f"A release under this config is {config_promise(config)}\n\n{price}\n\n{ONE_RELEASE}"
-            if known.private
-            else f"**{config_promise(config)}**\n\n{price}",
+            guarantee=config_guarantee(config, "A release under this config is"),
             public=_public(config),
-            not_covered=NOT_COVERED,
+            not_covered=CONFIG,
             details=table(
                 ("setting", "value", "meaning"),
                 [(f"`{name}`", value, meanings[name]) for name, value in config.items()],

@@ -81,16 +81,17 @@ class Guarantee:
 
     def sentence(self) -> str:
         """What is promised, in one sentence."""
-        if self.mechanism == "none":
-            return NOT_PRIVATE
-        if not self.private_noise:
+        if self.mechanism != "none" and not self.private_noise:
             return "NOT PRIVATE: the noise came from a seeded generator (for tests); nothing is promised."
-        texts = self.mechanism in KNOWN and KNOWN[self.mechanism].releases == "texts"
-        return promise(self.epsilon, self.delta, self.unit, self.neighboring, texts=texts)
+        return promise(self.mechanism, self.epsilon, self.delta, self.unit, self.neighboring)
 
 
-def promise(epsilon: float, delta: float, unit: str, neighboring: str, *, texts: bool = False) -> str:
-    """What a private release promises, in one sentence. texts: its units are texts, not rows."""
+def promise(mechanism: str, epsilon: float, delta: float, unit: str, neighboring: str) -> str:
+    """What a release promises, in one sentence."""
+    known = KNOWN.get(mechanism)
+    if known is not None and not known.private:
+        return NOT_PRIVATE
+    texts = known is not None and known.releases == "texts"  # its units are texts, not rows
     group = "one phrase, sentence or document (as it was cut)" if texts else "one group of rows"
     changed = {"row": "one row (embedding)", "group": group, "context": "the whole context"}
     change = (

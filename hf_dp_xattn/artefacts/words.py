@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..known_mechanisms import KNOWN
-from ..report import NOT_PRIVATE, promise
+from ..report import promise
 from .card import HERE, CardOptions, table
 
 UNITS = {
@@ -35,19 +35,9 @@ def unit_rows(unit: str, neighboring: str) -> list[tuple[str, str]]:
     return [("unit", f"`{unit}`: {UNITS[unit]}"), ("neighbouring relation", f"`{neighboring}`")]
 
 
-def config_promise(config: Mapping[str, Any]) -> str:
-    """What a release under a config promises, in the words of its guarantee."""
-    names = ("epsilon", "delta", "unit", "neighboring")
-    known = KNOWN[config["mechanism"]]
-    return (
-        promise(*(config[n] for n in names), texts=known.releases == "texts")
-        if known.private
-        else NOT_PRIVATE
-    )
-
-
-def price_table(config: Mapping[str, Any]) -> str:
-    """Mechanism, epsilon, delta, unit and relation of a config, as a table."""
+def config_guarantee(config: Mapping[str, Any], lead: str) -> str:
+    """What a release under a config promises, its price as a table, and that more releases cost more. lead: what is promised of."""
+    names = ("mechanism", "epsilon", "delta", "unit", "neighboring")
     private = KNOWN[config["mechanism"]].private
     rows = [
         ("mechanism", f"`{config['mechanism']}`"),
@@ -55,4 +45,11 @@ def price_table(config: Mapping[str, Any]) -> str:
         ("delta", f"{config['delta']:g}"),
         *unit_rows(config["unit"], config["neighboring"]),
     ]
-    return table(("", ""), rows)
+    said, price = promise(*(config[n] for n in names)), table(("", ""), rows)
+    return "\n\n".join((f"{lead} {said}", price, ONE_RELEASE) if private else (f"**{said}**", price))
+
+
+def release_guarantee(sentences: Sequence[str], *more: str) -> str:
+    """What is promised of each context of a release, and that more releases cost more. more: what stands between."""
+    numbered = (f"Context {i + 1}: {sentence}" for i, sentence in enumerate(sentences))
+    return "\n\n".join([*numbered, *more, ONE_RELEASE])

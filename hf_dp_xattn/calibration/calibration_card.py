@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..artefacts import CardOptions
 from ..artefacts.card import Parts, render, table
 from ..artefacts.words import code, name_of, unit_rows
+from ..not_covered import CALIBRATION
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -63,11 +64,7 @@ def calibration_card(described: Described, options: CardOptions) -> ModelCard:
                 )
             ),
             public=["everything in it"],
-            not_covered=(
-                "data that was not public when it was made: nothing protects it",
-                "other contexts than the public ones: what is predicted here holds for contexts like them",
-                "another model or text encoder: it is refused there",
-            ),
+            not_covered=CALIBRATION,
             utility=described.utility,
             details=table(("", ""), rows),
             tags=("calibration", described.mechanism),

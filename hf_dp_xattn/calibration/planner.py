@@ -15,6 +15,7 @@ from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..mechanisms.anchors.plan import AnchorPlan, Decoders
 from ..mechanisms.anchors.sources import PreparedAnchors
+from ..not_covered import PLAN, PLAN_UNIT
 from ..privacy.accountant import epsilon_of, needs_delta
 from ..privacy.guessing import PRIORS, guess_bound
 from ..privacy.units import NeighboringRelation, Unit
@@ -371,11 +372,7 @@ def _notes(
         "an attacker's prior: the best guess before the release by one who knows everything else, the other units included; where an "
         "encoder mixes rows, the others may say much about one of them"
     )
-    notes.append(_NOT_COVERED[calibration.unit])
-    notes.append(
-        "not covered: a second release of the same context (charged again), the text in logs or tracebacks, timing, the initial image, "
-        "public prompts, and weights that were trained on private data"
-    )
+    notes += [PLAN_UNIT[calibration.unit], PLAN]
     return tuple(notes)
 
 
@@ -402,10 +399,3 @@ def _of_replies(calibration: AnchorCalibration) -> list[str]:
         "replies: the decoder was trained on the model's own replies to public questions, for which the FVU says little; divergence of the "
         f"next token from the exact model's, in nats, by epsilon: {each} ({beside})"
     ]
-
-
-_NOT_COVERED = {
-    "row": "not covered: words; an encoder mixes its rows, so a prompt that differs in one word may differ in every row",
-    "group": "not covered: groups that were not encoded apart from each other; there replacing one changes the others' rows too",
-    "context": "not covered: that two requests used the same context, which reads the same release",
-}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..artefacts import CardOptions
 from ..artefacts.card import Parts, render, table
-from ..artefacts.words import ONE_RELEASE, code, config_promise, name_of, price_table
+from ..artefacts.words import code, config_guarantee, name_of
 from ..calibration.calibration_card import Described
 from ..config import DPXAttnConfig
 from ..privacy.ledger import Budget
@@ -55,9 +55,7 @@ def protection_card(
                 f'pipe = dpx.from_pretrained("{name_of(options)}")  # the folder above this one',
                 "print(dpx.handle_of(pipe).report())",
             ),
-            guarantee=f"A release is {config_promise(settings)}\n\n{price_table(settings)}\n\n{ONE_RELEASE}"
-            if config.is_private
-            else f"**{config_promise(settings)}**",
+            guarantee=config_guarantee(settings, "A release is"),
             public=public,
             not_covered=not_covered,
             utility=calibration.utility if calibration is not None and of_anchors else None,

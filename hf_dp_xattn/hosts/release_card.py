@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..artefacts import CardOptions
 from ..artefacts.card import Parts, render, table
-from ..artefacts.words import ONE_RELEASE, code, name_of
+from ..artefacts.words import code, name_of, release_guarantee
 from .released import ReleasedContext
 from .terms import Terms
 
@@ -26,7 +26,6 @@ def release_card(
         terms: of the host that made it.
         options: what only the publisher knows.
     """
-    sentences = [f"Context {i + 1}: {c.guarantee.sentence()}" for i, c in enumerate(contexts)]
     head = ("context", "mechanism", "epsilon", "delta", "unit", "neighbouring relation", "padded rows")
     rows = [_context_row(i + 1, c) for i, c in enumerate(contexts)]
     fingerprint = contexts[0].fingerprint
@@ -44,7 +43,7 @@ def release_card(
                 f'release = dpx.Release.from_pretrained("{name_of(options)}", host={host})',
                 use,
             ),
-            guarantee="\n\n".join([*sentences, table(head, rows), ONE_RELEASE]),
+            guarantee=release_guarantee([c.guarantee.sentence() for c in contexts], table(head, rows)),
             public=terms.public,
             not_covered=terms.not_covered,
             details=table(

@@ -9,6 +9,7 @@ import torch
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
 from ...mechanisms.library.library import PreparedLibrary
+from ...not_covered import PLAN_TEXTS
 from ...privacy.accountant import epsilon_of
 from ...privacy.guessing import PRIORS, guess_bound
 from ..curves import Curve
@@ -22,7 +23,7 @@ _NOTES = (
     "95 %: for one context; from those like the public ones to those of a kind that no public text is of",
     "what leaves is public text, that anyone can read: a text that the library does not hold cannot be released",
     "how many units a context has, their order and where it is cut are public",
-    "not covered: a second release of the same context (charged again), and what several units say together",
+    PLAN_TEXTS,
 )
 
 

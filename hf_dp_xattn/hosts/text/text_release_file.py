@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...artefacts import CardOptions, HubOptions, locate
 from ...artefacts.card import Parts, render, table
 from ...artefacts.codec import Encoded, Tensors
-from ...artefacts.words import ONE_RELEASE, code, name_of
+from ...artefacts.words import code, name_of, release_guarantee
 from ...config import DPXAttnConfig
 from ...errors import ReleaseError
 from ...report import Guarantee, PrivacyReport, release_entry
@@ -97,7 +97,6 @@ class TextReleaseFile(Encoded):
 
     def card(self, options: CardOptions) -> ModelCard:
         several = len(self.contexts) > 1
-        sentences = [f"Context {i + 1}: {c.guarantee.sentence()}" for i, c in enumerate(self.contexts)]
         shown = [
             (i + 1, text.replace("|", "\\|")) for i, c in enumerate(self.contexts) for text in c.text[:_SHOWN]
         ]
@@ -112,7 +111,7 @@ class TextReleaseFile(Encoded):
                     f'release = dpx.Release.from_pretrained("{name_of(options)}", host=host)  # or host=None',
                     "print(release.texts)",
                 ),
-                guarantee="\n\n".join([*sentences, ONE_RELEASE]),
+                guarantee=release_guarantee([c.guarantee.sentence() for c in self.contexts]),
                 public=self.terms.public,
                 not_covered=self.terms.not_covered,
                 details=table(("context", "released text"), shown),

@@ -143,7 +143,7 @@ def test_decoder_matches_the_naive_one(epsilon: float) -> None:
     weights = naive_weights(cell_decoder(), code[:CELLS].float(), s.histogram.rates, p.codes[0], None)
     shift = naive_shift(row_move(), code[CELLS:-1] / N, weights, s.sum.sigma / N)
     plain = cell_decoder().decode(torch.tensor(weights))
-    found = s.decode(code, p, decoders("mixed"))
+    found = s.decoded(code)
     torch.testing.assert_close(found.log_weights, plain.log_weights, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.rows, plain.rows + shift.float(), rtol=1e-3, atol=1e-3)
 
