@@ -96,6 +96,12 @@ def generation_settings(model: Any, arguments: Mapping[str, Any]) -> Any:
     return settings
 
 
+def setting(name: str, arguments: Mapping[str, Any], config: Any) -> Any:
+    """Of a call, where it says, else of its generation config."""
+    value = arguments.get(name)
+    return getattr(config, name, None) if value is None else value
+
+
 def check_public_ids(name: str, ids: Any, module: Any) -> None:
     """Raises ConfigError for public token ids that the embeddings of `module` would stumble over. Anything but a tensor is left alone."""
     if not isinstance(ids, torch.Tensor):
@@ -111,15 +117,15 @@ def check_last_steps(arguments: Mapping[str, Any], config: Any, size: int) -> No
     """Raises ConfigError for settings that transformers stumbles over behind the first steps, when a release was charged. size: of the
     vocabulary."""
 
-    def setting(name: str) -> Any:
+    def chosen(name: str) -> Any:
         return arguments[name] if name in arguments else getattr(config, name, None)
 
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
-        value = setting(name)
+        value = chosen(name)
         ids = [] if value is None else value if isinstance(value, (list, tuple)) else [value]
         if not all(isinstance(i, int) and 0 <= i < size for i in ids):
             raise ConfigError(f"{name} must be a token id of this model, in [0, {size}). Nothing was spent.")
-    penalty = setting("exponential_decay_length_penalty")
+    penalty = chosen("exponential_decay_length_penalty")
     if penalty is not None and not (
         isinstance(penalty, (list, tuple))
         and len(penalty) == 2

@@ -13,7 +13,7 @@ from ....errors import ConfigError, ProtectionLostError
 from ...guard import Guard
 from ...shadows import Shadows
 from .. import generating
-from ..generating import generation_settings, named_arguments, refuse_arguments, while_protected
+from ..generating import generation_settings, named_arguments, refuse_arguments, setting, while_protected
 from .prefix_attention import Calls, check_window
 from .prefix_cache import PrefixCache
 
@@ -136,13 +136,8 @@ class GenerateShadow(Shadows):
 
     def _warn_once(self, arguments: dict[str, Any], config: Any) -> None:
         """Settings that mean all tokens so far see those of the prefix in no protected model; once for each model."""
-
-        def asked(name: str) -> Any:
-            value = arguments.get(name)
-            return getattr(config, name, None) if value is None else value
-
-        blind = [n for n, nothing in BLIND.items() if asked(n) not in (None, *nothing)]
-        if "max_length" in blind and asked("max_new_tokens") is not None:
+        blind = [n for n, nothing in BLIND.items() if setting(n, arguments, config) not in (None, *nothing)]
+        if "max_length" in blind and setting("max_new_tokens", arguments, config) is not None:
             blind.remove("max_length")
         if blind and not self._warned:
             self._warned = True
@@ -156,15 +151,10 @@ class GenerateShadow(Shadows):
     @staticmethod
     def _planned(arguments: dict[str, Any], config: Any, ids: Any) -> int:
         """Own tokens after the longest generation that is asked for; the last one is never fed back."""
-
-        def asked(name: str) -> int | None:
-            value = arguments.get(name)
-            return getattr(config, name, None) if value is None else value
-
         n = int(ids.shape[-1])
-        new = asked("max_new_tokens")
+        new = setting("max_new_tokens", arguments, config)
         if new is None:
-            longest = asked("max_length")
+            longest = setting("max_length", arguments, config)
             new = 20 if longest is None else max(1, longest - n)
         return n + new - 1
 

@@ -21,6 +21,7 @@ from ..generating import (
     generation_settings,
     named_arguments,
     refuse_arguments,
+    setting,
     while_protected,
 )
 from ..named_lengths import longest
@@ -130,8 +131,7 @@ def refuse_longer(limit: int | None, arguments: Mapping[str, Any], config: Any) 
     """
 
     def asked(name: str) -> int:
-        value = arguments.get(name)
-        value = getattr(config, name, None) if value is None else value
+        value = setting(name, arguments, config)
         return value if isinstance(value, int) else 0
 
     start = arguments.get("decoder_input_ids")
