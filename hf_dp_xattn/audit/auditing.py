@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, ContextError
@@ -135,8 +136,6 @@ class _Bar:
     """A progress bar over named steps."""
 
     def __init__(self, shown: bool, total: int) -> None:
-        from tqdm.auto import tqdm
-
         self._bar = tqdm(
             total=total,
             disable=not shown,

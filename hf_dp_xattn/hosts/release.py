@@ -15,6 +15,7 @@ from ..config import DPXAttnConfig
 from ..errors import ConfigError, DPXAttnError, ReleaseError
 from ..report import Guarantee
 from .accounts import STAYS
+from .diffusers.text_side import as_texts
 from .released import ReleasedContext
 from .storage import ReleaseFile
 from .terms import Terms
@@ -223,8 +224,6 @@ class BaseRelease:
         """
         if prompt is None:
             return [(context, None) for context in self.contexts]
-        from .diffusers.text_side import as_texts
-
         texts = as_texts(prompt, "prompt")
         count = max(len(texts), len(self))
         if {len(texts), len(self)} - {1, count}:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from ..artefacts import HubOptions, download_folder
 from ..errors import ConfigError
 from ..known_mechanisms import KNOWN
@@ -120,7 +122,6 @@ def _is_pipeline(name: str) -> bool:
 
 def _model_class(name: str) -> Any:
     """A UNet of diffusers or a model of transformers, by name. Raises ConfigError."""
-    import transformers
     from diffusers import UNet2DConditionModel
 
     if name == UNet2DConditionModel.__name__:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import ProtectionLostError
@@ -35,7 +36,6 @@ OTHER_ADAPTERS = (
 @lru_cache(maxsize=1)
 def _count_steps() -> None:
     """From now on, in this process."""
-    from torch.optim.optimizer import register_optimizer_step_post_hook
 
     def count(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not torch.compiler.is_compiling():

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from ..placeholder import CODE_CHANNELS
@@ -60,8 +61,6 @@ def unwrap(model: Any) -> Any:
 
 def refuse_host(host: Any) -> UnsupportedModelError:
     """What to say of a host that is not in the tables, and which kinds are."""
-    from transformers import PreTrainedModel
-
     host = unwrap(host)
     name = type(host).__name__
     if type(host).__module__.split(".")[0] == "peft":

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from ....errors import ConfigError
 from ...driver import DECODERS, LENGTH, NOTHING, Canary, Outputs
@@ -116,8 +117,6 @@ class DocumentDriver(ModelDriver):
         )  # documents that are encoded apart have no unprotected counterpart
 
     def refused(self) -> None:
-        from transformers.modeling_outputs import BaseModelOutput
-
         rows = torch.zeros(1, 4, self.handle.host.channels, dtype=self.host.dtype, device=self.host.device)
         start = torch.tensor([[self.host.config.decoder_start_token_id or 0]], device=self.host.device)
         self.host(encoder_outputs=BaseModelOutput(last_hidden_state=rows), decoder_input_ids=start)
