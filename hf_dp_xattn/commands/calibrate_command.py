@@ -292,9 +292,9 @@ def _public(
     from ..hosts.host_registry import driver_for
 
     driver = driver_for(model, config)(model, config, options=args)
-    if not driver.draws:
+    if driver.tokenizes:
         driver.tokenizer = load_tokenizer(args.model)
-    units = read_lists(texts) if config.unit == "group" and not driver.draws else texts
+    units = read_lists(texts) if config.unit == "group" and driver.tokenizes else texts
     public, more = driver.public_contexts(units, questions)
     for note in () if args.json else driver.notes:
         print(note, file=sys.stderr)

@@ -152,7 +152,7 @@ def driver_of(handle: Any, args: argparse.Namespace) -> Driver:
     host = handle.model if side is None else side.pipe
     driver = driver_for(host, handle.config)(host, handle.config, handle=handle, options=args)
     driver.check()
-    driver.tokenizer = None if driver.draws else load_tokenizer(args.model)
+    driver.tokenizer = load_tokenizer(args.model) if driver.tokenizes else None
     return driver
 
 

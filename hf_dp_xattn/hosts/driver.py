@@ -42,6 +42,7 @@ class Driver:
     kind: ClassVar[str]
     foreign: ClassVar[dict[str, tuple[str, ...]]] = {}
     draws: ClassVar[bool] = False  # pictures, and no texts
+    tokenizes: ClassVar[bool] = False  # by the tokenizer beside it
     asks: ClassVar[bool] = False  # whether it answers a public question
     joint: ClassVar[str] = ", "  # between texts that are joined
     layered: ClassVar[bool] = True  # layers read the release; else the host reads released text

@@ -24,6 +24,7 @@ class ModelDriver(Driver):
     new_tokens: how many an answer has. public: inputs beside a release. skip: how many of their tokens stand before a text's answer.
     """
 
+    tokenizes = True
     joint: ClassVar[str] = "\n"
     new_tokens = 2
     public: dict[str, Any]

@@ -22,6 +22,7 @@ class ImageDriver(ModelDriver):
     """A model whose text reads an image by cross-attention (Mllama); contexts are random images."""
 
     kind = "image-text"
+    tokenizes = False
 
     def check(self) -> None:
         raise ConfigError(IMAGE)
