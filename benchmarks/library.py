@@ -44,12 +44,16 @@ def main() -> None:
         **setting.about,
         "library_seconds": None if args.codes else round(setting.seconds),
         "questions": {kind: list(asked) for kind, asked in QUESTIONS.items()},
-        "plans": {f"{p.epsilon:g}": [*p.described(), round(p.quality.distortion, 3)] for p in library.plans},
     }
-    rows: list[dict[str, Any]] = []
+    path = args.out / "replies.json"
+    before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    same = all(before.get(key) == about[key] for key in (*setting.about, "questions"))
+    rows: dict[str, Any] = before.get("rows", {}) if same else {}
     for i, prompt in enumerate(tqdm(private, desc="replies")):
-        rows.append(measure(replies, prompt, {name: texts[i] for name, texts in systems.items()}))
-        write(args.out, {**about, "prompts": len(rows), "kinds": summaries(rows)})
+        if prompt.id not in rows:
+            rows[prompt.id] = measure(replies, prompt, {name: texts[i] for name, texts in systems.items()})
+        found = list(rows.values())
+        write(args.out, {**about, "prompts": len(rows), "kinds": summaries(found), "rows": rows})
     print((args.out / "replies.md").read_text())
 
 
@@ -98,6 +102,8 @@ def measure(replies: Replies, prompt: Prompt, systems: dict[str, str | None]) ->
     return {
         kind: {
             name: np.mean([known[text][i] for i, (k, _) in enumerate(asked) if k == kind], axis=0)
+            .round(5)
+            .tolist()
             for name, text in systems.items()
         }
         for kind in QUESTIONS

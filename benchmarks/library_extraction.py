@@ -45,6 +45,7 @@ def main() -> None:
     if results.get("setting") != setting.about:
         results = {
             "setting": setting.about,
+            "prompts": 0,
             "best": best(setting),
             "hits": {},
             "secrets": {"told": 0, "texts": 0},
@@ -65,6 +66,7 @@ def main() -> None:
             results["secrets"]["told"] += secret.code in system or secret.name in system
             hits[f"{epsilon:g}"] = attacked(setting, system, secret, i)
         results["hits"][prompt.id] = hits
+        results["prompts"] = len(results["hits"])
         args.out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
         (args.out / "extraction.md").write_text(page(results))

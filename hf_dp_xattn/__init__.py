@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from .hosts.calibrate import calibrate
+    from .hosts.compare import Comparison, compare
     from .hosts.diffusers.phrases import split_phrases
     from .hosts.diffusers.processor import DPAttnProcessor
     from .hosts.protect import Release, handle_of, protect, unprotect
@@ -56,6 +57,7 @@ _HOMES = {
     "calibration.planner": ("Plan", "plan"),
     "calibration.shipped_prompts": ("public_prompts",),
     "hosts.calibrate": ("calibrate",),
+    "hosts.compare": ("Comparison", "compare"),
     "hosts.transformers.decoder_only.chat": ("SplitChat", "split_chat"),
     "hosts.diffusers.phrases": ("split_phrases",),
     "hosts.diffusers.processor": ("DPAttnProcessor",),
@@ -70,6 +72,7 @@ __all__ = [
     "Budget",
     "BudgetExceededError",
     "Calibration",
+    "Comparison",
     "ConfigError",
     "ContextError",
     "DPAttnProcessor",
@@ -90,6 +93,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "calibrate",
+    "compare",
     "from_pretrained",
     "handle_of",
     "plan",

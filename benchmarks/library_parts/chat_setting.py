@@ -33,12 +33,11 @@ class ChatSetting:
 
     @property
     def about(self) -> dict[str, object]:
-        """For a benchmark's numbers."""
-        return {
-            "encoder": self.library.encoder,
-            "texts": len(self.library.texts),
-            "prompts": len(self.private),
+        """For a benchmark's numbers: what a run that goes on must have the same."""
+        plans = {
+            f"{p.epsilon:g}": [*p.described(), round(p.quality.distortion, 3)] for p in self.library.plans
         }
+        return {"encoder": self.library.encoder, "texts": len(self.library.texts), "plans": plans}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

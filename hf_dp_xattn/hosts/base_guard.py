@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, Protocol
 
-from ..errors import ConfigError, ProtectionLostError, ReleaseError
+from ..errors import ProtectionLostError
 from ..privacy.ledger import Budget
 from ..report import PrivacyReport
 from .access import Access
 from .accounts import Settings
+from .growing import GrowingContext, append_to, open_growing, single_context
 from .host_words import HostWords, Setting
 from .locks import Lock
 from .releases import Lookup, Making, Prepared, Releases, ReleaseT, State
@@ -19,14 +20,12 @@ from .releases import Lookup, Making, Prepared, Releases, ReleaseT, State
 if TYPE_CHECKING:
     import torch
 
+    from ..mechanisms.base import Released
     from .context import PrivateContext
-    from .growing import GrowingContext
-    from .released import ReleasedContext
+    from .making import Recipe
     from .saving import SaveShadow
     from .storage import ReleaseFile
     from .text.text_release_file import TextReleaseFile
-
-NO_GROWTH = "A release of texts does not grow: release each new text by itself."
 
 
 class Guarded(Protocol):
@@ -109,17 +108,35 @@ class BaseGuard(ABC, Making[State, Prepared, ReleaseT], Generic[State, Prepared,
     def take_in(self, file: ReleaseFile | TextReleaseFile) -> None:
         """Names a release that was made elsewhere in the report. Raises ReleaseError where it does not fit this host."""
 
+    # what a growing release asks (`growing.Grows`)
+    @abstractmethod
+    def recipe_of(self, context: PrivateContext, horizon: int, state: State) -> Recipe: ...
+    @abstractmethod
+    def verify(self, contexts: Iterable[ReleaseT]) -> State: ...
+    @abstractmethod
+    def readable(
+        self,
+        recipe: Recipe,
+        outcome: Released,
+        context: PrivateContext,
+        public: torch.Tensor,
+        before: ReleaseT | None,
+        state: State,
+    ) -> ReleaseT: ...
+
     def open(
         self, contexts: Sequence[PrivateContext], groups: torch.Tensor | None, horizon: int
     ) -> GrowingContext:
         """A release that grows; see `Protected.release`."""
-        raise ConfigError(NO_GROWTH)
+        growing = open_growing(self, single_context(contexts), groups, horizon)
+        self.releases.spent.append(growing.spent)
+        return growing
 
     def append(
         self, growing: GrowingContext, contexts: Sequence[PrivateContext], groups: torch.Tensor | None
-    ) -> ReleasedContext:
+    ) -> Any:
         """See `Release.append`."""
-        raise ReleaseError(NO_GROWTH)
+        return append_to(self, growing, single_context(contexts), groups)
 
     def clear(self) -> None:
         """Forgets what was released and read, not what was spent."""

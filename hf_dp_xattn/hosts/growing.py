@@ -7,7 +7,6 @@ Content that has spent its budget elsewhere is refused, and so is what is in alr
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -16,13 +15,12 @@ import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError, ContextError, DPXAttnError, ReleaseError
+from ..mechanisms.base import Released
 from ..mechanisms.growing_release import GrowingRelease, grow
 from ..privacy.ledger import Name
 from .charging import charge, names_of
 from .context import PrivateContext
-from .fingerprint import Fingerprint
 from .making import Recipe
-from .released import ReleasedContext
 from .releases import Releases
 from .reporting import Spent
 
@@ -33,16 +31,33 @@ class Grows(Protocol):
     """What a growing release asks of the guard of its host: what a release is made and charged by."""
 
     config: DPXAttnConfig
-    releases: Releases[Fingerprint, Recipe, ReleasedContext]
+    releases: Releases[Any, Any, Any]
 
     @property
     def calibration(self) -> Any: ...
-    @property
-    def hidden_length(self) -> int: ...
-    def current(self) -> Fingerprint: ...
-    def prepare(self, state: Fingerprint) -> Recipe: ...
+    def current(self) -> Any: ...
+    def recipe_of(self, context: PrivateContext, horizon: int, state: Any) -> Recipe:
+        """What releases a context that grows, chosen by what is public of its first content."""
+        ...
+
     def rehearse(self, contexts: Iterable[PrivateContext]) -> None: ...
-    def verify(self, contexts: Iterable[ReleasedContext]) -> Fingerprint: ...
+    def verify(self, contexts: Iterable[Any]) -> Any:
+        """The host's state. Raises ReleaseError unless what was released can serve it."""
+        ...
+
+    def readable(
+        self,
+        recipe: Recipe,
+        outcome: Released,
+        context: PrivateContext,
+        public: torch.Tensor,
+        before: Any,
+        state: Any,
+    ) -> Any:
+        """What queries read after an append (`ReleasedContext`, `ReleasedTexts`). public: exact rows beside. before: what they read so
+        far; None: nothing yet."""
+        ...
+
     def check_thoroughly(self) -> None: ...
 
 
@@ -54,7 +69,7 @@ class GrowingContext:
         self,
         release: GrowingRelease,
         recipe: Recipe,
-        latest: ReleasedContext,
+        latest: Any,
         spent: Spent,
         encoder: bytes,
         charged: Sequence[Name],
@@ -104,7 +119,7 @@ def open_growing(
         BudgetExceededError: the ledger refuses; nothing was spent or computed.
     """
     current = guard.current()
-    recipe = guard.prepare(current)
+    recipe = guard.recipe_of(context, horizon, current)
     row_groups = context.groups(groups, guard.config.unit)
     encoder = guard.releases.encoders.states(context.encoder)[0]
     prepared = grow(recipe.prepared, horizon, units=getattr(guard.calibration, "units", None))
@@ -115,12 +130,8 @@ def open_growing(
     rows, public = context.load()
     release = prepared.open(guard.releases.entropy)
     private = recipe.private(rows, row_groups)
-    length = context.public_length(guard.config, guard.hidden_length)
-    state = release.append(private, groups=row_groups)
-    exact = public.detach().clone()
-    latest = ReleasedContext(
-        state.structures, context.shown(state.guarantee), exact, length, current, state.context
-    )
+    outcome = release.append(private, groups=row_groups)
+    latest = guard.readable(recipe, outcome, context, public, None, current)
     return GrowingContext(release, recipe, latest, Spent(names, latest.guarantee), encoder, charged)
 
 
@@ -128,7 +139,7 @@ def open_growing(
 @torch.no_grad()
 def append_to(
     guard: Grows, growing: GrowingContext, context: PrivateContext, groups: torch.Tensor | None
-) -> ReleasedContext:
+) -> Any:
     """Charges a further content, encodes and adds it.
 
     Raises:
@@ -167,17 +178,11 @@ def append_to(
             )
             growing.spent.digests.extend(names)
             growing.charged |= set(charged)
-        rows, _ = context.load()
+        rows, public = context.load()
         private = growing.recipe.private(rows, row_groups)
         entering = True
-        before = growing.latest
-        state = growing.release.append(private, groups=row_groups)
-        promised = context.shown(state.guarantee)
-        if before.guarantee.rows is None:  # what hid its length is in the sum
-            promised = dataclasses.replace(promised, rows=None)
-        growing.latest = ReleasedContext(
-            state.structures, promised, before.public_rows, before.rows, current, state.context
-        )
+        outcome = growing.release.append(private, groups=row_groups)
+        growing.latest = guard.readable(growing.recipe, outcome, context, public, growing.latest, current)
     except BaseException as error:
         if not entering or isinstance(error, (ConfigError, ContextError)):
             growing.names -= set(names)  # it is not in

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ..errors import ProtectionLostError, ReleaseError
+from ..mechanisms.base import Released
 from ..report import PrivacyReport
 from . import base_guard
 from .accounts import STAYS, Settings
@@ -17,7 +18,7 @@ from .base_guard import BaseGuard
 from .bindings import Bindings, bind, unique
 from .context import PrivateContext
 from .fingerprint import Fingerprint
-from .growing import GrowingContext, append_to, open_growing, single_context
+from .growing import GrowingContext
 from .layer import Layer
 from .locks import locked
 from .making import Recipe, choose_maker
@@ -183,14 +184,30 @@ class Guard(BaseGuard[Fingerprint, Recipe, ReleasedContext]):
         self, contexts: Sequence[PrivateContext], groups: torch.Tensor | None, horizon: int
     ) -> GrowingContext:
         self._host.check_growing(contexts)
-        growing = open_growing(self, single_context(contexts), groups, horizon)
-        self.releases.spent.append(growing.spent)
-        return growing
+        return super().open(contexts, groups, horizon)
 
-    def append(
-        self, growing: GrowingContext, contexts: Sequence[PrivateContext], groups: torch.Tensor | None
+    def recipe_of(self, context: PrivateContext, horizon: int, state: Fingerprint) -> Recipe:
+        """See `Grows`."""
+        return self.prepare(state)
+
+    def readable(
+        self,
+        recipe: Recipe,
+        outcome: Released,
+        context: PrivateContext,
+        public: torch.Tensor,
+        before: ReleasedContext | None,
+        state: Fingerprint,
     ) -> ReleasedContext:
-        return append_to(self, growing, single_context(contexts), groups)
+        """See `Grows`. The placeholder keeps its length."""
+        promised = context.shown(outcome.guarantee)
+        if before is None:
+            exact, length = public.detach().clone(), context.public_length(self.config, self.hidden_length)
+        else:
+            exact, length = before.public_rows, before.rows
+            if before.guarantee.rows is None:  # what hid its length is in the sum
+                promised = dataclasses.replace(promised, rows=None)
+        return ReleasedContext(outcome.structures, promised, exact, length, state, outcome.context)
 
     def verify(self, contexts: Iterable[ReleasedContext]) -> Fingerprint:
         """The fingerprint of the present weights. Raises ReleaseError unless the releases can serve them."""

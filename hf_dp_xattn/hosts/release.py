@@ -191,9 +191,9 @@ class BaseRelease:
         Raises:
             ReleaseError: what was released are no texts.
         """
-        if not isinstance(self._contexts[0], ReleasedTexts):
+        if not isinstance(self.contexts[0], ReleasedTexts):
             raise ReleaseError("This release holds no texts: mechanism='library' releases such.")
-        return tuple(c.text for c in self._contexts)
+        return tuple(c.text for c in self.contexts)
 
     @property
     def text(self) -> ReleasedText:

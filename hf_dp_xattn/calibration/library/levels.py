@@ -11,6 +11,7 @@ _FEWEST, _TEXTS, _PER_MEDOID, _WELL = 1024, 4096, 4, 12  # how many texts the se
 MOVES = 8  # rounds of moves
 _MOVED, _WORK = 48, 2**34  # clusters moved in one round, products that all rounds may cost
 _BLOCK = 2**25  # entries of a block of scores
+_TRIES, _SHORT = 6, 64  # searches for a list that is no longer than this: it may well end in a poor maximum
 
 
 def nearest_of(units: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
@@ -28,7 +29,7 @@ def medoids(
     A unit of cluster k is answered by its medoid with odds e^epsilon to each other one, so the medoid m_k adds
     m_k . (e^epsilon S_k + S - S_k) / W, S_k the sum of the cluster's codes and S of all: a medoid leans towards the middle of all units
     where answers are seldom true. Clusters are found with free centres, which are moved from where one is missed least to where one is
-    missed most; then each centre gives way to a text.
+    missed most; then each centre gives way to a text. Of a short list the best of several searches is taken.
 
     Args:
         codes: [N, p], of length 1. weights: [N], how often each text stands in public contexts; 0: it may not answer. size: K.
@@ -44,7 +45,17 @@ def medoids(
     kept = kept[weights[kept] > 0].sort().values
     if size >= len(kept):
         return kept[:size]
-    return kept[_medoids(codes[kept], weights[kept], size, epsilon, seed, moves)]
+    own, mass = codes[kept], weights[kept]
+    seeds = range(seed, seed + (_TRIES if size <= _SHORT else 1))
+    tries = [_medoids(own, mass, size, epsilon, s, moves) for s in seeds]
+    return kept[tries[0] if len(tries) == 1 else max(tries, key=lambda t: _expected(own, mass, t, epsilon))]
+
+
+def _expected(codes: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, epsilon: float) -> float:
+    """The sum of weighted expected cosines between texts and their answers."""
+    cosines, odds = codes @ codes[chosen].mT, math.exp(min(epsilon, 30.0))
+    likely = (odds - 1.0) * cosines.amax(1) + cosines.sum(1)
+    return float((weights * likely).sum() / (odds - 1.0 + len(chosen)))
 
 
 def _medoids(

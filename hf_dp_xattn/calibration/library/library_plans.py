@@ -27,7 +27,7 @@ _CERTAIN = 100  # times as many texts: odds that tell the nearest one nearly alw
 _FEW = 12  # held-out units of one place that are enough to judge by
 _BLOCK = 2**24  # cosines that are held at once
 _HELD = 1000  # held-out units that are looked at
-_ELSEWHERE = 0.15  # weight of a text that stands at other places, and of one in contexts of other lengths
+_ELSEWHERE = 0.05  # weight of a text that stands at other places, and of one in contexts of other lengths
 _ENOUGH = 60  # contexts, for buckets of lengths
 
 

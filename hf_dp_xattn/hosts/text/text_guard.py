@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,13 +12,15 @@ import torch
 
 from ...calibration.library.text_library import TextLibrary
 from ...errors import ConfigError, ReleaseError
+from ...mechanisms.base import Released
 from ...mechanisms.library.library import NO_LIBRARY, FromLibrary
 from ...report import PrivacyReport
 from ..accounts import STAYS, Settings
 from ..base_guard import BaseGuard, Guarded
 from ..context import PrivateContext
+from ..growing import GrowingContext
 from ..locks import locked
-from ..making import ContextRecipe
+from ..making import ContextRecipe, Recipe
 from ..rehearsal import rehearse
 from .released_texts import ReleasedText, ReleasedTexts, Shelf
 from .text_contexts import Cut
@@ -65,7 +67,7 @@ class TextGuard(BaseGuard[None, ContextRecipe, ReleasedTexts]):
             self._prepared = lru_cache(maxsize=16)(lambda n: ContextRecipe(library.prepare_list(config, n)))
         grouping = "lines" if library is None else library.grouping
         self.cut = Cut(grouping if config.unit == "group" or library is not None else "context")
-        self._released: list[ReleasedText] = []  # as `releases.spent`
+        self._released: list[ReleasedTexts | GrowingContext] = []  # as `releases.spent`
 
     @property
     def saving(self) -> SaveShadow:
@@ -127,11 +129,43 @@ class TextGuard(BaseGuard[None, ContextRecipe, ReleasedTexts]):
         entropy: Entropy | None,
     ) -> ReleasedTexts:
         """Encodes and releases one charged context; keeps nothing of it but the release."""
-        outcome = prepared.run(context.load()[0], groups, entropy)
-        counted = isinstance(prepared.prepared, FromLibrary) and prepared.prepared.counted
+        released = self._texts(prepared, prepared.run(context.load()[0], groups, entropy))
+        self._released.append(released)
+        return released
+
+    def _texts(self, recipe: Recipe, outcome: Released) -> ReleasedTexts:
+        counted = isinstance(recipe.prepared, FromLibrary) and recipe.prepared.counted
         text = (ReleasedText.counted if counted else ReleasedText)(outcome.texts, self.cut.joint)
-        self._released.append(text)
         return ReleasedTexts(text, outcome.guarantee)
+
+    # ---- a list that grows (`growing.Grows`) -------------------------------------------------------------------------------
+
+    def recipe_of(self, context: PrivateContext, horizon: int, state: None) -> Recipe:
+        """By as many units as there would be if each append had those of the first one: votes, or an answer for each unit."""
+        if self._prepared is None or self.config.unit == "context":
+            return self.prepare(state)
+        return self._prepared(context.rows * horizon)
+
+    def verify(self, contexts: Iterable[ReleasedTexts]) -> None:
+        self.check()
+
+    def readable(
+        self,
+        recipe: Recipe,
+        outcome: Released,
+        context: PrivateContext,
+        public: torch.Tensor,
+        before: ReleasedTexts | None,
+        state: None,
+    ) -> ReleasedTexts:
+        return self._texts(recipe, outcome)
+
+    def open(
+        self, contexts: Sequence[PrivateContext], groups: torch.Tensor | None, horizon: int
+    ) -> GrowingContext:
+        growing = super().open(contexts, groups, horizon)
+        self._released.append(growing)
+        return growing
 
     @locked
     def take_in(self, file: ReleaseFile | TextReleaseFile) -> None:
@@ -141,12 +175,11 @@ class TextGuard(BaseGuard[None, ContextRecipe, ReleasedTexts]):
                 f"load the release again ({STAYS})."
             )
         self.releases.adopt(file.contexts)
-        self._released += [c.text for c in file.contexts]
+        self._released += file.contexts
 
     def report(self) -> PrivacyReport:
         """With the released texts, which are public."""
         report = super().report()
-        entries = [
-            {**entry, **text.shown()} for entry, text in zip(report.releases, self._released, strict=True)
-        ]
+        texts = [r.latest.text if isinstance(r, GrowingContext) else r.text for r in self._released]
+        entries = [{**entry, **text.shown()} for entry, text in zip(report.releases, texts, strict=True)]
         return dataclasses.replace(report, releases=tuple(entries))

@@ -63,3 +63,47 @@ def test_a_private_number_of_documents(library: dpx.TextLibrary) -> None:
     assert release.guarantees[0].units is None and abs(sum(release.counts) - 200) < 80
     assert "and so how many" not in " ".join(handle.report().public)
     assert release.guarantees[0].neighboring == "add_or_remove_one"
+
+
+def test_a_corpus_that_grows_is_charged_once_for_all_appends(
+    library: dpx.TextLibrary, tmp_path: Path
+) -> None:
+    config = GROUPS.replace(epsilon=4.0)
+    handle = protected(library, config)
+    release = handle.release(documents(100), horizon=4)
+    opened = handle.report().to_dict()["releases"][0]
+    assert 3.0 < opened["spent_epsilon"] <= 4.0 and opened["charges"] == 1
+    assert sum(release.counts) == 100 and max(release.counts) > 1
+    assert release.append([f"another tea rule {i}" for i in range(100)]) is release
+    assert sum(release.counts) == 200 and len(set(release.text)) == len(release.text)
+    (entry,) = handle.report().to_dict()["releases"]
+    assert entry["spent_epsilon"] == opened["spent_epsilon"] and entry["charges"] == 1
+    assert entry["counts"] == list(release.counts)
+    tea = sum(n for text, n in zip(release.text, release.counts, strict=True) if "tea" in text)
+    assert tea > 110  # 175 of 200, and noise of one (epsilon, delta) for all appends
+    with pytest.raises(dpx.ContextError, match="in the growing context already"):
+        release.append(documents(3))
+    release.append(["a last tea rule"]).append(["a very last one"])
+    with pytest.raises(dpx.BudgetExceededError, match="all 4 appends are made"):
+        release.append(["too late"])
+    assert sum(release.counts) == 202
+    release.save_pretrained(tmp_path)
+    assert dpx.Release.from_pretrained(tmp_path, host=None).counts == release.counts
+
+
+def test_few_units_that_grow_are_answered_when_they_come(library: dpx.TextLibrary) -> None:
+    handle = protected(library, GROUPS.replace(epsilon=16.0))
+    release = handle.release(documents(3), horizon=3)
+    first = tuple(release.text)
+    release.append(["a new tea rule"])
+    assert tuple(release.text)[:3] == first and release.counts == (1, 1, 1, 1)
+
+
+def test_what_cannot_grow_is_refused_and_costs_nothing(library: dpx.TextLibrary) -> None:
+    handle = protected(library)
+    for wrong in (0, 2.5, 10**9):
+        with pytest.raises(dpx.ConfigError):
+            handle.release(documents(), horizon=wrong)
+    with pytest.raises(dpx.ReleaseError, match="does not grow"):
+        handle.release(documents()).append(["more"])
+    assert len(handle.report().to_dict()["releases"]) == 1
