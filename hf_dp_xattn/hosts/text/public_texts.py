@@ -8,8 +8,8 @@ from typing import Any
 from ...calibration.library.library_fit import LibraryOptions, build_library
 from ...calibration.library.text_library import GROUPINGS, TextLibrary
 from ...config import DPXAttnConfig
-from ...errors import ConfigError
-from .text_contexts import Cut
+from ...errors import ConfigError, ContextError
+from .text_contexts import MOST, Cut
 from .unit_encoders import parts_of, tokenizer_beside, unit_encoder
 
 NOT_TEXTS = (
@@ -44,12 +44,21 @@ def make_library(
     if isinstance(public_contexts, (str, bytes, Mapping)):
         raise ConfigError(NOT_TEXTS)
     cut = Cut(chosen)
-    units = [cut(_decoded(context, host, tokenizer))[0] for context in public_contexts]
+    units = [_cut(cut, _decoded(c, host, tokenizer), i) for i, c in enumerate(public_contexts)]
     # directions of a host's own states that say little of a text are large; a sentence encoder has none
     options.setdefault("flatten", 0.5 if encoder is None else 0.0)
     return build_library(
         units, encode.public, config, LibraryOptions(grouping=chosen, encoder=encode.name, **options)
     )
+
+
+def _cut(cut: Cut, context: Any, number: int) -> list[str]:
+    try:
+        return cut(context)[0]
+    except ContextError:
+        raise ConfigError(
+            f"Public context {number} (counted from 0) has no units, an empty one, or more than {MOST}. {NOT_TEXTS}"
+        ) from None
 
 
 def _default(host: Any) -> str:

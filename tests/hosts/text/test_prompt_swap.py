@@ -178,7 +178,8 @@ def test_bad_input_spends_nothing() -> None:
         (dpx.ContextError, lambda: protected.release(torch.zeros(2, 3))),
         (dpx.ContextError, lambda: protected.release([])),
         (dpx.ConfigError, lambda: protected.release(SECRET, groups=torch.zeros(2))),
-        (dpx.ConfigError, lambda: protected.release(SECRET, horizon=3)),
+        (dpx.ConfigError, lambda: protected.release([SECRET, SECRET], horizon=3)),
+        (dpx.ConfigError, lambda: protected.release(SECRET, horizon=0)),
     ):
         with pytest.raises(error) as caught:
             bad()
