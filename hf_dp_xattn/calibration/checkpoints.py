@@ -83,12 +83,12 @@ class Checkpoints:
         bar.expect(stage, len(items), 0.0)
         bar.begin()
         for i, item in enumerate(items):
-            found = self.read(f"{stage}-{i}")
-            made = {"rows": make(item)} if found is None else found
-            if found is None:
-                self.keep(f"{stage}-{i}", made)
-            bar.step(stage, timed=found is None)
-            yield made["rows"]
+            stored = self.read(f"{stage}-{i}")
+            tensors = {"rows": make(item)} if stored is None else stored
+            if stored is None:
+                self.keep(f"{stage}-{i}", tensors)
+            bar.step(stage, timed=stored is None)
+            yield tensors["rows"]
             bar.begin()
 
     def _path(self, name: str) -> Path:
@@ -105,28 +105,28 @@ def digest(*values: object) -> str:
     Raises:
         TypeError: anything else is among them.
     """
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
 
     def add(value: object) -> None:
         if isinstance(value, torch.Tensor):
-            found.update(f"tensor {value.dtype} {tuple(value.shape)}:".encode())
-            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            sha.update(f"tensor {value.dtype} {tuple(value.shape)}:".encode())
+            sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         elif isinstance(value, Mapping):
-            found.update(f"mapping {len(value)}:".encode())
+            sha.update(f"mapping {len(value)}:".encode())
             for key, part in value.items():
                 add(key)
                 add(part)
         elif isinstance(value, (list, tuple)):
-            found.update(f"list {len(value)}:".encode())
+            sha.update(f"list {len(value)}:".encode())
             for part in value:
                 add(part)
         elif value is None or isinstance(value, (str, bytes, bool, int, float)):
             written = repr(value).encode()
-            found.update(f"{type(value).__name__} {len(written)}:".encode() + written)
+            sha.update(f"{type(value).__name__} {len(written)}:".encode() + written)
         elif hasattr(value, "tolist"):  # of numpy
             add(value.tolist())
         else:
             raise TypeError(f"no digest of {type(value).__name__}")
 
     add(values)
-    return found.hexdigest()[:24]
+    return sha.hexdigest()[:24]

@@ -67,13 +67,13 @@ def of_units(calibration: AnchorCalibration, curve: Curve, epsilon: float, units
 def too_few(calibration: AnchorCalibration, epsilon: float, units: int) -> str | None:
     """Why a release of so few units at epsilon would tell nothing, as far as the calibration can say; or None."""
     curve = fvu_curve(calibration)
-    found = None if curve is None else of_units(calibration, curve, epsilon, units)
-    if found is None or found.origin != SCALED or not found.value >= NOTHING:
+    scaled = None if curve is None else of_units(calibration, curve, epsilon, units)
+    if scaled is None or scaled.origin != SCALED or not scaled.value >= NOTHING:
         return None
     # fitted to a model's replies, of which an FVU says nothing
     if curve is not None and curve.points[0][1] >= 1.0:
         return None
     return (
-        f"{units} units are too few: the noise is made to hide one of them, and hides all of so few (FVU {found.value:.3f}, 1 is nothing; "
+        f"{units} units are too few: the noise is made to hide one of them, and hides all of so few (FVU {scaled.value:.3f}, 1 is nothing; "
         f"the calibration was fitted to contexts of {calibration.units})"
     )

@@ -227,12 +227,12 @@ def _unit_norm(
     for i, (keys, values) in enumerate(contexts):
         if i == limit:
             break
-        own = units[i % len(units)]
-        if len(own) == keys[0].shape[1]:  # unit = row
+        members = units[i % len(units)]
+        if len(members) == keys[0].shape[1]:  # unit = row
             factors = [e.factors(k, v) for e, k, v in zip(encoders, keys, values, strict=True)]
             norms.append(joint_norm_squared(factors).sqrt())
             continue
-        for unit in own:
+        for unit in members:
             parts = unit_contribution(encoders, keys, values, unit)
             norms.append(torch.stack([p.square().sum() for p in parts]).sum().sqrt().reshape(1))
     return float(torch.cat(norms).quantile(0.95)) * 2.0 ** -lattice_exponent(64.0)
@@ -367,12 +367,12 @@ def _sketch_held_out(
             outputs.append(
                 [_exact(q, k, v, s) for q, k, v, s in zip(public.queries, keys, values, scales, strict=True)]
             )
-        own = units[i % len(units)]
-        sketches.append(sketch_units(encoders, keys, values, own, matrices))
+        members = units[i % len(units)]
+        sketches.append(sketch_units(encoders, keys, values, members, matrices))
         parts = unit_contribution(encoders, keys, values, torch.arange(keys[0].shape[1]))
         total = torch.zeros((), dtype=torch.float64)
         for part, encoder, mean, m in zip(parts, encoders, basis.mean_sums, metric, strict=True):
-            deviation = part.cpu() * 2.0**-encoder.exponent - mean * len(own)
+            deviation = part.cpu() * 2.0**-encoder.exponent - mean * len(members)
             total = total + (m.root @ deviation * m.column[:, None]).square().sum()
         totals.append(total)
     return HeldOut(torch.stack(sketches).cpu(), torch.stack(totals), outputs)

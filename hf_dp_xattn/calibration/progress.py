@@ -58,7 +58,7 @@ class Progress:
         self._label = label
         self._stages: dict[str, _Stage] = {}
         self._start = self._last = time.perf_counter()
-        self._told = False
+        self._shown = False
 
     def __enter__(self) -> Self:
         return self
@@ -133,10 +133,10 @@ class Progress:
             stage: one that was announced. steps: how many. timed: False: they were there already, and tell nothing about the others.
         """
         now = time.perf_counter()
-        own = self._stages[stage]
-        own.left = max(0, own.left - steps)
+        current = self._stages[stage]
+        current.left = max(0, current.left - steps)
         if timed:
-            own.timed, own.spent = own.timed + steps, own.spent + now - self._last
+            current.timed, current.spent = current.timed + steps, current.spent + now - self._last
         self._last = now
         self._show(stage, now - self._start)
 
@@ -147,9 +147,9 @@ class Progress:
 
     def _show(self, stage: str, gone: float) -> None:
         left = self.seconds_left
-        if not self._told and gone + left > _SHORT and all(s.known for s in self._stages.values()):
+        if not self._shown and gone + left > _SHORT and all(s.known for s in self._stages.values()):
             self.say(f"about {in_words(gone + left)}")
-            self._told = True
+            self._shown = True
         # never backwards, whatever is learnt about what is left
         self._bar.n = max(self._bar.n, gone / max(gone + left, 1e-9))
         self._bar.set_description_str(

@@ -234,6 +234,6 @@ def _kept(folder: str | os.PathLike[str] | None, host: Any, *made_for: object) -
     if folder is None:
         return Checkpoints()
     parts = getattr(host, "components", None)
-    found = list(parts.values()) if parts else [parts_of(host)[0] or host]
-    modules = [m for m in found if isinstance(m, nn.Module)]
+    components = list(parts.values()) if parts else [parts_of(host)[0] or host]
+    modules = [m for m in components if isinstance(m, nn.Module)]
     return Checkpoints(Path(folder), digest(checksum(modules), *made_for))

@@ -79,14 +79,14 @@ class Budget:
         Raises:
             ConfigError: it is for others.
         """
-        own = dataclasses.replace(self, unit=unit, neighboring=neighboring)
-        for name, given in (("unit", self.unit), ("neighboring", self.neighboring)):
-            if given not in (None, getattr(own, name)):
+        budget = dataclasses.replace(self, unit=unit, neighboring=neighboring)
+        for name, value in (("unit", self.unit), ("neighboring", self.neighboring)):
+            if value not in (None, getattr(budget, name)):
                 raise ConfigError(
-                    f"The budget is for {name}={str(given)!r}, the config releases with {name}={str(getattr(own, name))!r}, and one says "
-                    "nothing about the other. Make them agree, or leave it out of the budget."
+                    f"The budget is for {name}={str(value)!r}, the config releases with {name}={str(getattr(budget, name))!r}, and one "
+                    "says nothing about the other. Make them agree, or leave it out of the budget."
                 )
-        return own
+        return budget
 
     def _scope(self) -> tuple[str | None, str | None]:
         return (
@@ -217,10 +217,10 @@ def assess_all(
             of[charge.digest].append(charge)
     # documents of one corpus have mostly spent alike
     epsilon = functools.cache(lambda spent: epsilon_at(spent, budget.delta))
-    made = []
+    assessed = []
     for name in names:
         if name.former and not of[name.digest]:
             continue
-        made.append(_assess(of[name.digest], name, events, budget, note, epsilon))
-        of[name.digest].append(made[-1])
-    return tuple(made)
+        assessed.append(_assess(of[name.digest], name, events, budget, note, epsilon))
+        of[name.digest].append(assessed[-1])
+    return tuple(assessed)

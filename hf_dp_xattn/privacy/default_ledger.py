@@ -92,9 +92,9 @@ def user_folder() -> Path:
 
 def _cache_folder() -> Path:
     """XDG_CACHE_HOME where it is set (and absolute, as its specification asks); else the platform's own."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    if given and Path(given).is_absolute():
-        return Path(given)
+    folder = os.environ.get("XDG_CACHE_HOME", "")
+    if folder and Path(folder).is_absolute():
+        return Path(folder)
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches"
     local = os.environ.get("LOCALAPPDATA")

@@ -195,9 +195,9 @@ class Ledger:
         """
         clean, names = check_note(note or {}), self._names(digests)
         with self._reserved({n.digest for n in names}) as charges:
-            made = assess_all(charges, names, tuple(events), budget, clean)
-            self._store.commit(made)
-            return made
+            assessed = assess_all(charges, names, tuple(events), budget, clean)
+            self._store.commit(assessed)
+            return assessed
 
     def check(self, digest: str | Name, events: Sequence[Event], budget: Budget) -> Charge:
         """What `charge` would return (or raise) now, without recording it; it may not fit later.

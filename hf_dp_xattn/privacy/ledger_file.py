@@ -52,7 +52,7 @@ class Store(Protocol):
         and holds nothing then."""
         ...
 
-    def commit(self, made: Sequence[Charge]) -> None:
+    def commit(self, charges: Sequence[Charge]) -> None:
         """Adds charges to what was reserved: they outlive whatever happens after this returns."""
         ...
 
@@ -171,8 +171,8 @@ class MemoryStore:
         self.lock.acquire()
         return self._charges
 
-    def commit(self, made: Sequence[Charge]) -> None:
-        self._charges = (*self._charges, *made)
+    def commit(self, charges: Sequence[Charge]) -> None:
+        self._charges = (*self._charges, *charges)
 
     def abort(self) -> None:
         self.lock.release()
@@ -221,10 +221,10 @@ class FileStore:
             raise
         return self._charges
 
-    def commit(self, made: Sequence[Charge]) -> None:
-        if made:
-            write_whole(self.path, _seal((*self._charges, *made), self.key))
-            self._charges = (*self._charges, *made)
+    def commit(self, charges: Sequence[Charge]) -> None:
+        if charges:
+            write_whole(self.path, _seal((*self._charges, *charges), self.key))
+            self._charges = (*self._charges, *charges)
             self._seen = tuple(c.id for c in self._charges)
 
     def abort(self) -> None:

@@ -39,10 +39,12 @@ class PostgresqlStore(SqlStore):
             raise ConfigError('A ledger in PostgreSQL needs psycopg: pip install "hf_dp_xattn[postgresql]".')
         self._url, self.errors = url, psycopg.Error
         try:
-            told = psycopg.conninfo.conninfo_to_dict(url)
+            parameters = psycopg.conninfo.conninfo_to_dict(url)
         except psycopg.Error as error:
             raise ConfigError("This is no address of a PostgreSQL database.") from error
-        self.place = f"PostgreSQL database {told.get('dbname', '')} on {told.get('host', 'this machine')}"
+        self.place = (
+            f"PostgreSQL database {parameters.get('dbname', '')} on {parameters.get('host', 'this machine')}"
+        )
         super().__init__(Path(key).expanduser().resolve(), timeout)
 
     def connect(self, create: bool) -> Any:

@@ -101,7 +101,7 @@ class SqlStore(ABC):
     def reserve(self, digests: Collection[str] | None) -> tuple[Charge, ...]:
         self.lock.acquire()
         try:
-            with self._told():
+            with self._in_our_words():
                 self._connection = self.connect(False)
                 self.begin()
                 if not self.has_tables():
@@ -115,13 +115,13 @@ class SqlStore(ABC):
             self.abort()
             raise
 
-    def commit(self, made: Sequence[Charge]) -> None:
-        if not made:
+    def commit(self, charges: Sequence[Charge]) -> None:
+        if not charges:
             return
-        with self._told():
-            seals = self._insert(made)
+        with self._in_our_words():
+            seals = self._insert(charges)
             total = sum(seals, self._account.total) % _MODULUS
-            self._account = Account(self._account.charges + len(made), total)
+            self._account = Account(self._account.charges + len(charges), total)
             self.execute(
                 f"UPDATE dpx_account SET charges = {self.mark}, total = {self.mark}, seal = {self.mark}",
                 (self._account.charges, f"{total:032x}", self._seal_account()),
@@ -147,16 +147,16 @@ class SqlStore(ABC):
     def execute_many(self, statement: str, rows: Sequence[Sequence[Any]]) -> None:
         self._connection.cursor().executemany(statement, rows)
 
-    def _insert(self, made: Sequence[Charge]) -> list[int]:
+    def _insert(self, charges: Sequence[Charge]) -> list[int]:
         """Writes charges; gives their seals."""
         known: dict[str, int] = {}
         last = int(self.execute("SELECT COALESCE(MAX(id), 0) FROM dpx_terms").fetchone()[0])
         rows, seals = [], []
-        for seq, charge in enumerate(made, self._account.charges + 1):
-            told = charge.to_dict()
-            body = _canonical({name: told[name] for name in _SHARED})
+        for seq, charge in enumerate(charges, self._account.charges + 1):
+            values = charge.to_dict()
+            body = _canonical({name: values[name] for name in _SHARED})
             terms = known.setdefault(body, last + 1 + len(known))
-            seal = self._seal(seq, told)
+            seal = self._seal(seq, values)
             seals.append(int(seal, 16))
             spent = (charge.epsilon_before, charge.epsilon_after, charge.number_of_releases)
             rows.append((seq, charge.id, charge.digest, charge.grouping, *spent, terms, seal))
@@ -193,16 +193,16 @@ class SqlStore(ABC):
     def _charge(self, row: Sequence[Any]) -> Charge:
         seq, id_, digest, units, before, after, nth, body, seal = row
         try:
-            told = {"id": id_, "digest": digest, "grouping": units, "epsilon_before": before}
-            told |= {"epsilon_after": after, "number_of_releases": nth, **json.loads(body)}
-            if not hmac.compare_digest(str(seal), self._seal(seq, told)):
+            values = {"id": id_, "digest": digest, "grouping": units, "epsilon_before": before}
+            values |= {"epsilon_after": after, "number_of_releases": nth, **json.loads(body)}
+            if not hmac.compare_digest(str(seal), self._seal(seq, values)):
                 raise LedgerError(f"{self._broken()} A charge was edited.")
-            return charge_from_dict(told)
+            return charge_from_dict(values)
         except (ConfigError, TypeError, KeyError, ValueError) as error:
             raise LedgerError(f"{self._broken()} A charge cannot be read ({error}).") from None
 
-    def _seal(self, seq: int, told: dict[str, Any]) -> str:
-        return mac(self.key, b"charge", f"{seq} {_canonical(told)}".encode())[:32]
+    def _seal(self, seq: int, values: dict[str, Any]) -> str:
+        return mac(self.key, b"charge", f"{seq} {_canonical(values)}".encode())[:32]
 
     # ---- the account -----------------------------------------------------------------------------------------------------------
 
@@ -240,7 +240,7 @@ class SqlStore(ABC):
 
         try:
             # two processes may open it for the first time at once
-            with FileLock(f"{self._key_path}.lock", timeout=self.timeout, mode=0o600), self._told():
+            with FileLock(f"{self._key_path}.lock", timeout=self.timeout, mode=0o600), self._in_our_words():
                 self._connection = self.connect(not self._in_use())
                 self.begin()
                 self.key = open_key(self._key_path, self.has_tables(), first)
@@ -257,7 +257,7 @@ class SqlStore(ABC):
         return self._key_path.exists() and b"in-use" in self._key_path.read_bytes()
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _in_our_words(self) -> Iterator[None]:
         """What a database raises, in our words."""
         try:
             yield

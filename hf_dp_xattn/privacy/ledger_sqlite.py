@@ -66,8 +66,8 @@ class SqliteStore(SqlStore):
             raise
 
     def has_tables(self) -> bool:
-        found = self.execute("SELECT COUNT(*) FROM sqlite_master WHERE name = 'dpx_account'").fetchone()
-        return bool(found[0])
+        row = self.execute("SELECT COUNT(*) FROM sqlite_master WHERE name = 'dpx_account'").fetchone()
+        return bool(row[0])
 
     def words_of(self, error: Exception) -> str:
         code = getattr(error, "sqlite_errorcode", None)

@@ -81,10 +81,10 @@ class SlotSettings:
 def leading_directions(points: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
     """[count, C] orthonormal: the directions in which points [N, C] vary most (by subspace iteration), then any others."""
     few = points[torch.randperm(len(points), generator=generator)[:4096]]
-    found = torch.randn(points.shape[1], count, generator=generator)
+    directions = torch.randn(points.shape[1], count, generator=generator)
     for _ in range(4):
-        found = torch.linalg.qr(few.mT @ (few @ found) + 1e-6 * found)[0]
-    return found.mT.contiguous()
+        directions = torch.linalg.qr(few.mT @ (few @ directions) + 1e-6 * directions)[0]
+    return directions.mT.contiguous()
 
 
 def clip_unit(x: torch.Tensor) -> torch.Tensor:
@@ -258,9 +258,9 @@ def train(
         """Rows and log weights of a batch that is shared by some plans, and how many contexts each of them has."""
         rows, weights, counts = [], [], []
         for part, plan in zip(torch.arange(len(batch)).chunk(len(chosen)), chosen, strict=False):
-            own = trainer.decoder().decode_batch(codes(batch.part(part), plan), trainer.head_of(plan))
-            rows.append(own[0])
-            weights.append(own[1])
+            decoded = trainer.decoder().decode_batch(codes(batch.part(part), plan), trainer.head_of(plan))
+            rows.append(decoded[0])
+            weights.append(decoded[1])
             counts.append((plan, len(part)))
         return torch.cat(rows), torch.cat(weights), counts
 
@@ -283,9 +283,9 @@ def train(
         generator.manual_seed(_LOOK_SEED)
         batch = looked.float()
         rows, weights, _ = spread(batch, plans)
-        found = float(losses(batch, rows, weights).mean())
+        mean = float(losses(batch, rows, weights).mean())
         generator.set_state(before)
-        return found if math.isfinite(found) else math.inf
+        return mean if math.isfinite(mean) else math.inf
 
     optimiser = torch.optim.Adam([{"params": [p]} for p in parameters], lr=settings.learning_rate)
     rates = [trainer.rate_of(p, settings.learning_rate) for p in parameters]
@@ -297,14 +297,14 @@ def train(
     state.restore(course)
     if course.over:
         progress.end(label)
-        return course.made
-    if not course.made:
+        return course.steps
+    if not course.steps:
         best.look()
     level = course.level
     share = min(len(plans), 4)
     started = time.monotonic() - course.spent
     every = max(5, min(_LOOKS, settings.steps // 8))
-    for step in progress.track(range(course.made, settings.steps), label):
+    for step in progress.track(range(course.steps, settings.steps), label):
         done = step / settings.steps
         if watched.seconds is not None:
             done = max(done, (time.monotonic() - started) / max(1e-3, watched.seconds))
@@ -320,22 +320,22 @@ def train(
         order = torch.randperm(len(plans), generator=generator)[:share].tolist()
         batch = contexts.part(torch.randint(0, len(contexts), (settings.batch,), generator=generator)).float()
         rows, weights, counts = spread(batch, [plans[position] for position in order])
-        found = losses(batch, rows, weights)
-        total = found.new_zeros(())
+        values = losses(batch, rows, weights)
+        total = values.new_zeros(())
         start = 0
         for plan, count in counts:
-            own = found[start : start + count].mean()
-            level[plan] = 0.95 * level[plan] + 0.05 * max(float(own.detach()), 1e-3)
-            total = total + own / level[plan] / len(counts)
+            plan_loss = values[start : start + count].mean()
+            level[plan] = 0.95 * level[plan] + 0.05 * max(float(plan_loss.detach()), 1e-3)
+            total = total + plan_loss / level[plan] / len(counts)
             start += count
         optimiser.zero_grad(set_to_none=True)
         total.backward(inputs=list(parameters))
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
-        course.made, course.spent = step + 1, time.monotonic() - started
+        course.steps, course.spent = step + 1, time.monotonic() - started
         state.keep(course)
     best.look()
     best.restore()
     course.over = True
     state.keep(course)
-    return course.made
+    return course.steps

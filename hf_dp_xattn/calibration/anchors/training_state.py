@@ -16,13 +16,13 @@ SECONDS = 20.0  # between two times: what a broken-off training loses
 
 @dataclass
 class Course:
-    """Where a training is: made: steps; spent: seconds; rate: of the learning rate; level: the loss of each plan; lowest: of all looks,
+    """Where a training is: steps: taken; spent: seconds; rate: of the learning rate; level: the loss of each plan; lowest: of all looks,
     with the parameters that gave it; over: it has ended."""
 
     level: dict[int, float]
     best: list[torch.Tensor]
     lowest: float
-    made: int = 0
+    steps: int = 0
     spent: float = 0.0
     rate: float = 1.0
     over: bool = False
@@ -53,19 +53,19 @@ class TrainingState:
         Args:
             course: of the new training, which becomes that of the old one.
         """
-        found = self.kept.read(self.name)
-        if found is None:
+        state = self.kept.read(self.name)
+        if state is None:
             return
-        self.trainer.load_state_dict({k[2:]: t for k, t in found.items() if k.startswith("p.")})
+        self.trainer.load_state_dict({k[2:]: t for k, t in state.items() if k.startswith("p.")})
         for i, parameter in enumerate(self._parameters):
-            own = {k.split(".", 2)[2]: t for k, t in found.items() if k.startswith(f"o.{i}.")}
-            if own:
-                self.optimiser.state[parameter] = own
-        self.generator.set_state(found["generator"])
-        made, course.spent, course.rate, course.lowest, over = found["numbers"].tolist()
-        course.made, course.over = int(made), bool(over)
-        course.level = dict(zip(course.level, found["level"].tolist(), strict=True))
-        course.best = [found[f"best.{i}"] for i in range(len(course.best))]
+            moments = {k.split(".", 2)[2]: t for k, t in state.items() if k.startswith(f"o.{i}.")}
+            if moments:
+                self.optimiser.state[parameter] = moments
+        self.generator.set_state(state["generator"])
+        steps, course.spent, course.rate, course.lowest, over = state["numbers"].tolist()
+        course.steps, course.over = int(steps), bool(over)
+        course.level = dict(zip(course.level, state["level"].tolist(), strict=True))
+        course.best = [state[f"best.{i}"] for i in range(len(course.best))]
 
     def keep(self, course: Course) -> None:
         """Writes it, where it was not written for a while or the training is over.
@@ -76,7 +76,7 @@ class TrainingState:
         now = time.monotonic()
         if self.kept.folder is None or not (course.over or now - self._last >= SECONDS):
             return
-        numbers = [float(course.made), course.spent, course.rate, course.lowest, float(course.over)]
+        numbers = [float(course.steps), course.spent, course.rate, course.lowest, float(course.over)]
         moments = {
             f"o.{i}.{k}": t
             for i, parameter in enumerate(self._parameters)

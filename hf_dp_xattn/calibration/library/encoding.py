@@ -43,8 +43,8 @@ def encode_chunks(
     for start in range(0, len(texts), CHUNK):
         part = list(texts[start : start + CHUNK])
         chunk = "" if kept.folder is None else digest(name, part)
-        found = kept.read(chunk)
-        codes = checked(encode(part), len(part)) if found is None else found["codes"]
-        if found is None:
+        cached = kept.read(chunk)
+        codes = checked(encode(part), len(part)) if cached is None else cached["codes"]
+        if cached is None:
             kept.keep(chunk, {"codes": codes})
-        yield codes, found is None
+        yield codes, cached is None

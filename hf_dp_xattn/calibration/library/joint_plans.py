@@ -51,7 +51,7 @@ class JointPlanner:
         """The plan for contexts of any number of parts."""
         each = self.shelving.plan(self.units, self.public, self.held, epsilon / _PARTS, answers=0)
         lists, joint = Lists(), []
-        shelves = tuple(lists.add(each.lists[own], near) for own, near in each.shelves)
+        shelves = tuple(lists.add(each.lists[index], near) for index, near in each.shelves)
         held = self.held.some(len(self.held.text), self.shelving.seed)
         lengths = dict(zip(*(t.tolist() for t in held.context.unique(return_counts=True)), strict=True))
         parts = torch.tensor([lengths[c] for c in held.context.tolist()])
@@ -67,11 +67,11 @@ class JointPlanner:
                 for unseen in (False, True) if bool(here.any()) else ():
                     ranked = self.shelving.ranked(held.where(here), self._level(shelf, k)[1], unseen=unseen)
                     expected[int(unseen), here] = _expected(response, i, ranked)
-            made = [self._entries(self.units, shelf, k) for shelf, k in zip(places, sizes, strict=True)]
-            joint.append(JointPlan(tuple(lists.add(entries)[0] for entries in made), wrong))
+            entries_of = [self._entries(self.units, shelf, k) for shelf, k in zip(places, sizes, strict=True)]
+            joint.append(JointPlan(tuple(lists.add(entries)[0] for entries in entries_of), wrong))
         known = ~expected[0].isnan()
         quality = each.quality if not bool(known.any()) else LibraryQuality(
-            *of_one_context(*(by_context(1.0 - own[known], held.context[known]) for own in expected)),
+            *of_one_context(*(by_context(1.0 - index[known], held.context[known]) for index in expected)),
             each.quality.exact,
             len(held.context[known].unique()),
         )  # fmt: skip
@@ -105,9 +105,9 @@ class JointPlanner:
             before = best[0]
             for levels in _around(best[1]):
                 for wrong in allowed:
-                    found = self._score(epsilon, places, levels, wrong)
-                    if found > best[0] + 1e-9:
-                        best = found, levels, wrong
+                    score = self._score(epsilon, places, levels, wrong)
+                    if score > best[0] + 1e-9:
+                        best = score, levels, wrong
             if best[0] == before:
                 return best[1], best[2]
 
@@ -125,14 +125,14 @@ def _around(levels: list[int]) -> list[list[int]]:
     """Levels with one part's list a level longer or shorter, or one longer and another shorter."""
     steps = [(i, d) for i in range(len(levels)) for d in (1, -1)]
     moves = [*([s] for s in steps), *([a, b] for a in steps for b in steps if a[1] > b[1] and a[0] != b[0])]
-    found = []
+    neighbours = []
     for move in moves:
         new = list(levels)
         for i, d in move:
             new[i] += d
         if all(0 <= k <= _LEVELS + 1 for k in new):
-            found.append(new)
-    return found
+            neighbours.append(new)
+    return neighbours
 
 
 def _cosine(response: ProductResponse, part: int, size: int, first: float, any_one: float) -> float:

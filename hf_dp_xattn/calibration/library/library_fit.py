@@ -89,17 +89,17 @@ def build_library(
         raise ConfigError(
             f"A library has 2 to {MAX_ALPHABET} distinct public texts, these contexts have {len(texts)}."
         )
-    made = _expanded(texts, options)
-    texts = [*texts, *made]
+    recombined = _expanded(texts, options)
+    texts = [*texts, *recombined]
     with Progress(options.progress, "library") as bar:
         metric, codes, probe = _encode(texts, encode, options, bar)
         center, projection, reach = metric
         whole = grouping == "context"
         places = Places() if whole else places_for([len(c) for c in contexts])
         shelving = Shelving(codes, places, options.seed, apart=not whole)
-        units = _public_units(texts, contexts, made, places)
+        units = _public_units(texts, contexts, recombined, places)
         together = max(map(len, contexts)) if config.unit == "context" and not whole else 0
-        plans, votes = _plans(texts, made, shelving, units, config.unit, together, options, bar)
+        plans, votes = _plans(texts, recombined, shelving, units, config.unit, together, options, bar)
     return TextLibrary(
         unit=config.unit,
         grouping=grouping,
@@ -114,7 +114,7 @@ def build_library(
             if options.responses
             else f"directions flattened by {options.flatten:g}",
             "seed": options.seed,
-            "recombined": len(made),
+            "recombined": len(recombined),
         },
         texts=tuple(texts),
         codes=lattice_codes(codes),
@@ -147,12 +147,14 @@ def _expanded(texts: Sequence[str], options: LibraryOptions) -> dict[str, str]:
     return recombined(texts, min(most, MAX_ALPHABET - len(texts)))
 
 
-def _made_units(units: PublicUnits, at: Mapping[str, int], made: Mapping[str, str]) -> PublicUnits:
+def _recombined_units(
+    units: PublicUnits, at: Mapping[str, int], recombined: Mapping[str, str]
+) -> PublicUnits:
     """New texts as units of no context, at the first place of the text that each comes of."""
     first = {text: i for i, text in reversed(list(enumerate(units.text.tolist())))}
-    shelves = [int(units.shelf[first[at[root]]]) for root in made.values()]
-    own = torch.tensor([at[text] for text in made], dtype=torch.int64)
-    return PublicUnits(own, torch.full_like(own, -1), torch.tensor(shelves, dtype=torch.int64))
+    shelves = [int(units.shelf[first[at[root]]]) for root in recombined.values()]
+    indices = torch.tensor([at[text] for text in recombined], dtype=torch.int64)
+    return PublicUnits(indices, torch.full_like(indices, -1), torch.tensor(shelves, dtype=torch.int64))
 
 
 def _seconds_of_choice(texts: int, width: int) -> float:
@@ -210,7 +212,7 @@ def _encode(
 
 
 def _public_units(
-    texts: Sequence[str], contexts: Sequence[Sequence[str]], made: Mapping[str, str], places: Places
+    texts: Sequence[str], contexts: Sequence[Sequence[str]], recombined: Mapping[str, str], places: Places
 ) -> PublicUnits:
     at = {text: i for i, text in enumerate(texts)}
     units = PublicUnits(
@@ -218,12 +220,12 @@ def _public_units(
         torch.tensor([c for c, context in enumerate(contexts) for _ in context]),
         torch.tensor([s for context in contexts for s in places.shelves(len(context))]),
     )
-    return units.joined(_made_units(units, at, made))
+    return units.joined(_recombined_units(units, at, recombined))
 
 
 def _plans(
     texts: Sequence[str],
-    made: Mapping[str, str],
+    recombined: Mapping[str, str],
     shelving: Shelving,
     units: PublicUnits,
     unit: str,
@@ -237,7 +239,7 @@ def _plans(
     order = torch.randperm(contexts, generator=torch.Generator().manual_seed(options.seed + 1))
     held = torch.isin(units.context, order[: max(1, round(contexts * options.held_out))])
     public, judges = units.where(~held), units.where(held)
-    if made:  # what can be made without the contexts that judge
+    if recombined:  # what can be made without the contexts that judge
         fitted = [texts[i] for i in public.where(public.context >= 0).text.unique().tolist()]
         again = set(_expanded(fitted, options))
         known = torch.tensor([i for i, text in enumerate(texts) if text in again], dtype=torch.int64)

@@ -126,8 +126,8 @@ def verify_plan(i: int, plan: LibraryPlan, texts: int, unit: str, shelves: tuple
             CHECKS.refuse(f"entries of {where} do not rise within the library")
     if len(plan.shelves) not in shelves:
         CHECKS.refuse(f"shelves of {where}")
-    for own, near in plan.shelves:
-        size = len(plan.lists[CHECKS.integer(own, f"a list of {where}", low=0, high=len(plan.lists) - 1)])
+    for index, near in plan.shelves:
+        size = len(plan.lists[CHECKS.integer(index, f"a list of {where}", low=0, high=len(plan.lists) - 1)])
         CHECKS.integer(near, f"near of {where}", high=size - 1)
     CHECKS.integer(plan.answers, f"answers of {where}", low=0 if unit == "context" else 1, high=1)
     if plan.joint and (unit != "context" or plan.answers):

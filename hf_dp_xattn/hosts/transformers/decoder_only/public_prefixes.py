@@ -115,9 +115,9 @@ class PrefixReader:
                 for i in range(0, len(alike), ENCODER_BATCH)
             ]
             name = "" if self._kept.folder is None else digest("rows", [texts[i] for i in new])
-            found = self._kept.read(name)
-            if found is not None:
-                return [found[str(i)] for i in range(len(new))]
+            stored = self._kept.read(name)
+            if stored is not None:
+                return [stored[str(i)] for i in range(len(new))]
             rows: dict[int, torch.Tensor] = {}
             for batch in batches:
                 ids = torch.stack([torch.cat([head, texts[i]]) for i in batch])
