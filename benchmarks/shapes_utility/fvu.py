@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from hf_dp_xattn.calibration.anchors.objective import LayerProbe, fvu, fvu_interval
+from hf_dp_xattn.calibration.anchors.objective import LayerProbe, fvu
 from hf_dp_xattn.mechanisms.structure import AttentionStructure
 
 from .setting import Setting
@@ -160,3 +160,16 @@ def _own(
     """Context i's outputs at its own queries, and the mean of all contexts' outputs at them; [H, m, dv] each."""
     outputs = probe.attend(whole, queries)
     return outputs[i], outputs.mean(0)
+
+
+def fvu_interval(
+    errors: torch.Tensor, variances: torch.Tensor, draws: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % bootstrap interval over contexts (each with its own noise)."""
+    generator = torch.Generator().manual_seed(seed)
+    count = errors.shape[0]
+    pick = torch.randint(0, count, (draws, count), generator=generator)
+    e, v = errors.sum(2), variances.sum(2)
+    ratios = (e[pick].sum(1) / v[pick].sum(1).clamp_min(1e-30)).mean(1) * (1.0 - 1.0 / max(2, count))
+    low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=ratios.dtype)).tolist()
+    return low, high

@@ -10,6 +10,7 @@ from typing import Any
 
 from .anchors.anchors_fit import TRAINING, AnchorSettings
 from .checkpoints import NOTHING_KEPT, Checkpoints
+from .library.metric import Responses
 from .progress import QUIET, Progress, in_words
 
 DEFAULT_MINUTES = 10.0
@@ -22,7 +23,7 @@ class CalibrationOptions:
 
     queries_per_step counts for each sampled token or denoising step; None of query_prompts, query_steps and steps: the host's own default.
     started: when, by `time.monotonic`; what the host has taken since is part of `minutes`.
-    progress: the bar of all of it. kept: its checkpoints.
+    progress: the bar of all of it; shown: whether a library shows its own. kept: its checkpoints.
     """
 
     epsilons: Sequence[float] = EPSILONS
@@ -43,6 +44,11 @@ class CalibrationOptions:
     questions: Sequence[Any] | None = None
     prefix_bucket: int | None = None
     replies: int = 0
+    tokenizer: Any = None
+    encoder: Any = None
+    expand: bool | int = False
+    responses: Responses | None = None
+    shown: bool = True
     started: float = field(default_factory=time.monotonic)
 
     def anchor_settings(self, **more: Any) -> AnchorSettings:

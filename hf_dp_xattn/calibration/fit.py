@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -11,10 +12,12 @@ from ..errors import ConfigError
 from .anchors.anchors_calibration import AnchorCalibration
 from .anchors.anchors_fit import candidates, fit_anchors
 from .anchors.slot_schedule import slot_schedule, slots_for
-from .calibration import Calibration
+from .calibration import AnyCalibration, Calibration
 from .calibration_options import CalibrationOptions
 from .kernel_fit import PublicQueries, Rows, fit_calibration
-from .public_data import PublicData
+from .library.library_fit import LibraryOptions, build_library
+from .library.text_library import TextLibrary
+from .public_data import PublicData, PublicTexts
 
 
 def check(config: DPXAttnConfig, options: CalibrationOptions, *, documents: bool = False) -> None:
@@ -34,10 +37,8 @@ def check(config: DPXAttnConfig, options: CalibrationOptions, *, documents: bool
         raise ConfigError("replies train the decoder of `anchors`; kernel_sum has none.")
 
 
-def fit(
-    config: DPXAttnConfig, data: PublicData, options: CalibrationOptions
-) -> Calibration | AnchorCalibration:
-    """The calibration of config.mechanism.
+def fit(config: DPXAttnConfig, data: PublicData | PublicTexts, options: CalibrationOptions) -> AnyCalibration:
+    """The calibration of config.mechanism, such as a file of it would be accepted.
 
     Args:
         config: mechanism, unit, relation and delta to fit for.
@@ -45,31 +46,59 @@ def fit(
         options: what `calibrate` was asked for.
 
     Raises:
-        ConfigError: too few contexts, or too few distinct rows or documents.
+        ConfigError: too few contexts, or too few distinct rows, documents or texts.
     """
+    fitted = _FITS.get(config.mechanism, _kernel)(config, data, options)
+    fitted.verify()
+    return fitted
+
+
+def _anchors(config: DPXAttnConfig, data: Any, options: CalibrationOptions) -> AnchorCalibration:
+    assert data.contexts is not None
+    layers = len(data.objective.layers)
+    slots = slot_schedule(data.contexts, layers, data.row_flops, options.steps, options.seed)
+    if data.documents is not None:
+        slots = slots_for(slots, data.contexts.units.shape[1])
+    with torch.enable_grad():
+        return fit_anchors(config, data, options.anchor_settings(validation=data.validation, slots=slots))
+
+
+@torch.no_grad()
+def _kernel(config: DPXAttnConfig, data: Any, options: CalibrationOptions) -> Calibration:
     layers = data.objective.layers
-    if config.mechanism == "anchors":
-        assert data.contexts is not None
-        slots = slot_schedule(data.contexts, len(layers), data.row_flops, options.steps, options.seed)
-        if data.documents is not None:
-            slots = slots_for(slots, data.contexts.units.shape[1])
-        with torch.enable_grad():
-            return fit_anchors(config, data, options.anchor_settings(validation=data.validation, slots=slots))
 
     def keys_and_values() -> Iterator[Rows]:
         for rows in data.rows():
             pairs = [layer.project(rows.unsqueeze(0)) for layer in layers]
             yield [k[0] for k, _ in pairs], [v[0] for _, v in pairs]
 
-    with torch.no_grad():
-        return fit_calibration(
-            config,
-            data.specs,
-            keys_and_values,
-            PublicQueries([p.queries for p in layers], [p.gain for p in layers]),
-            count=data.count,
-            epsilons=options.epsilons,
-            rank=options.rank,
-            groups=data.groups,
-            progress=options.progress,
-        )
+    return fit_calibration(
+        config,
+        data.specs,
+        keys_and_values,
+        PublicQueries([p.queries for p in layers], [p.gain for p in layers]),
+        count=data.count,
+        epsilons=options.epsilons,
+        rank=options.rank,
+        groups=data.groups,
+        progress=options.progress,
+    )
+
+
+def _library(config: DPXAttnConfig, data: Any, options: CalibrationOptions) -> TextLibrary:
+    names = ("epsilons", "expand", "seed", "kept", "responses")
+    settings = LibraryOptions(
+        grouping=data.grouping,
+        encoder=data.encoder,
+        flatten=data.flatten,
+        progress=options.shown,
+        **{name: getattr(options, name) for name in names},
+    )
+    return build_library(data.units, data.encode, config, settings)
+
+
+# by mechanism; those that sum over layers share one
+_FITS: dict[str, Callable[[DPXAttnConfig, Any, CalibrationOptions], AnyCalibration]] = {
+    "anchors": _anchors,
+    "library": _library,
+}

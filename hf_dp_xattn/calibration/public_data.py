@@ -14,6 +14,7 @@ from .anchors.anchors_calibration import HostIdentity
 from .anchors.documents_fit import Documents
 from .anchors.objective import Objective
 from .anchors.slots_fit import PublicContexts
+from .library.text_library import Encode
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,25 @@ class PublicData:
     rows: Callable[[], Iterable[torch.Tensor]] = tuple
     count: int = 0
     groups: torch.Tensor | Sequence[torch.Tensor] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PublicTexts:
+    """Public contexts as texts (`library`).
+
+    Args:
+        units: of each context.
+        grouping: how contexts were cut in units.
+        encode: n strings -> float codes [n, C], each a function of its string alone.
+        encoder: its name.
+        flatten: how alike the directions of its codes count (`LibraryOptions`).
+    """
+
+    units: Sequence[Sequence[str]]
+    grouping: str
+    encode: Encode
+    encoder: str
+    flatten: float
 
 
 def choose_contexts(public: Any, bytes_each: int, memory_mb: int, seed: int) -> list[Any]:

@@ -24,7 +24,7 @@ from .accounts import STAYS
 from .diffusers.public_prompts import Public
 from .host_registry import kind_of
 from .protect import handle_of
-from .text.public_texts import make_library
+from .text.public_texts import public_texts
 from .text.unit_encoders import parts_of
 from .weight_changes import checksum
 
@@ -36,8 +36,9 @@ _REFUSED = {
     "questions": "questions are for models that generate text.",
 }
 
-# options that do not decide what is made
-_NOT_ASKED = frozenset({"progress", "kept", "started", "minutes"})
+# options that do not decide what is made, and those of a library, whose codes have names of their own
+_NOT_ASKED = frozenset({"progress", "shown", "kept", "started", "minutes"})
+_OF_LIBRARIES = frozenset({"tokenizer", "encoder", "expand", "responses"})
 
 
 def _epsilons(epsilons: Any) -> tuple[float, ...]:
@@ -190,6 +191,11 @@ def calibrate(
         questions=list(questions) if isinstance(questions, Iterator) else questions,
         prefix_bucket=prefix_bucket,
         replies=replies,
+        tokenizer=tokenizer,
+        encoder=encoder,
+        expand=expand,
+        responses=responses,
+        shown=progress,
     )
     if handle_of(pipe) is not None:
         raise ConfigError(
@@ -199,17 +205,8 @@ def calibrate(
     if isinstance(public_contexts, Iterator):
         public_contexts = list(public_contexts)
     if KNOWN[config.mechanism].releases == "texts":
-        settings: dict[str, Any] = {
-            "epsilons": options.epsilons,
-            "seed": seed,
-            "progress": progress,
-            "kept": _kept(folder, pipe),
-            "expand": expand,
-            "responses": responses,
-        }
-        return make_library(
-            pipe, public_contexts, config, grouping=grouping, tokenizer=tokenizer, encoder=encoder, **settings
-        )
+        data = public_texts(pipe, public_contexts, config, options)
+        return fit(config, data, replace(options, kept=_kept(folder, pipe)))
     if expand is not False or any(option is not None for option in (tokenizer, encoder, responses)):
         raise ConfigError("`tokenizer`, `encoder`, `expand` and `responses` are for mechanism='library'.")
     kind = kind_of(pipe)
@@ -220,7 +217,9 @@ def calibrate(
     check(config, options, documents=kind.documents and config.unit == "group")
     with Progress(progress, "calibration") as bar:
         if folder is not None:
-            asked = [getattr(options, f.name) for f in fields(options) if f.name not in _NOT_ASKED]
+            asked = [
+                getattr(options, f.name) for f in fields(options) if f.name not in _NOT_ASKED | _OF_LIBRARIES
+            ]
             kept = _kept(folder, pipe, config.to_dict(), asked, public_contexts)
             options = replace(options, kept=kept)
         options = replace(options, progress=bar)

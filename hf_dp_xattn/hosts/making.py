@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..calibration.anchors.anchors_calibration import AnchorCalibration
-from ..calibration.library.text_library import TextLibrary
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
+from ..known_mechanisms import KNOWN
 from ..mechanisms.anchors.anchors import NO_CALIBRATION
 from ..mechanisms.base import Mechanism, Released
 from ..mechanisms.inputs import LayerRows, Private
@@ -164,24 +164,21 @@ class ServingOnly(Maker):
 
 def choose_maker(model: Any, layers: Mapping[str, Layer], settings: Settings, current: Fingerprint) -> Maker:
     """The maker for `config.mechanism`. Raises ConfigError where the calibration is missing, or for something else."""
-    config, calibration = settings.config, settings.calibration
-    if config.mechanism != "anchors":
-        if isinstance(calibration, (AnchorCalibration, TextLibrary)):
-            raise ConfigError(
-                f"This calibration is for mechanism={calibration.mechanism!r}, the config says {config.mechanism!r}: change the config, or "
-                "calibrate for it (dpx.calibrate(pipe, public_contexts, config))."
-            )
-        if config.mechanism == "library":
-            raise ConfigError("mechanism='library' releases texts, which are not served by patched layers.")
+    config = settings.config
+    calibration: Any = settings.calibration
+    releases = KNOWN[config.mechanism].releases
+    if calibration is not None and KNOWN[calibration.mechanism].releases != releases:
+        raise ConfigError(
+            f"This calibration is for mechanism={calibration.mechanism!r}, the config says {config.mechanism!r}: change the config, or "
+            "calibrate for it (dpx.calibrate(pipe, public_contexts, config))."
+        )
+    if releases == "texts":
+        raise ConfigError("mechanism='library' releases texts, which are not served by patched layers.")
+    if releases == "layers":
         return LayerMaker(model, layers, config, calibration, current)
     if calibration is None and settings.serving_only:
         return ServingOnly()
     if calibration is None:
         raise ConfigError(NO_CALIBRATION)
-    if not isinstance(calibration, AnchorCalibration):
-        raise ConfigError(
-            f"This calibration is for mechanism={calibration.mechanism!r}, the config says 'anchors': change the config, or calibrate for "
-            "it (dpx.calibrate(pipe, public_contexts, config))."
-        )
     channels = next(iter(layers.values())).channels
     return ContextMaker(config, calibration, channels, current)

@@ -22,7 +22,7 @@ from shapes_utility.baselines import (  # noqa: E402
     clip,
     gaussian_sigma,
 )
-from shapes_utility.fvu import Judge  # noqa: E402
+from shapes_utility.fvu import Judge, fvu_interval  # noqa: E402
 from shapes_utility.lengths import blockwise  # noqa: E402
 from shapes_utility.readable import find_readable  # noqa: E402
 
@@ -209,3 +209,14 @@ def test_quick_run(tmp_path: Path) -> None:
     assert "nan" not in page
     subprocess.run([*command, "--write-only"], cwd=ROOT, check=True, capture_output=True)
     assert (tmp_path / "utility.md").read_text() == page
+
+
+def test_interval_holds_the_estimate() -> None:
+    g = torch.Generator().manual_seed(0)
+    errors, variances = (
+        torch.rand(200, 3, 2, generator=g).double(),
+        torch.rand(200, 3, 2, generator=g).double(),
+    )
+    low, high = fvu_interval(errors, variances)
+    assert low < fvu(errors, variances) < high
+    assert high - low < 0.3

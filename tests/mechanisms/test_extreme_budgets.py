@@ -82,7 +82,7 @@ def test_releases_of_keys_and_values(mechanism: str, relation: str) -> None:
 def test_learned_sums(epsilon: float, delta: float, relation: str) -> None:
     row_sum = RowSum.from_tensors(torch.zeros(4), torch.eye(4), torch.zeros(4), reach=4.0)
     try:
-        prepared = row_sum.prepare(epsilon, delta, unit="row", neighboring=relation)
+        prepared = row_sum.prepare(epsilon, delta, neighboring=relation)
     except ConfigError as error:
         assert "epsilon" in str(error) or "delta" in str(error)
         return

@@ -175,7 +175,7 @@ def fit_anchors(config: DPXAttnConfig, data: PublicData, settings: AnchorSetting
         ]
     best = [jury.choose(own) for own in tried]
     used = {p.release for p in best}
-    calibration = AnchorCalibration(
+    return AnchorCalibration(
         unit=config.unit,
         neighboring=config.neighboring,
         grouping=data.grouping,
@@ -192,8 +192,6 @@ def fit_anchors(config: DPXAttnConfig, data: PublicData, settings: AnchorSetting
             fallback,
         ),
     ).rounded()
-    calibration.verify()
-    return calibration
 
 
 def _announce(settings: AnchorSettings, kinds: Sequence[str]) -> None:
@@ -288,7 +286,7 @@ def _with_tilt(
 def sum_noise(config: DPXAttnConfig, epsilon: float) -> float:
     """Standard deviation of a learned sum's noise at epsilon, in unit balls."""
     probe = RowSum.from_tensors(torch.zeros(1), torch.ones(1, 1), torch.zeros(1), reach=1.0)
-    return probe.prepare(epsilon, config.delta, unit="row", neighboring=config.neighboring).sigma
+    return probe.prepare(epsilon, config.delta, neighboring=config.neighboring).sigma
 
 
 def _slot_plans(

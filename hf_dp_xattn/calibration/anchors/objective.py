@@ -196,16 +196,3 @@ def fvu(errors: torch.Tensor, variances: torch.Tensor) -> float:
     count = errors.shape[0]
     ratio = errors.sum((0, 2)) / variances.sum((0, 2)).clamp_min(1e-30)
     return float(ratio.mean()) * (1.0 - 1.0 / max(2, count))
-
-
-def fvu_interval(
-    errors: torch.Tensor, variances: torch.Tensor, draws: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % bootstrap interval over contexts (each with its own noise)."""
-    generator = torch.Generator().manual_seed(seed)
-    count = errors.shape[0]
-    pick = torch.randint(0, count, (draws, count), generator=generator)
-    e, v = errors.sum(2), variances.sum(2)
-    ratios = (e[pick].sum(1) / v[pick].sum(1).clamp_min(1e-30)).mean(1) * (1.0 - 1.0 / max(2, count))
-    low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=ratios.dtype)).tolist()
-    return low, high

@@ -55,8 +55,3 @@ def check_phrases(phrases: Sequence[object]) -> list[str]:
 def encode_tokens(text: TextSide, tokens: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
     """The private rows [r, C] of each phrase (ids, mask), encoded by itself; all have the same number of rows."""
     return [text.encode(ids, mask)[int(text.first_row_is_public) :] for ids, mask in tokens]
-
-
-def encode_phrases(text: TextSide, phrases: Sequence[str]) -> list[torch.Tensor]:
-    """`encode_tokens` of strings."""
-    return encode_tokens(text, [text.tokenize(phrase) for phrase in phrases])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ...calibration.library.library_fit import LibraryOptions, build_library
-from ...calibration.library.text_library import GROUPINGS, TextLibrary
+from ...calibration.calibration_options import CalibrationOptions
+from ...calibration.library.text_library import GROUPINGS
+from ...calibration.public_data import PublicTexts
 from ...config import DPXAttnConfig
 from ...errors import ConfigError, ContextError
 from .text_contexts import MOST, Cut
@@ -18,38 +19,29 @@ NOT_TEXTS = (
 )
 
 
-def make_library(
-    host: Any,
-    public_contexts: Iterable[Any],
-    config: DPXAttnConfig,
-    *,
-    grouping: str | None = None,
-    tokenizer: Any = None,
-    encoder: Any = None,
-    **options: Any,
-) -> TextLibrary:
-    """A library for a host; see `calibrate`. grouping: how contexts are cut; by default phrases of a pipeline's prompt, documents of an
-    encoder-decoder model, sentences of other texts; or not at all where the unit is the context. options: of `LibraryOptions`.
+def public_texts(
+    host: Any, public_contexts: Iterable[Any], config: DPXAttnConfig, options: CalibrationOptions
+) -> PublicTexts:
+    """What public contexts of any host are to a library; see `calibrate`. By default phrases of a pipeline's prompt, documents of an
+    encoder-decoder model, sentences of other texts; or all of it where the unit is the context.
 
     Raises:
-        ConfigError: too few texts, or no tokenizer or encoder.
+        ConfigError: no texts, or no tokenizer or encoder.
     """
-    encode = unit_encoder(host, tokenizer, encoder=encoder)
-    chosen = grouping or ("context" if config.unit == "context" else _default(host))
-    if chosen not in GROUPINGS.get(config.unit, ()):
+    encode = unit_encoder(host, options.tokenizer, encoder=options.encoder)
+    grouping = options.grouping or ("context" if config.unit == "context" else _default(host))
+    if grouping not in GROUPINGS.get(config.unit, ()):
         known = ", ".join(GROUPINGS.get(config.unit, ()))
         raise ConfigError(
-            f"Contexts with unit={config.unit!r} are cut in {known or 'no units'}, got {chosen!r}."
+            f"Contexts with unit={config.unit!r} are cut in {known or 'no units'}, got {grouping!r}."
         )
     if isinstance(public_contexts, (str, bytes, Mapping)):
         raise ConfigError(NOT_TEXTS)
-    cut = Cut(chosen)
-    units = [_cut(cut, _decoded(c, host, tokenizer), i) for i, c in enumerate(public_contexts)]
+    cut = Cut(grouping)
+    units = [_cut(cut, _decoded(c, host, options.tokenizer), i) for i, c in enumerate(public_contexts)]
     # directions of a host's own states that say little of a text are large; a sentence encoder has none
-    options.setdefault("flatten", 0.5 if encoder is None else 0.0)
-    return build_library(
-        units, encode.public, config, LibraryOptions(grouping=chosen, encoder=encode.name, **options)
-    )
+    flatten = 0.5 if options.encoder is None else 0.0
+    return PublicTexts(units, grouping, encode.public, encode.name, flatten)
 
 
 def _cut(cut: Cut, context: Any, number: int) -> list[str]:

@@ -70,7 +70,6 @@ class AnchorMixed(PreparedAnchors):
         total = plan.encoder(float(decoders.move.scale)).prepare(
             config.epsilon,
             config.delta,
-            unit=config.unit,
             neighboring=config.neighboring,
             beside=histogram.events,
         )

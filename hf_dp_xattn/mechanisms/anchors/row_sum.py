@@ -3,7 +3,7 @@ r"""A learned sum of the context's rows: K numbers, noised and released once for
 **Contribution.** f(x) = clip(M (x - center) + b, 1), in the unit ball of R^K, with M, center and b public (trained on public contexts).
 The affine map is exact on integers (`quantizer.ExactAffine`: coordinates of x - center are first clamped to a public reach), then y =
 round(2^F (M (x - center) + b)) and f(x) = trunc(t y), |f(x)|_2 <= 2^F by privacy/clipping.py. A row's integers depend on that row alone.
-A group or a context contributes the sum over its rows of f(x), clipped again to B = floor(2^F L), L public; a row has L = 1.
+A group or a context enters as one row, its mean (`sources.pool`). B = 2^F.
 
 **Release.** sum_u a(u) + N_Z(0, sigma^2 I_K), an exact integer sum; replace_one: |a(u) - a(u')|_2 <= 2 B, add_or_remove_one: B.
 The contributions have both signs, so that the sqrt(2) of nonnegative histograms is not available here.
@@ -26,24 +26,17 @@ from ...privacy.lattice import lattice_exponent, quantize, sequential_sum
 from ...privacy.split import gaussian_sigma_squared_beside
 from ...privacy.units import NeighboringRelation, Unit, sensitivity_factor, unit_and_relation
 from ..base import NoisePart
-from ..inputs import check_context, check_groups, row_chunks, units_of_rows
+from ..inputs import check_context, row_chunks
 from .quantizer import ExactAffine
 
 _UNCLIPPED_BITS = 11  # coordinates before clipping: up to 2^11 times the unit ball
-_UNITS_PER_CHUNK = 4096
 
 
 @dataclass(frozen=True, eq=False)
 class RowSum:
-    """The public map of a learned sum. group_bound: L, the l2 bound of a group's or context's contribution, in rows."""
+    """The public map of a learned sum."""
 
     affine: ExactAffine
-    group_bound: float = 1.0
-
-    def __post_init__(self) -> None:
-        bound = self.group_bound
-        if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 1 / 16 <= bound <= 1024:
-            raise ConfigError(f"group_bound must lie in [1/16, 1024] rows, got {bound!r}.")
 
     @classmethod
     def from_tensors(
@@ -53,7 +46,6 @@ class RowSum:
         bias: torch.Tensor,
         *,
         reach: float | torch.Tensor,
-        group_bound: float = 1.0,
     ) -> RowSum:
         """Rounds public float parameters to integers, once.
 
@@ -61,11 +53,11 @@ class RowSum:
             center [C], matrix [K, C], bias [K]. reach: public range of each coordinate of x - center, a number or [C].
 
         Raises:
-            ConfigError: shapes do not fit, NaN or Inf, or a bound that is out of range.
+            ConfigError: shapes do not fit, NaN or Inf.
         """
         if matrix.ndim != 2:
             raise ConfigError(f"matrix must be [K, C], got {list(matrix.shape)}.")
-        return cls(ExactAffine.from_tensors(center, matrix.mT, reach=reach, bias=bias), group_bound)
+        return cls(ExactAffine.from_tensors(center, matrix.mT, reach=reach, bias=bias))
 
     @property
     def size(self) -> int:
@@ -82,23 +74,22 @@ class RowSum:
         return torch.cat(parts)
 
     def prepare(
-        self, epsilon: float, delta: float, *, unit: str, neighboring: str, beside: Sequence[Event] = ()
+        self, epsilon: float, delta: float, *, neighboring: str, beside: Sequence[Event] = ()
     ) -> PreparedRowSum:
         """Fixes lattice and noise from public data. `beside`: events that share epsilon and delta with this release.
 
         Raises:
             ConfigError: a parameter is out of range, or `beside` leaves nothing of epsilon.
         """
-        which, relation = unit_and_relation(unit, neighboring)
-        limit = 1.0 if which is Unit.ROW else float(self.group_bound)
+        relation = unit_and_relation(Unit.ROW, neighboring)[1]
         # at small epsilon the noise is so wide that a coarser lattice loses nothing, and the sampler's range is finite
         coarser = max(0, math.ceil(math.log2(1.0 / epsilon))) if 2.0**-24 < epsilon < 1.0 else 0
-        exponent = lattice_exponent(limit) - coarser
-        bound = math.floor(Fraction(limit) * 2**exponent)
+        exponent = lattice_exponent(1.0) - coarser
+        bound = math.floor(2.0**exponent)
         sensitivity = sensitivity_factor(relation) * bound
         sigma_squared = gaussian_sigma_squared_beside(epsilon, delta, sensitivity, beside)
         event = GaussianEvent(sensitivity, sigma_squared)
-        return PreparedRowSum(self, which, relation, exponent, bound, sigma_squared, (event,))
+        return PreparedRowSum(self, relation, exponent, bound, sigma_squared, (event,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +100,6 @@ class PreparedRowSum:
     """
 
     row_sum: RowSum
-    unit: Unit
     neighboring: NeighboringRelation
     exponent: int
     bound: int
@@ -130,45 +120,22 @@ class PreparedRowSum:
         """Post-processing: released integers as float64 numbers."""
         return released.to(torch.float64) * 2.0**-self.exponent
 
-    def exact_sums(self, rows: torch.Tensor, groups: torch.Tensor | None = None) -> torch.Tensor:
-        """The sum of the units' contributions, int64 [K]. Private: without noise it must not leave."""
+    def exact_sums(self, rows: torch.Tensor) -> torch.Tensor:
+        """The sum of the rows' contributions, int64 [K]. Private: without noise it must not leave."""
         affine = self.row_sum.affine
         # Under add_or_remove_one the number of rows is private: an empty context must give a release, not an error.
         private_count = self.neighboring is NeighboringRelation.ADD_OR_REMOVE_ONE
         n = check_context(rows, affine.channels, may_be_empty=private_count)
-        check_groups(self.unit.value, n, groups)
         total = torch.zeros(affine.width, dtype=torch.int64, device=rows.device)
-        if n == 0:
-            return total
-        if self.unit is Unit.ROW:
-            for part in row_chunks(n, max(affine.channels, affine.width)):
-                total += clipped_rows(affine, rows[part], self.exponent).to(torch.int64).sum(0)
-            return total
-        units = units_of_rows(self.unit.value, n, groups)
-        assert units is not None  # not rows
-        order = torch.argsort(units)
-        sizes = torch.bincount(units)
-        ends = torch.cumsum(sizes, 0)
-        for start in range(0, len(sizes), _UNITS_PER_CHUNK):
-            last = min(start + _UNITS_PER_CHUNK, len(sizes)) - 1
-            mine = order[int(ends[start] - sizes[start]) : int(ends[last])]
-            sums = torch.zeros(last + 1 - start, affine.width, dtype=torch.int64, device=rows.device)
-            for part in row_chunks(len(mine), max(affine.channels, affine.width)):
-                index = mine[part].to(rows.device)
-                vectors = clipped_rows(affine, rows[index], self.exponent).to(torch.int64)
-                sums.index_add_(0, (units[mine[part]] - start).to(rows.device), vectors)
-            total += _clip(sums.to(torch.float64), self.bound).to(torch.int64).sum(0)
+        for part in row_chunks(n, max(affine.channels, affine.width)):
+            total += clipped_rows(affine, rows[part], self.exponent).to(torch.int64).sum(0)
         return total
 
 
 def clipped_rows(affine: ExactAffine, rows: torch.Tensor, exponent: int) -> torch.Tensor:
     """[n, C] -> integer-valued float64 [n, K]: 2^exponent f(x), of norm <= 2^exponent; row by row."""
     shift = 2.0 ** (exponent - affine.exponent)
-    return _clip(quantize(affine(rows), shift, 2 ** (exponent + _UNCLIPPED_BITS)), 2**exponent)
-
-
-def _clip(vectors: torch.Tensor, bound: int) -> torch.Tensor:
-    """[u, K] integers -> trunc(t v), |.| <= bound."""
+    vectors, bound = quantize(affine(rows), shift, 2 ** (exponent + _UNCLIPPED_BITS)), 2**exponent
     factor = clip_factor(sequential_sum(vectors.square()), bound)
     clipped = torch.trunc(vectors * factor.unsqueeze(-1))
     verify_clipped(sequential_sum(clipped.square()), bound)

@@ -151,9 +151,7 @@ class AnchorSum(PreparedAnchors):
     @classmethod
     def of(cls, config: DPXAttnConfig, plan: AnchorPlan, decoders: Decoders) -> AnchorSum:
         # a pooled unit is one row to the sum: the sensitivity of one unit is that of one row
-        prepared = plan.encoder().prepare(
-            config.epsilon, config.delta, unit="row", neighboring=config.neighboring
-        )
+        prepared = plan.encoder().prepare(config.epsilon, config.delta, neighboring=config.neighboring)
         return cls(config, plan, decoders, prepared)
 
     @property

@@ -9,7 +9,7 @@ import torch
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.errors import ContextError
-from hf_dp_xattn.hosts.diffusers.phrases import MAX_PHRASES, check_phrases, encode_phrases, split_phrases
+from hf_dp_xattn.hosts.diffusers.phrases import MAX_PHRASES, check_phrases, encode_tokens, split_phrases
 
 from ...hosts_tiny import CHANNELS, LENGTH, picture, tiny_sd, tiny_unet
 from ..anchor_calibrations import BOTH, CONFIG, calibration_for, protect
@@ -34,6 +34,10 @@ SPLITS = {
     ", and ;": [],
     "": [],
 }
+
+
+def encode_phrases(text: Any, phrases: list[str]) -> list[torch.Tensor]:
+    return encode_tokens(text, [text.tokenize(phrase) for phrase in phrases])
 
 
 @pytest.mark.parametrize("text", SPLITS)

@@ -19,10 +19,10 @@ def release(
     entropy: Entropy | None = None,
 ) -> torch.Tensor:
     """Noised counts int64 [m], or a noised sum float64 [K]."""
-    total = prepared.exact_sums(data, groups)
     source = SystemEntropy() if entropy is None else entropy
     if isinstance(prepared, PreparedHistogram):
-        return prepared.noise.perturb(total, source)
+        return prepared.noise.perturb(prepared.exact_sums(data, groups), source)
+    total = prepared.exact_sums(data)
     return prepared.real(GaussianNoise(prepared.sigma_squared).perturb(total, source))
 
 
