@@ -31,13 +31,11 @@ class Unnamed(str):
     (`DPXAttnConfig.made_for`)."""
 
 
-def _require_number(name: str, value: Any, *, low: float, high: float, open_low: bool = True) -> None:
+def _require_number(name: str, value: Any, *, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigError(f"{name} must be a number, got {type(value).__name__}.")
-    bad_low = value <= low if open_low else value < low
-    if not abs(value) <= sys.float_info.max or bad_low or value >= high:
-        bracket = "(" if open_low else "["
-        raise ConfigError(f"{name} must lie in {bracket}{low:g}, {high:g}), got {value!r}.")
+    if not abs(value) <= sys.float_info.max or not low < value < high:
+        raise ConfigError(f"{name} must lie in ({low:g}, {high:g}), got {value!r}.")
 
 
 def _require_integer(name: str, value: Any, *, low: int, high: int) -> None:

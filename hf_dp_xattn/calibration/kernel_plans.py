@@ -22,6 +22,7 @@ from ..privacy.units import NeighboringRelation, sensitivity_factor
 from .plan_entry import PlanEntry, sketch_plan
 
 SCALES = (1.0, 0.7, 0.4, 0.1)
+_FOLDS = 4
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _noise(config: DPXAttnConfig, epsilon: float) -> float:
     return math.sqrt(gaussian_sigma_squared(epsilon, config.delta, factor * one)) / one
 
 
-def _search(config: DPXAttnConfig, epsilon: float, held_out: HeldOut, folds: int = 4) -> PlanEntry:
+def _search(config: DPXAttnConfig, epsilon: float, held_out: HeldOut) -> PlanEntry:
     """Grid search over the number of directions, the noise allocation and the clipping bound; a candidate's linear FVU is
     cross-validated, so that directions and decoder coefficients that the public data cannot support lose."""
     sketches = held_out.sketches
@@ -112,7 +113,7 @@ def _search(config: DPXAttnConfig, epsilon: float, held_out: HeldOut, folds: int
                     float(torch.quantile(flat[:: max(1, flat.numel() // 100_000)], quantile)) * 1.0001 + 1e-12
                 )
                 y = (weighted * (clip / norms.clamp_min(1e-30)).clamp_max(1.0)).sum(1)
-                error = sum(_validate(z, y, noise * clip, fold, folds) for fold in range(folds))
+                error = sum(_validate(z, y, noise * clip, fold) for fold in range(_FOLDS))
                 fvu = float((error + outside) / held_out.total.sum())
                 if best is None or fvu < best.predicted_fvu:
                     mean_y, _, cov_y, cov_zy = _regression(z, y)
@@ -142,9 +143,9 @@ def _regression(
     return y.mean(0), z.mean(0), cov_y + ridge * torch.eye(k, dtype=torch.float64), dz.mT @ dy / n
 
 
-def _validate(z: torch.Tensor, y: torch.Tensor, sigma: float, fold: int, folds: int) -> torch.Tensor:
+def _validate(z: torch.Tensor, y: torch.Tensor, sigma: float, fold: int) -> torch.Tensor:
     """Squared error on one fold of a decoder fitted on the others, the noise's share in expectation."""
-    test = torch.arange(z.shape[0]) % folds == fold
+    test = torch.arange(z.shape[0]) % _FOLDS == fold
     mean_y, mean_z, cov_y, cov_zy = _regression(z[~test], y[~test])
     noisy = cov_y + sigma**2 * torch.eye(y.shape[1], dtype=torch.float64)
     gain = torch.linalg.solve(noisy, cov_zy.mT).mT

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -30,10 +29,8 @@ from ..privacy.bits import Entropy, SystemEntropy
 from ..privacy.continual import ContinualPlan, RunningSum, choose_factors
 from ..privacy.units import NeighboringRelation
 from ..report import Guarantee
-from .base import GuaranteeNumbers, Integers, LayerSpec, Mechanism, Released, guarantee_of, perturb
+from .base import GuaranteeNumbers, Integers, Mechanism, Released, guarantee_of, perturb
 from .inputs import MAX_ROWS, Private, count_units, may_be_empty
-from .kernel_sum.kernel_sum import PublicCalibration
-from .registry import prepare_release
 
 CLOSED = (
     "This growing release takes no more: {why}. What was released serves any number of queries. To go on, open a new one with a longer "
@@ -106,19 +103,6 @@ class GrowingRelease:
         raise DPXAttnError(
             "A growing release holds private sums: it is not pickled or copied. Save what it released."
         )
-
-    @classmethod
-    def open(
-        cls,
-        config: DPXAttnConfig,
-        horizon: int,
-        specs: Sequence[LayerSpec],
-        calibration: PublicCalibration | None = None,
-        *,
-        entropy: Entropy | None = None,
-    ) -> GrowingRelease:
-        """A kernel_sum release over layers of these shapes. The caller accounts for `prepared.events` (`protect` does it)."""
-        return grow(prepare_release(config, specs, calibration), horizon).open(entropy)
 
     @property
     def next_group(self) -> int:

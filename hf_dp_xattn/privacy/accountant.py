@@ -78,7 +78,6 @@ __all__ = [
     "plain_epsilon",
     "pure_epsilon",
     "to_dp_event",
-    "with_sampling_distance",
 ]
 
 _Array = npt.NDArray[np.float64]
@@ -350,25 +349,3 @@ def laplace_scale(epsilon: float | Fraction, sensitivity: int) -> Fraction:
     Raises `ConfigError` for epsilon not positive and finite, sensitivity not a positive integer.
     """
     return Fraction(require_integer(sensitivity, "sensitivity")) / Fraction(check_epsilon(epsilon))
-
-
-def with_sampling_distance(epsilon: float, delta: float, eta: float) -> tuple[float, float]:
-    """(epsilon, delta + (1 + e^epsilon) eta): what a mechanism with an eta-close sampler guarantees.
-
-    *Formal guarantee.* Let M be (epsilon, delta)-DP and, for every input, M' within total variation eta of
-    M. Then P[M'(x) in S] <= P[M(x) in S] + eta <= e^epsilon P[M(x') in S] + delta + eta <= e^epsilon
-    (P[M'(x') in S] + eta) + delta + eta, for neighbours x, x' and every event S.
-
-    The result is rounded up and at most 1 (which promises nothing). "DP with probability 1 - p" is eta = p,
-    applied to both runs. Raises `ConfigError` for invalid epsilon, delta outside [0, 1), or eta outside [0,
-    1].
-    """
-    epsilon = float(check_epsilon(epsilon))
-    delta = check_delta(delta, zero=True)
-    if isinstance(eta, bool) or not isinstance(eta, numbers.Real) or not 0 <= eta <= 1:
-        raise ConfigError(f"eta, a total variation distance, must lie in [0, 1], not {eta!r}.")
-    if eta == 0:
-        return epsilon, delta
-    if epsilon > 700:  # e^epsilon overflows; any eta > 2^-1074 may then be worthless
-        return epsilon, 1.0
-    return epsilon, min(1.0, _next(delta + _next(float(eta) * (1 + math.exp(epsilon)))))

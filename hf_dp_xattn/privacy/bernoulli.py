@@ -86,10 +86,10 @@ class LazyUniform:
     Errors: `DPXAttnError` past `MAX_UNIFORM_BITS` bits, which tells of a broken entropy source.
     """
 
-    def __init__(self, entropy: Entropy, first_bits: int, bits: int = WORD_BITS) -> None:
+    def __init__(self, entropy: Entropy, first_bits: int) -> None:
         self._entropy = entropy
         self._value = first_bits
-        self._bits = bits
+        self._bits = WORD_BITS
 
     def below_exp_neg(self, x: Fraction) -> bool:
         """Whether this uniform is below exp(-x), decided exactly.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import LedgerError
@@ -41,9 +40,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew)
 
 
-def named_path(environment: Mapping[str, str] | None = None) -> str | None:
+def named_path() -> str | None:
     """What `VARIABLE` says, or None where it is not set."""
-    return (os.environ if environment is None else environment).get(VARIABLE) or None
+    return os.environ.get(VARIABLE) or None
 
 
 def default_ledger() -> Ledger:

@@ -24,7 +24,6 @@ from hf_dp_xattn.privacy.accountant import (
     laplace_scale,
     pure_epsilon,
     to_dp_event,
-    with_sampling_distance,
 )
 
 NO_SHRINK = (Phase.explicit, Phase.reuse, Phase.generate)  # shrinking Fractions can take minutes
@@ -211,7 +210,6 @@ def test_invalid_arguments(bad):
         lambda: GaussianEvent(1, bad),
         lambda: LaplaceEvent(bad, 1),
         lambda: PureEvent(bad),
-        lambda: with_sampling_distance(bad, 1e-5, 1e-9),
     ):
         with pytest.raises(ConfigError):
             call()
@@ -219,19 +217,6 @@ def test_invalid_arguments(bad):
         epsilon_of(["gaussian"], 1e-5)
     with pytest.raises(ConfigError):
         GaussianEvent(1, 1.5)
-
-
-def test_sampling_distance():
-    epsilon, delta = with_sampling_distance(1.0, 1e-5, 1e-9)
-    assert epsilon == 1.0 and 1e-5 + (1 + math.e) * 1e-9 <= delta <= (1e-5 + (1 + math.e) * 1e-9) * (1 + 1e-9)
-    assert with_sampling_distance(1.0, 0, 0) == (1.0, 0.0)
-    assert with_sampling_distance(1000.0, 1e-5, 1e-30)[1] == 1.0
-    p = np.array([0.3, 0.7])  # eta is needed on both runs: the worst case meets the bound
-    q = np.array([0.3 / math.e, 1 - 0.3 / math.e])
-    shift = np.array([0.01, -0.01])
-    worst = (p + shift)[0] - math.e * (q - shift)[0]
-    assert worst <= with_sampling_distance(1.0, 0, 0.01)[1]
-    assert worst > 0.01 * 2
 
 
 def test_unlike_releases_go_through_dp_accounting(monkeypatch):

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -175,23 +174,21 @@ def prepare_gaussian(
     unit: str,
     neighboring: str,
     group_bound: float | Fraction = 1,
-    beside: Sequence[Event] = (),
 ) -> PreparedHistogram:
     """Release G: discrete Gaussian noise on the counts. Public data only.
 
     Args:
         group_bound: L, the l2 bound of a unit's contribution in rows (1 for unit='row').
-        beside: events that share epsilon and delta with this release; `events` holds this release's own.
 
     Raises:
-        ConfigError: a parameter is out of range, or `beside` leaves nothing of epsilon.
+        ConfigError: a parameter is out of range.
     """
     which, relation = unit_and_relation(unit, neighboring)
     exponent, bound = _lattice(which, group_bound, _BOUND_BITS - 1)
     sensitivity = bound
     if relation is NeighboringRelation.REPLACE_ONE:
         sensitivity = math.isqrt(2 * bound * bound - 1) + 1
-    sigma_squared = gaussian_sigma_squared_beside(epsilon, delta, sensitivity, beside)
+    sigma_squared = gaussian_sigma_squared_beside(epsilon, delta, sensitivity, ())
     return PreparedHistogram(
         cells=_cells(cells),
         unit=which,

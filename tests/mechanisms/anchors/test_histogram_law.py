@@ -133,12 +133,6 @@ def test_events_cost_epsilon(epsilon: float, relation: str, unit: str) -> None:
     assert epsilon * 0.999 <= epsilon_of(g.events, 1e-5) <= epsilon
 
 
-def test_beside_shares_the_budget() -> None:
-    other = PureEvent(1)
-    p = prepare_gaussian(3.0, 1e-5, cells=9, unit="row", neighboring="replace_one", beside=(other,))
-    assert epsilon_of([other, *p.events], 1e-5) <= 3.0
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -11,7 +11,7 @@ from hf_dp_xattn.mechanisms.anchors.anchors import prepare_anchors
 from hf_dp_xattn.mechanisms.anchors.cells import CellDecoder
 from hf_dp_xattn.mechanisms.anchors.sources import AnchorCounts
 from hf_dp_xattn.mechanisms.base import LayerSpec, Released, State
-from hf_dp_xattn.mechanisms.growing_release import GrowingRelease, grow
+from hf_dp_xattn.mechanisms.growing_release import grow
 from hf_dp_xattn.mechanisms.inputs import LayerRows
 from hf_dp_xattn.mechanisms.kernel_sum.kernel_sum import PreparedKernelSum
 from hf_dp_xattn.mechanisms.kernel_sum.sketch import SketchPlan
@@ -61,7 +61,8 @@ def test_totals_are_those_of_a_release_at_once(way: str, unit: str) -> None:
 
 @pytest.mark.parametrize("degree", [1, 2])
 def test_kernel_sums_answer_like_attention_over_what_came_so_far(degree: int) -> None:
-    growing = GrowingRelease.open(KERNEL.replace(epsilon=LOUD, degree=degree, logit_bound=1.0), 5, SPECS)
+    config = KERNEL.replace(epsilon=LOUD, degree=degree, logit_bound=1.0)
+    growing = grow(prepare_release(config, SPECS), 5).open()
     query = torch.randn(1, HEADS, 7, DIM, generator=gen(9)) * 0.3
     keys, values = [], []
     for t in range(5):
