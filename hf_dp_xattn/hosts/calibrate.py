@@ -205,8 +205,8 @@ def calibrate(
     if isinstance(public_contexts, Iterator):
         public_contexts = list(public_contexts)
     if KNOWN[config.mechanism].releases == "texts":
-        data = public_texts(pipe, public_contexts, config, options)
-        return fit(config, data, replace(options, kept=_kept(folder, pipe)))
+        texts = public_texts(pipe, public_contexts, config, options)
+        return fit(config, texts, replace(options, kept=_kept(folder, pipe)))
     if expand is not False or any(option is not None for option in (tokenizer, encoder, responses)):
         raise ConfigError("`tokenizer`, `encoder`, `expand` and `responses` are for mechanism='library'.")
     kind = kind_of(pipe)
