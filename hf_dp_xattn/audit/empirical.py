@@ -47,12 +47,12 @@ def targets(
     smaller: Sequence[float],
 ) -> list[Target]:
     """The installed release, and the same one at smaller epsilons (`prepare` prepares it)."""
-    found = [Target(config, law_of(prepared))]
+    audited = [Target(config, law_of(prepared))]
     for epsilon in smaller:
         if epsilon < config.epsilon:
             other = config.replace(epsilon=epsilon)
-            found.append(Target(other, law_of(prepare(other))))
-    return found
+            audited.append(Target(other, law_of(prepare(other))))
+    return audited
 
 
 def preparer(
@@ -65,7 +65,7 @@ def preparer(
 
 
 def audit_releases(
-    found: Sequence[Target],
+    audited: Sequence[Target],
     *,
     draws: int,
     confidence: float,
@@ -74,27 +74,27 @@ def audit_releases(
 ) -> tuple[list[Check], list[EpsilonBound]]:
     """The exact checks, and one bound for each target. step is told what is done next."""
     source = SystemEntropy() if entropy is None else entropy
-    checks: list[Check] = [_price(found)]
+    checks: list[Check] = [_price(audited)]
     try:
         step("neighbours")
-        pairs = [worst_neighbours(t.law, t.config) for t in found]
+        pairs = [worst_neighbours(t.law, t.config) for t in audited]
     except ConfigError as error:
         return [*checks, Check("empirical epsilon", NOT_APPLICABLE, str(error))], []
     checks.append(_sensitivity(pairs))
     step("replay")
-    checks.append(_replay(found, pairs))
-    share = (1 - confidence) / len(found)
+    checks.append(_replay(audited, pairs))
+    share = (1 - confidence) / len(audited)
     bounds = []
-    for target, pair in zip(found, pairs, strict=True):
+    for target, pair in zip(audited, pairs, strict=True):
         step(f"epsilon {target.config.epsilon:g}")
         bounds.append(_bound(target, pair, draws, share, confidence, source))
     checks += [_verdict(bound) for bound in bounds]
     return checks, bounds
 
 
-def _price(found: Sequence[Target]) -> Check:
+def _price(audited: Sequence[Target]) -> Check:
     over = []
-    for t in found:
+    for t in audited:
         cost = epsilon_of(t.law.events, t.config.delta)
         if cost > t.config.epsilon * (1 + _ROUNDING):
             over.append(f"epsilon {t.config.epsilon:g} is charged {cost:.6g}")
@@ -112,10 +112,10 @@ def _sensitivity(pairs: Sequence[Neighbours]) -> Check:
     return Check("sensitivity", PASS if worst <= 1 + _ROUNDING else FAIL, text)
 
 
-def _replay(found: Sequence[Target], pairs: Sequence[Neighbours]) -> Check:
+def _replay(audited: Sequence[Target], pairs: Sequence[Neighbours]) -> Check:
     results = [
         replayed(t.law, context)
-        for t, p in zip(found, pairs, strict=True)
+        for t, p in zip(audited, pairs, strict=True)
         for context in (p.one, p.other)
         for _ in range(REPLAYS)
     ]

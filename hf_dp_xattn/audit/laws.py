@@ -65,19 +65,19 @@ class AdditiveViews:
         sampled = order[: SAMPLED if gaussian else MOST]
         totals = self.totals[:, sampled]
         k, width = totals.shape
-        found = np.zeros((draws, k))
+        total = np.zeros((draws, k))
         step = max(1, _CHUNK // max(1, k * width))
         for start in range(0, draws if width else 0, step):
             size = min(step, draws - start)
             noise = self.noise.sample(size * width, entropy).view(size, width)
             for c in range(k):
-                found[start : start + size, c] = self.noise.log_weight(
+                total[start : start + size, c] = self.noise.log_weight(
                     noise + (totals[which] - totals[c])
                 ).sum(-1)
         if isinstance(self.noise, GaussianNoise) and len(order) > len(sampled):
             rest = (self.totals[which] - self.totals)[:, order[SAMPLED:]].double()
-            found += _projected(rest, float(self.noise.sigma_squared), draws)
-        return found
+            total += _projected(rest, float(self.noise.sigma_squared), draws)
+        return total
 
     def gap(self, one: int, other: int) -> float:
         return self.noise.gap(self.totals[one] - self.totals[other], self.event)
@@ -95,8 +95,8 @@ def _projected(differences: torch.Tensor, variance: float, draws: int) -> np.nda
     values, vectors = torch.linalg.eigh(gram)
     root = vectors * values.clamp_min(0.0).sqrt()
     products = torch.from_numpy(np.random.default_rng().standard_normal((draws, len(gram)))) @ root.mT
-    found: np.ndarray = (-(products / variance**0.5) - gram.diagonal() / (2 * variance)).numpy()
-    return found
+    scores: np.ndarray = (-(products / variance**0.5) - gram.diagonal() / (2 * variance)).numpy()
+    return scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +108,8 @@ class AnswerViews:
     stages: int
 
     def scores(self, which: int, draws: int, entropy: Entropy) -> np.ndarray:
-        own = self.integers[which]
-        answers = self.response.perturb(own.repeat(draws, 1), entropy).view(draws, len(own)).numpy()
+        cells = self.integers[which]
+        answers = self.response.perturb(cells.repeat(draws, 1), entropy).view(draws, len(cells)).numpy()
         return np.stack([self.response.log_weights(other, answers) for other in self.integers], axis=1)
 
     def gap(self, one: int, other: int) -> float:
@@ -144,7 +144,7 @@ class Law:
         flat: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in parts]
         for context in contexts:
             exact = self.prepared.exact(context.rows, context.groups)
-            for own, (part, tensors) in zip(flat, by_tensor(parts, exact), strict=True):
+            for numbered, (part, tensors) in zip(flat, by_tensor(parts, exact), strict=True):
                 stacked = isinstance(part.noise, Response)
                 numbers = (
                     torch.stack(tensors, dim=-1).reshape(-1)
@@ -153,8 +153,8 @@ class Law:
                 ).cpu()
                 # a canary fills few of a tree's nodes, which are too many to keep for every context
                 at = torch.arange(len(numbers)) if stacked else numbers.nonzero().squeeze(1)
-                own.append((at, numbers[at]))
-        views = [_views(part, own) for part, own in zip(parts, flat, strict=True)]
+                numbered.append((at, numbers[at]))
+        views = [_views(part, numbered) for part, numbered in zip(parts, flat, strict=True)]
         return views[0] if len(views) == 1 else JointViews(tuple(views))
 
 

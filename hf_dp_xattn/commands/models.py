@@ -148,8 +148,7 @@ def driver_of(handle: Any, args: argparse.Namespace) -> Driver:
     """What uses a protected host. Raises ConfigError, before anything is spent, for what the command line cannot do with it."""
     from ..hosts.host_registry import driver_for
 
-    side = handle.host.text
-    host = handle.model if side is None else side.pipe
+    host = handle.host.parts[0]
     driver = driver_for(host, handle.config)(host, handle.config, handle=handle, options=args)
     driver.check()
     driver.tokenizer = load_tokenizer(args.model) if driver.tokenizes else None

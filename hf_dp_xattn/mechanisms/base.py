@@ -302,4 +302,4 @@ def by_tensor(parts: tuple[NoisePart, ...], exact: Integers) -> Iterator[tuple[N
 
 def perturb(exact: Integers, parts: tuple[NoisePart, ...], entropy: Entropy) -> Integers:
     """Each tensor with the noise of its part, in order."""
-    return tuple(part.noise.perturb(t, entropy) for part, own in by_tensor(parts, exact) for t in own)
+    return tuple(part.noise.perturb(t, entropy) for part, tensors in by_tensor(parts, exact) for t in tensors)

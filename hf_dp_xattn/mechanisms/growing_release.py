@@ -64,17 +64,20 @@ class PreparedGrowing:
     @property
     def numbers(self) -> GuaranteeNumbers:
         """For the guarantee: of the appends' own noise, or of the running sum's."""
-        own, plan = self.mechanism.summed, self.plan
-        if own is None or plan is None:
+        summed, plan = self.mechanism.summed, self.plan
+        if summed is None or plan is None:
             answers = self.mechanism.numbers
             clipping = f"{answers.clipping}; every unit answers once, when it is appended"
             return dataclasses.replace(answers, clipping=clipping)
-        shifted, last = 2.0 ** (plan.shift - own.exponent), plan.deviation(plan.horizon) * 2.0**-own.exponent
+        shifted, last = (
+            2.0 ** (plan.shift - summed.exponent),
+            plan.deviation(plan.horizon) * 2.0**-summed.exponent,
+        )
         return GuaranteeNumbers(
-            own.clip_norm,
+            summed.clip_norm,
             plan.event.sensitivity * shifted,
             math.sqrt(plan.sigma_squared) * shifted,
-            f"{own.what} is clipped to norm {own.clip_norm:.4g}; the running sum leaves with discrete Gaussian noise "
+            f"{summed.what} is clipped to norm {summed.clip_norm:.4g}; the running sum leaves with discrete Gaussian noise "
             f"({plan.factors.name} factorisation) of standard deviation {last:.4g} in its last state",
         )
 

@@ -77,16 +77,18 @@ class PlacedResponse(Response):
         """
         rows = self._checked(integers)
         out = np.empty(len(rows), dtype=np.int64)
-        for own, response in self._by_place(rows):
-            ranks = response.draw(int(own.sum()), entropy)
-            out[own] = response.answer(rows[own, 1 : 1 + response.near], ranks)
+        for here, response in self._by_place(rows):
+            ranks = response.draw(int(here.sum()), entropy)
+            out[here] = response.answer(rows[here, 1 : 1 + response.near], ranks)
         return torch.from_numpy(out)
 
     def log_weights(self, integers: torch.Tensor, answers: Answers) -> npt.NDArray[np.float64]:
-        rows, found = self._checked(integers), np.zeros(len(answers))
-        for own, response in self._by_place(rows):
-            found += response.log_weights(torch.from_numpy(rows[own, 1 : 1 + response.near]), answers[:, own])
-        return found
+        rows, total = self._checked(integers), np.zeros(len(answers))
+        for here, response in self._by_place(rows):
+            total += response.log_weights(
+                torch.from_numpy(rows[here, 1 : 1 + response.near]), answers[:, here]
+            )
+        return total
 
     def _by_place(self, rows: Answers) -> list[tuple[npt.NDArray[np.bool_], RankResponse]]:
         return [(rows[:, 0] == i, r) for i, r in enumerate(self.responses) if (rows[:, 0] == i).any()]
@@ -137,7 +139,7 @@ class ProductResponse(Response):
             ConfigError: out of range, or more than 2^47 combinations.
 
         Example:
-            >>> round(ProductResponse.of(8.0, (64, 64, 8)).told, 3), round(ProductResponse.of(16.0, (64, 64, 8)).told, 3)
+            >>> round(ProductResponse.of(8.0, (64, 64, 8)).truth, 3), round(ProductResponse.of(16.0, (64, 64, 8)).truth, 3)
             (0.083, 0.996)
         """
         if not (epsilon > 0 and math.isfinite(epsilon)):
@@ -172,7 +174,7 @@ class ProductResponse(Response):
         return math.prod(self.sizes) * self.unit + self.near * (self.odds - self.unit)
 
     @property
-    def told(self) -> float:
+    def truth(self) -> float:
         """P(an answer is drawn of the near tuples, and not of all alike)."""
         return self.near * (self.odds - self.unit) / self.total
 
@@ -192,29 +194,29 @@ class ProductResponse(Response):
         Raises:
             ConfigError: another number of parts, or no such entry.
         """
-        own = self._checked(integers)
-        u = uniform_below(entropy, len(own), self.total)
-        answers = np.empty_like(own)
+        cells = self._checked(integers)
+        u = uniform_below(entropy, len(cells), self.total)
+        answers = np.empty_like(cells)
         every = math.prod(self.sizes) * self.unit
         number = np.where(u < every, u // self.unit, 0)
         for i in range(len(self.sizes) - 1, -1, -1):
             answers[:, i] = number % self.sizes[i]
             number = number // self.sizes[i]
-        told = u >= every
-        if told.any():
-            answers[told] = self._near(own[told], (u[told] - every) // (self.odds - self.unit))
+        near = u >= every
+        if near.any():
+            answers[near] = self._near(cells[near], (u[near] - every) // (self.odds - self.unit))
         return torch.from_numpy(answers.reshape(-1))
 
-    def _near(self, own: Answers, number: Answers) -> Answers:
-        """The near tuples of `own` [n, m] with these numbers: by which parts differ, and by how many entries each."""
-        out, first = own.copy(), 0
+    def _near(self, cells: Answers, number: Answers) -> Answers:
+        """The near tuples of `cells` [n, m] with these numbers: by which parts differ, and by how many entries each."""
+        out, first = cells.copy(), 0
         for count in range(self.wrong + 1):
             for parts in combinations(range(len(self.sizes)), count):
                 size = math.prod(self.sizes[i] - 1 for i in parts)
                 here = (first <= number) & (number < first + size)
                 rest = number[here] - first
                 for i in reversed(parts):
-                    out[here, i] = (own[here, i] + 1 + rest % max(1, self.sizes[i] - 1)) % self.sizes[i]
+                    out[here, i] = (cells[here, i] + 1 + rest % max(1, self.sizes[i] - 1)) % self.sizes[i]
                     rest = rest // max(1, self.sizes[i] - 1)
                 first += size
         return out
@@ -228,10 +230,10 @@ class ProductResponse(Response):
         m = len(self.sizes)
         if integers.ndim != 2 or integers.shape[1] != 1 or len(integers) % m:
             raise ConfigError(f"A joint answer is for {m} parts with one entry each.")
-        own: Answers = integers.cpu().numpy().reshape(-1, m)
-        if (own < 0).any() or (own >= np.array(self.sizes)).any():
+        cells: Answers = integers.cpu().numpy().reshape(-1, m)
+        if (cells < 0).any() or (cells >= np.array(self.sizes)).any():
             raise ConfigError("An entry is not on its list.")
-        return own
+        return cells
 
 
 def _tuples(sizes: Sequence[int], wrong: int) -> int:

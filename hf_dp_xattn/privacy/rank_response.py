@@ -173,8 +173,8 @@ class RankResponse(Response):
         # the x-th entry that is not near: x and as many steps as near entries stand before it
         beyond = np.maximum(ranks - t, 0)
         other = beyond + (ordered - np.arange(t) <= beyond[:, None]).sum(1)
-        own = np.take_along_axis(near, np.minimum(ranks, t - 1)[:, None], axis=1)[:, 0]
-        return np.where(ranks < t, own, other).astype(np.int64)
+        ranked = np.take_along_axis(near, np.minimum(ranks, t - 1)[:, None], axis=1)[:, 0]
+        return np.where(ranks < t, ranked, other).astype(np.int64)
 
     def perturb(self, integers: torch.Tensor, entropy: Entropy) -> torch.Tensor:
         """int64 [m, t], the entries nearest to each unit in order, on any device -> answers [m] (CPU).
@@ -186,7 +186,7 @@ class RankResponse(Response):
 
     def log_weights(self, integers: torch.Tensor, answers: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         logs = np.log(np.repeat(np.array(self.weights, dtype=np.float64), self.counts)[: self.near])
-        found = np.zeros(len(answers))
-        for unit, own in enumerate(integers.cpu().numpy()):
-            found += (answers[:, unit, None] == own) @ (logs - math.log(self.weights[-1]))
-        return found
+        total = np.zeros(len(answers))
+        for unit, candidates in enumerate(integers.cpu().numpy()):
+            total += (answers[:, unit, None] == candidates) @ (logs - math.log(self.weights[-1]))
+        return total

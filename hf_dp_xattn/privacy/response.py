@@ -143,6 +143,6 @@ class RandomizedResponse(Response):
         return torch.from_numpy(self.draw(integers.cpu().numpy().reshape(-1), entropy))
 
     def log_weights(self, integers: torch.Tensor, answers: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        told = (answers == integers.cpu().numpy().reshape(-1)).sum(1).astype(np.float64)
-        found: npt.NDArray[np.float64] = told * math.log(self.odds / _UNIT)
-        return found
+        matches = (answers == integers.cpu().numpy().reshape(-1)).sum(1).astype(np.float64)
+        total: npt.NDArray[np.float64] = matches * math.log(self.odds / _UNIT)
+        return total

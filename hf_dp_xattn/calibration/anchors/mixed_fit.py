@@ -79,9 +79,9 @@ class Trial:
 
     def fvu(self, plan: AnchorPlan, config: DPXAttnConfig, objective: Objective) -> float:
         """Of this plan, on the cells that are left."""
-        own = dataclasses.replace(plan, codes=self.plan.codes)
+        trial_plan = dataclasses.replace(plan, codes=self.plan.codes)
         decoders = Decoders(None, self.book.decoder, self.move)
-        return judge(own, config, decoders, self.contexts, objective)
+        return judge(trial_plan, config, decoders, self.contexts, objective)
 
 
 def fit_trial(
@@ -101,19 +101,21 @@ def fit_trial(
     contexts = validation.part(torch.arange(min(_UNLIKE, len(validation))))
     units, whole = contexts.units.clone(), contexts.whole.clone()
     first = whole.shape[1] - units.shape[1]  # exact public rows stand before the private ones
-    found, pool = topics(units).flatten(), units.flatten(0, 1).clone()
-    lost = [t for t in range(0, clusters, _TOPICS) if bool((found == t).any())]
+    topic_of, pool = topics(units).flatten(), units.flatten(0, 1).clone()
+    lost = [t for t in range(0, clusters, _TOPICS) if bool((topic_of == t).any())]
     n, half = units.shape[1], units.shape[1] // 2
     for i in range(len(units) if lost else 0):
         t = lost[int(torch.randint(len(lost), (1,), generator=generator))]
-        rows = (found == t).nonzero().squeeze(1)
+        rows = (topic_of == t).nonzero().squeeze(1)
         place = torch.randperm(n, generator=generator)[:half]
         units[i, place] = pool[rows[torch.randint(len(rows), (half,), generator=generator)]]
         whole[i, first:] = units[i]
     seen = training.units[: max(8, min(_CONTEXTS, _ROWS // n))]
     rest = _without(book, kept)
-    own = dataclasses.replace(plan, codes=codes[kept].unsqueeze(0))
-    return Trial(rest, own, fit_move(rest, own, seen), PublicContexts(units, contexts.mask, whole))
+    trial_plan = dataclasses.replace(plan, codes=codes[kept].unsqueeze(0))
+    return Trial(
+        rest, trial_plan, fit_move(rest, trial_plan, seen), PublicContexts(units, contexts.mask, whole)
+    )
 
 
 def _without(book: Codebook, kept: torch.Tensor) -> Codebook:
@@ -176,14 +178,14 @@ def with_mixed(
     move = fit_move(book, plain[0], training.units)
     trial = fit_trial(book, plain[0], training, jury.held.validation, seed)
     chosen, compared = [], []
-    for own, found in zip(plain, best, strict=True):
-        mixed = jury.judge(mixed_plan(own), Decoders(None, book.decoder, move))
-        if found.plan.release == "histogram":
-            compared.append(compare(found.plan, mixed.plan, trial, config, objective))
+    for histogram, leader in zip(plain, best, strict=True):
+        mixed = jury.judge(mixed_plan(histogram), Decoders(None, book.decoder, move))
+        if leader.plan.release == "histogram":
+            compared.append(compare(leader.plan, mixed.plan, trial, config, objective))
             better = compared[-1].mixed
         else:
-            better = mixed.plan.quality.fvu < found.plan.quality.fvu
-        chosen.append(mixed if better else found)
+            better = mixed.plan.quality.fvu < leader.plan.quality.fvu
+        chosen.append(mixed if better else leader)
     return chosen, move, compared
 
 

@@ -138,7 +138,7 @@ def _around(levels: list[int]) -> list[list[int]]:
 def _cosine(response: ProductResponse, part: int, size: int, first: float, any_one: float) -> float:
     other = (size * any_one - first) / (size - 1) if size > 1 else any_one
     right = response.right(part)
-    return response.told * (right * first + (1 - right) * other) + (1 - response.told) * any_one
+    return response.truth * (right * first + (1 - right) * other) + (1 - response.truth) * any_one
 
 
 def _expected(response: ProductResponse, part: int, ranked: Ranked) -> torch.Tensor:
@@ -146,4 +146,4 @@ def _expected(response: ProductResponse, part: int, ranked: Ranked) -> torch.Ten
     size, right = ranked.size, response.right(part)
     mean, first = ranked.total / size, ranked.top[:, 0]
     other = (ranked.total - first) / (size - 1) if size > 1 else mean
-    return response.told * (right * first + (1 - right) * other) + (1 - response.told) * mean
+    return response.truth * (right * first + (1 - right) * other) + (1 - response.truth) * mean

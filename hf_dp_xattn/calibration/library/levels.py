@@ -121,11 +121,11 @@ def _moved(
     for _ in range(rounds):
         pairs = [(part @ centres.mT).topk(2, dim=1) for part in codes.split(max(1, _BLOCK // size))]
         first, cells = (torch.cat([pair[i] for pair in pairs]) for i in (0, 1))
-        found = float((weights * first[:, 0]).sum())
-        if best is not None and found <= best[0]:
+        value = float((weights * first[:, 0]).sum())
+        if best is not None and value <= best[0]:
             most = max(1, most // 2)
         else:
-            best = found, centres, first, cells
+            best = value, centres, first, cells
         _, centres, first, cells = best
         loss = torch.zeros(size).index_add_(0, cells[:, 0], weights * (first[:, 0] - first[:, 1]))
         far = ((1.0 - first[:, 0]).clamp_min(0.0) + 1e-7) * weights

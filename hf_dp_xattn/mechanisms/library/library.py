@@ -77,8 +77,8 @@ class FromLibrary(Mechanism[torch.Tensor]):
     def canaries(self, count: int, rows: int, generator: torch.Generator) -> list[torch.Tensor]:
         """Codes of one unit, far out in random directions of the public box."""
         center = self.shelves[0].lattice.map.center
-        found = torch.randn(count, self.answers, len(center), generator=generator, dtype=torch.float64)
-        return [(center + d.sign() * _FAR).float() for d in found]
+        directions = torch.randn(count, self.answers, len(center), generator=generator, dtype=torch.float64)
+        return [(center + d.sign() * _FAR).float() for d in directions]
 
     def bystander(self) -> torch.Tensor:
         return self.shelves[0].lattice.map.center.float().unsqueeze(0)
@@ -140,7 +140,7 @@ class PreparedLibrary(FromLibrary):
                 1.0,
                 0.0,
                 f"all {self.answers} parts are answered together by one of {lists} combinations of public texts: the nearest ones with "
-                f"probability {self.joint.told:.4g}, or any combination (pure epsilon; delta is not used)",
+                f"probability {self.joint.truth:.4g}, or any combination (pure epsilon; delta is not used)",
             )
         each = float(self.shelves[0].response.epsilon)
         return _numbers(
@@ -164,14 +164,14 @@ class PreparedLibrary(FromLibrary):
         """[m, 1 + t]: each unit's place, which is public, and the entries of its shelf that are nearest to it; of a joint answer [m, 1]:
         the nearest one. A function of each unit and of its public place alone."""
         rows = rows_of(private)
-        own = torch.tensor(self._shelves_of(len(rows)), dtype=torch.int64)
+        places = torch.tensor(self._shelves_of(len(rows)), dtype=torch.int64)
         most = 1 if self.joint is not None else max(shelf.response.near for shelf in self.shelves)
         near = torch.zeros(len(rows), most, dtype=torch.int64)
-        for place in own.unique().tolist():
+        for place in places.unique().tolist():
             shelf = self.shelves[place]
             count = 1 if self.joint is not None else shelf.response.near
-            near[own == place, :count] = shelf.lattice.nearest(rows[own == place], count)
-        return (near if self.joint is not None else torch.cat([own[:, None], near], dim=1),)
+            near[places == place, :count] = shelf.lattice.nearest(rows[places == place], count)
+        return (near if self.joint is not None else torch.cat([places[:, None], near], dim=1),)
 
     def decode(self, noised: Integers, state: State) -> tuple[str, ...]:
         """The entries' texts."""
