@@ -76,13 +76,13 @@ def only_the_release(subject: Driver, pair: Pair) -> Check:
         return Check(name, NOT_APPLICABLE, NO_POWER)
     compared, broken = 0, False
     with subject.protected() as handle, held_fixed(handle):
-        ways: list[Callable[[Canary], Outputs | None]] = [
+        uses: list[Callable[[Canary], Outputs | None]] = [
             lambda c: subject.answer(subject.inputs(subject.release(c))),
             subject.direct,
         ]
         equal = True
-        for way in ways:
-            a, b = (way(c) for c in pair)
+        for use in uses:
+            a, b = (use(c) for c in pair)
             if a is None or b is None:
                 continue
             compared += 1

@@ -252,12 +252,12 @@ def _installed(host: Host, settings: Settings, pipe: Any) -> Protected:
 
 def _check_types(settings: Settings) -> None:
     """A path or a number in the place of an object would be noticed at the first release only, or be taken for something else."""
-    for name, value, kinds, way in (
+    for name, value, kinds, expected in (
         ("ledger", settings.ledger, (Ledger,), "dpx.Ledger(path)"),
         ("budget", settings.budget, (Budget,), "dpx.Budget(epsilon, delta)"),
     ):
         if value is not None and not isinstance(value, kinds):
-            raise ConfigError(f"`{name}` is a {type(value).__name__}: pass {way}. Nothing was patched.")
+            raise ConfigError(f"`{name}` is a {type(value).__name__}: pass {expected}. Nothing was patched.")
 
 
 def _check_same(handle: Protected, settings: Settings) -> None:
