@@ -254,7 +254,7 @@ def _plans(
     for epsilon in sorted(set(map(float, options.epsilons))):
         if joint is None:
             picks = shelving.picks(public, judges, epsilon)
-            plans.append(shelving.made(picks, units, public, judges, epsilon))
+            plans.append(shelving.refitted(picks, units, public, judges, epsilon))
         else:
             plans.append(joint.plan(epsilon))
         if joint is None and unit == "group":

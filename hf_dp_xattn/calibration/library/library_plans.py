@@ -100,21 +100,21 @@ class Ranked:
         for at, block in enumerate(units.split(rows)):
             cosines = block @ entries.mT
             if kinds is not None:
-                own = kinds[0][at * rows : at * rows + len(block)].unsqueeze(1) == kinds[1]
-                others = (~own).sum(1, keepdim=True)
-                mean = cosines.masked_fill(own, 0.0).sum(1, keepdim=True) / others.clamp_min(1)
-                cosines = torch.where(own, mean, cosines)
+                same = kinds[0][at * rows : at * rows + len(block)].unsqueeze(1) == kinds[1]
+                others = (~same).sum(1, keepdim=True)
+                mean = cosines.masked_fill(same, 0.0).sum(1, keepdim=True) / others.clamp_min(1)
+                cosines = torch.where(same, mean, cosines)
             parts.append((cosines.topk(keep, dim=1).values, cosines.sum(1)))
         return cls(torch.cat([t for t, _ in parts]), torch.cat([s for _, s in parts]), len(entries))
 
     def expected(self, response: RankResponse) -> torch.Tensor:
         """[n]: each unit's expected cosine."""
         last = response.weights[-1] / response.total
-        found, done = last * self.total, 0
+        mean, done = last * self.total, 0
         for count, weight in zip(response.counts[:-1], response.weights[:-1], strict=True):
-            found = found + (weight / response.total - last) * self.top[:, done : done + count].sum(1)
+            mean = mean + (weight / response.total - last) * self.top[:, done : done + count].sum(1)
             done += count
-        return found
+        return mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,9 +154,9 @@ class Shelving:
         """Held-out units that tell how a shelf does: its own, or where they are few all at such a place, or all."""
         if shelf is None:
             return held.some(_HELD, self.seed)
-        own = held.where(held.shelf == shelf)
+        here = held.where(held.shelf == shelf)
         alike = held.where(held.shelf % len(PLACES) == shelf % len(PLACES))
-        chosen = next((u for u in (own, alike) if len(u.text) >= _FEW), held)
+        chosen = next((u for u in (here, alike) if len(u.text) >= _FEW), held)
         return chosen.some(_HELD, self.seed)
 
     def ranked(self, units: PublicUnits, entries: torch.Tensor, *, unseen: bool = False) -> Ranked:
@@ -213,11 +213,11 @@ class Shelving:
         ranked, best = self.ranked(judges, entries), None
         for near in (t for t in _NEAR if t < ranked.size):
             try:
-                found = float(ranked.expected(RankResponse.of(epsilon, ranked.size, near)).mean())
+                mean = float(ranked.expected(RankResponse.of(epsilon, ranked.size, near)).mean())
             except ConfigError:
                 continue  # weights beyond 2^48
-            if best is None or found > best.mean:
-                best = Pick(size, near, entries, found)
+            if best is None or mean > best.mean:
+                best = Pick(size, near, entries, mean)
         if best is None:
             raise ConfigError("A library needs at least 2 distinct public texts.")
         return best
@@ -226,7 +226,7 @@ class Shelving:
         self, units: PublicUnits, public: PublicUnits, held: PublicUnits, epsilon: float, answers: int = 1
     ) -> LibraryPlan:
         """Chosen by `held` with the texts of `public`, then made of all public `units`."""
-        return self.made(self.picks(public, held, epsilon), units, public, held, epsilon, answers)
+        return self.refitted(self.picks(public, held, epsilon), units, public, held, epsilon, answers)
 
     def picks(self, public: PublicUnits, held: PublicUnits, epsilon: float) -> list[Pick]:
         """What does best at each place, of the texts of `public`."""
@@ -242,7 +242,7 @@ class Shelving:
             start = picks[-1].size or start
         return picks
 
-    def made(
+    def refitted(
         self,
         picks: Sequence[Pick],
         units: PublicUnits,
@@ -253,15 +253,19 @@ class Shelving:
     ) -> LibraryPlan:
         """The plan of these picks, of all public `units`."""
         lists = Lists()
-        own: list[tuple[int, int]] = []
+        numbers: list[tuple[int, int]] = []
         for i, (shelf, pick) in enumerate(zip(self.shelves, picks, strict=True)):
             same = i > 0 and pick is picks[i - 1]
-            own.append(
-                own[-1] if same else lists.add(self.entries(units, pick.size, shelf, epsilon), pick.near)
+            numbers.append(
+                numbers[-1] if same else lists.add(self.entries(units, pick.size, shelf, epsilon), pick.near)
             )
         quality = self._quality(picks, public, held, epsilon)
         return LibraryPlan(
-            epsilon, answers, tuple(lists.all), tuple(own if len(set(own)) > 1 else own[:1]), quality
+            epsilon,
+            answers,
+            tuple(lists.all),
+            tuple(numbers if len(set(numbers)) > 1 else numbers[:1]),
+            quality,
         )
 
     def _quality(
@@ -276,7 +280,7 @@ class Shelving:
                 for i, unseen in enumerate((False, True)):
                     ranked = self.ranked(held.where(here), pick.entries, unseen=unseen)
                     expected[i, here] = ranked.expected(RankResponse.of(epsilon, ranked.size, pick.near))
-        seen, unseen_kinds = (by_context(1.0 - own, held.context) for own in expected)
+        seen, unseen_kinds = (by_context(1.0 - cosines, held.context) for cosines in expected)
         return LibraryQuality(*of_one_context(seen, unseen_kinds), 1.0 - float(exact.mean()), len(seen))
 
 
@@ -288,10 +292,10 @@ class Lists:
 
     def add(self, entries: torch.Tensor, near: int = 1) -> tuple[int, int]:
         """(its number, near), near at most one less than it holds."""
-        own = next((i for i, known in enumerate(self.all) if torch.equal(known, entries)), len(self.all))
-        if own == len(self.all):
+        index = next((i for i, known in enumerate(self.all) if torch.equal(known, entries)), len(self.all))
+        if index == len(self.all):
             self.all.append(entries)
-        return own, max(1, min(near, len(entries) - 1))
+        return index, max(1, min(near, len(entries) - 1))
 
 
 def by_context(values: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
