@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from ..errors import ConfigError
 from .anchors.anchors_calibration import AnchorCalibration
 from .anchors.anchors_fit import candidates, fit_anchors
 from .anchors.slot_schedule import slot_schedule, slots_for
-from .calibration import AnyCalibration, Calibration
+from .calibration import AnyCalibration
 from .calibration_options import CalibrationOptions
-from .kernel_fit import PublicQueries, Rows, fit_calibration
+from .kernel_fit import fit_kernel_sums
 from .library.library_fit import LibraryOptions, build_library
 from .library.text_library import TextLibrary
 from .public_data import PublicData, PublicTexts
@@ -48,7 +48,7 @@ def fit(config: DPXAttnConfig, data: PublicData | PublicTexts, options: Calibrat
     Raises:
         ConfigError: too few contexts, or too few distinct rows, documents or texts.
     """
-    fitted = _FITS.get(config.mechanism, _kernel)(config, data, options)
+    fitted = _FITS.get(config.mechanism, fit_kernel_sums)(config, data, options)
     fitted.verify()
     return fitted
 
@@ -61,28 +61,6 @@ def _anchors(config: DPXAttnConfig, data: Any, options: CalibrationOptions) -> A
         slots = slots_for(slots, data.contexts.units.shape[1])
     with torch.enable_grad():
         return fit_anchors(config, data, options.anchor_settings(validation=data.validation, slots=slots))
-
-
-@torch.no_grad()
-def _kernel(config: DPXAttnConfig, data: Any, options: CalibrationOptions) -> Calibration:
-    layers = data.objective.layers
-
-    def keys_and_values() -> Iterator[Rows]:
-        for rows in data.rows():
-            pairs = [layer.project(rows.unsqueeze(0)) for layer in layers]
-            yield [k[0] for k, _ in pairs], [v[0] for _, v in pairs]
-
-    return fit_calibration(
-        config,
-        data.specs,
-        keys_and_values,
-        PublicQueries([p.queries for p in layers], [p.gain for p in layers]),
-        count=data.count,
-        epsilons=options.epsilons,
-        rank=options.rank,
-        groups=data.groups,
-        progress=options.progress,
-    )
 
 
 def _library(config: DPXAttnConfig, data: Any, options: CalibrationOptions) -> TextLibrary:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,19 +31,13 @@ from ..mechanisms.kernel_sum.features import FeatureMap, features_of
 from ..mechanisms.kernel_sum.geometry import HeadGeometry, balance
 from ..mechanisms.kernel_sum.sketch import SketchBasis, integer_analysis, sketch_units
 from ..privacy.lattice import lattice_exponent
+from .anchors.objective import LayerProbe
 from .calibration import BOUND_FIELDS, Calibration
+from .calibration_options import CalibrationOptions
 from .kernel_plans import HeldOut, Probe, fit_plan
-from .progress import QUIET, Progress
+from .public_data import PublicData
 
 Rows = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]  # keys, values per layer: [H, n, d], [H, n, dv]
-
-
-@dataclass(frozen=True)
-class PublicQueries:
-    """Public queries per layer, [H, m, d], and how much a head's output channel moves the layer's output, [H]."""
-
-    queries: Sequence[torch.Tensor]
-    gains: Sequence[torch.Tensor]
 
 
 @dataclass
@@ -75,54 +69,56 @@ class Moments:
         return self.product / self.count - mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
 
-def fit_calibration(
+@torch.no_grad()
+def fit_kernel_sums(
     config: DPXAttnConfig,
-    specs: Sequence[LayerSpec],
-    contexts: Callable[[], Iterable[Rows]],
-    public_queries: PublicQueries,
+    data: PublicData,
+    options: CalibrationOptions,
     *,
-    count: int,
-    epsilons: Sequence[float],
-    rank: int = 128,
-    groups: torch.Tensor | Sequence[torch.Tensor] | None = None,
     row_weight_spread: float = 0.0,
-    progress: Progress = QUIET,
 ) -> Calibration:
-    """Fits everything; `contexts()` is called several times and yields the same `count` public contexts.
+    """Fits everything.
 
     Args:
-        rank: directions of the sketch; 0 fits geometry and bounds only.
-        groups: [n] public grouping of the rows, for unit="group"; or one for each context, all with as many groups.
+        config: what a release promises; its epsilon is not looked at.
+        data: layers, and public contexts, which are read several times.
+        options: epsilons, rank (directions of the sketch; 0 fits geometry and bounds only) and progress.
         row_weight_spread: how much of the mean query may become a row weight (see `absorbed_query`); 0 for none, which has been the
             best choice where logits are large.
 
     Raises:
         ConfigError: too few contexts.
     """
+    count, rank, progress, layers = data.count, options.rank, options.progress, data.objective.layers
     if count < 8:
         raise ConfigError(f"A calibration needs at least 8 public contexts, got {count}.")
+
+    def contexts() -> Iterator[Rows]:
+        for rows in data.rows():
+            pairs = [layer.project(rows.unsqueeze(0)) for layer in layers]
+            yield [k[0] for k, _ in pairs], [v[0] for _, v in pairs]
 
     def stream(label: str) -> Iterable[Rows]:
         return progress.track(contexts(), label, count)
 
     # every pass takes about as long for a context as the first one, the choice of a plan as long as some of them
     progress.expect("moments", count, 0.0, decides=True)
-    geometries, n = _fit_geometry(config, specs, stream("moments"), public_queries, row_weight_spread)
+    geometries, n = _fit_geometry(config, data.specs, stream("moments"), layers, row_weight_spread)
     each = progress.each("moments")
     later = ("clipping bound", *(() if rank == 0 else ("metric", "sketch basis", "held-out contexts")))
     for label in later:
         progress.expect(label, count, each)
     if rank:
-        progress.expect("plans", len(epsilons), 1.0)
+        progress.expect("plans", len(options.epsilons), 1.0)
     features = [features_of(config, g.projected_dim) for g in geometries]
-    units = _units(config.unit, n, groups)
+    units = _units(config.unit, n, data.groups)
     clip_norm = _unit_norm(geometries, features, stream("clipping bound"), units, limit=64)
     encoders = [
         LayerEncoder(g, f, lattice_exponent(clip_norm)) for g, f in zip(geometries, features, strict=True)
     ]
     settings = {name: getattr(config, name) for name in BOUND_FIELDS}
     result = Calibration(
-        layers=tuple(s.name for s in specs),
+        layers=tuple(s.name for s in data.specs),
         geometries=tuple(geometries),
         settings=settings,
         clip_norm=clip_norm,
@@ -131,16 +127,14 @@ def fit_calibration(
     )
     if rank == 0:
         return result
-    metric = _fit_metric(encoders, public_queries, stream("metric"), limit=32)
+    metric = _fit_metric(encoders, layers, stream("metric"), limit=32)
     used = max(4, count * 2 // 3)
     basis = _fit_basis(encoders, metric, stream("sketch basis"), used, min(rank, used - 1), len(units[0]))
-    held_out = _sketch_held_out(
-        encoders, metric, basis, stream("held-out contexts"), used, units, public_queries, 24
+    held_out = _sketch_held_out(encoders, metric, basis, stream("held-out contexts"), used, units, layers, 24)
+    probe = Probe(encoders, basis, [p.queries.cpu() for p in layers], [p.gain.cpu() for p in layers])
+    plans = tuple(
+        fit_plan(config, float(e), held_out, probe) for e in progress.track(options.epsilons, "plans")
     )
-    probe = Probe(
-        encoders, basis, [q.cpu() for q in public_queries.queries], [g.cpu() for g in public_queries.gains]
-    )
-    plans = tuple(fit_plan(config, float(e), held_out, probe) for e in progress.track(epsilons, "plans"))
     return dataclasses.replace(result, basis=basis, plans=plans)
 
 
@@ -160,7 +154,7 @@ def _fit_geometry(
     config: DPXAttnConfig,
     specs: Sequence[LayerSpec],
     contexts: Iterable[Rows],
-    public: PublicQueries,
+    public: Sequence[LayerProbe],
     row_weight_spread: float,
 ) -> tuple[list[HeadGeometry], int]:
     keys, values = [Moments() for _ in specs], [Moments() for _ in specs]
@@ -175,7 +169,7 @@ def _fit_geometry(
     geometries = []
     for i, spec in enumerate(specs):
         queries = Moments()
-        queries.add(public.queries[i])
+        queries.add(public[i].queries)
         absorbed = absorbed_query(queries.mean, keys[i].covariance, spec.scale, row_weight_spread)
         rest = queries.mean - absorbed
         second = queries.covariance + rest.unsqueeze(-1) * rest.unsqueeze(-2)
@@ -183,7 +177,7 @@ def _fit_geometry(
         ones = torch.ones(spec.heads, dtype=torch.float64)
         variance = values[i].covariance.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(1e-12)  # [H] E|v - c|^2
         # a head's share of the joint norm follows its effect on the layer's output; layers count alike
-        effect = (public.gains[i].double() * variance).sum().clamp_min(1e-30)
+        effect = (public[i].gain.double() * variance).sum().clamp_min(1e-30)
         radius = ones * math.sqrt(config.logit_bound)
         geometries.append(
             HeadGeometry(
@@ -195,7 +189,7 @@ def _fit_geometry(
                 key_radius=radius,
                 query_radius=radius,
                 value_center=values[i].mean.cpu(),
-                value_scale=(public.gains[i].double() / effect).sqrt().clamp_min(1e-12).cpu(),
+                value_scale=(public[i].gain.double() / effect).sqrt().clamp_min(1e-12).cpu(),
                 normalizer_weight=(variance.sqrt() / spec.value_dim**0.25).cpu(),
                 key_range=2.0 * ranges[i] + keys[i].mean.abs().amax(-1).cpu() + 1e-6,
                 scale=spec.scale,
@@ -245,11 +239,11 @@ class _LayerMetric:
 
 
 def _fit_metric(
-    encoders: Sequence[LayerEncoder], public: PublicQueries, contexts: Iterable[Rows], limit: int
+    encoders: Sequence[LayerEncoder], public: Sequence[LayerProbe], contexts: Iterable[Rows], limit: int
 ) -> list[_LayerMetric]:
     mean_sums = [torch.zeros(1) for _ in encoders]
     seen = 0
-    feats = [_query_features(e, q) for e, q in zip(encoders, public.queries, strict=True)]
+    feats = [_query_features(e, p.queries) for e, p in zip(encoders, public, strict=True)]
     moments: list[list[torch.Tensor]] = [[] for _ in encoders]
     for i, (keys, values) in enumerate(contexts):
         if i == limit:
@@ -269,7 +263,7 @@ def _fit_metric(
         out_square = stacked[:, 1].mean(0).sum(-1)  # [H]
         # variance over contexts and queries of the centred output
         variance_h = (stacked[:, 1].mean(0) - stacked[:, 0].mean(0).square()).sum(-1).clamp_min(1e-12)
-        gain = public.gains[j].double().cpu()
+        gain = public[j].gain.double().cpu()
         weight = gain / (gain * variance_h).sum()  # [H], so that a layer's metric is its FVU
         feature = feat / normalizer.clamp_min(1e-6).unsqueeze(-1)
         second = feature.mT @ feature / feature.shape[1] * weight[:, None, None]
@@ -353,7 +347,7 @@ def _sketch_held_out(
     contexts: Iterable[Rows],
     used: int,
     units: Sequence[Sequence[torch.Tensor]],
-    public: PublicQueries,
+    public: Sequence[LayerProbe],
     simulated: int,
 ) -> HeldOut:
     matrices = [integer_analysis(a) for a in basis.analysis]
@@ -365,7 +359,7 @@ def _sketch_held_out(
         if len(outputs) < simulated:
             scales = [e.geometry.scale for e in encoders]
             outputs.append(
-                [_exact(q, k, v, s) for q, k, v, s in zip(public.queries, keys, values, scales, strict=True)]
+                [_exact(p.queries, k, v, s) for p, k, v, s in zip(public, keys, values, scales, strict=True)]
             )
         members = units[i % len(units)]
         sketches.append(sketch_units(encoders, keys, values, members, matrices))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from hf_dp_xattn.calibration.anchors.objective import LayerProbe, Objective
 from hf_dp_xattn.calibration.calibration import Calibration
-from hf_dp_xattn.calibration.kernel_fit import PublicQueries, fit_calibration
+from hf_dp_xattn.calibration.calibration_options import CalibrationOptions
+from hf_dp_xattn.calibration.kernel_fit import fit_kernel_sums
+from hf_dp_xattn.calibration.public_data import PublicData
 from hf_dp_xattn.config import DPXAttnConfig
 from hf_dp_xattn.mechanisms.base import LayerSpec
 
@@ -36,15 +41,25 @@ class SyntheticModel:
 
         return [heads(w) for w in self.wk], [heads(w) for w in self.wv]
 
-    def calibrate(self, config: DPXAttnConfig, count: int = 160, **kwargs) -> Calibration:  # type: ignore[no-untyped-def]
+    def calibrate(self, config: DPXAttnConfig, count: int = 160, **kwargs: Any) -> Calibration:
         public = self.contexts(count, seed=1)
         options = {"epsilons": (1.0, 8.0, 1000.0), "rank": 32, **kwargs}
-        gains = [torch.ones(HEADS) for _ in DIMS]
-        return fit_calibration(
-            config,
-            self.specs,
-            lambda: (self.rows(x) for x in public),
-            PublicQueries(self.queries, gains),
+        own = {name: options.pop(name) for name in ("groups", "row_weight_spread") if name in options}
+        groups = own.pop("groups", None)
+
+        def layer(i: int) -> LayerProbe:
+            def project(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                keys, values = self.rows(x[0])
+                return keys[i].unsqueeze(0), values[i].unsqueeze(0)
+
+            return LayerProbe(project, self.specs[i].scale, self.queries[i], torch.ones(HEADS))
+
+        data = PublicData(
+            Objective([layer(i) for i in range(len(DIMS))], torch.zeros(0, CHANNELS)),
+            "rows",
+            specs=self.specs,
+            rows=lambda: public,
             count=count,
-            **options,
+            groups=groups,
         )
+        return fit_kernel_sums(config, data, CalibrationOptions(**options), **own)
