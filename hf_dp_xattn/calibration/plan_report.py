@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import DPXAttnConfig
 from ..errors import ConfigError
-from ..privacy.guessing import PRIORS
+from ..privacy.accountant import Event, epsilon_of, needs_delta
+from ..privacy.guessing import PRIORS, guess_bound
 from .curves import INTERPOLATED, OUTSIDE, Curve, Estimate, Wanted
 
 
@@ -38,6 +41,20 @@ class PlanPoint:
     seconds: float | None
     guesses: tuple[tuple[float, float], ...]
     useless: str | None = None
+
+
+def charge_of(config: DPXAttnConfig, events: Sequence[Event]) -> dict[str, Any]:
+    """The fields of a point that say what a release is charged, by the ledger's accountant, and what that means for an attacker."""
+    # a pure release promises the same at delta = 0
+    delta = config.delta if needs_delta(events) else 0.0
+    charged = epsilon_of(events, delta)
+    return {
+        "epsilon": config.epsilon,
+        "events": tuple(e.to_dict() for e in events),
+        "charged": charged,
+        "charged_delta": delta,
+        "guesses": tuple((p, guess_bound(charged, delta, p, config.neighboring)) for p in PRIORS),
+    }
 
 
 @dataclass(frozen=True)

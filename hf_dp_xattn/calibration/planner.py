@@ -16,8 +16,6 @@ from ..errors import ConfigError
 from ..mechanisms.anchors.plan import AnchorPlan, Decoders
 from ..mechanisms.anchors.sources import PreparedAnchors
 from ..not_covered import PLAN, PLAN_UNIT
-from ..privacy.accountant import epsilon_of, needs_delta
-from ..privacy.guessing import PRIORS, guess_bound
 from ..privacy.units import NeighboringRelation, Unit
 from .anchors.anchors_calibration import NOTHING, AnchorCalibration
 from .calibration import Calibration
@@ -25,7 +23,7 @@ from .curves import INTERPOLATED, OUTSIDE, SCALED, Curve
 from .few_units import SAME_SIZE, fvu_curve, of_units, score_curve, too_few
 from .library.library_planner import plan_library
 from .library.text_library import TextLibrary
-from .plan_report import Plan, PlanPoint
+from .plan_report import Plan, PlanPoint, charge_of
 from .release_timing import REPEATS, median_seconds, this_machine
 
 __all__ = ["Plan", "PlanPoint", "plan"]
@@ -150,26 +148,18 @@ def _point(
     measure: bool,
 ) -> PlanPoint:
     prepared = calibration.prepare(config)
-    events = prepared.events
-    # a pure release promises the same at delta = 0
-    delta = config.delta if needs_delta(events) else 0.0
-    charged = epsilon_of(events, delta)
     rows = _rows(prepared.plan, prepared.decoders)
     return PlanPoint(
-        epsilon=config.epsilon,
+        **charge_of(config, prepared.events),
         fvu=of_units(calibration, fvu, config.epsilon, units),
         score=None if scores is None else of_units(calibration, scores, config.epsilon, units),
         release=prepared.plan.release,
         made_for=prepared.plan.epsilon,
         meaning=prepared.leaves.clipping,
         noise=prepared.noise_numbers,
-        events=tuple(e.to_dict() for e in events),
-        charged=charged,
-        charged_delta=delta,
         rows=rows,
         kv_bytes=rows * row_bytes,
         seconds=_measure(prepared, units) if measure else None,
-        guesses=tuple((p, guess_bound(charged, delta, p, config.neighboring)) for p in PRIORS),
         useless=calibration.useless(config) or too_few(calibration, config.epsilon, units),
     )
 

@@ -10,10 +10,8 @@ from ...config import DPXAttnConfig
 from ...errors import ConfigError
 from ...mechanisms.library.library import PreparedLibrary
 from ...not_covered import PLAN_TEXTS
-from ...privacy.accountant import epsilon_of
-from ...privacy.guessing import PRIORS, guess_bound
 from ..curves import Curve
-from ..plan_report import Plan, PlanPoint
+from ..plan_report import Plan, PlanPoint, charge_of
 from ..release_timing import median_seconds, this_machine
 from .text_library import TextLibrary
 
@@ -85,22 +83,17 @@ def plan_library(
 def _point(config: DPXAttnConfig, library: TextLibrary, curve: Curve, units: int, measure: bool) -> PlanPoint:
     # a context that is one unit in parts: of as many as the largest public one has
     prepared = library.prepare(config, units=1 if library.plan_for(config.epsilon).answers else library.units)
-    charged = epsilon_of(prepared.events, 0.0)
     return PlanPoint(
-        epsilon=config.epsilon,
+        **charge_of(config, prepared.events),
         fvu=curve.at(config.epsilon),
         score=None,
         release="texts",
         made_for=library.plan_for(config.epsilon).epsilon,
         meaning=prepared.numbers.clipping,
         noise={"nearest": prepared.likely},
-        events=tuple(e.to_dict() for e in prepared.events),
-        charged=charged,
-        charged_delta=0.0,
         rows=max(len(shelf.texts) for shelf in prepared.shelves),
         kv_bytes=0,
         seconds=_measure(prepared, units) if measure else None,
-        guesses=tuple((p, guess_bound(charged, 0.0, p, config.neighboring)) for p in PRIORS),
     )
 
 
