@@ -46,7 +46,10 @@ def main() -> None:
     library.save_pretrained(args.out)
     print(f"{len(library.texts)} public sentences in {args.out}")
     for plan in library.plans:
-        print(f"epsilon {plan.epsilon:g}: {plan.entries.shape[-1]} may answer, {plan.quality}")
+        found = plan.quality
+        print(
+            f"epsilon {plan.epsilon:g}: distortion {found.distortion:.3f} ({found.low:.3f} to {found.high:.3f})"
+        )
 
 
 if __name__ == "__main__":
