@@ -13,7 +13,17 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..privacy.default_ledger import user_folder
-from .models import SETTINGS, driver_of, is_protected, load_plain, parse_dtype, protected_model, quiet
+from .models import (
+    SETTINGS,
+    driver_of,
+    is_protected,
+    load_plain,
+    load_tokenizer,
+    parse_dtype,
+    protected_model,
+    quiet,
+    source_of,
+)
 from .private_text import LINES, WHY, read_private_text
 from .public_numbers import NOTHING, check_numbers
 from .release_command import REFUSED, add_releasing, keep, new_folder, open_ledger, release_or_refuse, say
@@ -200,7 +210,9 @@ def _read_saved(args: argparse.Namespace) -> tuple[Any, Any]:
         host = from_pretrained(args.model, dtype=dtype)
     else:
         host = load_plain(args.model, dtype)
-    release = Release.from_pretrained(args.release, host=host)
+    # a GGUF file has no tokenizer beside it
+    words = load_tokenizer(args.model) if source_of(args.model)[1] else None
+    release = Release.from_pretrained(args.release, host=host, tokenizer=words)
     return handle_of(host), release
 
 

@@ -165,6 +165,7 @@ class Release(BaseRelease):
         *,
         host: Any,
         ledger: Ledger | None = None,
+        tokenizer: Any = None,
         **options: Unpack[HubOptions],
     ) -> BaseRelease:
         """Loads a release (a folder or a Hub repository, `HubOptions`) for `host`, which is protected with the release's config if it
@@ -178,6 +179,7 @@ class Release(BaseRelease):
             host: what it is to serve.
             options: revision, token, subfolder, ... (`artefacts.HubOptions`).
             ledger: what has been spent so far, if the host is to make releases too. The variable HF_DP_XATTN_LEDGER gives one as well.
+            tokenizer: of released text: of a model that comes without a pipeline and has none beside it (a GGUF file).
 
         Raises:
             ConfigError: the host is protected already, with another ledger.
@@ -190,7 +192,11 @@ class Release(BaseRelease):
                 "This host is protected with another ledger, or with none, already. Load the release without `ledger`; or call "
                 f"dpx.unprotect(host) and load it with this one ({STAYS})."
             )
-        handle = protect_to_serve(host, file.config, ledger=ledger) if known is None else known
+        handle = (
+            protect_to_serve(host, file.config, ledger=ledger, tokenizer=tokenizer)
+            if known is None
+            else known
+        )
         try:
             return cast(BaseRelease, handle.take_in(file))
         except DPXAttnError:

@@ -178,3 +178,20 @@ def test_a_prompt_among_the_arguments_is_not_repeated(models_folder: Path, capsy
             generate(models_folder, "plain", "--ledger", "l", "--out", "a.png", *KERNEL, *wrong)
         assert stop.value.code == 2
         assert "zebra" not in "".join(capsys.readouterr())
+
+
+def test_a_release_for_a_model_without_a_tokenizer_beside_it(models_folder: Path, tmp_path: Path) -> None:
+    """As of a GGUF file."""
+    model = load_plain(str(models_folder / "chat"), torch.float32)
+    words, model.name_or_path = chat_tokenizer(), ""
+    public = ["quartz zebra", "wyvern quartz", "zebra wyvern", "quartz"]
+    config = dpx.DPXAttnConfig(mechanism="library", epsilon=8.0)
+    library = dpx.calibrate(model, public, config, epsilons=8.0, tokenizer=words, progress=False)
+    with dpx.protect(model, config, calibration=library, tokenizer=words, ledger=dpx.Ledger()) as handle:
+        handle.release("quartz wyvern").save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6]])
+    with pytest.raises(dpx.ConfigError, match="no tokenizer beside"):
+        dpx.Release.from_pretrained(tmp_path, host=model).inputs(input_ids=ids)
+    dpx.unprotect(model)
+    release = dpx.Release.from_pretrained(tmp_path, host=model, tokenizer=words)
+    assert release.inputs(input_ids=ids)["input_ids"].shape[1] > 2

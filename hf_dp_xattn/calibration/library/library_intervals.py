@@ -15,6 +15,7 @@ from ..anchors.kmeans import assign, kmeans
 KINDS = 48
 _OF_A_KIND = 8
 _TAIL = 0.025
+_ENOUGH = 20  # contexts, for the tails of what they get
 
 
 def kinds_of(codes: torch.Tensor, seed: int) -> torch.Tensor:
@@ -27,7 +28,7 @@ def kinds_of(codes: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def of_one_context(seen: torch.Tensor, unseen: torch.Tensor) -> tuple[float, float, float]:
-    """The mean of seen, and an interval for one context.
+    """The mean of seen, and an interval for one context; from all to nothing where too few contexts were held out to tell.
 
     Args:
         seen: [n] distortion of each held-out context.
@@ -35,4 +36,6 @@ def of_one_context(seen: torch.Tensor, unseen: torch.Tensor) -> tuple[float, flo
     """
     mean = float(seen.mean())
     low, high = float(seen.quantile(_TAIL)), float(unseen.quantile(1.0 - _TAIL))
+    if len(seen) < _ENOUGH:
+        low, high = 0.0, max(high, 1.0)
     return mean, max(0.0, min(low, mean)), min(2.0, max(high, mean))
