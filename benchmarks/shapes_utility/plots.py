@@ -203,6 +203,11 @@ def plot_lengths(lines: Sequence[Line], path: Path, note: str) -> None:
     _save(figure, path)
 
 
+def _most(lines: Sequence[Line], what: str) -> int:
+    """How many contexts or captions a line is of, at most."""
+    return max(int(v[what]) for v in lines if v.get(what))
+
+
 def draw_plots(results: dict[str, Any], folder: Path) -> list[Path]:
     """Every plot that the results allow."""
     made = []
@@ -213,11 +218,11 @@ def draw_plots(results: dict[str, Any], folder: Path) -> list[Path]:
         lines = [*results["a"]["lines"], *larger.get("fvu", [])]
         for queries in QUERIES:
             made.append(folder / f"fvu_{queries}.png")
-            plot_fvu(lines, queries, made[-1], note)
+            plot_fvu(lines, queries, made[-1], f"{note}; n = {_most(lines, 'contexts')} contexts")
     if "b" in results:
         lines = [*results["b"]["lines"], *larger.get("attributes", [])]
         made.append(folder / "attributes.png")
-        plot_attributes(lines, made[-1], note)
+        plot_attributes(lines, made[-1], f"{note}; n = {_most(lines, 'captions')} captions")
     if "c" in results and any(v["epsilon"] is not None for v in results["c"]["lines"]):
         made.append(folder / "fvu_rows.png")
         plot_lengths(results["c"]["lines"], made[-1], f"delta = {delta:g}, replace_one, unit = row")

@@ -94,6 +94,17 @@ def several_rows(epsilon: float, delta: float, rows: int = CODE_ROWS) -> tuple[f
     return rows * epsilon, min(1.0, delta * float(np.exp(np.arange(rows) * min(epsilon, 50.0)).sum()))
 
 
+def _prompts(lines: list[Line], segments: int | None = None) -> str:
+    """How many system prompts were tried, from the fewest of a line to the most."""
+    counts = sorted({x["prompts"] for x in lines if segments in (None, x["segments"])})
+    return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def _tries(lines: list[Line], attack: str) -> int:
+    """How many codes an attack was tried on."""
+    return max(int(x["extraction"][attack][1]) for x in lines)
+
+
 def plot_epsilon(lines: list[Line], segments: int, delta: float, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     exact = share(_of(lines, "none", segments)[0])[0]
@@ -114,7 +125,9 @@ def plot_epsilon(lines: list[Line], segments: int, delta: float, path: Path) -> 
             label=TITLES[unit],
         )
     left.set(
-        xscale="log", xlabel=f"epsilon (delta = {delta:g}, replace_one)", ylabel="replies right in full, %"
+        xscale="log",
+        xlabel=f"epsilon (delta = {delta:g}, replace_one); n = {_prompts(lines, segments)} prompts",
+        ylabel="replies right in full, %",
     )
     left.set_ylim(0, 102)
     chosen = _of(lines, "group", segments)
@@ -127,8 +140,8 @@ def plot_epsilon(lines: list[Line], segments: int, delta: float, path: Path) -> 
     right.set(
         xscale="log",
         yscale="log",
-        xlabel="epsilon, unit = group",
-        ylabel="extraction (none found: at $10^{-6}$); lines: at most",
+        xlabel=f"epsilon, unit = group; n = {_tries(chosen, names[0])} codes",
+        ylabel="codes found (none: at $10^{-6}$)\nlines: at most",
     )
     for axis in (left, right):
         axis.set_xticks(x, [f"{e:g}" for e in x])
@@ -152,7 +165,12 @@ def plot_size(lines: list[Line], path: Path) -> None:
         label = "none (not private)" if epsilon is None else f"epsilon = {epsilon:g}"
         y = [100 * share(c)[0] for c in chosen]
         axis.plot([c["rows"] for c in chosen], y, marker="o", color=colour, label=label)
-    axis.set(xscale="log", xlabel="n, private rows", ylabel="replies right in full, %", ylim=(0, 102))
+    axis.set(
+        xscale="log",
+        xlabel=f"private rows; {_prompts(lines)} prompts each",
+        ylabel="replies right in full, %",
+        ylim=(0, 102),
+    )
     sizes = sorted({x["rows"] for x in lines})
     axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
     axis.minorticks_off()

@@ -113,6 +113,12 @@ def above_bound(results: dict[str, Any]) -> list[str]:
     return found
 
 
+def _corpora(lines: Sequence[dict[str, Any]]) -> str:
+    """How many corpora were asked about, from the fewest of a line to the most."""
+    counts = sorted({x["corpora"] for x in lines})
+    return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
 def plot_accuracy(lines: Sequence[dict[str, Any]], path: Path) -> None:
     """Accuracy against epsilon (left) and against the number of documents (right)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True, sharey=True)
@@ -129,7 +135,12 @@ def plot_accuracy(lines: Sequence[dict[str, Any]], path: Path) -> None:
             color=colour,
             label=f"{key[0]}, {key[1]}, {key[2]:,}",
         )
-    left.set(xscale="log", xlabel="epsilon", ylabel="facts answered right, %", ylim=(0, 102))
+    left.set(
+        xscale="log",
+        xlabel=f"epsilon; n = {_corpora(lines)} corpora",
+        ylabel="facts answered right, %",
+        ylim=(0, 102),
+    )
     left.set_xscale("log", base=2)
     left.legend(fontsize=8)
     sizes = [k for k in series if k[:2] == ("anchors", "group")]
@@ -144,7 +155,7 @@ def plot_accuracy(lines: Sequence[dict[str, Any]], path: Path) -> None:
             label=_name(epsilon),
         )
     right.set_xscale("log", base=2)
-    right.set(xlabel="documents (anchors, group)")
+    right.set(xlabel=f"documents (anchors, group); n = {_corpora(lines)} corpora")
     right.legend(title="epsilon", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -155,6 +166,7 @@ def plot_extraction(results: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True, sharey=True)
     bound = results["bounds"]
     series = _series(results["lines"])
+    tries = max(x["trials"] for x in results["lines"])
     for panel, unit in zip(axes, ("group", "row"), strict=True):
         panel.plot(
             [b["epsilon"] for b in bound],
@@ -181,7 +193,7 @@ def plot_extraction(results: dict[str, Any], path: Path) -> None:
                 )
         panel.axhline(5, color="grey", linewidth=0.8)
         panel.set_xscale("log", base=2)
-        panel.set(title=f"unit = {unit}, 256 documents", xlabel="epsilon", ylim=(-2, 102))
+        panel.set(title=f"unit = {unit}, 256 documents", xlabel=f"epsilon; n = {tries} codes", ylim=(-2, 102))
         panel.legend(fontsize=8)
     axes[0].set_ylabel("code named among 20 candidates, %")
     figure.savefig(path, dpi=110)
