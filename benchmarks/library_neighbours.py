@@ -192,13 +192,21 @@ def plot(results: dict[str, Any], shares: dict[str, tuple[float, float, float]],
     reach = np.array([[shares[n][0] - shares[n][1], shares[n][2] - shares[n][0]] for n in names]).T
     figure, axis = plt.subplots(figsize=(8, 0.45 * len(names) + 1.2))
     colours = ["#009E73" if n == LIBRARY else "#999999" if n == NONE else "#0072B2" for n in names]
-    axis.barh(names, means, xerr=reach.clip(0), color=colours, capsize=3, height=0.65)
+    axis.errorbar(means, names, xerr=reach.clip(0), fmt="none", ecolor="black", capsize=3, lw=1)
+    axis.scatter(means, names, c=colours, s=60, zorder=3)
+    for name, mean in zip(names, means, strict=True):
+        axis.annotate(
+            f"{mean:.2f}", (mean, name), xytext=(0, 7), textcoords="offset points", ha="center", size=8
+        )
+    axis.set_xscale("log")  # noise in keys and values is far worse than nothing
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set_ylim(-0.6, len(names) - 0.3)
     axis.axvline(1, color="black", lw=0.8, ls=":")
     epsilon = results["setting"]["epsilon"]
     axis.set_xlabel(
         f"share of the KL without a system prompt that is left (epsilon {epsilon:g}; less is better)"
     )
-    axis.grid(axis="x", alpha=0.3)
+    axis.grid(axis="x", which="both", alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
