@@ -53,7 +53,7 @@ the same epsilon in all of them, but what a guarantee is of differs, and so do i
   mixture of what the model says with and without the private prompt, so that every answer spends. Its unit is the whole prompt, a stronger
   unit; its (epsilon, {DELTA:g}) is by its own formula, for answers of {TOKENS} tokens.
 * *kernel_sum*: this package's, without a calibration. `anchors` is not in this table: it needs a decoder that is trained for the model.
-* *library*: pure epsilon, one release, any number of answers; the number is that of `benchmarks/library.py`, of more prompts and two
+* *library*: pure epsilon, one release, any number of answers; the number is that of `benchmarks/library.py`, of its prompts and two
   questions.
 
 The first two release a text, which may be read any number of times, as `library` does.
@@ -136,9 +136,8 @@ def summary(kl: dict[str, dict[str, float]]) -> dict[str, tuple[float, float, fl
 
 def released(epsilon: float) -> dict[str, tuple[float, float, float]]:
     """The share that `benchmarks/library.py` measured, of held-out prompts of the same kind."""
-    made = json.loads((DOCS / "library" / "replies.json").read_text())
-    conditions = made["kinds"]["about the role"] if "kinds" in made else made["conditions"]
-    own = conditions.get(f"epsilon {epsilon:g}")
+    results = json.loads((DOCS / "library" / "by_place" / "replies.json").read_text())
+    own = results["kinds"]["about the role"].get(f"epsilon {epsilon:g}")
     return {} if own is None else {LIBRARY: (own["share"], own["low"], own["high"])}
 
 
