@@ -98,6 +98,12 @@ class BaseGuard(ABC, Making[State, Prepared, ReleaseT], Generic[State, Prepared,
         with self.access.enter("encoding"):
             yield
 
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Inside, the host's gates are open: it runs on text that was released or is public, or for a release that was charged."""
+        with self.access.enter("encoding"):
+            yield
+
     # ---- releases ----------------------------------------------------------------------------------------------------------
 
     def prepared_for(self, prepared: Prepared, context: PrivateContext) -> Prepared:

@@ -11,8 +11,9 @@ from ..calibration.calibration_options import CalibrationOptions
 from ..calibration.public_data import PublicData
 from ..config import DPXAttnConfig
 from ..known_mechanisms import KNOWN
-from .diffusers.architectures import check_pipeline_class, refuse_host, unwrap
-from .diffusers.picture_driver import PipelineDriver, UNetDriver
+from .diffusers.architectures import PIPELINES, check_pipeline_class, refuse_host, unwrap
+from .diffusers.denoiser_host import DenoiserHost, denoiser_of
+from .diffusers.picture_driver import PipelineDriver, PlacedDriver, UNetDriver
 from .diffusers.public_prompts import public_prompts
 from .diffusers.unet_host import UNetHost
 from .driver import Driver
@@ -40,7 +41,7 @@ class HostKind:
     public_data: (host, public contexts, config, options) -> what a calibration is fitted to; the host is ready for that while it lasts.
     driver: its use from plain texts, by the audit and the command line. takes: of the options of `calibrate` that not all kinds take.
     documents: whether groups are documents that are encoded apart. pipeline: what of a given host is the pipeline that its model is to be
-    protected in, or None; raises where it is neither.
+    protected in, or None; raises where it is neither. whole: the host class adapts that pipeline, not its model.
     """
 
     matches: Callable[[Any], bool]
@@ -50,6 +51,7 @@ class HostKind:
     takes: frozenset[str] = frozenset()
     documents: bool = False
     pipeline: Callable[[Any], Any] = lambda host: None
+    whole: bool = False
 
 
 def _pipeline(host: Any) -> Any:
@@ -66,6 +68,15 @@ def _pipeline(host: Any) -> Any:
     return host
 
 
+def _is_other_pipeline(host: Any) -> bool:
+    """A pipeline of diffusers that is none of those whose UNet is patched (`PIPELINES`)."""
+    import diffusers
+
+    return isinstance(host, diffusers.DiffusionPipeline) and not isinstance(
+        host, tuple(getattr(diffusers, name) for name in PIPELINES)
+    )
+
+
 QUESTIONS = frozenset({"questions"})
 PREFIXES = frozenset({"public_head", "prefix_bucket", "replies"})
 DIFFUSERS = HostKind(lambda host: True, UNetHost, public_prompts, PipelineDriver, pipeline=_pipeline)
@@ -74,6 +85,9 @@ KINDS = (
     HostKind(is_seq2seq, EncoderDecoderHost, public_documents, DocumentDriver, QUESTIONS, documents=True),
     HostKind(is_image_text, MllamaHost, public_images, ImageDriver, QUESTIONS),
     HostKind(is_decoder_only, DecoderHost, public_prefixes, PrefixDriver, QUESTIONS | PREFIXES),
+    HostKind(
+        _is_other_pipeline, DenoiserHost, public_prompts, PlacedDriver, pipeline=lambda host: host, whole=True
+    ),
     DIFFUSERS,
 )
 
@@ -92,7 +106,17 @@ def driver_for(host: Any, config: DPXAttnConfig) -> type[Driver]:
 
 
 def model_of(host: Any) -> Any:
-    """The UNet or model of a host: of a diffusers or transformers pipeline, or the host itself."""
+    """The denoiser or model of a host: of a diffusers or transformers pipeline, or the host itself."""
+    from diffusers import DiffusionPipeline
     from transformers import Pipeline
 
+    if isinstance(host, DiffusionPipeline):
+        found = denoiser_of(host)
+        return host if found is None else found
     return unwrap(host.model if isinstance(host, Pipeline) else getattr(host, "unet", host))
+
+
+def kind_to_protect(host: Any) -> HostKind:
+    """The kind of whatever `protect` was given."""
+    whole = kind_of(host)
+    return whole if whole.whole else kind_of(model_of(host))

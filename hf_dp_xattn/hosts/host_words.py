@@ -73,6 +73,29 @@ def prompt_words(unet: object, s: Setting, rows: int | None, first_is_public: bo
     return s.words(unet, "prompt", public, *last)
 
 
+def placed_words(
+    model: object, s: Setting, rows: int | None, masked: bool, first_is_public: bool
+) -> HostWords:
+    """Of a pipeline whose denoiser is given a public stand-in for a prompt. rows: of a prompt; masked: some of them are none of a text."""
+    public = [
+        WEIGHTS,
+        "all else that is made of a prompt (pooled vectors, masks, the number of tokens): it is made of a public text in its place",
+    ]
+    if rows is not None and not masked:
+        public.append(f"the number of rows of a prompt (always {rows}, padded)")
+    elif s.counted and s.unit == "row":
+        public.append("the number of tokens of a prompt")
+    if first_is_public:
+        public.append("the first row of a prompt's encoding (the causal encoders make it from no word)")
+    if s.unit == "group":
+        public.append("where a prompt was split into phrases" + s.if_counted(", and how many there are"))
+    last = (
+        "the negative prompt",
+        "guidance, steps, seeds and sizes of the pictures, and pictures that are given",
+    )
+    return s.words(model, "prompt", public, *last)
+
+
 def document_words(model: object, s: Setting) -> HostWords:
     """Of an encoder-decoder model."""
     public = [WEIGHTS]

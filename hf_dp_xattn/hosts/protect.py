@@ -14,7 +14,7 @@ from .accounts import PROTECT_AGAIN, STAYS, Settings
 from .chosen import chosen_config, read_calibration
 from .guard import handle_on
 from .host import Host
-from .host_registry import kind_of, model_of
+from .host_registry import HostKind, kind_to_protect, model_of
 from .locks import Lock
 from .protected import Protected
 from .release import BaseRelease
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 PREPARED = (
     "The model was prepared by Accelerate for mixed precision, and what it does cannot be told from outside: its forward rounds. Call "
     "dpx.protect before accelerator.prepare (or in between, accelerator.unwrap_model(model, keep_fp32_wrapper=False)). Nothing was patched."
+)
+OTHER_KIND = (
+    "{pipeline} shares its denoiser with a pipeline of another kind that is protected. Call dpx.unprotect(pipe) first, then "
+    f"{PROTECT_AGAIN}."
 )
 _installing = Lock()  # two threads that protect one host get one handle
 
@@ -210,16 +214,19 @@ def _protect(host: Any, settings: Settings, *, tokenizer: Any = None, encoder: A
     _check_types(settings)
     with _installing:
         handle: Protected | None = handle_of(host)
+        kind: HostKind | None = None
         if KNOWN[config.mechanism].releases == "texts" or isinstance(getattr(handle, "host", None), TextHost):
             handle, model, pipe = handle or handle_of_parts(host), host, host
         else:
             if tokenizer is not None or encoder is not None:
                 raise ConfigError("`tokenizer` and `encoder` are for mechanism='library'.")
-            model = model_of(host)
-            pipe = kind_of(model).pipeline(host)
+            model, kind = model_of(host), kind_to_protect(host)
+            pipe = kind.pipeline(host)
             handle = handle_of(model)
+            if handle is not None and pipe is not None and type(handle.host) is not kind.host:
+                raise UnsupportedModelError(OTHER_KIND.format(pipeline=type(pipe).__name__))
         if handle is None:
-            return _installed(_host(model, settings, tokenizer, encoder), settings, pipe)
+            return _installed(_host(host, model, kind, settings, tokenizer, encoder), settings, pipe)
         _check_same(handle, settings)
         handle.guard.check_thoroughly()
         if pipe is not None and not handle.host.has(pipe):
@@ -227,13 +234,15 @@ def _protect(host: Any, settings: Settings, *, tokenizer: Any = None, encoder: A
         return handle
 
 
-def _host(model: Any, settings: Settings, tokenizer: Any, encoder: Any) -> Host:
-    """What adapts a host that is not protected. Raises UnsupportedModelError."""
-    if KNOWN[settings.config.mechanism].releases == "texts":
+def _host(
+    host: Any, model: Any, kind: HostKind | None, settings: Settings, tokenizer: Any, encoder: Any
+) -> Host:
+    """What adapts a host that is not protected. kind: None where texts are released. Raises UnsupportedModelError."""
+    if kind is None:
         return TextHost(model, tokenizer, encoder)
     try:
         with own_precision(model):
-            return kind_of(model).host(model)
+            return kind.host(host if kind.whole else model)
     except UnsupportedModelError as error:
         if "_original_forward" in vars(model):
             raise UnsupportedModelError(PREPARED) from error

@@ -26,7 +26,7 @@ from .stand_ins import no_downloads
 Trial = tuple[str, str, Callable[[], Finding]]
 
 
-def of_pipelines(source: Path, only: str) -> Iterator[Trial]:
+def of_pipelines(source: Path, only: str, attention: bool) -> Iterator[Trial]:
     """(name of a pipeline class, what tries it, how)."""
     checkout.load(source)
     for name in checkout.modules(source):
@@ -37,7 +37,8 @@ def of_pipelines(source: Path, only: str) -> Iterator[Trial]:
                 print(name, "not imported:", error, flush=True)
                 continue
             for case in found:
-                yield case.host, case.name, lambda case=case: pipelines.probe(case)
+                how = pipelines.attention if attention else pipelines.probe
+                yield case.host, case.name, lambda case=case, how=how: how(case)
 
 
 def classes(*, takes: bool) -> list[str]:
@@ -60,6 +61,11 @@ def main() -> None:
     parser.add_argument("what", choices=("pipelines", "models"))
     parser.add_argument("--diffusers-source", type=Path, help="a checkout of diffusers")
     parser.add_argument("--only", default="", help="part of the names of files of tests, or of models")
+    parser.add_argument(
+        "--attention",
+        action="store_true",
+        help="only the mechanisms on attention, of pipelines that are known",
+    )
     parser.add_argument("--out", type=Path, default=FOLDER)
     given = parser.parse_args()
     if given.what == "pipelines" and given.diffusers_source is None:
@@ -75,15 +81,22 @@ def main() -> None:
         known |= {"with prompt": classes(takes=True), "without prompt": classes(takes=False)}
     known["version"] = f"{library.__name__} {library.__version__}"
     trials = (
-        of_models(given.only) if given.what == "models" else of_pipelines(given.diffusers_source, given.only)
+        of_models(given.only)
+        if given.what == "models"
+        else of_pipelines(given.diffusers_source, given.only, given.attention)
     )
     with no_downloads() if given.what == "pipelines" else contextlib.nullcontext():
+        done: set[str] = set()
         for name, by, trial in trials:
-            if name in known["found"]:
+            if given.attention != (name in known["found"]) or name in done:
                 continue
             try:
                 finding = trial()
+                before = known["found"].get(name, {})
                 known["found"][name] = {"by": by, **finding.to_dict()}
+                if given.attention:
+                    known["found"][name] = {**before, "how": {**before["how"], **finding.how}}
+                done.add(name)
                 known["not run"].pop(name, None)
                 print(name, finding.how, flush=True)
             except NotBuilt as error:

@@ -41,12 +41,17 @@ def codes(texts: list[str]) -> torch.Tensor:
     return torch.tensor([[float(t.count(c)) for c in "abcdefghijklmnopqrstuvwxyz"] for t in texts])
 
 
-def accepted(mechanism: str, host: Any) -> str:
-    """Protects a host by attention. Raises what `protect` does where it is refused."""
+def protect(mechanism: str, host: Any) -> Any:
+    """The handle of a host that is protected by attention. Raises what `dpx.protect` does where it is refused."""
     options: dict[str, Any] = {"degree": 1, "projection_dim": 4} if mechanism == "kernel_sum" else {}
     chosen = dpx.DPXAttnConfig(unit="row", mechanism=mechanism, **options)
+    return dpx.protect(host, chosen, allow_uncalibrated=True, ledger=dpx.Ledger())
+
+
+def accepted(mechanism: str, host: Any) -> str:
+    """Whether a host is taken for a mechanism on attention. Raises what `dpx.protect` does where it is refused."""
     try:
-        dpx.protect(host, chosen, allow_uncalibrated=True, ledger=dpx.Ledger())
+        protect(mechanism, host)
     except dpx.ConfigError as error:
         # for want of a calibration, which is asked for after the host was accepted
         if mechanism != "anchors" or "calibration" not in str(error):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import io
 import logging
+import random
 import re
 import tempfile
 import warnings
@@ -18,12 +20,13 @@ from unittest import mock
 import torch
 
 import hf_dp_xattn as dpx
+from hf_dp_xattn.hosts import placeholder, releases
 from hf_dp_xattn.hosts.text.prompt_swap import takes_prompt
 
 from ..hosts.text.libraries import answer_with, config, library
 from ..private_content import PrivateContent
 from .checkout import Case
-from .findings import MECHANISMS, WORKS, Finding, NotBuilt, accepted, codes, reason
+from .findings import MECHANISMS, WORKS, Finding, NotBuilt, accepted, codes, protect, reason
 from .recorder import Record, recording
 
 SECRETS = (
@@ -32,6 +35,8 @@ SECRETS = (
 )
 """Of different lengths and numbers of words; no text of the library has their names."""
 WORDS = re.compile("prompt|text|lyric|phrase|caption|message|tags|transcri|concept|instruction")
+Seen = tuple[Record, dict[str, bytes], str]
+"""What models, callbacks and caller saw, what saving wrote, and what was logged."""
 PUBLIC = re.compile("neg|.*negative|.*_(path|type)$")
 
 
@@ -112,19 +117,33 @@ def probe(case: Case) -> Finding:
         raise NotBuilt(
             "unprotected, its models see no difference between two texts"
         )  # so that a leak would not be seen
-    return Finding(private(pipe, inputs), {m: how(m, case, pipe) for m in MECHANISMS})
+    return Finding(private(pipe, inputs), {"library": how("library", case, pipe), **by_attention(case, pipe)})
+
+
+def attention(case: Case) -> Finding:
+    """The mechanisms on attention alone, of a pipeline that `probe` knows."""
+    pipe = build(case)
+    return Finding((), by_attention(case, pipe) if takes_prompt(type(pipe)) else {})
+
+
+def by_attention(case: Case, pipe: Any) -> dict[str, str]:
+    """The mechanisms on attention."""
+    found = {m: how(m, case, pipe) for m in MECHANISMS if m != "library"}
+    if found["anchors"] == WORKS:  # which was accepted only, for want of a calibration
+        found["anchors"] = found["none"]
+    return found
 
 
 def how(mechanism: str, case: Case, pipe: Any) -> str:
     """What happens to a pipeline under one mechanism; it is as before afterwards."""
     try:
-        if mechanism != "library":
+        if mechanism == "anchors":
             return accepted(mechanism, pipe)
-        found = _library(case, lambda: pipe)
-        return (
-            _library(case, lambda: build(case)) if found.startswith("LEAKS") else found
-        )  # it may keep a state
-    except dpx.UnsupportedModelError as error:
+        seen = _seen_library if mechanism == "library" else functools.partial(_seen_layers, mechanism)
+        found = _compared(case, lambda: pipe, seen)
+        # it may keep a state
+        return _compared(case, lambda: build(case), seen) if found.startswith("LEAKS") else found
+    except (dpx.UnsupportedModelError, dpx.ConfigError) as error:
         return f"refused: {reason(str(error))}"
     except Exception as error:
         return f"fails: {type(error).__name__}: {str(error)[:300]}"
@@ -132,9 +151,10 @@ def how(mechanism: str, case: Case, pipe: Any) -> str:
         dpx.unprotect(pipe)
 
 
-def _library(case: Case, make: Callable[[], Any]) -> str:
+def _compared(case: Case, make: Callable[[], Any], see: Callable[..., Any]) -> str:
     """Two private prompts with one release: equal in all that models, callbacks, caller, files and logs see; and none of it private."""
-    seen = [_seen(case, make(), secret) for secret in SECRETS]
+    first: list[Any] = []
+    seen = [see(case, make(), secret, first) for secret in SECRETS]
     records, files, logs = zip(*seen, strict=True)
     if not records[0].models:
         return "fails: no model was seen"
@@ -151,8 +171,8 @@ def _library(case: Case, make: Callable[[], Any]) -> str:
     return f"LEAKS: {leaked}" if leaked else WORKS
 
 
-def _seen(case: Case, pipe: Any, secret: str) -> tuple[Record, dict[str, bytes], str]:
-    """Of one protected call: what models, callbacks and caller saw, what saving wrote, and what was logged."""
+def _seen_library(case: Case, pipe: Any, secret: str, first: list[Any]) -> Seen:
+    """Of one call that is protected by `library`, whose answers are fixed."""
     given: dict[str, Any] = {
         "calibration": _public_library(),
         "encoder": codes,
@@ -160,7 +180,38 @@ def _seen(case: Case, pipe: Any, secret: str) -> tuple[Record, dict[str, bytes],
     }
     protected = dpx.protect(pipe, config(), **given)
     answer_with(protected, "a red circle", "on wood")
+    return _seen(protected, pipe, arguments(case, pipe, secret))
+
+
+def _seen_layers(mechanism: str, case: Case, pipe: Any, secret: str, first: list[Any]) -> Seen:
+    """Of one call that is protected by attention. first: what the first prompt's contexts released, which serves the second's too."""
+    chosen = random.Random(0)  # the marks of placeholders, which are drawn anew for each release
+    with mock.patch.object(placeholder.secrets, "randbelow", chosen.randrange):
+        return _seen_release(protect(mechanism, pipe), case, pipe, secret, first)
+
+
+def _seen_release(protected: Any, case: Case, pipe: Any, secret: str, first: list[Any]) -> Seen:
     inputs = arguments(case, pipe, secret)
+    texts = inputs["prompt"] if isinstance(inputs["prompt"], list) else [inputs["prompt"]]
+    made = iter(list(first))
+    original = releases.Releases.run
+
+    def run_(self: Any, *given: Any) -> Any:
+        result = original(self, *given)
+        fixed = next(made, None)
+        if fixed is None:
+            first.append(result)
+            return result
+        return dataclasses.replace(result, structures=fixed.structures, context=fixed.context)
+
+    with mock.patch.object(releases.Releases, "run", run_), _logged() as log, torch.no_grad():
+        for text in texts:  # here, so that encoders see private text; not in the call that is recorded
+            protected.release(text)
+    record, files, more = _seen(protected, pipe, inputs)
+    return record, files, log.getvalue() + more
+
+
+def _seen(protected: Any, pipe: Any, inputs: dict[str, Any]) -> Seen:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         with _logged() as log:
             record = run(pipe, inputs)

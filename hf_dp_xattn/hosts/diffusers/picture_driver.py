@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...errors import ConfigError
+from ...errors import ConfigError, UnsupportedModelError
 from .. import canaries
 from ..driver import DECODERS, LENGTH, NOTHING, Canary, Driver, Outputs
 
@@ -182,6 +182,21 @@ class PipelineDriver(Driver):
             options |= {"height": pixels, "width": pixels}
         images: torch.Tensor = self.host(**inputs, **options).images
         return images
+
+
+class PlacedDriver(PipelineDriver):
+    """A pipeline whose denoiser is given a public text in the place of a private one."""
+
+    def check_public(self, text: str) -> None:
+        raise ConfigError(
+            f"--public is not supported by this pipeline with a mechanism on attention. {NOTHING}"
+        )
+
+    def check_trial(self) -> None:
+        raise UnsupportedModelError(
+            f"{type(self.host).__name__} cannot be audited yet with a mechanism on attention: its models are given public text alone. "
+            "Audit it with mechanism='library'."
+        )
 
 
 class UNetDriver(PipelineDriver):

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 
-class _Reached(BaseException):
+class Reached(BaseException):
     """The trial is over. No Exception: a host may catch those."""
 
 
 @torch.compiler.disable
 def _reach(module: nn.Module, args: Any, output: Any) -> NoReturn:
-    raise _Reached
+    raise Reached
 
 
 @contextmanager
@@ -31,5 +31,5 @@ def one_step(models: Iterable[nn.Module], arguments: Iterable[Any]) -> Iterator[
             stack.callback(generator.set_state, state)
         for model in models:
             stack.callback(model.register_forward_hook(_reach).remove)
-        with suppress(_Reached):
+        with suppress(Reached):
             yield

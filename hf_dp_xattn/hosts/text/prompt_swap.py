@@ -12,26 +12,23 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 from torch import nn
 
 from ...errors import ConfigError, UnsupportedModelError
-from ..access import TextGate
+from ..access import Access, TextGate
 from ..content_names import Part
 from ..diffusers.architectures import unwrap
 from ..diffusers.text_side import as_texts
 from ..guard import mark, unmark
 from ..host import Named
-from ..saving import SaveShadow
+from ..saving import Saved, SaveShadow
 from ..shadows import SwappedClass
 from .one_step import one_step
 from .released_texts import ReleasedPrompt, ReleasedText
 from .unit_encoders import PROBES
-
-if TYPE_CHECKING:
-    from .text_guard import TextGuard
 
 PRIVATE = re.compile(r"prompt(_[2-9])?|source_prompt|editing_prompt|lyrics|transcription")
 """Arguments that hold private text."""
@@ -57,12 +54,25 @@ class Names(Protocol):
     def name(self, context: Any) -> Named: ...
 
 
+class Serves(Saved, Protocol):
+    """What is asked of the guard of a pipeline."""
+
+    access: Access
+    calling: Any
+    lock: Any
+
+    @property
+    def releases(self) -> Any: ...
+    def check(self) -> None: ...
+    def serving(self) -> AbstractContextManager[None]: ...
+
+
 class PromptSwap:
     """One pipeline whose calls read released text."""
 
     each, apart = False, False
 
-    def __init__(self, pipe: Any, namer: Names, guard: TextGuard) -> None:
+    def __init__(self, pipe: Any, namer: Names, guard: Serves) -> None:
         if not takes_prompt(type(pipe)):
             raise UnsupportedModelError(
                 f"{type(pipe).__name__} takes no `prompt`, so there is no private text that could be released in its stead. Nothing was "
@@ -134,14 +144,17 @@ class PromptSwap:
                     return original(pipe, *args, **kwargs)
                 guard.check()
                 self._close()
-                bound = signature.bind(pipe, *args, **kwargs)
-                self._swap(original, bound)
-                with guard.serving():
-                    result = original(*bound.args, **bound.kwargs)
+                result = self._run(original, signature.bind(pipe, *args, **kwargs))
                 guard.check()
                 return result
 
         return call
+
+    def _run(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        """A call that is not declared public."""
+        self._swap(original, bound)
+        with self._guard.serving():
+            return original(*bound.args, **bound.kwargs)
 
     def _swap(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> None:
         """Released text in the place of each private one, charged before it is encoded; and callbacks that run behind closed gates.
@@ -156,7 +169,9 @@ class PromptSwap:
             for name, value in arguments.items()
             if PRIVATE.fullmatch(name) and value is not None
         }
-        private = [t for name in texts for t in _items(arguments[name]) if not isinstance(t, ReleasedPrompt)]
+        private = [
+            t for name in texts for t in items_of(arguments[name]) if not isinstance(t, ReleasedPrompt)
+        ]
         contexts = [context for text in private for context in self._namer.name(text).contexts]
         if contexts and None in guard.releases.known(contexts):
             self._rehearse(original, bound, tuple(texts))
@@ -166,14 +181,16 @@ class PromptSwap:
             argument = arguments[name]
             # plain strings: some pipelines compare types
             prompts = [
-                str(t if isinstance(t, ReleasedPrompt) else next(released).text) for t in _items(argument)
+                str(t if isinstance(t, ReleasedPrompt) else next(released).text) for t in items_of(argument)
             ]
             arguments[name] = prompts[0] if isinstance(argument, str) else prompts
+        self._close_callbacks(arguments)
+
+    def _close_callbacks(self, arguments: dict[str, Any]) -> None:
         for name, value in arguments.items():
-            if name.startswith("callback") and inspect.isroutine(
-                value
-            ):  # diffusers asks for the class of its own kinds
-                arguments[name] = _closed(value, guard)
+            # diffusers asks for the class of its own kinds
+            if name.startswith("callback") and inspect.isroutine(value):
+                arguments[name] = _closed(value, self._guard)
 
     def _refuse(self, arguments: dict[str, Any]) -> None:
         for name, value in arguments.items():
@@ -194,13 +211,13 @@ class PromptSwap:
         for name in names:
             value = stand_in.arguments[name]
             stand_in.arguments[name] = (
-                PROBES[0] if isinstance(value, str) else [PROBES[0]] * len(_items(value))
+                PROBES[0] if isinstance(value, str) else [PROBES[0]] * len(items_of(value))
             )
-        with one_step(models, stand_in.arguments.values()), _no_progress(self.host), self._guard.serving():
+        with one_step(models, stand_in.arguments.values()), no_progress(self.host), self._guard.serving():
             original(*stand_in.args, **stand_in.kwargs)
 
 
-def _items(value: Any) -> list[Any]:
+def items_of(value: Any) -> list[Any]:
     return [value] if isinstance(value, str) else list(value)
 
 
@@ -231,7 +248,7 @@ def text_encoders(pipe: Any) -> list[Any]:
     return list(dict.fromkeys([*named, *(m for c in _components(pipe) if reads(m := unwrap(c)))]))
 
 
-def _closed(callback: Callable[..., Any], guard: TextGuard) -> Callable[..., Any]:
+def _closed(callback: Callable[..., Any], guard: Serves) -> Callable[..., Any]:
     """A user's callback, which may not run the text encoders though the pipeline may."""
 
     @functools.wraps(callback)
@@ -243,7 +260,7 @@ def _closed(callback: Callable[..., Any], guard: TextGuard) -> Callable[..., Any
 
 
 @contextmanager
-def _no_progress(pipe: Any) -> Iterator[None]:
+def no_progress(pipe: Any) -> Iterator[None]:
     before = vars(pipe).get("_progress_bar_config")
     pipe._progress_bar_config = {"disable": True}
     try:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -72,12 +71,6 @@ class TextGuard(BaseGuard[None, ContextRecipe, ReleasedTexts]):
     @property
     def saving(self) -> SaveShadow:
         return self._host.saving
-
-    @contextmanager
-    def serving(self) -> Iterator[None]:
-        """Inside, the host's gates are open: it runs on text that was released, or for a release that was charged."""
-        with self.access.enter("encoding"):
-            yield
 
     def encoding(self) -> Any:
         raise ConfigError(

@@ -174,7 +174,8 @@ def test_siblings_are_closed_to_the_prompt(
         dpx.protect(sibling, private)
     except dpx.DPXAttnError:
         return  # a kind that is not supported
-    assert bool(draw(sibling, prompt=PROMPT, **public).images.isfinite().all())
+    drawn = draw(sibling, prompt=PROMPT, **public, return_dict=False)[0]
+    assert bool(drawn.isfinite().all())
     assert watch.leaked == 0
 
 

@@ -27,7 +27,16 @@ HEAD = """# Hosts
 ## diffusers
 
 `mechanism="library"`: every pipeline with a `prompt`; those that were run stand at the end of this page, as do all language models.
-The other mechanisms patch attention: {pipelines}, and their `UNet2DConditionModel`.
+The other mechanisms serve attention: {pipelines}, their `UNet2DConditionModel`, and any pipeline whose denoiser reads text by
+cross-attention (SDXL and its refiner, ControlNets, T2I-Adapters, InstructPix2Pix, PixArt, Sana, LTX, Wan, AnimateDiff, ...). The pipeline
+gets a public text (`"a picture"`) in the place of each private prompt; pooled vectors, masks and token counts are made of that. The
+denoiser's cross-attention, and a ControlNet's, reads the release in the place of that text's rows. What stands in for
+`scaled_dot_product_attention` is ours; projections, norms, rotations and gates around it are the host's own. Before the first charge the
+call is tried with the public text: each layer must read, and the model must give the numbers that it gives by itself; what does not is
+refused (`UnsupportedModelError`, nothing spent), and so are compiled denoisers, IP-Adapters, slicing, `prompt_2`, and public text beside a
+release. Where a pipeline masks a prompt's padding, `unit="row"` with `replace_one` makes the number of its tokens public. `anchors` needs a
+calibration, which is made for the first three pipelines only so far. MMDiT models (SD3, Flux, Qwen-Image, AuraFlow, ...) update their text
+rows: there only `library` works.
 Gradient checkpointing is refused where gradients are taken, and so is a pipeline whose image processor was replaced.
 
 ## Encoder-decoder models of transformers

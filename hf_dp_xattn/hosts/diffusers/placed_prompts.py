@@ -1,0 +1,217 @@
+"""A pipeline whose denoiser reads releases: a public stand-in takes the place of each private prompt before the pipeline sees it.
+
+All that the pipeline and its models do with a prompt (encoders, pooled vectors, masks, lengths) they do with the stand-in. Of its encoded
+rows, those that `encode_prompt` gives for it are marked by a placeholder, and the gate of the denoiser has them read from the release.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from ...errors import ConfigError, UnsupportedModelError
+from ..context import PrivateContext
+from ..guard import Guard
+from ..host import Named
+from ..placeholder import Tag, make_placeholder, new_tag
+from ..private_run import private_run
+from ..shadows import Shadows
+from ..text.one_step import one_step
+from ..text.prompt_swap import OTHERS, PRIVATE, PromptSwap, items_of, no_progress
+from ..text.released_texts import ReleasedPrompt
+from .denoiser_gate import Call, Calls
+from .prompt_encoder import OTHER, STAND_IN, PromptEncoder, changed, is_rows, tensors_of
+from .text_side import as_texts
+
+NOT_REACHED = "no encoded prompt reached its denoiser"
+DEPENDS = "how many rows an encoded prompt has depends on it"
+COMPILED = (
+    "This pipeline's denoiser is compiled, and its protection is not seen by a compiled graph: compile it after dpx.unprotect, or use "
+    "mechanism='library'. Nothing was spent."
+)
+
+
+class PromptOfRelease(ReleasedPrompt):
+    """What `release.inputs` gives in the place of a prompt. tag: names the release."""
+
+    tag: Tag
+
+    def __new__(cls, tag: Tag) -> PromptOfRelease:
+        made = super().__new__(cls, STAND_IN)
+        made.tag = tag
+        return made
+
+
+class ServesPrompts(Protocol):
+    """What is asked of the host."""
+
+    guard: Guard
+    calls: Calls
+    proven: set[str]
+
+    @property
+    def models(self) -> dict[str, Any]: ...
+    @property
+    def encoder(self) -> PromptEncoder: ...
+    def name(self, context: Any, groups: Any = None) -> Named: ...
+    def forget(self) -> None: ...
+
+
+class PlacedPrompts(PromptSwap):
+    """One pipeline whose calls read releases."""
+
+    def __init__(self, pipe: Any, host: ServesPrompts, guard: Guard, encoder: PromptEncoder) -> None:
+        super().__init__(pipe, host, guard)
+        self._host, self._encoder, self._at = host, encoder, guard
+        self._shadows = Shadows(pipe, {encoder.method: self._encode})
+
+    def install(self, handle: Any) -> None:
+        super().install(handle)
+        self._shadows.install()
+
+    def remove(self) -> None:
+        self._shadows.remove()
+        super().remove()
+
+    def lost(self) -> str | None:
+        return super().lost() or (
+            None if self._shadows.installed() else f"its {self._encoder.method} was replaced"
+        )
+
+    # ---- calls -------------------------------------------------------------------------------------------------------------
+
+    def _run(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        self._at.check_thoroughly()
+        if any(m._compiled_call_impl is not None for m in self._host.models.values()):
+            raise ConfigError(COMPILED)
+        bound = inspect.BoundArguments(bound.signature, copy.copy(bound.arguments))
+        contexts = self._place(bound.arguments)
+        private = [c for c in contexts if isinstance(c, PrivateContext)]
+        due = bool(private) and None in self._at.releases.known(private)
+        if due or len(self._host.proven) < len(self._host.models):
+            self._try(original, bound, len(contexts))
+        made = iter(self._at.bind(self._at.releases.make(private)) if private else ())
+        call = Call(tuple(c if isinstance(c, tuple) else next(made) for c in contexts))
+        self._close_callbacks(bound.arguments)
+        try:
+            with self._host.calls.enter(call), self._at.serving():
+                result = original(*bound.args, **bound.kwargs)
+        finally:
+            self._host.forget()
+        call.refuse_nan()
+        if not call.read:
+            raise self._unsupported(NOT_REACHED)
+        return result
+
+    def _unsupported(self, reason: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{type(self.host).__name__} cannot be protected: {reason}. Nothing was spent. With mechanism='library' every pipeline with a "
+            "`prompt` can."
+        )
+
+    def _place(self, arguments: dict[str, Any]) -> list[PrivateContext | Tag]:
+        """Puts stand-ins in the place of what is private, which it names, and of releases, whose tags it gives."""
+        others = [n for n, v in arguments.items() if PRIVATE.fullmatch(n) and n != "prompt" and v is not None]
+        if others:
+            raise ConfigError(
+                f"`{others[0]}` is not supported beside `prompt` here: give one private text, as `prompt`. Nothing was spent."
+            )
+        prompt, embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
+        if embeds is not None:
+            if prompt is not None or not isinstance(embeds, torch.Tensor):
+                raise ConfigError(
+                    "Pass either `prompt` or `prompt_embeds` (a tensor [B, n, C]). Nothing was spent."
+                )
+            contexts: list[PrivateContext | Tag] = [*self._host.name(embeds).contexts]
+            for name in [n for n in arguments if OTHERS.fullmatch(n)]:  # of the same text
+                arguments[name] = None
+            arguments["prompt"] = STAND_IN if len(contexts) == 1 else [STAND_IN] * len(contexts)
+            return contexts
+        self._refuse(arguments)
+        texts = as_texts(prompt, "prompt")
+        given = items_of(prompt)
+        contexts = [
+            given_text.tag if isinstance(given_text, PromptOfRelease) else self._host.name(text).contexts[0]
+            for given_text, text in zip(given, texts, strict=True)
+        ]
+        arguments["prompt"] = STAND_IN if isinstance(prompt, str) else [STAND_IN] * len(contexts)
+        return contexts
+
+    def _try(self, original: Callable[..., Any], bound: inspect.BoundArguments, count: int) -> None:
+        """The call with public rows in the place of releases, until its denoiser has run on them: what is wrong shows before a charge."""
+        call = Call(tuple(new_tag() for _ in range(count)), proving=True)
+        arguments = inspect.BoundArguments(bound.signature, copy.copy(bound.arguments))
+        with (
+            one_step((), bound.arguments.values()),
+            no_progress(self.host),
+            self._at.serving(),
+            self._host.calls.enter(call),
+        ):
+            original(*arguments.args, **arguments.kwargs)
+        self._host.forget()
+        call.refuse_nan()
+        if not call.read:
+            raise self._unsupported(NOT_REACHED)
+
+    # ---- encode_prompt -----------------------------------------------------------------------------------------------------
+
+    def _encode(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        """Its outputs for stand-ins, whose rows are marked: those that depend on the prompt."""
+        call, prompt = self._host.calls.current, bound.arguments.get("prompt")
+        if call is None or self._at.access.public or prompt is None:
+            return original(*bound.args, **bound.kwargs)
+        texts = items_of(prompt)
+        if list(texts) != [STAND_IN] * len(call.tags):
+            return original(*bound.args, **bound.kwargs)
+        outputs = original(*bound.args, **bound.kwargs)
+        found = dict(tensors_of(outputs))
+        placed = {w: t.clone() for w, t in found.items() if is_rows(t)}
+        for i, tag in enumerate(call.tags):
+            others = [OTHER if i == j else t for j, t in enumerate(texts)]
+            bound.arguments["prompt"] = others[0] if isinstance(prompt, str) else others
+            with private_run(*self._encoder.modules):  # in silence
+                now = dict(tensors_of(original(*bound.args, **bound.kwargs)))
+            for where, tensor in placed.items():
+                if where not in now or now[where].shape != tensor.shape:
+                    raise self._unsupported(DEPENDS)
+                for element in changed(found[where], now[where]).nonzero().flatten().tolist():
+                    self._mark(call, tag, found, where, element, tensor)
+        return _replaced(outputs, placed)
+
+    def _mark(
+        self,
+        call: Call,
+        tag: Tag,
+        found: dict[tuple[int, ...], torch.Tensor],
+        where: tuple[int, ...],
+        element: int,
+        tensor: torch.Tensor,
+    ) -> None:
+        rows = found[where][element]
+        same = where == self._encoder.where
+        if self._encoder.mask_at is None and len(rows) != self._encoder.rows:
+            raise ConfigError(
+                f"This call encodes a prompt to {len(rows)} rows, and a release has {self._encoder.rows}: leave the length of a prompt "
+                "(max_sequence_length) at its default. Nothing was spent."
+            )
+        call.rows[tag] = rows
+        call.shown[tag] = self._encoder.shown(found, element) if same else rows
+        tensor[element] = make_placeholder([tag], len(rows), rows.shape[-1], rows.dtype, rows.device)[0]
+
+
+def _replaced(outputs: Any, placed: dict[tuple[int, ...], torch.Tensor], where: tuple[int, ...] = ()) -> Any:
+    if isinstance(outputs, torch.Tensor):
+        return placed.get(where, outputs)
+    if isinstance(outputs, (tuple, list)):
+        return type(outputs)(_replaced(inner, placed, (*where, i)) for i, inner in enumerate(outputs))
+    return outputs
+
+
+def prompts_of(tags: Sequence[Tag]) -> Any:
+    """In the place of prompts, for a call."""
+    made = [PromptOfRelease(tag) for tag in tags]
+    return made if len(made) > 1 else made[0]

@@ -1,0 +1,208 @@
+"""`PromptEncoder`: what any pipeline's `encode_prompt` makes of a text, and which of its outputs are rows, and a mask of rows.
+
+Found out by a probe with two public texts. Private text is encoded here, alone, in silence and after its charge.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ...errors import ConfigError, ContextError, UnsupportedModelError
+from ..content_names import name_of_text, units_of_text
+from ..context import Part, PrivateContext, Rows, Trial, from_embeddings
+from ..placeholder import CODE_CHANNELS, holds_placeholder
+from ..private_run import private_run
+from .phrases import check_phrases, split_phrases
+from .text_side import as_texts
+
+STAND_IN = "a picture"
+"""Public: what all of a pipeline but its protected layers sees in place of a private prompt."""
+OTHER = "a dog in the rain"
+METHODS = ("encode_prompt", "_encode_prompt")
+_PROMPTS = re.compile(r"prompt(_[2-9])?")
+_COUNTS = re.compile(r"num_\w+_per_prompt")
+
+
+def method_of(pipe: Any) -> str:
+    """The name of its `encode_prompt`. Raises UnsupportedModelError."""
+    for name in METHODS:
+        if callable(getattr(pipe, name, None)):
+            return name
+    raise UnsupportedModelError(
+        f"{type(pipe).__name__} cannot be protected: it has no `encode_prompt`. With mechanism='library' every pipeline with a `prompt` "
+        "can. Nothing was patched."
+    )
+
+
+def tensors_of(outputs: Any, where: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+    """Each tensor of nested tuples and lists, and where it stands."""
+    if isinstance(outputs, torch.Tensor):
+        yield where, outputs
+    elif isinstance(outputs, (tuple, list)):
+        for i, inner in enumerate(outputs):
+            yield from tensors_of(inner, (*where, i))
+
+
+def is_rows(tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 3 and tensor.is_floating_point() and tensor.shape[-1] >= CODE_CHANNELS
+
+
+def changed(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """bool [B]: which batch elements differ."""
+    if one.shape != other.shape:
+        return torch.ones(len(one), dtype=torch.bool, device=one.device)
+    return (one != other).flatten(1).any(1)
+
+
+class PromptEncoder:
+    """Of one pipeline.
+
+    Args:
+        pipe: the pipeline.
+        modules: its text encoders.
+        channels: of a row where it enters the denoiser.
+    """
+
+    def __init__(self, pipe: Any, modules: Sequence[torch.nn.Module], channels: int) -> None:
+        self.pipe, self.modules, self.channels = pipe, tuple(modules), channels
+        self.method = method_of(pipe)
+        self._original = getattr(pipe, self.method)
+        self._takes = inspect.signature(self._original).parameters
+        self._as_called = inspect.signature(type(pipe).__call__).parameters
+        first, other = self._probe(STAND_IN), self._probe(OTHER)
+        at = dict(tensors_of(other))
+        rows = [w for w, t in tensors_of(first) if is_rows(t) and bool(changed(t, at[w]).any())]
+        if len(rows) != 1 or dict(tensors_of(first))[rows[0]].shape[-1] != channels:
+            raise self._refuse(
+                f"its encode_prompt gives {len(rows)} sequences of rows that depend on the prompt; one, of {channels} channels, is known "
+                "how to release"
+                if len(rows) != 1
+                else f"its encode_prompt gives rows of other channels than the {channels} that its denoiser takes"
+            )
+        self.where = rows[0]
+        found = dict(tensors_of(first))
+        self.rows = found[self.where].shape[1]
+        masks = [
+            w
+            for w, t in found.items()
+            if t.ndim == 2 and t.shape[1] == self.rows and bool(changed(t, at[w]).any())
+            if _is_mask(t)
+        ]
+        self.mask_at = masks[0] if len(masks) == 1 else None
+        if len(masks) > 1 or found[self.where].shape != at[self.where].shape:
+            raise self._refuse(
+                "the number of rows of its encoded prompt, or more than one mask, depends on the prompt"
+            )
+        one, two = found[self.where][0], at[self.where][0]
+        self.public_rows = int(self.mask_at is None and torch.equal(one[0], two[0]))
+        self._first = one[: self.public_rows].detach().clone()
+
+    def _refuse(self, reason: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{type(self.pipe).__name__} cannot be protected: {reason}. With mechanism='library' every pipeline with a `prompt` can. "
+            "Nothing was patched."
+        )
+
+    def _probe(self, text: str) -> Any:
+        try:
+            return self._encode(text)
+        except Exception as error:
+            raise self._refuse(
+                f"its encode_prompt failed on a public text ({type(error).__name__})"
+            ) from error
+
+    @torch.no_grad()
+    def _encode(self, text: str) -> Any:
+        arguments: dict[str, Any] = {}
+        for name, parameter in self._takes.items():
+            if name == "prompt":
+                arguments[name] = text
+            elif name == "device":
+                arguments[name] = self.pipe._execution_device
+            elif name == "do_classifier_free_guidance":
+                arguments[name] = False
+            elif _COUNTS.fullmatch(name):
+                arguments[name] = 1
+            elif parameter.default is parameter.empty and _PROMPTS.fullmatch(name):
+                arguments[name] = text
+            elif "prompt" not in name and name in self._as_called:  # a call's own default: of the length, say
+                default = self._as_called[name].default
+                arguments[name] = parameter.default if default is parameter.empty else default
+        with private_run(*self.modules):
+            return self._original(**arguments)
+
+    # ---- private text ------------------------------------------------------------------------------------------------------
+
+    def read(self, text: str) -> torch.Tensor:
+        """Rows [n, C] of a text: those that its mask shows, but for public ones at its start."""
+        try:
+            found = dict(tensors_of(self._encode(text)))
+        except Exception as error:  # its words may quote the text
+            raise ContextError(f"The pipeline could not encode a prompt ({type(error).__name__}).") from None
+        return self.shown(found, 0)[self.public_rows :]
+
+    def shown(self, found: dict[tuple[int, ...], torch.Tensor], element: int) -> torch.Tensor:
+        """Rows [n, C] of one batch element that its mask shows. found: by where they stand."""
+        rows = found[self.where][element]
+        if self.mask_at is None or self.mask_at not in found:
+            return rows
+        return rows[found[self.mask_at][element].to(rows.device) > 0]
+
+    def trial(self) -> Trial:
+        return Trial("text", lambda: self.read(STAND_IN))
+
+    def _context(self, text: str, units: Sequence[str] | None) -> PrivateContext:
+        """units: phrases that are encoded apart, or None."""
+        each = [text] if units is None else list(units)
+
+        def load() -> Rows:
+            return torch.cat([self.read(unit) for unit in each]), self._first
+
+        count = 0 if self.mask_at is not None else (self.rows - self.public_rows) * len(each)
+        groups = (
+            None if units is None else torch.arange(len(each)).repeat_interleave(self.rows - self.public_rows)
+        )
+        parts = () if units is None else (Part(name_of_text(text), units_of_text(each)),)
+        name = (
+            name_of_text(text)
+            if units is None
+            else (b"phrases of texts", *(p for u in each for p in name_of_text(u)))
+        )
+        return PrivateContext(
+            count and self.rows,
+            count,
+            name,
+            load,
+            groups,
+            parts=parts,
+            padded=self.mask_at is None,
+            trials=(self.trial(),),
+            encoder=self.modules,
+        )
+
+    def name(self, context: Any, *, phrases: bool) -> list[PrivateContext]:
+        """Validates and names a string, a list of strings, or embeddings [n, C] or [B, n, C].
+
+        Raises:
+            ContextError, ConfigError: it is none of these, or not valid. Nothing was spent.
+        """
+        if isinstance(context, torch.Tensor):
+            if not context.is_floating_point() or context.ndim not in (2, 3) or holds_placeholder(context):
+                raise ContextError("This host takes text, or embeddings [n, C] or [B, n, C].")
+            return [from_embeddings(rows, self.channels) for rows in context.reshape(-1, *context.shape[-2:])]
+        if not phrases:
+            return [self._context(t, None) for t in as_texts(context, "context")]
+        if self.mask_at is not None:
+            raise ConfigError(
+                "The rows of this pipeline's prompts have a mask, so that it takes unit='row' or unit='context', or mechanism='library'."
+            )
+        return [self._context(t, check_phrases(split_phrases(t))) for t in as_texts(context, "context")]
+
+
+def _is_mask(tensor: torch.Tensor) -> bool:
+    return bool(((tensor == 0) | (tensor == 1)).all())
