@@ -14,6 +14,7 @@ from ..known_mechanisms import KNOWN
 from .diffusers.architectures import PIPELINES, check_pipeline_class, refuse_host, unwrap
 from .diffusers.denoiser_host import DenoiserHost, denoiser_of
 from .diffusers.picture_driver import PipelineDriver, PlacedDriver, UNetDriver
+from .diffusers.placed_public import placed_public
 from .diffusers.public_prompts import public_prompts
 from .diffusers.unet_host import UNetHost
 from .driver import Driver
@@ -86,7 +87,7 @@ KINDS = (
     HostKind(is_image_text, MllamaHost, public_images, ImageDriver, QUESTIONS),
     HostKind(is_decoder_only, DecoderHost, public_prefixes, PrefixDriver, QUESTIONS | PREFIXES),
     HostKind(
-        _is_other_pipeline, DenoiserHost, public_prompts, PlacedDriver, pipeline=lambda host: host, whole=True
+        _is_other_pipeline, DenoiserHost, placed_public, PlacedDriver, pipeline=lambda host: host, whole=True
     ),
     DIFFUSERS,
 )

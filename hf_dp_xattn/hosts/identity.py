@@ -6,13 +6,25 @@ Nothing about privacy rests on it: a release for another host is as private, and
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, Protocol
 
 import torch
 
 from ..calibration.anchors.anchors_calibration import AnchorCalibration, HostIdentity
 from ..errors import ConfigError
-from .diffusers.text_side import TextSide
 from .fingerprint import FAR, Fingerprint, Sketching, fingerprint
+
+
+class ReadsText(Protocol):
+    """What makes rows of a text (`diffusers.text_side.TextSide`)."""
+
+    @property
+    def available(self) -> bool: ...
+    def tokenize(self, text: str) -> tuple[Any, ...]: ...
+    def encode(self, *tokens: Any) -> torch.Tensor:
+        """Rows [n, C] of what `tokenize` gives."""
+        ...
+
 
 PROBE_TEXT = "a photograph of a red apple on a wooden table, and a window behind it"  # never change it: it is in saved calibrations
 TEXT_TOLERANCE = 0.05  # rounding to half precision stays far below, another encoder far above
@@ -24,12 +36,12 @@ OTHER_PROJECTIONS = (
 
 
 @torch.no_grad()
-def text_probe(text: TextSide) -> torch.Tensor:
+def text_probe(text: ReadsText) -> torch.Tensor:
     """[n, C] float32 CPU: the rows of a fixed public text."""
     return text.encode(*text.tokenize(PROBE_TEXT)).to("cpu", torch.float32)
 
 
-def host_identity(layers: Iterable[Sketching], dtype: torch.dtype, text: TextSide | None) -> HostIdentity:
+def host_identity(layers: Iterable[Sketching], dtype: torch.dtype, text: ReadsText | None) -> HostIdentity:
     """What a calibration keeps of the host that it is made for."""
     now = fingerprint(layers, dtype)
     has_text = text is not None and text.available
@@ -50,7 +62,7 @@ def check_layers(calibration: AnchorCalibration, current: Fingerprint) -> None:
         )
 
 
-def check_text(calibration: AnchorCalibration, text: TextSide) -> None:
+def check_text(calibration: AnchorCalibration, text: ReadsText) -> None:
     """Raises ConfigError where the calibration's rows came from another text encoder or tokenizer."""
     expected = calibration.host.probe
     if not text.available or expected.numel() == 0:

@@ -21,9 +21,8 @@ from ..mechanisms.registry import prepare_release
 from ..privacy.accountant import Event
 from ..privacy.bits import Entropy
 from .accounts import Settings
-from .diffusers.text_side import TextSide
 from .fingerprint import Fingerprint
-from .identity import OTHER_PROJECTIONS, check_layers, check_text, fingerprint_of
+from .identity import OTHER_PROJECTIONS, ReadsText, check_layers, check_text, fingerprint_of
 from .layer import Layer, in_range, project_apart
 from .private_run import private_run
 
@@ -58,7 +57,7 @@ class Maker(ABC):
     def prepare(self, current: Fingerprint) -> Recipe:
         """Public constants of a release for the weights as they are now. Raises ConfigError where none can be made."""
 
-    def check_text(self, text: TextSide) -> None:
+    def check_text(self, text: ReadsText) -> None:
         """Raises ConfigError where the calibration's rows came from another text encoder."""
         return
 
@@ -147,7 +146,7 @@ class ContextMaker(Maker):
     def prepare(self, current: Fingerprint) -> ContextRecipe:
         return self._recipe
 
-    def check_text(self, text: TextSide) -> None:
+    def check_text(self, text: ReadsText) -> None:
         check_text(self._calibration, text)
 
     def warnings(self, current: Fingerprint) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -45,6 +45,11 @@ def models_of(pipe: Any) -> dict[str, Any]:
     if isinstance(second, nn.Module):
         found["transformer_2."] = unwrap(second)
     return found
+
+
+def encoder_of(pipe: Any, layers: Mapping[str, TextLayer]) -> PromptEncoder:
+    """What makes rows for these layers."""
+    return PromptEncoder(pipe, text_encoders(pipe), channels_of(layers))
 
 
 class DenoiserHost(LayerHost):
@@ -113,7 +118,8 @@ class DenoiserHost(LayerHost):
                 f"{type(pipe).__name__} shares its denoiser with a protected pipeline that has other models beside it (a ControlNet, ...). "
                 f"Call dpx.unprotect(pipe) first, and {PROTECT_AGAIN}. Nothing was patched."
             )
-        encoder = PromptEncoder(pipe, text_encoders(pipe), self.channels)
+        encoder = encoder_of(pipe, self.text_layers)
+        guard.maker.check_text(encoder)
         if self._encoder is None:
             self._encoder = encoder
         return PlacedPrompts(pipe, self, guard, encoder)

@@ -100,7 +100,7 @@ class PromptEncoder:
             )
         one, two = found[self.where][0], at[self.where][0]
         self.public_rows = int(self.mask_at is None and torch.equal(one[0], two[0]))
-        self._first = one[: self.public_rows].detach().clone()
+        self.first = one[: self.public_rows].detach().clone()
 
     def _refuse(self, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(
@@ -136,6 +136,18 @@ class PromptEncoder:
         with private_run(*self.modules):
             return self._original(**arguments)
 
+    # ---- as a calibration knows it by a public text (`identity.py`) --------------------------------------------------------
+
+    available = True
+
+    def tokenize(self, text: str) -> tuple[str]:
+        """The text itself: tokens are made where it is encoded."""
+        return (text,)
+
+    def encode(self, text: str) -> torch.Tensor:
+        """Rows [n, C] of a PUBLIC text."""
+        return self.read(text)
+
     # ---- private text ------------------------------------------------------------------------------------------------------
 
     def read(self, text: str) -> torch.Tensor:
@@ -161,7 +173,7 @@ class PromptEncoder:
         each = [text] if units is None else list(units)
 
         def load() -> Rows:
-            return torch.cat([self.read(unit) for unit in each]), self._first
+            return torch.cat([self.read(unit) for unit in each]), self.first
 
         count = 0 if self.mask_at is not None else (self.rows - self.public_rows) * len(each)
         groups = (

@@ -287,3 +287,32 @@ def test_a_release_goes_to_disk_and_back(tmp_path: Any) -> None:
     dpx.unprotect(pipe)
     again = dpx.Release.from_pretrained(folder, host=pipe)
     assert torch.equal(want, _draw(pipe, **again.inputs()))
+
+
+PUBLIC = [
+    f"{a} {b} {c}"
+    for a in ("please", "never")
+    for b in ("speak", "close", "open")
+    for c in ("red", "blue", "code", "monday")
+]
+
+
+@pytest.mark.parametrize("kind", ["sdxl", pytest.param("pixart", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mechanism", ["anchors", "kernel_sum"])
+def test_a_calibration_of_public_prompts(kind: str, mechanism: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = HOSTS[kind]()
+    config = dpx.DPXAttnConfig(
+        **{"unit": "row", "mechanism": mechanism, **(KERNEL if mechanism == "kernel_sum" else {})}
+    )
+    few = {"anchors": 8, "steps": 2} if mechanism == "anchors" else {"rank": 4}
+    before = _draw(pipe, PROMPTS[0])
+    made = dpx.calibrate(
+        pipe, PUBLIC * 3, config, epsilons=(8.0,), query_prompts=1, query_steps=1, progress=False, **few
+    )
+    assert torch.equal(before, _draw(pipe, PROMPTS[0]))  # as it was
+    dpx.protect(pipe, config, calibration=made, allow_useless=True, ledger=dpx.Ledger())
+    hold_the_release_fixed(monkeypatch)
+    check_equal(pipe)
+    other = HOSTS["wan"]()
+    with pytest.raises(dpx.ConfigError):
+        dpx.protect(other, config, calibration=made, allow_useless=True, ledger=dpx.Ledger())
