@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import tempfile
 import time
@@ -41,7 +40,7 @@ examples:
 exit codes: 0 measured, whatever the times are; 2 bad input (the message is on stderr).
 """
 PLAIN, PROTECTED = "unprotected", "protected"
-STEP, FIRST, ANSWER, LATER = "step", "first token", "answer", "token after the first"
+LATER = "token after the first"
 Times = dict[str, list[float]]
 Runs = dict[str, Callable[[], Any]]
 
@@ -69,71 +68,16 @@ def run(args: argparse.Namespace) -> int:
 
         trial = load_trial(args)
         subject = subject_of(trial.host, trial.config, trial.calibration, trial.tokenizer)
-        what, tokens, runs = _pairs_of(subject, args)
-        times, size = _measure(subject, runs, args)
+        timed = subject.timed(args.latents, args.new_tokens)
+        times, size = _measure(subject, timed.runs, args)
     values = {
-        "what": what,
+        "what": timed.what,
         "config": trial.config.to_dict(),
         **_machine(trial.host),
-        **_summary(times, tokens, size),
+        **_summary(times, timed.tokens, size),
     }
     print(json.dumps(values, sort_keys=True) if args.json else _text(values))
     return 0
-
-
-def _pairs_of(subject: Any, args: argparse.Namespace) -> tuple[str, int, Callable[[Any, Any], Runs]]:
-    """What is timed, in words; tokens of an answer (1: no answers); and, for a canary and its release (None: unprotected), named runs."""
-    if subject.draws and not subject.layered:
-        raise ConfigError(
-            "A pipeline that reads released text runs as it does on any prompt, so that no step differs; a release takes the encoding of "
-            "its phrases. Measure a model of text, or another --mechanism."
-        )
-    if subject.draws:
-        if args.new_tokens is not None:
-            raise ConfigError("--new-tokens is for language models, and this is a pipeline of pictures.")
-        edge = _edge(subject, args.latents)
-        what = f"a denoising step with guidance (batch 2), latents {edge} x {edge}"
-        return what, 1, functools.partial(_steps, subject, edge)
-    if args.latents is not None:
-        raise ConfigError("--latents is for pipelines of pictures, and this model writes text.")
-    tokens = 16 if args.new_tokens is None else args.new_tokens
-    if not 2 <= tokens <= 10_000:
-        raise ConfigError(f"--new-tokens must be 2 to 10,000, got {tokens}.")
-    what = f"an answer of {tokens} tokens ({subject.kind} model, greedy, batch 1)"
-    return what, tokens, functools.partial(_answers, subject, tokens)
-
-
-def _edge(subject: Any, latents: int | None) -> int:
-    edge = subject.unet.config.sample_size if latents is None else latents
-    least = 2 ** (len(subject.unet.config.block_out_channels) - 1)
-    if not isinstance(edge, int) or edge < least or edge % least:
-        raise ConfigError(f"--latents must be a multiple of {least} for this model.")
-    return edge
-
-
-def _steps(subject: Any, edge: int, canary: Any, release: Any) -> Runs:
-    import torch
-
-    negative, prompt = subject.states(canary)
-    if release is not None:
-        prompt = next(iter(subject.inputs(release).values()))
-    states = torch.cat([negative, prompt])
-    sample, step = subject.step_inputs(batch=2, edge=edge)
-
-    def one() -> Any:
-        with torch.no_grad():
-            return subject.unet(sample, step, encoder_hidden_states=states).sample
-
-    return {STEP: one}
-
-
-def _answers(subject: Any, tokens: int, canary: Any, release: Any) -> Runs:
-    def answer(count: int) -> Any:
-        subject.new_tokens = count
-        inputs = subject.unprotected(canary) if release is None else subject.inputs(release)
-        return subject.answer(inputs)[1]
-
-    return {FIRST: lambda: answer(1), ANSWER: lambda: answer(tokens)}
 
 
 def _measure(subject: Any, runs: Callable[[Any, Any], Runs], args: argparse.Namespace) -> tuple[Times, int]:
@@ -197,6 +141,8 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def _summary(times: Times, tokens: int, size: int) -> dict[str, Any]:
+    from ..hosts.driver import ANSWER, FIRST, STEP
+
     for side in (PLAIN, PROTECTED):
         whole = times.pop(f"{ANSWER}, {side}", [])
         if whole:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,19 @@ LENGTH = "--length is for encoder-decoder models, of which a text is one documen
 DECODERS = "--chat and --prefix-bucket are for decoder-only models."
 Canary = tuple[Any, ...]
 Outputs = list[torch.Tensor]
+
+
+Runs = dict[str, Callable[[], torch.Tensor]]
+STEP, FIRST, ANSWER = "step", "first token", "answer"  # what is timed
+
+
+@dataclass(frozen=True)
+class Timed:
+    """what: in words. tokens: of an answer (1: no answers). runs: of a canary and its release (None: unprotected), by name."""
+
+    what: str
+    tokens: int
+    runs: Callable[[Canary, Any], Runs]
 
 
 class Driver:
@@ -131,6 +145,17 @@ class Driver:
     def draw_plain(self, text: str | None) -> list[Any]:
         """What the host makes of a PUBLIC text, or of none, without a protection; nothing where it needs one."""
         raise NotImplementedError
+
+    def timed(self, latents: int | None, new_tokens: int | None) -> Timed:
+        """What a benchmark compares, protected and not.
+
+        Args:
+            latents: edge of pictures' latents. new_tokens: of an answer.
+
+        Raises:
+            ConfigError: nothing is, or an option is for other hosts.
+        """
+        raise ConfigError("A benchmark has nothing to compare here.")
 
     # ---- canaries ----------------------------------------------------------------------------------------------------------
 

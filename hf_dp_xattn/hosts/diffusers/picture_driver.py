@@ -11,7 +11,7 @@ import torch
 
 from ...errors import ConfigError, UnsupportedModelError
 from .. import canaries
-from ..driver import DECODERS, LENGTH, NOTHING, Canary, Driver, Outputs
+from ..driver import DECODERS, LENGTH, NOTHING, STEP, Canary, Driver, Outputs, Runs, Timed
 
 _EIGHT = 8  # diffusers takes multiples of it only, whatever the VAE's factor is
 
@@ -156,6 +156,25 @@ class PipelineDriver(Driver):
         shape = (1, int(self.unet.config.in_channels), size, size)
         sample = torch.randn(shape, generator=torch.Generator().manual_seed(0)).repeat(batch, 1, 1, 1)
         return sample.to(self.unet.device, self.unet.dtype), 5
+
+    def timed(self, latents: int | None, new_tokens: int | None) -> Timed:
+        if new_tokens is not None:
+            raise ConfigError("--new-tokens is for language models, and this is a pipeline of pictures.")
+        edge = self.unet.config.sample_size if latents is None else latents
+        least = 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if not isinstance(edge, int) or edge < least or edge % least:
+            raise ConfigError(f"--latents must be a multiple of {least} for this model.")
+
+        def runs(canary: Canary, release: Any) -> Runs:
+            negative, prompt = self.states(canary)
+            if release is not None:
+                prompt = next(iter(self.inputs(release).values()))
+            states = torch.cat([negative, prompt])
+            sample, step = self.step_inputs(batch=2, edge=edge)
+            step_of = torch.no_grad()(lambda: self.unet(sample, step, encoder_hidden_states=states).sample)
+            return {STEP: step_of}
+
+        return Timed(f"a denoising step with guidance (batch 2), latents {edge} x {edge}", 1, runs)
 
     @torch.no_grad()
     def states(self, canary: Canary) -> tuple[torch.Tensor, torch.Tensor]:

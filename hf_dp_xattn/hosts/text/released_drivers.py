@@ -10,7 +10,7 @@ import torch
 from ...errors import ConfigError
 from .. import canaries
 from ..diffusers.picture_driver import PipelineDriver
-from ..driver import Canary, Driver, Outputs
+from ..driver import Canary, Driver, Outputs, Timed
 from ..transformers.decoder_only.prefix_driver import PrefixDriver
 from ..transformers.encoder_decoder.document_driver import DocumentDriver
 from ..transformers.model_texts import chat_head
@@ -66,6 +66,12 @@ class ReleasedPipeline(ReleasedTextDriver, PipelineDriver):
 
     def check_public(self, text: str) -> None:
         return
+
+    def timed(self, latents: int | None, new_tokens: int | None) -> Timed:
+        raise ConfigError(
+            "A pipeline that reads released text runs as it does on any prompt, so that no step differs; a release takes the encoding of "
+            "its phrases. Measure a model of text, or another --mechanism."
+        )
 
     @property
     def _words(self) -> Any:

@@ -9,7 +9,7 @@ import torch
 
 from ...errors import ConfigError
 from .. import canaries
-from ..driver import NOTHING, Driver, Outputs
+from ..driver import ANSWER, FIRST, NOTHING, Canary, Driver, Outputs, Runs, Timed
 
 IDS = 6  # tokens of a canary where there is no tokenizer
 NEW_TOKENS = 60  # of a text that the command line writes
@@ -78,6 +78,22 @@ class ModelDriver(Driver):
             return_dict_in_generate=True,
         )
         return [out.sequences, torch.stack(tuple(out.scores))]
+
+    def timed(self, latents: int | None, new_tokens: int | None) -> Timed:
+        if latents is not None:
+            raise ConfigError("--latents is for pipelines of pictures, and this model writes text.")
+        tokens = 16 if new_tokens is None else new_tokens
+        if not 2 <= tokens <= 10_000:
+            raise ConfigError(f"--new-tokens must be 2 to 10,000, got {tokens}.")
+
+        def runs(canary: Canary, release: Any) -> Runs:
+            def answer(count: int) -> torch.Tensor:
+                self.new_tokens = count
+                return self.answer(self.unprotected(canary) if release is None else self.inputs(release))[1]
+
+            return {FIRST: lambda: answer(1), ANSWER: lambda: answer(tokens)}
+
+        return Timed(f"an answer of {tokens} tokens ({self.kind} model, greedy, batch 1)", tokens, runs)
 
     def lose(self, name: str) -> Callable[[], None]:
         module = self.handle.layers[name].module
