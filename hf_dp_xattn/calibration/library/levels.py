@@ -45,10 +45,12 @@ def medoids(
     kept = kept[weights[kept] > 0].sort().values
     if size >= len(kept):
         return kept[:size]
-    own, mass = codes[kept], weights[kept]
+    points, mass = codes[kept], weights[kept]
     seeds = range(seed, seed + (_TRIES if size <= _SHORT else 1))
-    tries = [_medoids(own, mass, size, epsilon, s, moves) for s in seeds]
-    return kept[tries[0] if len(tries) == 1 else max(tries, key=lambda t: _expected(own, mass, t, epsilon))]
+    tries = [_medoids(points, mass, size, epsilon, s, moves) for s in seeds]
+    return kept[
+        tries[0] if len(tries) == 1 else max(tries, key=lambda t: _expected(points, mass, t, epsilon))
+    ]
 
 
 def _expected(codes: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, epsilon: float) -> float:
