@@ -82,13 +82,12 @@ def _suspendable() -> frozenset[FrameType]:
     it awaits, which have a context of their own; a coroutine that is stepped by hand has not, within a task or without.
     """
     stack = _stack()
-    task_frames = _of_task(stack)
+    awaited = _of_task(stack)
     return frozenset(
         f
         for f in stack
         if (
-            f.f_code.co_flags & _GENERATORS
-            or (f.f_code.co_flags & inspect.CO_COROUTINE and f not in task_frames)
+            f.f_code.co_flags & _GENERATORS or (f.f_code.co_flags & inspect.CO_COROUTINE and f not in awaited)
         )
         and not _of_contextlib(f)
     )

@@ -195,9 +195,8 @@ class Releases(Generic[State, Prepared, ReleaseT]):
             misfit = misfit or reason
             plan.todo[known[0]] = (context, row_groups, names, self.making.prepared_for(prepared, context))
         new = [name for _, _, names, _ in plan.todo.values() for name in names]
-        costs = {recipe.events for *_, recipe in plan.todo.values()} or {
-            prepared.events
-        }  # mostly one for all
+        # mostly one for all
+        costs = {recipe.events for *_, recipe in plan.todo.values()} or {prepared.events}
         dearest = (
             max(costs, key=lambda e: epsilon_at(e, self.budget.delta))
             if len(costs) > 1

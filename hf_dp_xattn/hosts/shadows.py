@@ -20,21 +20,19 @@ class SwappedClass:
         self.original: type[Any] = type(host)
         like = {n: getattr(self.original, n) for n in ("__module__", "__qualname__", "__doc__")}
         namespace = {**like, "__call__": call, "__reduce_ex__": _no_copy}
-        self._subclass: type[Any] = type(self.original.__name__, (self.original,), namespace)
+        self._class: type[Any] = type(self.original.__name__, (self.original,), namespace)
 
     def install(self) -> None:
-        self._host.__class__ = self._subclass
+        self._host.__class__ = self._class
 
     def remove(self) -> None:
-        if type(self._host) is self._subclass:
+        if type(self._host) is self._class:
             self._host.__class__ = self.original
 
     def lost(self) -> str | None:
         """That it was replaced, or None."""
         return (
-            None
-            if type(self._host) is self._subclass
-            else f"the call of {self.original.__name__} was replaced"
+            None if type(self._host) is self._class else f"the call of {self.original.__name__} was replaced"
         )
 
 

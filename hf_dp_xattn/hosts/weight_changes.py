@@ -210,9 +210,5 @@ def stamp(roots: Iterable[nn.Module]) -> Stamp:
 
 def _scaling(rotation: nn.Module) -> object:
     """The factors of a rotation, for all layers or for each type of layer."""
-    attributes = rotation.__dict__
-    return (
-        ()
-        if by_length(rotation)
-        else [(k, attributes[k]) for k in attributes if k.endswith("attention_scaling")]
-    )
+    state = rotation.__dict__
+    return () if by_length(rotation) else [(k, state[k]) for k in state if k.endswith("attention_scaling")]

@@ -45,11 +45,7 @@ class HarmlessCalls:
             self._shadows.append((target, name, shadow))
 
     def _skip(
-        self,
-        layer: Any,
-        processor: DPAttnProcessor,
-        name: str,
-        asks_nothing: Callable[[Any], bool] | None = None,
+        self, layer: Any, ours: DPAttnProcessor, name: str, asks_nothing: Callable[[Any], bool] | None = None
     ) -> None:
         """asks_nothing: of the first argument; None: the call waits, whatever it asks."""
         original = getattr(layer, name, None)
@@ -57,11 +53,7 @@ class HarmlessCalls:
         def shadow(*args: Any, **kwargs: Any) -> Any:
             assert original is not None
             arguments = (*args, *kwargs.values())
-            if (
-                layer.processor is processor
-                and arguments
-                and (asks_nothing is None or asks_nothing(arguments[0]))
-            ):
+            if layer.processor is ours and arguments and (asks_nothing is None or asks_nothing(arguments[0])):
                 if asks_nothing is None:
                     self._waiting[layer] = functools.partial(original, *args, **kwargs)
                 return None

@@ -111,7 +111,7 @@ class DecoderHost(RoutedHost):
             raise ProtectionLostError(OTHER_TOKENS.format(given=queries, expected=cache.expected))
         cache.expected = None
         cache.fit(batch)
-        length = cache.suffix_length + queries
+        length = cache.suffix + queries
         total = cache.offset + length
         if len(cache.index) != batch:
             raise ProtectionLostError(
@@ -133,7 +133,7 @@ class DecoderHost(RoutedHost):
     def _read(self, cache: PrefixCache, device: torch.device) -> dict[str, LayerTable]:
         """The tables that `serve` made for this cache last, as long as the weights are the same; or new ones: in a direct call, for the
         first tokens of a cache."""
-        served, begun = self.calls.served, cache.suffix_length > 0 or self.calls.generating
+        served, begun = self.calls.served, cache.suffix > 0 or self.calls.generating
         if begun and served is not None and served[0] == self._served_for(cache.tags, device):
             return served[1]
         return self.serve(cache)

@@ -33,8 +33,8 @@ NO_RELEASE = (
 class Call:
     """What the layers of one forward may read.
 
-    tables: one per layer name; index [B]: each batch element's binding; offset: positions before the first own token; suffix_length: own
-    tokens so far, this forward's included; mask: bool [B, suffix_length] of those that are no padding, or None; public: inside
+    tables: one per layer name; index [B]: each batch element's binding; offset: positions before the first own token; suffix: own
+    tokens so far, this forward's included; mask: bool [B, suffix] of those that are no padding, or None; public: inside
     `protected.public()`; queries: where each layer's queries [B, H, m, d] are collected, public ones; H counts key heads.
     biases: what `suffix_bias` made, which is the same in most layers. cache: that the forward was given.
     """
@@ -42,7 +42,7 @@ class Call:
     tables: dict[str, LayerTable]
     index: torch.Tensor
     offset: int = 0
-    suffix_length: int = 0
+    suffix: int = 0
     mask: torch.Tensor | None = None
     public: bool = False
     queries: dict[str, list[torch.Tensor]] | None = None
@@ -53,8 +53,8 @@ class Call:
         """[B or 1, 1, groups * queries, own]: 0 where a query (the last `queries` of the own tokens) may look, else -inf."""
         key = queries, groups, device
         if key not in self.biases:
-            keys = torch.arange(self.suffix_length, device=device)
-            visible = (keys <= keys[self.suffix_length - queries :, None]).unsqueeze(0)
+            keys = torch.arange(self.suffix, device=device)
+            visible = (keys <= keys[self.suffix - queries :, None]).unsqueeze(0)
             if self.mask is not None:
                 visible = visible & self.mask.to(device).unsqueeze(1)
             bias = torch.zeros(visible.shape, device=device).masked_fill(~visible, -torch.inf)
@@ -132,17 +132,12 @@ def dp_xattn_prefix(
         public: tuple[torch.Tensor, Any] = original(module, query, key, value, attention_mask, **kwargs)
         return public
     batch, query_heads, m, _ = query.shape
-    if (
-        len(call.index) != batch
-        or key.shape[0] != batch
-        or key.shape[2] != call.suffix_length
-        or m > call.suffix_length
-    ):
+    if len(call.index) != batch or key.shape[0] != batch or key.shape[2] != call.suffix or m > call.suffix:
         raise ProtectionLostError(
             f"{layer.name} was given {key.shape[2]} keys for a batch of {key.shape[0]}; the cache of this release says "
-            f"{call.suffix_length} for {len(call.index)}. Pass release.inputs(...) on as it is."
+            f"{call.suffix} for {len(call.index)}. Pass release.inputs(...) on as it is."
         )
-    check_window(kwargs.get("sliding_window"), call.offset + call.suffix_length)
+    check_window(kwargs.get("sliding_window"), call.offset + call.suffix)
     heads = key.shape[1]
     grouped = group_queries(query, heads)
     if call.queries is not None:

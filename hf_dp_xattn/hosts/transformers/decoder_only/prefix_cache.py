@@ -26,25 +26,25 @@ class SuffixTokens(DynamicLayer):
         self.offset = offset
 
     @property
-    def suffix_length(self) -> int:
+    def suffix(self) -> int:
         return 0 if self.keys is None or self.keys.numel() == 0 else int(self.keys.shape[-2])
 
     def get_seq_length(self) -> int:
-        return self.offset + self.suffix_length
+        return self.offset + self.suffix
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.suffix_length + query_length, self.offset
+        return self.suffix + query_length, self.offset
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        if self.suffix_length:
+        if self.suffix:
             super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.suffix_length:
+        if self.suffix:
             super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.suffix_length:
+        if self.suffix:
             super().batch_select_indices(indices)
 
 
@@ -103,13 +103,13 @@ class PrefixCache(Cache):
         return states
 
     def __repr__(self) -> str:
-        return f"PrefixCache(batch={len(self.index)}, releases={len(self.tags)}, offset={self.offset}, suffix_length={self.suffix_length})"
+        return f"PrefixCache(batch={len(self.index)}, releases={len(self.tags)}, offset={self.offset}, suffix={self.suffix})"
 
     @property
-    def suffix_length(self) -> int:
+    def suffix(self) -> int:
         """Own tokens so far."""
         first: Any = self.layers[0]
-        return int(first.suffix_length)
+        return int(first.suffix)
 
     def fork(self) -> PrefixCache:
         """A cache that grows apart from this one; layers replace their tensors and never write to them."""
@@ -120,7 +120,7 @@ class PrefixCache(Cache):
     def fit(self, batch: int) -> None:
         """Repeats each element where `generate` did."""
         repeats = batch // max(1, len(self.index))
-        if self.elastic and self.suffix_length == 0 and repeats > 1 and batch == repeats * len(self.index):
+        if self.elastic and self.suffix == 0 and repeats > 1 and batch == repeats * len(self.index):
             self.index = self.index.repeat_interleave(repeats)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

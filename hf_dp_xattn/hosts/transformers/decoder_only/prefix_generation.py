@@ -112,19 +112,13 @@ class GenerateShadow(Shadows):
             raise ProtectionLostError(PROMPT_LEARNING)
         ids = arguments.get("input_ids", arguments.get("inputs"))
         mask = arguments.get("attention_mask")
-        if (
-            ids is None
-            or mask is None
-            or mask.shape[-1] != cache.offset + cache.suffix_length + ids.shape[-1]
-        ):
+        if ids is None or mask is None or mask.shape[-1] != cache.offset + cache.suffix + ids.shape[-1]:
             raise ConfigError(
                 "generate needs input_ids, attention_mask and past_key_values as release.inputs(input_ids=..., attention_mask=...) gives "
                 "them. For a further turn, call release.inputs with all token ids of the conversation."
             )
         self._host.serve(cache)
-        check_window(
-            self._host.limit, cache.offset + cache.suffix_length + self._planned(arguments, config, ids)
-        )
+        check_window(self._host.limit, cache.offset + cache.suffix + self._planned(arguments, config, ids))
         self._warn_once(arguments, config)
         cache = cache.fork()  # so that the same inputs can be used again
         cache.elastic, cache.expected = True, int(ids.shape[-1])

@@ -296,7 +296,7 @@ def _suffix(
     run = model if head else model.base_model
     outputs, first = [], calls.current
     for part in ids[:, prefix:].split(list(parts), dim=1):
-        calls.current = Call(first.tables, first.index, first.offset, cache.suffix_length + part.shape[1])
+        calls.current = Call(first.tables, first.index, first.offset, cache.suffix + part.shape[1])
         outputs.append(
             run(input_ids=part, past_key_values=cache, use_cache=True)[0 if not head else "logits"]
         )

@@ -62,7 +62,7 @@ class PrefixLogits:
         cache = PrefixCache([new_tag()], self.offset, len(self.layers), trial=True)
 
         def read(ids: torch.Tensor) -> torch.Tensor:
-            self.calls.current = Call(tables, index, self.offset, cache.suffix_length + ids.shape[1])
+            self.calls.current = Call(tables, index, self.offset, cache.suffix + ids.shape[1])
             out = self.model(input_ids=ids.to(device), past_key_values=cache, use_cache=True)
             logits: torch.Tensor = out.logits.to(rows.device)
             return logits

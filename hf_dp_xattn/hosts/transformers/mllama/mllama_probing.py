@@ -64,16 +64,10 @@ def _tiles(model: Any) -> int:
 
 def run_text(model: Any, states: torch.Tensor, ids: torch.Tensor, **kwargs: Any) -> Any:
     """All tokens see all tiles. Without that mask, sdpa takes the layers of transformers 5.23 for causal ones."""
-    current_states = (
-        None if kwargs.get("past_key_values") is not None else states
-    )  # later tokens read the cache
+    rows = None if kwargs.get("past_key_values") is not None else states  # later tokens read the cache
     mask = torch.ones(1, ids.shape[1], 1, _tiles(model), dtype=torch.int64, device=ids.device)
     return model(
-        input_ids=ids,
-        cross_attention_states=current_states,
-        cross_attention_mask=mask,
-        return_dict=True,
-        **kwargs,
+        input_ids=ids, cross_attention_states=rows, cross_attention_mask=mask, return_dict=True, **kwargs
     )
 
 

@@ -125,7 +125,7 @@ def test_the_model_never_receives_the_prefix(private: dpx.DPXAttnConfig) -> None
     assert sum(i.shape[1] for i in ids) == 6 + 2 and max(lengths) == 6
     assert not any(bool((i[:, :6] == VOCABULARY - 1).any()) for i in ids[:1])
     cache = out.past_key_values
-    assert isinstance(cache, PrefixCache) and cache.suffix_length == 6 + 2
+    assert isinstance(cache, PrefixCache) and cache.suffix == 6 + 2
     assert all(layer.keys.shape[2] == 8 for layer in cache.layers)
 
 

@@ -188,10 +188,10 @@ def test_turns(exact: dpx.DPXAttnConfig) -> None:
     again = release.inputs(input_ids=then[:, PREFIX:])
     assert torch.equal(model.generate(**again, **options).sequences, want)
     cache = out.past_key_values
-    new = then[:, PREFIX + cache.suffix_length :]
-    mask = torch.ones(1, PREFIX + cache.suffix_length + new.shape[1], dtype=torch.int64)
+    new = then[:, PREFIX + cache.suffix :]
+    mask = torch.ones(1, PREFIX + cache.suffix + new.shape[1], dtype=torch.int64)
     more = model.generate(input_ids=new, attention_mask=mask, past_key_values=cache, **options).sequences
-    assert torch.equal(more, want[:, cache.suffix_length :])
+    assert torch.equal(more, want[:, cache.suffix :])
     with pytest.raises(dpx.ConfigError, match=r"release\.inputs"):
         model.generate(input_ids=then[:, PREFIX:], attention_mask=mask, past_key_values=cache, **options)
 
