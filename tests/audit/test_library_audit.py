@@ -132,7 +132,7 @@ def test_a_profile_that_private_data_choose_is_caught(monkeypatch: pytest.Monkey
 
 def test_scores_are_log_likelihoods() -> None:
     own = prepared()
-    rows = [encode([f"a rule of {topic}", "a rule of sky"]) for topic in ("tax", "tea")]
+    rows = [encode([f"a rule of {topic}", "a rule of sky"]) for topic in ("tax", "law")]
     views = law_of(own).views([Context(r, torch.arange(2)) for r in rows])
     scores = views.scores(0, 2000, SeededEntropy(1))
     assert scores.shape == (2000, 2)
