@@ -17,7 +17,7 @@ from hf_dp_xattn.hosts.transformers.encoder_decoder.document_reader import Docum
 
 from .tiny import VOCABULARY, documents, generate, tiny
 
-EPSILONS = (4.0, 8.0)
+EPSILONS = (8.0,)
 
 
 def public_ids(count: int = 80) -> torch.Tensor:

@@ -13,7 +13,7 @@ from hf_dp_xattn.hosts.transformers.mllama.public_images import _encode
 
 from .tiny import PATCHES, generate, images, texts, tiny
 
-EPSILONS = (4.0, 8.0)
+EPSILONS = (8.0,)
 
 
 def public(count: int = 80, tiles: int = 2) -> dict[str, torch.Tensor]:
