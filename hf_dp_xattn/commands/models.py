@@ -118,6 +118,7 @@ def protected_model(args: argparse.Namespace, ledger: Ledger, *, trial: bool = F
 
         calibration = Calibration.from_pretrained(args.calibration)
     config = config_of(args, calibration)
+    _check_calibrated(args, config, calibration)
     budget = (
         None if total is None else Budget(total, min(0.5, config.delta * max(1.0, total / config.epsilon)))
     )
@@ -132,6 +133,25 @@ def protected_model(args: argparse.Namespace, ledger: Ledger, *, trial: bool = F
         allow_large_epsilon=args.allow_large_epsilon,
         **options,
     )
+
+
+def _check_calibrated(
+    args: argparse.Namespace, config: DPXAttnConfig, calibration: AnyCalibration | None
+) -> None:
+    """Raises ConfigError where there is no calibration and must be one, before a model is loaded."""
+    from ..known_mechanisms import KNOWN
+
+    if calibration is None and KNOWN[config.mechanism].needs_calibration:
+        kind = (
+            ""
+            if config.mechanism == "library"
+            else f" --mechanism {config.mechanism} --unit {config.unit} --public FILE"
+        )
+        raise ConfigError(
+            f"mechanism={config.mechanism!r} needs a calibration, made of PUBLIC texts in minutes, once:\n"
+            f"    hf-dp-xattn calibrate {args.model}{kind} --out FOLDER\n"
+            "then pass --calibration FOLDER. Nothing was spent."
+        )
 
 
 def protect_host(host: Any, name: str, config: DPXAttnConfig, **options: Any) -> Any:

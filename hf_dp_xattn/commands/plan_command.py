@@ -33,7 +33,9 @@ exit codes: 0 done; 1 a wanted quality is not reached at any calibrated epsilon;
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """All of them but `--json`."""
-    parser.add_argument("calibration", nargs="+", help="folder or Hub id of an anchors calibration")
+    parser.add_argument(
+        "calibration", nargs="+", help="folder or Hub id of a calibration: a library, or of anchors"
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--epsilon", type=float, metavar="E", help="privacy loss of one release")
     which.add_argument(
