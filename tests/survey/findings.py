@@ -13,6 +13,7 @@ import hf_dp_xattn as dpx
 FOLDER = Path(__file__).parents[2] / "docs" / "hosts"
 MECHANISMS = ("library", "anchors", "kernel_sum", "dptree", "none")
 WORKS = "works"
+NOT_RUN = "not run yet"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -192,6 +192,7 @@ def _seen_layers(mechanism: str, case: Case, pipe: Any, secret: str, first: list
 
 def _seen_release(protected: Any, case: Case, pipe: Any, secret: str, first: list[Any]) -> Seen:
     inputs = arguments(case, pipe, secret)
+    inputs.pop("max_sequence_length", None)  # a release has the default length
     texts = inputs["prompt"] if isinstance(inputs["prompt"], list) else [inputs["prompt"]]
     made = iter(list(first))
     original = releases.Releases.run

@@ -14,8 +14,9 @@ PIPELINES = """
 {took} pipeline classes of {version} that take a `prompt` and that diffusers' own tests build were run (`python -m tests.survey pipelines
 --diffusers-source FOLDER`): tiny parts, two private prompts of different lengths, one release. *Works* with `library`: each prompt was
 charged, and all that the pipeline's models were given and gave back, the callbacks' tensors, the output, what saving wrote and what was
-logged were the same bytes for both, with no word of either. The attention mechanisms are accepted or refused by `dpx.protect`. **{works} of
-{took} work with `library`**, {layers} with the mechanisms on attention; nothing that runs is unprotected.
+logged were the same bytes for both, with no word of either. With `kernel_sum`, `dptree` and `none` the same was run (of `anchors`, which
+needs a calibration, stands what `none` gives), but where the table says that it was not yet. **{works} of {took} work with
+`library`**, {layers} with the mechanisms on attention; nothing that runs is unprotected.
 
 | pipeline | private arguments | `library` | `anchors`, `kernel_sum`, `dptree`, `none` |
 |---|---|---|---|

@@ -22,14 +22,14 @@ from ..bindings import unique
 from ..guard import Guard
 from ..layer import project_rows
 from ..nan import FOUND
-from ..placeholder import Tag, read_tags
+from ..placeholder import Tag
 from ..recorded_runs import refuse_recording
 from ..tables import LayerTable
 from ..text.one_step import Reached
 from ..weight_changes import refuse_call_adapters
 from ..weights import Weights
 from .intercepted import Attention, ServedForward
-from .prompt_encoder import tensors_of
+from .prompt_encoder import read_marks, tensors_of
 from .text_layers import TextLayer
 
 OUTSIDE = (
@@ -233,7 +233,7 @@ class DenoiserGate:
         if seen is not None and seen[0] is states and seen[1:3] == (states._version, call):
             return seen[3], seen[4]
         try:
-            tags = read_tags(states)
+            tags = read_marks(states)
         except ReleaseError as error:
             if not call.proving:
                 raise
@@ -241,13 +241,13 @@ class DenoiserGate:
         active = unique(tags)
         if not active:
             return _Forward({}), None
-        unknown = [t for t in active if t not in call.rows or call.rows[t].shape != states.shape[1:]]
+        unknown = [t for t in active if t not in call.rows or call.rows[t].numel() != states[0].numel()]
         if unknown:
             raise self._refuse(CHANGED.format(model=type(self.model).__name__))
         public = states.clone()
         for i, tag in enumerate(tags):
             if tag is not None:
-                public[i] = call.rows[tag].to(states)
+                public[i] = call.rows[tag].to(states).reshape(states.shape[1:])
         tables = (
             self._stand_ins(active, call) if call.proving else self._host.guard.build(active, states.device)
         )

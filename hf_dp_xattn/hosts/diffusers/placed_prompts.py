@@ -17,14 +17,14 @@ from ...errors import ConfigError, UnsupportedModelError
 from ..context import PrivateContext
 from ..guard import Guard
 from ..host import Named
-from ..placeholder import Tag, make_placeholder, new_tag
+from ..placeholder import Tag, new_tag
 from ..private_run import private_run
 from ..shadows import Shadows
 from ..text.one_step import one_step
 from ..text.prompt_swap import OTHERS, PRIVATE, PromptSwap, items_of, no_progress
 from ..text.released_texts import ReleasedPrompt
 from .denoiser_gate import Call, Calls
-from .prompt_encoder import OTHER, STAND_IN, PromptEncoder, changed, is_rows, tensors_of
+from .prompt_encoder import OTHER, STAND_IN, PromptEncoder, changed, is_rows, marks, tensors_of
 from .text_side import as_texts
 
 NOT_REACHED = "no encoded prompt reached its denoiser"
@@ -200,7 +200,7 @@ class PlacedPrompts(PromptSwap):
             )
         call.rows[tag] = rows
         call.shown[tag] = self._encoder.shown(found, element) if same else rows
-        tensor[element] = make_placeholder([tag], len(rows), rows.shape[-1], rows.dtype, rows.device)[0]
+        tensor[element] = marks(tag, rows)
 
 
 def _replaced(outputs: Any, placed: dict[tuple[int, ...], torch.Tensor], where: tuple[int, ...] = ()) -> Any:

@@ -15,7 +15,7 @@ import torch
 from ...errors import ConfigError, ContextError, UnsupportedModelError
 from ..content_names import name_of_text, units_of_text
 from ..context import Part, PrivateContext, Rows, Trial, from_embeddings
-from ..placeholder import CODE_CHANNELS, holds_placeholder
+from ..placeholder import CODE_CHANNELS, Tag, holds_placeholder, make_placeholder, read_tags
 from ..private_run import private_run
 from .phrases import check_phrases, split_phrases
 from .text_side import as_texts
@@ -49,7 +49,18 @@ def tensors_of(outputs: Any, where: tuple[int, ...] = ()) -> Iterator[tuple[tupl
 
 
 def is_rows(tensor: torch.Tensor) -> bool:
-    return tensor.ndim == 3 and tensor.is_floating_point() and tensor.shape[-1] >= CODE_CHANNELS
+    """Whether it may be rows [B, n, C] of texts, and has room for a mark."""
+    return tensor.ndim == 3 and tensor.is_floating_point() and tensor[0].numel() >= CODE_CHANNELS
+
+
+def marks(tag: Tag, rows: torch.Tensor) -> torch.Tensor:
+    """[n, C]: a placeholder as long as all of these rows; so that narrow ones have room for it."""
+    return make_placeholder([tag], 1, rows.numel(), rows.dtype, rows.device).reshape(rows.shape)
+
+
+def read_marks(states: torch.Tensor) -> list[Tag | None]:
+    """The tag of each batch element. Raises as `placeholder.read_tags`."""
+    return read_tags(states.flatten(1).unsqueeze(1))
 
 
 def changed(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -34,9 +34,9 @@ denoiser's cross-attention, and a ControlNet's, reads the release in the place o
 `scaled_dot_product_attention` is ours; projections, norms, rotations and gates around it are the host's own. Before the first charge the
 call is tried with the public text: each layer must read, and the model must give the numbers that it gives by itself; what does not is
 refused (`UnsupportedModelError`, nothing spent), and so are compiled denoisers, IP-Adapters, slicing, `prompt_2`, and public text beside a
-release. Where a pipeline masks a prompt's padding, `unit="row"` with `replace_one` makes the number of its tokens public. `anchors` needs a
-calibration, which is made for the first three pipelines only so far. MMDiT models (SD3, Flux, Qwen-Image, AuraFlow, ...) update their text
-rows: there only `library` works.
+release. Where a pipeline masks a prompt's padding, `unit="row"` with `replace_one` makes the number of its tokens public. Calibrations
+are made by `dpx.calibrate(pipe, prompts, config)` for unit="row" or "context", of calls of the pipeline itself. MMDiT models (SD3, Flux,
+Qwen-Image, AuraFlow, ...) update their text rows: there only `library` works.
 Gradient checkpointing is refused where gradients are taken, and so is a pipeline whose image processor was replaced.
 
 ## Encoder-decoder models of transformers
