@@ -15,6 +15,7 @@ from ..artefacts.card import table
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..privacy.ledger import Ledger
+from .accounts import STAYS
 from .chosen import read_calibration, settings_of
 from .protect import handle_of, protect
 
@@ -154,7 +155,7 @@ def compare(
     if len(public_contexts) < 2 or not epsilons:
         raise ConfigError("Comparing needs two public contexts or more, and an epsilon at least.")
     if handle_of(host) is not None:
-        raise ConfigError("Compare before `protect`, or after dpx.unprotect(host).")
+        raise ConfigError(f"Compare before `protect`, or after dpx.unprotect(host) ({STAYS}).")
     points = []
     for epsilon in sorted(set(map(float, epsilons))):
         for name, calibration in loaded.items():
