@@ -13,6 +13,7 @@ import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
+from ..mechanisms.anchors.anchors import nearest_plan
 from ..mechanisms.anchors.plan import AnchorPlan, Decoders
 from ..mechanisms.anchors.sources import PreparedAnchors
 from ..not_covered import PLAN, PLAN_UNIT
@@ -27,6 +28,8 @@ from .plan_report import Plan, PlanPoint, charge_of
 from .release_timing import REPEATS, median_seconds, this_machine
 
 __all__ = ["Plan", "PlanPoint", "plan"]
+
+LIBRARY_FROM = 4.0  # epsilon from which on `library` gave more of units that answer for themselves, in benchmarks/library_shapes.py
 
 One = AnchorCalibration | TextLibrary | str | os.PathLike[str]
 _HOW = "make one with dpx.calibrate(pipe, public_contexts, dpx.DPXAttnConfig(mechanism='anchors', unit=...))"
@@ -308,6 +311,19 @@ def _measure(prepared: PreparedAnchors, units: int) -> float:
     return median_seconds(prepared, rows, groups)
 
 
+def _better_answered(calibration: AnchorCalibration, points: Sequence[PlanPoint]) -> tuple[str, ...]:
+    """Where `library` does more: units that answer for themselves, a rule that every measurement of both bears out (docs/library.md)."""
+    plans = (nearest_plan(calibration.plans, p.epsilon) for p in points)
+    alone = sorted({p.epsilon for p in plans if p.release == "response" and p.epsilon >= LIBRARY_FROM})
+    if calibration.unit == Unit.ROW.value or not alone:
+        return ()
+    return (
+        f"at epsilon {', '.join(f'{e:g}' for e in alone)} each unit is answered by itself ('response'), by a code that a decoder reads. "
+        "Where units are text, mechanism='library' answers them by public texts, which gave more wherever both were measured from epsilon "
+        f"{LIBRARY_FROM:g} on (docs/library.md); anchors is for what many units have in common",
+    )
+
+
 def _notes(
     calibration: AnchorCalibration, points: Sequence[PlanPoint], units: int, delta: float, machine: str | None
 ) -> tuple[str, ...]:
@@ -323,6 +339,7 @@ def _notes(
         ),
         "FVU: fraction of the attention outputs' variance left unexplained; 1 is the public mean alone, 0 exact attention",
         *_of_replies(calibration),
+        *_better_answered(calibration, points),
     ]
     notes += [
         f"x epsilon {p.epsilon:g} is not known to be better than no release at all: {p.useless}; dpx.protect refuses it unless "

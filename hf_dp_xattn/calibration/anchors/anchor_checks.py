@@ -69,6 +69,8 @@ def _verify_plan(plan: AnchorPlan, decoders: Decoders, shared: Sizes, channels: 
         CHECKS.number(plan.worth.weight, f"{where}: weight", low=0.0, high=1.0)
         if plan.worth.against not in FALLBACKS or plan.worth.measure not in ("fvu", "divergence"):
             CHECKS.refuse(f"{where}: what it was compared with")
+        if plan.worth.unlike is not None:
+            CHECKS.number(plan.worth.unlike, f"{where}: unlike", low=0.0)
         if decoders.fallback is None:
             CHECKS.refuse(f"{where}: no fall-back")
     if plan.release not in RELEASES:
@@ -108,6 +110,17 @@ def _verify_plan(plan: AnchorPlan, decoders: Decoders, shared: Sizes, channels: 
         sizes.fit(f"{where}: head.scale", head.scale)
         if float(head.scale) <= 0:
             CHECKS.refuse(f"{where}: head.scale is not positive")
+    if plan.likeness is not None:
+        likeness = plan.likeness
+        if plan.worth is None:
+            CHECKS.refuse(f"{where}: a likeness without a fall-back")
+        for name in ("low", "high"):
+            sizes.fit(f"{where}: likeness.{name}", getattr(likeness, name), floats=True)
+        sizes.fit(f"{where}: likeness.center", likeness.center, "K", floats=True)
+        sizes.fit(f"{where}: likeness.axes", likeness.axes, "W", "K", floats=True)
+        sizes.fit(f"{where}: likeness.noise", likeness.noise, "W", floats=True)
+        if bool(((likeness.noise < 0) | (likeness.noise >= 1)).any()) or not len(likeness.noise):
+            CHECKS.refuse(f"{where}: likeness.noise is no share")
     if plan.tilt is not None:
         sizes.fit(f"{where}: tilt.inner", plan.tilt.inner, "G", "K")
         sizes.fit(f"{where}: tilt.inner_bias", plan.tilt.inner_bias, "G")

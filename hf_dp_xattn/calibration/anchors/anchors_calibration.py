@@ -16,6 +16,7 @@ from ...errors import ConfigError
 from ...mechanisms.anchors.anchors import nearest_plan, prepare_anchors
 from ...mechanisms.anchors.cells import CellDecoder, Tilt
 from ...mechanisms.anchors.fallback import Fallback, Worth
+from ...mechanisms.anchors.likeness import Likeness
 from ...mechanisms.anchors.move import RowMove
 from ...mechanisms.anchors.plan import AnchorPlan, Decoders, Quality
 from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
@@ -121,6 +122,7 @@ class AnchorCalibration(Stored):
                     "has_head": p.head is not None,
                     "has_tilt": p.tilt is not None,
                     **({} if p.worth is None else {"worth": dataclasses.asdict(p.worth)}),
+                    **({} if p.likeness is None else {"has_likeness": True}),
                 }
                 for p in self.plans
             ],
@@ -147,6 +149,7 @@ class AnchorCalibration(Stored):
             add(f"plan.{i}", plan)
             add(f"plan.{i}.head", plan.head)
             add(f"plan.{i}.tilt", plan.tilt)
+            add(f"plan.{i}.likeness", plan.likeness)
         return out
 
     @classmethod
@@ -253,7 +256,7 @@ def _part(kind: Any, prefix: str, tensors: Tensors, **extra: Any) -> Any:
 
 
 def _read_plan(i: int, entry: Mapping[str, Any], tensors: Tensors) -> AnchorPlan:
-    CHECKS.keys(entry, _PLAN_KEYS, f"plan {i} of {CODEC.json_name}", optional={"worth"})
+    CHECKS.keys(entry, _PLAN_KEYS, f"plan {i} of {CODEC.json_name}", optional={"worth", "has_likeness"})
     prefix = f"plan.{i}"
     parts: dict[str, Any] = {n: tensors[f"{prefix}.{n}"] for n in AnchorPlan.TENSORS}
     return AnchorPlan(
@@ -263,4 +266,5 @@ def _read_plan(i: int, entry: Mapping[str, Any], tensors: Tensors) -> AnchorPlan
         tilt=_part(Tilt, f"{prefix}.tilt", tensors) if entry["has_tilt"] else None,
         quality=Quality(**entry["quality"]),
         worth=Worth(**entry["worth"]) if "worth" in entry else None,
+        likeness=_part(Likeness, f"{prefix}.likeness", tensors) if entry.get("has_likeness") else None,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,13 +24,16 @@ from ..progress import QUIET, Progress
 from ..public_data import PublicData
 from .anchors_calibration import AnchorCalibration
 from .cells_fit import Codebook, fit_codebook, fit_tilt, histogram_plan
+from .exact_outputs import exact_outputs, worthwhile
 from .fallback_fit import fit_fallback
 from .held_out import hold_out
-from .judge import Judged, Jury, simulate
+from .judge import Judged, Jury
 from .kmeans import assign
 from .mixed_fit import Compared, means_or_members, with_mixed
 from .objective import Objective
+from .plan_choice import Guard
 from .responses_fit import fit_responses
+from .simulated import simulate
 from .slot_schedule import MANY
 from .slots_fit import (
     PublicContexts,
@@ -44,8 +48,11 @@ __all__ = ["AnchorSettings", "candidates", "fit_anchors", "simulate", "sum_noise
 
 MINIMUM_CONTEXTS = 64
 GEOMETRY_NOISE = 0.08  # of the auxiliary sum whose codes give the cells of `response`
-TRAINING, _ANSWERS, _MEAN, _COMPARING = "training", "training answers", "public mean", "comparing"  # stages
+TRAINING, _ANSWERS, _MEAN = "training", "training answers", "public mean"  # stages
+_COMPARING, _CHOOSING = "comparing", "choosing"
 _FIRST = 2 / 3  # of the time for training, where answers are trained as well
+_TILTED = 1.25  # a tilt is tried where the plain histogram's FVU is no more times the best
+_TILT_TIME = 0.5  # of the training's time, for all tilts
 _LONG = 256  # rows of a context from which single public rows may stand for a cell
 
 
@@ -160,8 +167,8 @@ def fit_anchors(config: DPXAttnConfig, data: PublicData, settings: AnchorSetting
 
     if book is not None and documents is None:
         for plain in [j.plan for j in judged if j.plan.release == "histogram"]:
-            # a tilt takes a minute and gains some ten per cent: it is fitted where that could decide
-            if plain.quality.fvu < 1.5 * best_at(plain.epsilon).plan.quality.fvu:
+            # a tilt takes half a minute and gains some ten per cent: it is fitted where that could decide
+            if plain.quality.fvu < _TILTED * best_at(plain.epsilon).plan.quality.fvu:
                 judged.append(jury.judge(_with_tilt(config, book, plain, settings), decoders))
     compared: list[Compared] = []
     tried = [at(e) for e in epsilons]
@@ -173,7 +180,8 @@ def fit_anchors(config: DPXAttnConfig, data: PublicData, settings: AnchorSetting
         tried = [
             [new] if new is not old else own for new, old, own in zip(chosen, leading, tried, strict=True)
         ]
-    best = [jury.choose(own) for own in tried]
+    guard = Guard(jury, documents)
+    best = [guard.choose(own, decoders) for own in settings.progress.track(tried, _CHOOSING)]
     used = {p.release for p in best}
     return AnchorCalibration(
         unit=config.unit,
@@ -205,6 +213,7 @@ def _announce(settings: AnchorSettings, kinds: Sequence[str]) -> None:
             bar.expect(_ANSWERS, max(1, settings.slots.steps // 2), 0.1, most=most / 2)
     bar.expect(_MEAN, 200, 0.01)
     bar.expect(_COMPARING, len(settings.epsilons) * len(kinds), 1.0)
+    bar.expect(_CHOOSING, len(settings.epsilons), 4.0)
 
 
 def _rows_book(training: PublicContexts, objective: Objective, settings: AnchorSettings) -> Codebook:
@@ -278,7 +287,12 @@ def _with_tilt(
 ) -> AnchorPlan:
     release = AnchorHistogram.of(config.replace(epsilon=plan.epsilon), plan, Decoders(None, book.decoder))
     tilt = fit_tilt(
-        book, release.rates, steps=settings.tilt_steps, seed=settings.seed, progress=settings.progress
+        book,
+        release.rates,
+        steps=settings.tilt_steps,
+        seed=settings.seed,
+        progress=settings.progress,
+        seconds=None if settings.seconds is None else settings.seconds * _TILT_TIME / len(settings.epsilons),
     )
     return dataclasses.replace(plan, tilt=tilt)
 
@@ -300,6 +314,28 @@ def _slot_plans(
 ) -> tuple[list[AnchorPlan], SlotDecoder, int]:
     """Learned sums and responses with the shared slot decoder, and how many steps that took; the encoders of `response` are an auxiliary
     sum's."""
+    slots = settings.slots
+    passes = slots.steps * slots.batch * min(slots.layers, len(objective.layers)) / len(training)
+    if not worthwhile(training, objective, passes):
+        return _fit_slots(config, training, (training, objective), watched, kinds, epsilons, settings)
+    started = time.monotonic()
+    with exact_outputs(training, objective, seed=settings.seed, progress=settings.progress) as aim:
+        if watched.seconds is not None:
+            left = watched.seconds - (time.monotonic() - started)
+            watched = dataclasses.replace(watched, seconds=max(0.3 * watched.seconds, left))
+        return _fit_slots(config, training, aim, watched, kinds, epsilons, settings)
+
+
+def _fit_slots(
+    config: DPXAttnConfig,
+    training: PublicContexts,
+    aim: tuple[PublicContexts, Objective],
+    watched: Watched,
+    kinds: Sequence[str],
+    epsilons: Sequence[float],
+    settings: AnchorSettings,
+) -> tuple[list[AnchorPlan], SlotDecoder, int]:
+    """`_slot_plans`; aim: the contexts as a training reads them, and the objective of their outputs."""
     generator = torch.Generator().manual_seed(settings.seed)
     sums = list(epsilons) if "sum" in kinds else []
     answers = list(epsilons) if "response" in kinds else []
@@ -322,8 +358,7 @@ def _slot_plans(
     first = watched.seconds if not answers or watched.seconds is None else watched.seconds * _FIRST
     steps = train(
         trainer,
-        training,
-        objective,
+        *aim,
         list(noise),
         noised_sum,
         settings.slots,
@@ -356,8 +391,7 @@ def _slot_plans(
                 set_code_scale(trainer, i, answered(sample, i))
         train(
             trainer,
-            training,
-            objective,
+            *aim,
             list(alphabets),
             answered,
             # half of the steps: the decoder has been trained on codes without codebooks, and long training forgets unseen combinations

@@ -7,6 +7,7 @@ rows to [Sigma_q^(1/2) k scale ; v / sd(v)] of every layer and head (randomly pr
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 
 import torch
@@ -230,8 +231,12 @@ def fit_tilt(
     batch: int = 32,
     seed: int = 0,
     progress: Progress = QUIET,
+    seconds: float | None = None,
 ) -> Tilt:
-    """Trains the joint decoder's tilt on public counts with fresh noise: loss = -log posterior of the true counts."""
+    """Trains the joint decoder's tilt on public counts with fresh noise: loss = -log posterior of the true counts.
+
+    seconds: that it may take; None: as long as its steps do.
+    """
     generator = torch.Generator().manual_seed(seed)
     m, k = book.codes.shape
     with torch.no_grad():
@@ -246,16 +251,26 @@ def fit_tilt(
     parameters = [inner, bias, outer, cells]
     optimiser = torch.optim.Adam(parameters, lr=5e-3)
     tilt = Tilt(inner, bias, outer, cells, scale)
+    slope = book.decoder.support.clamp_max(3.0)
+    started = time.monotonic()
     for step in progress.track(range(steps), "tilt"):
+        done = step / steps
+        if seconds is not None:
+            done = max(done, (time.monotonic() - started) / max(1e-3, seconds))
+            if done >= 1.0:
+                break
         for group in optimiser.param_groups:
-            group["lr"] = 5e-3 * 0.5 * (1 + math.cos(math.pi * step / steps)) + 1e-5
+            group["lr"] = 5e-3 * 0.5 * (1 + math.cos(math.pi * done)) + 1e-5
         index = torch.randint(0, len(book.counts), (batch,), generator=generator)
         bins = book.counts[index].long()
         noised = book.decoder.support[bins] + geometric_noise(tuple(bins.shape), rates, generator)
         with torch.no_grad():
-            mean = book.decoder.posterior(noised, rates).exp() @ book.decoder.support
-        posterior = book.decoder.posterior(noised, rates, tilt.shift(mean @ book.codes))
-        loss = -posterior.gather(-1, bins.unsqueeze(-1)).sum((1, 2)).mean()
+            plain = book.decoder.log_prior + book.decoder.log_likelihood(noised, rates)
+            mean = plain.softmax(-1) @ book.decoder.support
+        # -log posterior: `CellDecoder.posterior` of the true counts, whose other terms no parameter moves
+        shift = tilt.shift(mean @ book.codes)
+        tilted = torch.logsumexp(plain + shift.unsqueeze(-1) * slope, dim=-1) - shift * slope[bins]
+        loss = tilted.sum(1).mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()

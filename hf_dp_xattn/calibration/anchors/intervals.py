@@ -17,7 +17,12 @@ def t_quantile(probability: float, freedom: int) -> float:
 
 
 def ratio_interval(
-    over: torch.Tensor, under: torch.Tensor, kinds: torch.Tensor, confidence: float = 0.95
+    over: torch.Tensor,
+    under: torch.Tensor,
+    kinds: torch.Tensor,
+    confidence: float = 0.95,
+    *,
+    fresh: bool = False,
 ) -> tuple[float, float, float]:
     """(value, low, high): the mean over columns of sum(over) / sum(under), two-sided.
 
@@ -29,6 +34,8 @@ def ratio_interval(
         under: [N, L], with positive sums.
         kinds: [N] int64.
         confidence: of the interval.
+        fresh: the interval is of what as many contexts of other kinds would give, which vary as much themselves (sqrt(2) times as wide);
+            else of the mean over all kinds.
     """
     total = under.sum(0).clamp_min(1e-30)
     ratio = over.sum(0) / total
@@ -40,5 +47,5 @@ def ratio_interval(
     if count < 2:
         return value, 0.0, float("inf")
     error = float((z.square().sum() * count / (count - 1)).sqrt())
-    reach = t_quantile(0.5 + confidence / 2, count - 1) * error
+    reach = t_quantile(0.5 + confidence / 2, count - 1) * error * (2.0**0.5 if fresh else 1.0)
     return value, max(0.0, value - reach), value + reach

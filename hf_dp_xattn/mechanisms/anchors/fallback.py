@@ -37,7 +37,8 @@ class Worth:
     """A plan beside no release at all, on held-out public contexts.
 
     against: the better one of `FALLBACKS`. weight: w. measure: what was compared, "fvu" or "divergence". ratio: the plan's over the
-    fall-back's, less than 1 where the plan is better; high: with 95 % confidence it is no more than this.
+    fall-back's, less than 1 where the plan is better; high: with 95 % confidence it is no more than this. unlike: the largest such ratio
+    of errors over kinds of made-up contexts unlike all public ones (`calibration/anchors/unlike_contexts.py`); None: not measured.
     """
 
     against: str
@@ -45,6 +46,7 @@ class Worth:
     measure: str
     ratio: float
     high: float
+    unlike: float | None = None
 
     @property
     def useful(self) -> bool:

@@ -99,6 +99,10 @@ class AnchorMixed(PreparedAnchors):
         shift = self.decoders.move.shift(total / n, weights, self.sum.sigma / float(n))
         return ContextRows(context.rows + shift, context.log_weights)
 
+    def features(self, code: torch.Tensor) -> torch.Tensor:
+        """Those of the counts."""
+        return self.histogram.features(code[: self.plan.codes.shape[1]])
+
     @property
     def leaves(self) -> GuaranteeNumbers:
         """Those of the sum; a row moves the counts by one up and one down."""

@@ -9,6 +9,7 @@ import torch
 
 from .cells import CellDecoder, Tilt
 from .fallback import Fallback, Worth
+from .likeness import Likeness
 from .move import RowMove
 from .row_sum import RowSum
 from .slots import SlotDecoder, SlotHead
@@ -42,6 +43,7 @@ class AnchorPlan:
         1/2 is C).
     noise: standard deviation of the noise that the decoder was trained for ("sum"), or probability of a true answer ("response").
     head: the slot decoder's own part; None where cells are decoded to anchors. worth: the plan beside no release; None: never compared.
+    likeness: what tells releases unlike public ones, which give the fall-back; None: all are decoded.
     """
 
     epsilon: float
@@ -58,6 +60,7 @@ class AnchorPlan:
     tilt: Tilt | None
     quality: Quality
     worth: Worth | None = None
+    likeness: Likeness | None = None
 
     def encoder(self, scale: float = 1.0) -> RowSum:
         """The public map with another scale, as the map of a sum."""

@@ -83,14 +83,36 @@ class PreparedAnchors(Mechanism[torch.Tensor]):
         return n
 
     def decode(self, noised: Integers, state: State) -> ContextRows:
-        """The plan's rows, drawn towards its fall-back."""
+        """The plan's rows, drawn towards its fall-back; or that, where the release is unlike public ones."""
         ratio = 1.0 if self.trained is None or state.units is None else self.trained / state.units
         deviation = None if state.deviation is None else state.deviation * ratio
-        rows = self.drawn(self.decoded(self.code(noised, state.rows) * ratio, deviation))
+        code = self.code(noised, state.rows) * ratio
+        rows = self.drawn(self.decoded(code, deviation), self.familiar(code, deviation))
         return ContextRows(rows.rows, rows.log_weights - math.log(ratio)).pruned()
 
-    def drawn(self, rows: ContextRows) -> ContextRows:
-        return drawn(rows, self.plan.worth, self.decoders.fallback)
+    def drawn(self, rows: ContextRows, familiar: bool = True) -> ContextRows:
+        worth = self.plan.worth
+        if worth is not None and not familiar:
+            worth = dataclasses.replace(worth, weight=0.0)
+        return drawn(rows, worth, self.decoders.fallback)
+
+    def familiar(self, code: torch.Tensor, deviation: float | None = None) -> bool:
+        """Whether a code is like those of public contexts, as far as the plan can tell. Post-processing.
+
+        Args:
+            code: as `code` gives it.
+            deviation: of its noise, in lattice steps; None: the release's.
+        """
+        likeness = self.plan.likeness
+        return likeness is None or likeness.holds(self.features(code), self.noise_ratio(deviation))
+
+    def features(self, code: torch.Tensor) -> torch.Tensor:
+        """What `Likeness` reads of a code: [F] float32 on the CPU. Post-processing."""
+        return code.to("cpu", torch.float32)
+
+    def noise_ratio(self, deviation: float | None = None) -> float:
+        """The variance of this noise over that which the plan was fitted with."""
+        return 1.0
 
     def from_slots(self, code: torch.Tensor, trust: float) -> ContextRows:
         """trust < 1 draws the code to its public mean: for an epsilon below the plan's, whose noise the decoder has not seen."""
@@ -165,8 +187,11 @@ class AnchorSum(PreparedAnchors):
         return self.prepared.real(noised[0])
 
     def decoded(self, code: torch.Tensor, deviation: float | None = None) -> ContextRows:
+        return self.from_slots(code, 1.0 / self.noise_ratio(deviation))
+
+    def noise_ratio(self, deviation: float | None = None) -> float:
         sigma = self.prepared.sigma if deviation is None else deviation * 2.0**-self.prepared.exponent
-        return self.from_slots(code, (self.plan.noise / sigma) ** 2)
+        return (sigma / self.plan.noise) ** 2
 
     @property
     def leaves(self) -> GuaranteeNumbers:
@@ -246,6 +271,10 @@ class AnchorResponse(PreparedAnchors):
     def decoded(self, code: torch.Tensor, deviation: float | None = None) -> ContextRows:
         return self.from_slots(code, (self.response.truth / self.plan.noise) ** 2)
 
+    def familiar(self, code: torch.Tensor, deviation: float | None = None) -> bool:
+        # while a context grows, its answers are not as many as those of public contexts
+        return self.trained is not None or super().familiar(code, deviation)
+
     @property
     def leaves(self) -> GuaranteeNumbers:
         return GuaranteeNumbers(
@@ -314,6 +343,11 @@ class AnchorHistogram(PreparedAnchors):
 
     def decoded(self, code: torch.Tensor, deviation: float | None = None) -> ContextRows:
         return self.cells().decode(self.weights(code))
+
+    def features(self, code: torch.Tensor) -> torch.Tensor:
+        """The codes of the cells, summed by their posterior mean counts (without a tilt, which brings any release to a public topic)."""
+        codes = self.plan.codes[0]
+        return self.cells().weights(code.cpu().float(), self.rates, codes) @ codes
 
     def weights(self, code: torch.Tensor) -> torch.Tensor:
         """Posterior mean counts [m] of noised counts [m]."""

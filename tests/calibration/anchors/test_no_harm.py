@@ -120,6 +120,24 @@ def test_contexts_of_kinds_that_no_public_one_has() -> None:
     assert max(beside_nothing(calibration, of_kinds(torch.arange(60, 100)))) <= LIMIT
 
 
+@pytest.mark.parametrize("kind", ["noise", "wider noise", "one row", "rows of many"])
+def test_contexts_unlike_all_public_ones(trained: AnchorCalibration, kind: str) -> None:
+    """Fresh ones, of kinds that the fit tried and of one that it did not."""
+    public = contexts(60, seed=4)
+    g = torch.Generator().manual_seed(9)
+    flat = public.whole.flatten(0, 1).float()
+    draw = torch.randn(60, ROWS, CHANNELS, generator=g)
+    rows = {
+        "noise": flat.mean(0) + flat.std(0) * draw,
+        "wider noise": 3.0 * flat.std(0) * draw,
+        "one row": flat[torch.randint(len(flat), (60, 1), generator=g)].expand(-1, ROWS, -1),
+        "rows of many": flat[torch.randint(len(flat), (60, ROWS), generator=g)],
+    }[kind].half()
+    private = PublicContexts(rows, torch.ones(rows.shape[:2], dtype=torch.bool), rows)
+    assert max(beside_nothing(trained, private)) <= LIMIT
+    assert all(p.worth is not None and p.worth.unlike is not None for p in trained.plans)
+
+
 def test_whole_kinds_are_held_out() -> None:
     held = hold_out(of_kinds(torch.arange(360) % 60), 400, seed=0)
     assert 340 <= len(held.training) + len(held.stopping) + len(held.validation) <= 360

@@ -1,0 +1,214 @@
+"""The choice of each epsilon's plan, and what it is worth, on public contexts and on contexts unlike all of them.
+
+*Choice.* For each epsilon the plans, and the best one's rows drawn towards the fall-back by several weights, are compared by their measure
+(FVU, or the divergence of replies) over that of the fall-back: the mean of this ratio over contexts of known and of unseen kinds. What
+makes contexts of unseen kinds worse than the fall-back is not chosen.
+
+*What it is worth.* Choosing among many flatters the chosen one. So the choice is made anew on one half of the kinds and judged on the
+other, and the reverse: the ratio and its bound are those of the contexts that took no part in the choice. A plan that is not better than
+the fall-back with 95 % confidence becomes the fall-back (weight 0), which does no harm on any context.
+
+*Contexts unlike all public ones* (`unlike_contexts.py`). Releases whose statistic (`Likeness`) lies outside of what all but a few public
+ones keep to give the fall-back. How many public ones are lost to that, and whether all rows are drawn further towards the fall-back, is
+what does least harm to unlike contexts among what keeps most of the gain on public ones. A context whose release looks like a public one's
+is not told from it, and what that came to is kept (`Worth.unlike`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ...mechanisms.anchors.fallback import Worth, drawn
+from ...mechanisms.anchors.likeness import Likeness
+from ...mechanisms.anchors.plan import AnchorPlan, Decoders
+from ...mechanisms.context_rows import ContextRows
+from .documents_fit import Documents
+from .intervals import ratio_interval
+from .judge import Judged, Jury
+from .likeness_fit import likeness_of, outside, with_limits
+from .objective import Exact
+from .simulated import released_features, simulate
+from .slots_fit import PublicContexts
+from .unlike_contexts import unlike_contexts
+
+WEIGHTS = (0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1)
+# shares of public releases that may be taken for unlike ones, for saying too little (of which little is lost) and too much
+LOST = tuple(itertools.product((0.0, 0.01, 0.03, 0.06, 0.1, 0.2, 0.35, 0.5), (0.0, 0.01, 0.03)))
+_LOSS = 0.1  # of the ratio on public contexts, that doing no harm to unlike ones may cost; or that share of the gain, if it is more:
+_LOST_GAIN = 0.35
+_HARMLESS = 1.012
+_CLEAR = 0.75  # ratio on public contexts
+_LIKENESS_SEEDS = (11, 12)
+
+
+@dataclass(frozen=True, eq=False)
+class Guarded:
+    """A plan with its likeness; lost [N]: which held-out public releases give the fall-back; unlike: the largest ratio of the error of
+    unlike contexts to the fall-back's, over their kinds."""
+
+    judged: Judged
+    lost: torch.Tensor
+    unlike: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Kind:
+    """Unlike contexts of one kind; nothing [N, L]: the errors of the fall-back."""
+
+    contexts: PublicContexts
+    exact: Exact
+    nothing: torch.Tensor
+
+    def ratio(self, errors: torch.Tensor, missed: torch.Tensor | None) -> float:
+        """Of errors [N, L] to the fall-back's, the mean over layers; missed [N]: releases that give the fall-back."""
+        if missed is not None:
+            errors = torch.where(missed.unsqueeze(1), self.nothing, errors)
+        return float((errors.sum(0) / self.nothing.sum(0).clamp_min(1e-30)).mean())
+
+
+@dataclass(frozen=True, eq=False)
+class _Releases:
+    """Of one plan: its likeness, the statistic [N] of held-out public releases, and rows and statistics of each unlike kind's."""
+
+    likeness: Likeness | None
+    public: torch.Tensor
+    rows: list[list[ContextRows]]
+    unlike: list[torch.Tensor]
+
+
+class Guard:
+    """Chooses plans. Unlike contexts are made once.
+
+    Args:
+        jury: judges on public contexts.
+        documents: public ones, where units are documents.
+    """
+
+    def __init__(self, jury: Jury, documents: Documents | None = None) -> None:
+        self._jury = jury
+        nothing = drawn(
+            ContextRows(jury.fallback.rows, jury.fallback.log_weights),
+            Worth(jury.against, 0.0, "", 1.0, 1.0),
+            jury.fallback,
+        )
+        objective = jury.objective
+        self._kinds: list[_Kind] = []
+        for _, made in unlike_contexts(jury.held.validation, objective.public_rows, documents, seed=0):
+            exact = objective.exact(made.whole)
+            errors = objective.errors(exact, [(nothing.rows, nothing.log_weights)] * len(made)).sum(2)
+            self._kinds.append(_Kind(dataclasses.replace(made, whole=made.whole[:, :0]), exact, errors))
+
+    def choose(self, judged: Sequence[Judged], decoders: Decoders) -> AnchorPlan:
+        """The best plan of one epsilon, drawn towards the fall-back as far as is good, and what it is worth.
+
+        Args:
+            judged: the plans of that epsilon.
+            decoders: that serve them.
+        """
+        jury = self._jury
+        everyone = torch.ones(len(jury.variances), dtype=torch.bool)
+        best = min(judged, key=lambda j: jury.ratio(j.measured, everyone))
+        nothing = self._drawn(best, 0.0)
+        tried = [*judged, nothing]
+        # what is far better than nothing is not bettered by drawing
+        if jury.ratio(best.measured, everyone) > _CLEAR:
+            tried += [self._drawn(best, w) for w in WEIGHTS]
+        chosen = min(tried, key=lambda j: jury.ratio(j.measured, everyone))
+        guarded = self._guarded(best, chosen, decoders)
+        half = jury.held.kinds % 2 == 0
+        apart = torch.zeros_like(jury.scores(best.measured))
+        for part in (half, ~half):
+            if bool(part.any()) and bool((~part).any()):
+                own = min(tried, key=lambda j: jury.ratio(j.measured, ~part))
+                apart[part] = jury.scores(own.measured)[part]
+            else:
+                apart[part] = jury.scores(guarded.judged.measured)[part]
+        if guarded.judged.weight < chosen.weight:  # unlike contexts chose that, not these
+            apart = jury.scores(guarded.judged.measured)
+        apart = torch.where(guarded.lost, jury.scores(jury.nothing), apart)
+        # one side of 95 %: the upper end of 90 %
+        none = jury.scores(jury.nothing).unsqueeze(1)
+        ratio, _, high = ratio_interval(apart.unsqueeze(1), none, jury.held.kinds, 0.9)
+        plan, unlike = guarded.judged.plan, guarded.unlike
+        if high >= 1.0:
+            plan, unlike = nothing.plan, 1.0
+        weight = 1.0 if plan.worth is None else plan.worth.weight
+        worth = Worth(jury.against, weight, jury.measure, ratio, min(high, 1e9), round(unlike, 4))
+        return dataclasses.replace(plan, worth=worth)
+
+    def _guarded(self, best: Judged, chosen: Judged, decoders: Decoders) -> Guarded:
+        """The chosen plan, or what does less harm to unlike contexts.
+
+        Args:
+            best: the best plan as it is.
+            chosen: that, drawn towards the fall-back or not.
+            decoders: that serve them.
+        """
+        jury = self._jury
+        everyone = torch.ones(len(jury.variances), dtype=torch.bool)
+        if chosen.weight == 0.0:
+            return Guarded(chosen, ~everyone, 1.0)
+        gain = 1.0 - jury.ratio(chosen.measured, everyone)
+        limit = 1.0 - gain + max(_LOSS, _LOST_GAIN * gain)
+        releases = self._releases(dataclasses.replace(best.plan, worth=None), decoders)
+        found = self._gated(chosen, releases)
+        for weight in (w for w in WEIGHTS if w < chosen.weight):
+            if min(f[1].unlike for f in found if f[0] <= limit) <= _HARMLESS:
+                break
+            found += self._gated(self._drawn(best, weight), releases)
+        # what does no harm is as good as what does good: then public contexts decide
+        return min((f for f in found if f[0] <= limit), key=lambda f: (max(_HARMLESS, f[1].unlike), f[0]))[1]
+
+    def _drawn(self, judged: Judged, weight: float) -> Judged:
+        worth = Worth(self._jury.against, weight, self._jury.measure, 1.0, 1.0)
+        rows = [drawn(r, worth, self._jury.fallback) for r in judged.rows]
+        measured = self._jury.nothing if weight == 0.0 else self._jury.measured(rows)
+        plan = dataclasses.replace(judged.plan, worth=worth, quality=self._jury.quality(measured.errors))
+        return Judged(plan, measured, rows)
+
+    def _gated(self, judged: Judged, releases: _Releases) -> list[tuple[float, Guarded]]:
+        """(ratio on public contexts, the plan) for every pair of limits."""
+        jury, plan = self._jury, judged.plan
+        everyone = torch.ones(len(jury.variances), dtype=torch.bool)
+        errors = []
+        for kind, rows in zip(self._kinds, releases.rows, strict=True):
+            pairs = [drawn(r, plan.worth, jury.fallback) for r in rows]
+            errors.append(jury.objective.errors(kind.exact, [(c.rows, c.log_weights) for c in pairs]).sum(2))
+        found = []
+        for lost in LOST:
+            gate = None
+            if any(lost):
+                if releases.likeness is None:
+                    break
+                gate = with_limits(releases.likeness, releases.public, *lost)
+            missed = ~everyone if gate is None else outside(gate, releases.public)
+            measured = jury.replaced(judged.measured, missed)
+            unlike = max(
+                kind.ratio(error, None if gate is None else outside(gate, statistic))
+                for kind, error, statistic in zip(self._kinds, errors, releases.unlike, strict=True)
+            )
+            own = dataclasses.replace(plan, likeness=gate, quality=jury.quality(measured.errors))
+            changed = dataclasses.replace(judged, plan=own, measured=measured)
+            found.append((jury.ratio(measured, everyone), Guarded(changed, missed, unlike)))
+        return found
+
+    def _releases(self, plan: AnchorPlan, decoders: Decoders) -> _Releases:
+        config = self._jury.config
+        likeness = likeness_of(plan, config, decoders, self._jury.held.training, _LIKENESS_SEEDS)
+
+        def statistic(contexts: PublicContexts) -> torch.Tensor:
+            if likeness is None:
+                return torch.ones(len(contexts))
+            return likeness.statistic(released_features(plan, config, decoders, contexts, seed=1))
+
+        return _Releases(
+            likeness,
+            statistic(self._jury.held.validation),
+            [simulate(plan, config, decoders, kind.contexts) for kind in self._kinds],
+            [statistic(kind.contexts) for kind in self._kinds],
+        )
