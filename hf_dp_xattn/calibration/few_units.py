@@ -20,7 +20,7 @@ def fvu_curve(calibration: AnchorCalibration) -> Curve | None:
     return Curve.of(
         "FVU",
         (
-            (p.epsilon, q.fvu, q.low, q.high if p.worth is not None else max(q.high, NO_RELEASE))
+            (p.epsilon, q.fvu, q.low, q.high if p.tried_on_unseen else max(q.high, NO_RELEASE))
             for p in calibration.plans
             for q in (p.quality,)
         ),

@@ -385,7 +385,7 @@ def _notes(
 
 def _unseen(calibration: AnchorCalibration) -> bool:
     """Whether its plans were tried on contexts of kinds that nothing was fitted to."""
-    return all(p.worth is not None for p in calibration.plans)
+    return all(p.tried_on_unseen for p in calibration.plans)
 
 
 def _of_replies(calibration: AnchorCalibration) -> list[str]:

@@ -69,6 +69,8 @@ def _verify_plan(plan: AnchorPlan, decoders: Decoders, shared: Sizes, channels: 
         CHECKS.number(plan.worth.weight, f"{where}: weight", low=0.0, high=1.0)
         if plan.worth.against not in FALLBACKS or plan.worth.measure not in ("fvu", "divergence"):
             CHECKS.refuse(f"{where}: what it was compared with")
+        if not isinstance(plan.worth.unseen_kinds, bool):
+            CHECKS.refuse(f"{where}: unseen_kinds is no truth value")
         if plan.worth.unlike is not None:
             CHECKS.number(plan.worth.unlike, f"{where}: unlike", low=0.0)
         if decoders.fallback is None:

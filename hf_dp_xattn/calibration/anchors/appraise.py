@@ -56,7 +56,8 @@ def appraise(
         scores = jury.scores(jury.judge(plan, calibration.decoders).measured).unsqueeze(1)
         # one side of 95 %: the upper end of 90 %
         ratio, _, high = ratio_interval(scores, none, kinds, 0.9)
-        worth = Worth(jury.against, 1.0, jury.measure, round(ratio, 4), round(min(high, 1e9), 4))
+        bound = round(min(high, 1e9), 4)
+        worth = Worth(jury.against, 1.0, jury.measure, round(ratio, 4), bound, unseen_kinds=False)
         return dataclasses.replace(plan, worth=worth)
 
     decoders = dataclasses.replace(calibration.decoders, fallback=fallback)

@@ -39,6 +39,7 @@ class Worth:
     against: the better one of `FALLBACKS`. weight: w. measure: what was compared, "fvu" or "divergence". ratio: the plan's over the
     fall-back's, less than 1 where the plan is better; high: with 95 % confidence it is no more than this. unlike: the largest such ratio
     of errors over kinds of made-up contexts unlike all public ones (`calibration/anchors/unlike_contexts.py`); None: not measured.
+    unseen_kinds: whether contexts of kinds that nothing was fitted to took part.
     """
 
     against: str
@@ -47,6 +48,7 @@ class Worth:
     ratio: float
     high: float
     unlike: float | None = None
+    unseen_kinds: bool = True
 
     @property
     def useful(self) -> bool:

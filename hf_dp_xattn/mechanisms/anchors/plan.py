@@ -69,6 +69,11 @@ class AnchorPlan:
     TENSORS = ("center", "reach", "matrix", "bias", "codes")
     FIELDS = ("epsilon", "release", "bound", "share_plus", "noise")
 
+    @property
+    def tried_on_unseen(self) -> bool:
+        """Whether its quality counts contexts of kinds that nothing was fitted to."""
+        return self.worth is not None and self.worth.unseen_kinds
+
 
 @dataclass(frozen=True, eq=False)
 class Decoders:

@@ -35,6 +35,8 @@ def test_it_is_said_and_nothing_else_changes(old: AnchorCalibration) -> None:
     found = appraise(old, CONFIG, data).rounded()
     noise, good = (p.worth for p in found.plans)
     assert noise is not None and good is not None
+    # the intervals of its plans still say nothing of kinds that it was not fitted to
+    assert not any(p.tried_on_unseen for p in found.plans)
     assert good.useful and good.ratio < 0.6 and not noise.useful
     assert found.useless(CONFIG.replace(epsilon=0.05)) and found.useless(CONFIG) is None
     private = contexts(5, seed=9)
