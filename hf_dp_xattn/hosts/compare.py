@@ -51,6 +51,13 @@ class Comparison:
     Args:
         calibrations: by name.
         points: of each calibration at each epsilon.
+
+    Example:
+        >>> def score(pipe, contexts):
+        ...     return [float(len(c)) for c in contexts]
+        >>> found = dpx.compare(pipe, {"a": library, "b": library}, ["a red circle", "a star"], score, epsilons=[8.0])
+        >>> found.best(8.0) is library
+        True
     """
 
     calibrations: Mapping[str, AnyCalibration]
