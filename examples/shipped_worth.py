@@ -25,6 +25,7 @@ from hf_dp_xattn.calibration.calibration_options import CalibrationOptions
 from hf_dp_xattn.hosts.host_registry import kind_of
 
 EXAMPLES = Path(__file__).resolve().parent
+CARD = "README.md"
 SEED = 4242
 OPTIONS = CalibrationOptions(query_prompts=8, query_steps=4, memory_mb=4096)
 
@@ -83,6 +84,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
     for name in args.only or SHIPPED:
         make, what = SHIPPED[name]
+        carded = (EXAMPLES / name / CARD).exists()
         calibration = dpx.Calibration.from_pretrained(EXAMPLES / name)
         assert isinstance(calibration, AnchorCalibration)
         plans = tuple(dataclasses.replace(p, worth=None) for p in calibration.plans)
@@ -99,6 +101,8 @@ def main() -> None:
         ):
             found = appraise(plain, config, data)
         found.save_pretrained(args.out / name)
+        if not carded:  # its card is elsewhere, in model_cards/
+            (args.out / name / CARD).unlink()
         told = ", ".join(
             f"{p.epsilon:g}: {p.worth.ratio:.3f} (<= {p.worth.high:.3f})" for p in found.plans if p.worth
         )
