@@ -40,7 +40,8 @@ def quantize(x: torch.Tensor, scale: float | torch.Tensor, limit: int = ENTRY_LI
 
     NaN becomes 0: whatever public numbers make of a row, the result is an integer, and no later check fails because of the row.
     """
-    return torch.round(x.to(torch.float64) * scale).nan_to_num_(0.0, limit, -limit).clamp_(-limit, limit)
+    scaled = x.to(torch.float64) * scale
+    return scaled.round_().nan_to_num_(0.0, limit, -limit).clamp_(-limit, limit)
 
 
 def exact_matmul(a: torch.Tensor, b: torch.Tensor, bound: float) -> torch.Tensor:
@@ -54,6 +55,20 @@ def exact_matmul(a: torch.Tensor, b: torch.Tensor, bound: float) -> torch.Tensor
             f"A product of up to {bound:.3g} is not exact in float64; use fewer features or dimensions."
         )
     return torch.matmul(a, b)
+
+
+def exact_square_sum(x: torch.Tensor, bound: float) -> torch.Tensor:
+    """Sums of squares over the last dimension of an integer-valued float64 tensor, none above `bound`; exact in any order.
+
+    Raises:
+        ConfigError: see `exact_matmul`.
+    """
+    if not bound < EXACT_LIMIT:
+        raise ConfigError(
+            f"A sum of squares of up to {bound:.3g} is not exact in float64; use fewer features."
+        )
+    total: torch.Tensor = torch.linalg.vecdot(x, x)
+    return total
 
 
 def exact_exp(x: torch.Tensor, limit: float = 8.0) -> torch.Tensor:

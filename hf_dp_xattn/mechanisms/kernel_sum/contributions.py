@@ -28,6 +28,7 @@ from ...privacy.lattice import (
     ROWS_PER_CHUNK,
     exact_exp,
     exact_matmul,
+    exact_square_sum,
     power_of_two,
     quantize,
     sequential_sum,
@@ -35,6 +36,8 @@ from ...privacy.lattice import (
 from ..inputs import MAX_ROWS, check_groups
 from .features import FeatureMap
 from .geometry import MAX_LOG_WEIGHT, HeadGeometry, feature_norm
+
+IN_CACHE = 2**20  # numbers of the rows' factors that are computed together
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class LayerEncoder:
         """([H, n, r], [H, n, dv + 1]) integer-valued float64 factors of each row's contribution."""
         g, device = self.geometry, key.device
         clipped, weight = self.projected_keys(key)
-        phi = self.features.key_features(clipped) * weight
+        phi = self.features.key_features(clipped).mul_(weight)
         phi_scale = power_of_two(self._phi_exponents, device)[:, None, None]
         value_scale = power_of_two([self.exponent - e for e in self._phi_exponents], device)[:, None, None]
         centred = value.to(torch.float64) - g.value_center.to(device)[:, None]
@@ -153,15 +156,14 @@ def _chunks(n: int, size: int) -> Iterator[slice]:
 def _rows_per_chunk(encoders: Sequence[LayerEncoder], per_row: int, chunk_size: int | None) -> int:
     if chunk_size is not None:
         return max(1, min(chunk_size, ROWS_PER_CHUNK))
-    return max(1, min(ROWS_PER_CHUNK, 2**25 // max(1, per_row)))
+    return max(1, min(ROWS_PER_CHUNK, IN_CACHE // max(1, per_row)))
 
 
 def _square_sum(x: torch.Tensor) -> torch.Tensor:
     """[H, n, c] integers -> [H, n] sums of squares: exact in blocks of 2^14 columns, the blocks added in order."""
     total = x.new_zeros(x.shape[:-1])
     for block in x.split(ROWS_PER_CHUNK, dim=-1):
-        ones = block.new_ones(block.shape[-1], 1)
-        total = total + exact_matmul(block.square(), ones, block.shape[-1] * 4.0**ENTRY_BITS).squeeze(-1)
+        total = total + exact_square_sum(block, block.shape[-1] * 4.0**ENTRY_BITS)
     return total
 
 
@@ -194,11 +196,13 @@ def sum_rows(
     for rows in _chunks(n, _rows_per_chunk(encoders, per_row, chunk_size)):
         factors = [e.factors(k[:, rows], v[:, rows]) for e, k, v in zip(encoders, keys, values, strict=True)]
         factor = clip_factor(joint_norm_squared(factors), bound)[None, :, None]
-        clipped = [(torch.trunc(phi.mul_(factor)), value) for phi, value in factors]
+        # as integers of 32 bits and back: `trunc`, several times faster
+        clipped = [(phi.mul_(factor).to(torch.int32).to(torch.float64), value) for phi, value in factors]
         verify_clipped(joint_norm_squared(clipped), bound)
         for total, (phi, value) in zip(totals, clipped, strict=True):
-            product = exact_matmul(phi.mT, value, phi.shape[1] * 4.0**ENTRY_BITS)
-            total += product.to(torch.int64)
+            # the narrow factor on the left: twice as fast, and the same integers
+            product = exact_matmul(value.mT, phi, phi.shape[1] * 4.0**ENTRY_BITS)
+            total += product.mT.to(torch.int64)
     return totals
 
 

@@ -103,7 +103,19 @@ class TaylorFeatures:
 
     def key_features(self, key: torch.Tensor) -> torch.Tensor:
         """[..., p] float64 -> [..., r] float64, deterministic per row."""
-        return self.monomials(key) * self.coefficients().to(key.device)
+        out = key.new_empty(*key.shape[:-1], self.size)
+        out[..., 0] = 1.0
+        stop = 1
+        for j in range(1, self.degree + 1):
+            position = stop
+            for i in range(self.dim):
+                # monomials of degree j-1 whose indices are all >= i: a suffix, C(p - i + j - 2, j - 1) long
+                length = math.comb(self.dim - i + j - 2, j - 1)
+                suffix = out[..., stop - length : stop] if j > 1 else out[..., :1]
+                torch.mul(suffix, key[..., i : i + 1], out=out[..., position : position + length])
+                position += length
+            stop = position
+        return out.mul_(self.coefficients().to(key.device))
 
     def query_table(self) -> torch.Tensor:
         """Public constants that `query_features` needs on the device: none."""
