@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import ConfigError
 from ..privacy.default_ledger import VARIABLE, default_ledger, is_default, named_path
-from ..privacy.ledger import Budget, Ledger, Name
+from ..privacy.ledger import Budget, Ledger
 
 if TYPE_CHECKING:
     from ..calibration.calibration import AnyCalibration
     from ..config import DPXAttnConfig
-    from ..privacy.accountant import Event
     from ..privacy.bits import Entropy
 
 STAYS = "what was spent stays in its ledger: the process's own is used again, one that you passed must be passed again"
@@ -30,18 +28,7 @@ SERVING = (
 class NoLedger(Ledger):
     """Of a handle that serves releases which were loaded, and makes none: it names contexts, and refuses to charge them."""
 
-    def charge_all(
-        self,
-        digests: Sequence[str | Name],
-        events: Sequence[Event],
-        budget: Budget,
-        *,
-        note: Mapping[str, Any] | None = None,
-    ) -> NoReturn:
-        """Raises ConfigError."""
-        raise ConfigError(SERVING)
-
-    def check_all(self, digests: Sequence[str | Name], events: Sequence[Event], budget: Budget) -> NoReturn:
+    def _spend(self, *args: Any, **options: Any) -> NoReturn:
         """Raises ConfigError."""
         raise ConfigError(SERVING)
 

@@ -13,7 +13,6 @@ import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from ..errors import BudgetExceededError, ConfigError, LedgerError
@@ -164,6 +163,7 @@ def _assess(
     events: tuple[Event, ...],
     budget: Budget,
     note: dict[str, Any],
+    time: str,
     epsilon: Callable[[tuple[Event, ...]], float],
 ) -> Charge:
     requested = epsilon(events)
@@ -191,7 +191,6 @@ def _assess(
             f"of a budget of {budget.epsilon:.6g} at delta = {budget.delta:.3g}. Nothing was charged. "
             f"{REUSE}"
         )
-    time = datetime.now(UTC).isoformat(timespec="seconds")
     id_, delta, count = secrets.token_hex(8), float(budget.delta), len(earlier) + 1
     return Charge(id_, name.digest, spent, after, delta, count, time, events, note, *scope, name.grouping)
 
@@ -202,6 +201,7 @@ def assess_all(
     events: tuple[Event, ...],
     budget: Budget,
     note: dict[str, Any],
+    time: str,
 ) -> tuple[Charge, ...]:
     """The charges of one release of several names, behind those of `before`.
 
@@ -221,6 +221,6 @@ def assess_all(
     for name in names:
         if name.former and not of[name.digest]:
             continue
-        assessed.append(_assess(of[name.digest], name, events, budget, note, epsilon))
+        assessed.append(_assess(of[name.digest], name, events, budget, note, time, epsilon))
         of[name.digest].append(assessed[-1])
     return tuple(assessed)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +23,41 @@ from .charges import DIGEST, REUSE, Budget, Charge, Name, assess_all, check_note
 from .ledger_file import Store, mac
 from .ledger_places import store_at
 
+_CHUNK = 5000  # names that are looked at together
+
 __all__ = ["REUSE", "Budget", "Charge", "Ledger", "Name"]
+
+
+class Namer:
+    """Names contexts under a ledger's key, also in other processes of a job than the one that charges. Holds the key: keep it as a secret.
+
+    Args:
+        key: of the ledger.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self.id = mac(key, b"key-id")[:16]
+
+    def digest(self, parts: Iterable[bytes]) -> str:
+        """See `Ledger.digest`."""
+        return self._keyed(b"context", parts)
+
+    def grouping(self, parts: Iterable[bytes]) -> str:
+        """See `Ledger.grouping`."""
+        return self._keyed(b"grouping", parts)
+
+    def _keyed(self, purpose: bytes, parts: Iterable[bytes]) -> str:
+        if isinstance(parts, (str, bytes, bytearray, memoryview)):
+            raise ConfigError("digest takes a list of byte strings, not one string.")
+        named = hmac.new(self._key, purpose + b"\0", hashlib.sha256)
+        for part in parts:
+            if not isinstance(part, (bytes, bytearray, memoryview)):
+                raise ConfigError(f"The parts of a digest must be bytes, not {type(part).__name__}.")
+            data = bytes(part)
+            named.update(len(data).to_bytes(8, "big"))
+            named.update(data)
+        return f"{self.id}-{named.hexdigest()}"
 
 
 class Ledger:
@@ -65,7 +100,7 @@ class Ledger:
         key: str | Path | None = None,
     ) -> None:
         self._store = store_at(path, timeout, key)
-        self._id = mac(self._store.key, b"key-id")[:16]
+        self._namer = Namer(self._store.key)
 
     @property
     def persistent(self) -> bool:
@@ -94,11 +129,11 @@ class Ledger:
         raise LedgerError("A ledger cannot be pickled or copied: it holds a key. Open its path again.")
 
     @contextmanager
-    def _reserved(self, digests: Collection[str] | None) -> Iterator[tuple[Charge, ...]]:
-        """The charges of these names (None: all); what is not committed inside is dropped."""
-        charges = self._store.reserve(digests)
+    def _reserved(self) -> Iterator[Store]:
+        """The store; what is not committed inside is dropped."""
+        self._store.reserve()
         try:
-            yield charges
+            yield self._store
         finally:
             self._store.abort()
 
@@ -114,7 +149,7 @@ class Ledger:
         Raises:
             ConfigError: parts that are not bytes.
         """
-        return self._keyed(b"context", parts)
+        return self._namer.digest(parts)
 
     def grouping(self, parts: Iterable[bytes]) -> str:
         """Name of a grouping: a keyed digest as of a context.
@@ -125,24 +160,16 @@ class Ledger:
         Raises:
             ConfigError: parts that are not bytes.
         """
-        return self._keyed(b"grouping", parts)
+        return self._namer.grouping(parts)
 
-    def _keyed(self, purpose: bytes, parts: Iterable[bytes]) -> str:
-        if isinstance(parts, (str, bytes, bytearray, memoryview)):
-            raise ConfigError("digest takes a list of byte strings, not one string.")
-        named = hmac.new(self._store.key, purpose + b"\0", hashlib.sha256)
-        for part in parts:
-            if not isinstance(part, (bytes, bytearray, memoryview)):
-                raise ConfigError(f"The parts of a digest must be bytes, not {type(part).__name__}.")
-            data = bytes(part)
-            named.update(len(data).to_bytes(8, "big"))
-            named.update(data)
-        return f"{self._id}-{named.hexdigest()}"
+    def namer(self) -> Namer:
+        """What names contexts as this ledger does, and charges nothing."""
+        return self._namer
 
     def _check_digest(self, digest: str) -> str:
         if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
             raise ConfigError("Not a digest of a ledger; make one with ledger.digest(parts).")
-        if not digest.startswith(self._id):
+        if not digest.startswith(self._namer.id):
             raise ConfigError("The digest was made by another ledger; make it with this one.")
         return digest
 
@@ -193,11 +220,51 @@ class Ledger:
         Raises:
             BudgetExceededError, ConfigError, LedgerError: see `charge`.
         """
-        clean, names = check_note(note or {}), self._names(digests)
-        with self._reserved({n.digest for n in names}) as charges:
-            assessed = assess_all(charges, names, tuple(events), budget, clean)
-            self._store.commit(assessed)
-            return assessed
+        assessed: list[Charge] = []
+        self._spend(digests, events, budget, note, assessed.extend)
+        return tuple(assessed)
+
+    def charge_corpus(
+        self,
+        digests: Sequence[str | Name],
+        events: Sequence[Event],
+        budget: Budget,
+        *,
+        note: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`charge_all` of millions of names: in a database in bounded memory, as no charge is kept.
+
+        Args:
+            digests: names of contexts.
+            events: of one release.
+            budget: what each may spend in total.
+            note: public, in each charge.
+
+        Raises:
+            BudgetExceededError, ConfigError, LedgerError: see `charge`.
+        """
+        self._spend(digests, events, budget, note, lambda charges: None)
+
+    def _spend(
+        self,
+        digests: Sequence[str | Name],
+        events: Sequence[Event],
+        budget: Budget,
+        note: Mapping[str, Any] | None,
+        keep: Callable[[Sequence[Charge]], None],
+        record: bool = True,
+    ) -> None:
+        """All charges, or none: assessed some at a time, and committed together."""
+        clean, time = check_note(note or {}), datetime.now(UTC).isoformat(timespec="seconds")
+        with self._reserved() as store:
+            for start in range(0, max(1, len(digests)), _CHUNK):
+                names = self._names(digests[start : start + _CHUNK])
+                before = store.charges({n.digest for n in names})
+                assessed = assess_all(before, names, tuple(events), budget, clean, time)
+                store.add(assessed)
+                keep(assessed)
+            if record:
+                store.commit()
 
     def check(self, digest: str | Name, events: Sequence[Event], budget: Budget) -> Charge:
         """What `charge` would return (or raise) now, without recording it; it may not fit later.
@@ -219,9 +286,19 @@ class Ledger:
             events: of one release.
             budget: what each may spend in total.
         """
-        names = self._names(digests)
-        with self._reserved({n.digest for n in names}) as charges:
-            return assess_all(charges, names, tuple(events), budget, {})
+        assessed: list[Charge] = []
+        self._spend(digests, events, budget, None, assessed.extend, record=False)
+        return tuple(assessed)
+
+    def check_corpus(self, digests: Sequence[str | Name], events: Sequence[Event], budget: Budget) -> None:
+        """What `charge_corpus` would raise now.
+
+        Args:
+            digests: names of contexts.
+            events: of one release.
+            budget: what each may spend in total.
+        """
+        self._spend(digests, events, budget, None, lambda charges: None, record=False)
 
     def _names(self, digests: Sequence[str | Name]) -> list[Name]:
         names = [d if isinstance(d, Name) else Name(d) for d in digests]
@@ -231,24 +308,26 @@ class Ledger:
 
     def _of(self, digests: Collection[str]) -> tuple[Charge, ...]:
         """Their charges, oldest first."""
-        with self._reserved(digests) as charges:
-            return tuple(c for c in charges if c.digest in digests)
+        with self._reserved() as store:
+            return tuple(c for c in store.charges(digests) if c.digest in digests)
 
-    def most(self, digests: Iterable[str], delta: float) -> tuple[int, float]:
+    def most(self, digests: Sequence[str], delta: float) -> tuple[int, float]:
         """Of several names, the largest number of charges and the largest epsilon spent; (0, 0) where none was charged.
 
         Args:
             digests: names of contexts.
             delta: at which epsilon is stated.
         """
-        wanted = set(digests)
-        events: dict[str, list[Event]] = {}
-        numbers: dict[str, int] = {}
-        for c in self._of(wanted):
-            events.setdefault(c.digest, []).extend(c.events)
-            numbers[c.digest] = numbers.get(c.digest, 0) + 1
-        distinct = {tuple(e) for e in events.values()}  # documents of one corpus have mostly spent alike
-        return max(numbers.values(), default=0), max((epsilon_at(e, delta) for e in distinct), default=0.0)
+        most, distinct = 0, set[tuple[Event, ...]]()  # documents of one corpus have mostly spent alike
+        for start in range(0, len(digests), _CHUNK):
+            events: dict[str, list[Event]] = {}
+            numbers: dict[str, int] = {}
+            for c in self._of(set(digests[start : start + _CHUNK])):
+                events.setdefault(c.digest, []).extend(c.events)
+                numbers[c.digest] = numbers.get(c.digest, 0) + 1
+            most = max([most, *numbers.values()])
+            distinct |= {tuple(e) for e in events.values()}
+        return most, max((epsilon_at(e, delta) for e in distinct), default=0.0)
 
     def spent(self, digest: str, delta: float) -> float:
         """Epsilon spent; 0 if never charged, inf at delta 0 after a release that needs a delta.
@@ -269,5 +348,5 @@ class Ledger:
 
     def entries(self) -> tuple[Charge, ...]:
         """All charges, oldest first."""
-        with self._reserved(None) as charges:
-            return charges
+        with self._reserved() as store:
+            return store.charges(None)

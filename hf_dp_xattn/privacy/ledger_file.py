@@ -47,13 +47,20 @@ class Store(Protocol):
     @property
     def at_hand(self) -> bool: ...
 
-    def reserve(self, digests: Collection[str] | None) -> tuple[Charge, ...]:
-        """The charges of these names at least (None: all charges), oldest first; nobody else adds one until `abort`. Raises LedgerError,
-        and holds nothing then."""
+    def reserve(self) -> None:
+        """Nobody else adds a charge until `abort`. Raises LedgerError, and holds nothing then."""
         ...
 
-    def commit(self, charges: Sequence[Charge]) -> None:
-        """Adds charges to what was reserved: they outlive whatever happens after this returns."""
+    def charges(self, digests: Collection[str] | None) -> tuple[Charge, ...]:
+        """Of what is reserved, with what was added since: the charges of these names at least (None: all charges), oldest first."""
+        ...
+
+    def add(self, charges: Sequence[Charge]) -> None:
+        """Further charges; they are dropped unless they are committed."""
+        ...
+
+    def commit(self) -> None:
+        """What was added outlives whatever happens after this returns."""
         ...
 
     def abort(self) -> None:
@@ -162,17 +169,23 @@ class MemoryStore:
     def at_hand(self) -> bool:
         return os.getpid() == self._pid
 
-    def reserve(self, digests: Collection[str] | None) -> tuple[Charge, ...]:
+    def reserve(self) -> None:
         if not self.at_hand:
             raise LedgerError(
                 "An in-memory ledger does not reach other processes, and this one was forked: it serves the releases that there "
                 "are, and makes no new ones. Use a path: ledger=dpx.Ledger(path), or the variable HF_DP_XATTN_LEDGER=path."
             )
         self.lock.acquire()
-        return self._charges
+        self._added: list[Charge] = []
 
-    def commit(self, charges: Sequence[Charge]) -> None:
-        self._charges = (*self._charges, *charges)
+    def charges(self, digests: Collection[str] | None) -> tuple[Charge, ...]:
+        return (*self._charges, *self._added)
+
+    def add(self, charges: Sequence[Charge]) -> None:
+        self._added += charges
+
+    def commit(self) -> None:
+        self._charges = (*self._charges, *self._added)
 
     def abort(self) -> None:
         self.lock.release()
@@ -194,6 +207,7 @@ class FileStore:
         self._inherited: BaseFileLock | None = None
         self._seen: tuple[str, ...] = ()
         self._charges: tuple[Charge, ...] = ()
+        self._added: list[Charge] = []
         self.path = Path(path).expanduser().resolve()
         _stores.add(self)
         if not self.path.parent.is_dir():
@@ -212,20 +226,25 @@ class FileStore:
     def place(self) -> str:
         return self.path.name
 
-    def reserve(self, digests: Collection[str] | None) -> tuple[Charge, ...]:
+    def reserve(self) -> None:
         self._acquire()
         try:
-            self._charges = self._read()
+            self._charges, self._added = self._read(), []
         except BaseException:
             self.abort()
             raise
-        return self._charges
 
-    def commit(self, charges: Sequence[Charge]) -> None:
-        if charges:
-            write_whole(self.path, _seal((*self._charges, *charges), self.key))
-            self._charges = (*self._charges, *charges)
-            self._seen = tuple(c.id for c in self._charges)
+    def charges(self, digests: Collection[str] | None) -> tuple[Charge, ...]:
+        return (*self._charges, *self._added)
+
+    def add(self, charges: Sequence[Charge]) -> None:
+        self._added += charges
+
+    def commit(self) -> None:
+        if self._added:
+            every = (*self._charges, *self._added)
+            write_whole(self.path, _seal(every, self.key))
+            self._seen = tuple(c.id for c in every)
 
     def abort(self) -> None:
         if self._file_lock is not None:

@@ -98,7 +98,7 @@ class SqlStore(ABC):
 
     # ---- `Store` ---------------------------------------------------------------------------------------------------------------
 
-    def reserve(self, digests: Collection[str] | None) -> tuple[Charge, ...]:
+    def reserve(self) -> None:
         self.lock.acquire()
         try:
             with self._in_our_words():
@@ -110,21 +110,26 @@ class SqlStore(ABC):
                         "a backup. (Only where no release of it is in anybody's hands: remove the key as well, and begin a new ledger.)"
                     )
                 self._account = self._read_account()
-                return self._read(digests)
         except BaseException:
             self.abort()
             raise
 
-    def commit(self, charges: Sequence[Charge]) -> None:
-        if not charges:
-            return
+    def charges(self, digests: Collection[str] | None) -> tuple[Charge, ...]:
         with self._in_our_words():
-            seals = self._insert(charges)
+            return self._read(digests)
+
+    def add(self, charges: Sequence[Charge]) -> None:
+        if charges:
+            with self._in_our_words():
+                seals = self._insert(charges)
             total = sum(seals, self._account.total) % _MODULUS
             self._account = Account(self._account.charges + len(charges), total)
+
+    def commit(self) -> None:
+        with self._in_our_words():
             self.execute(
                 f"UPDATE dpx_account SET charges = {self.mark}, total = {self.mark}, seal = {self.mark}",
-                (self._account.charges, f"{total:032x}", self._seal_account()),
+                (self._account.charges, f"{self._account.total:032x}", self._seal_account()),
             )
             self._connection.commit()
         self._seen = self._account.charges
@@ -249,7 +254,7 @@ class SqlStore(ABC):
         finally:
             self.lock.acquire()  # which `abort` lets go of
             self.abort()
-        self.reserve(())
+        self.reserve()
         self.abort()
         return self.key
 
