@@ -111,6 +111,10 @@ class BaseGuard(ABC, Making[State, Prepared, ReleaseT], Generic[State, Prepared,
         return prepared
 
     @abstractmethod
+    def of_corpus(self, prepared: Prepared, made: Released, corpus: PrivateContext, state: State) -> ReleaseT:
+        """What serves the host, of a corpus that was read as a stream (`corpus.release_corpus`)."""
+
+    @abstractmethod
     def take_in(self, file: ReleaseFile | TextReleaseFile) -> None:
         """Names a release that was made elsewhere in the report. Raises ReleaseError where it does not fit this host."""
 

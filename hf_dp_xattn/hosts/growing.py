@@ -75,6 +75,8 @@ class GrowingContext:
         charged: Sequence[Name],
     ) -> None:
         self.release, self.recipe, self.latest, self.spent = release, recipe, latest, spent
+        assert isinstance(spent.digests, list)
+        self.digests: list[str] = spent.digests  # which a report counts
         self.names = set(spent.digests)  # of all that is in, or on its way in
         self.charged = set(charged)  # under which grouping, too
         self.encoder = encoder
@@ -176,7 +178,7 @@ def append_to(
                 prepared.events,
                 horizon=prepared.horizon,
             )
-            growing.spent.digests.extend(names)
+            growing.digests.extend(names)
             growing.charged |= set(charged)
         rows, public = context.load()
         private = growing.recipe.private(rows, row_groups)

@@ -149,7 +149,16 @@ class Guard(BaseGuard[Fingerprint, Recipe, ReleasedContext]):
         private, public = context.load()
         if not context.rows:  # known when it is encoded only
             context = dataclasses.replace(context, rows=len(private))
-        outcome = prepared.run(private, groups, entropy)
+        return self._served(prepared.run(private, groups, entropy), context, public, state)
+
+    def of_corpus(
+        self, prepared: Recipe, outcome: Released, corpus: PrivateContext, state: Fingerprint
+    ) -> ReleasedContext:
+        return self._served(outcome, corpus, torch.zeros(0, self._host.channels), state)
+
+    def _served(
+        self, outcome: Released, context: PrivateContext, public: torch.Tensor, state: Fingerprint
+    ) -> ReleasedContext:
         released = ReleasedContext(
             structures=outcome.structures,
             guarantee=context.shown(outcome.guarantee),

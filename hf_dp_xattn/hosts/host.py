@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from .accounts import PROTECT_AGAIN, Settings
 from .base_guard import BaseGuard
 from .context import PrivateContext
+from .corpus import Document
 from .host_words import HostWords, Setting
 
 
@@ -92,6 +93,13 @@ class Host(ABC):
     @abstractmethod
     def name(self, context: Any, groups: Any, **named: Any) -> Named:
         """Validates and names what `Protected.release` is given. Raises ContextError, ConfigError; nothing was spent."""
+
+    def document(self, document: Any) -> Document:
+        """Validates and names one document of a corpus. Raises ContextError, ConfigError; nothing was spent."""
+        raise ConfigError(
+            f"{type(self.model).__name__} takes no corpus: protect an encoder-decoder model, or with mechanism='library' any host. Nothing "
+            "was spent."
+        )
 
     @abstractmethod
     def inputs(self, release: Readable, prompt: Any, **public: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ..privacy.ledger import Budget, Ledger
 from ..report import PrivacyReport
 from .access import NO_COPY
 from .accounts import Settings
+from .corpus import is_corpus, release_corpus
 from .host import Host
 from .locks import Lock, locked
 from .release import BaseRelease
@@ -183,6 +184,10 @@ class Protected:
             context: of a pipeline a string, a list of strings, token ids [n] or [B, n], or embeddings [n, C] or [B, n, C]; of a UNet,
                 embeddings. Of an encoder-decoder model token ids, or rows of the encoder's output; of a decoder-only one token ids (lists,
                 tensors, or what a chat template gives); of Mllama, rows of the projected vision output.
+
+                With groups="documents" also a dataset of `datasets`, or an iterator, of one document each (a string, or a row with a
+                "text"; of an encoder-decoder model with input_ids): ONE context, read as a stream. In a job of several processes
+                (accelerate launch, torchrun) each passes its own part, and all hold the one release.
             groups: for `unit="group"`, public: integers [n] that name each row's group, the same for every context. Or how the units of
                 ONE context are encoded, each apart from all others: "phrases" of a pipeline (a list of phrases, or a string that is split
                 into them by `phrases.split_phrases`; with a calibration for phrases every string is split), "documents" of an
@@ -207,6 +212,12 @@ class Protected:
             ContextError, ConfigError: not valid; nothing was spent.
             BudgetExceededError: the ledger refuses; nothing was spent or computed, for no context of the batch.
         """
+        if is_corpus(context):
+            if groups != "documents" or horizon is not None or named:
+                raise ConfigError(
+                    'A dataset or iterator is released as one corpus: protected.release(dataset, groups="documents"). Nothing was spent.'
+                )
+            return self._released([release_corpus(self.guard, context, self.host.document, fresh=fresh)])
         contexts, row_groups = self.host.name(context, as_groups(groups), **named)
         if horizon is None:
             return self._released(self.releases.make(contexts, groups=row_groups, fresh=fresh))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, Unpack
 
@@ -19,6 +19,7 @@ from .diffusers.text_side import as_texts
 from .released import ReleasedContext
 from .storage import ReleaseFile
 from .terms import Terms
+from .text.released_dataset import released_dataset
 from .text.released_texts import ReleasedText, ReleasedTexts
 from .text.text_release_file import TextReleaseFile
 
@@ -215,6 +216,19 @@ class BaseRelease:
             ReleaseError: as `text`.
         """
         return self.text.counts
+
+    def to_dataset(self, embed: Callable[[list[str]], Any] | None = None) -> Any:
+        """The released texts of ONE context as a dataset of `datasets`: text, count (how often it stands in the released list), and, for an
+        index, embedding. All of it is public: save it, share it, index it (`dataset.add_faiss_index("embedding")`).
+
+        Args:
+            embed: a function from a list of texts to rows [n, d]; None: no embeddings.
+
+        Raises:
+            ReleaseError: as `text`.
+            ConfigError: `datasets` is not installed, or `embed` gives something else than rows.
+        """
+        return released_dataset(self.text, embed)
 
     def beside(self, prompt: str | Sequence[str] | None) -> list[tuple[Any, str | None]]:
         """Each context with the public text that joins it.

@@ -21,7 +21,7 @@ class Spent:
     """One release: the ledger's (keyed) names of its context and of what it consists of, none for one that was loaded; and what was
     promised. A growing release adds the names of its appends."""
 
-    digests: list[str]
+    digests: Sequence[str]
     guarantee: Guarantee
 
 

@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import torch
 
@@ -171,6 +171,7 @@ class Mechanism(ABC, Generic[PrivateT]):
     config: DPXAttnConfig
     warnings: tuple[str, ...] = ()
     calibrated: bool = True
+    additive: ClassVar[bool] = False  # `exact` of many units is the sum of `exact` of each
 
     @property
     @abstractmethod
@@ -227,14 +228,17 @@ class Mechanism(ABC, Generic[PrivateT]):
         entropy = SystemEntropy() if entropy is None else entropy
         rows = self.count(private, groups)
         units = count_units(self.config.unit, rows, groups)
-        noised = self.noise(self.exact(private, groups), entropy)
+        return self.published(self.noise(self.exact(private, groups), entropy), rows, units, entropy.private)
+
+    def published(self, noised: Integers, rows: int, units: int, private_noise: bool) -> Released:
+        """What `run` gives of noised integers. Post-processing. private_noise: not seeded."""
         content = self.decode(noised, self.state(rows, units))
         guarantee = guarantee_of(
             self.config,
             self.numbers,
             rows,
             units,
-            private_noise=entropy.private,
+            private_noise=private_noise,
             calibrated=self.calibrated,
         )
         return Released(content, guarantee)

@@ -48,7 +48,7 @@ def test_the_changelog_names_the_schemas_that_are_read() -> None:
 def test_every_import_of_the_package_is_declared() -> None:
     """What a file imports of the outside is a dependency (or the standard library, or optional and guarded)."""
     names = {re.split(r"[<>=!~ \[]", d)[0].replace("-", "_").lower() for d in PROJECT["dependencies"]}
-    optional = {"matplotlib", "peft", "PIL", "psycopg"}
+    optional = {"matplotlib", "peft", "PIL", "psycopg", "datasets"}
     found = set()
     for file in (ROOT / "hf_dp_xattn").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

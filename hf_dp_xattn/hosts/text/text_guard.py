@@ -126,6 +126,13 @@ class TextGuard(BaseGuard[None, ContextRecipe, ReleasedTexts]):
         self._released.append(released)
         return released
 
+    def of_corpus(
+        self, prepared: ContextRecipe, outcome: Released, corpus: PrivateContext, state: None
+    ) -> ReleasedTexts:
+        released = self._texts(prepared, outcome)
+        self._released.append(released)
+        return released
+
     def _texts(self, recipe: Recipe, outcome: Released) -> ReleasedTexts:
         counted = isinstance(recipe.prepared, FromLibrary) and recipe.prepared.counted
         text = (ReleasedText.counted if counted else ReleasedText)(outcome.texts, self.cut.joint)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ...errors import ConfigError, ReleaseError, UnsupportedModelError
+from ...errors import ConfigError, ContextError, ReleaseError, UnsupportedModelError
+from ...records import plain_text
 from ..accounts import PROTECT_AGAIN, Settings
 from ..content_names import Part
+from ..corpus import Document
 from ..diffusers.architectures import unwrap
 from ..guard import handle_on
 from ..host import Host, Named, Readable
@@ -148,6 +150,23 @@ class TextHost(Host):
             ids = others if surface is None or spelled is not None else surface.ids_of(units, whole)
             contexts.append(name_text(units, whole, guard.encode, grouped=grouped, each=each, others=ids))
         return Named(contexts, None)
+
+    def document(self, document: Any) -> Document:
+        """A string, or a row of a dataset with a column "text" (or one column of strings)."""
+        text = document
+        if isinstance(document, Mapping):
+            strings = [name for name, value in document.items() if isinstance(value, str)]
+            if "text" not in strings and len(strings) != 1:
+                raise ConfigError(
+                    f"Which column holds the documents? They are read from `text`, or from the only column of strings; here: "
+                    f"{', '.join(map(str, document))}. Take dataset.select_columns([name]). Nothing was spent."
+                )
+            text = document["text" if "text" in strings else strings[0]]
+        if not isinstance(text, str) or not plain_text(text).strip():
+            raise ContextError("A document is a string that is not empty. Nothing was spent.")
+        unit = plain_text(text).strip()
+        context = name_text([unit], unit, self.guard.encode, grouped=True, each=False)
+        return Document(context, context.parts)
 
     def inputs(self, release: Readable, prompt: Any, **public: Any) -> dict[str, Any]:
         if not self._surfaces or not all(isinstance(c, ReleasedTexts) for c in release.contexts):

@@ -53,6 +53,7 @@ def check_mixed(config: DPXAttnConfig) -> None:
 class AnchorMixed(PreparedAnchors):
     """Counts [m], then the noised sum [K], then the public number of rows: one code of m + K + 1 numbers."""
 
+    additive = True
     histogram: AnchorHistogram
     sum: PreparedRowSum
 

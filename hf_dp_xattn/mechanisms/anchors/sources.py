@@ -168,6 +168,7 @@ def pool(rows: torch.Tensor, unit: str, groups: torch.Tensor | None) -> torch.Te
 class AnchorSum(PreparedAnchors):
     """Release B on units' mean rows."""
 
+    additive = True
     prepared: PreparedRowSum
 
     @classmethod
@@ -299,6 +300,7 @@ class AnchorResponse(PreparedAnchors):
 class AnchorHistogram(PreparedAnchors):
     """Releases A and C: noised counts of the public cells that units fall into, by their mean rows."""
 
+    additive = True
     prepared: PreparedHistogram
     quantizer: RowQuantizer
 

@@ -87,6 +87,7 @@ class PublicCalibration(Protocol):
 class PreparedKernelSum(Mechanism[LayerRows]):
     """A kernel-sum release of which everything public is fixed; a context that grows sums the same."""
 
+    additive = True
     config: DPXAttnConfig
     encoders: tuple[LayerEncoder, ...]
     clip_norm: float

@@ -110,6 +110,7 @@ class PreparedVotes(FromLibrary):
     shelves: one, of the K entries. histogram: of unit="row", as a unit has one vote. reading: of the same entries.
     """
 
+    additive = True
     config: DPXAttnConfig
     shelves: tuple[Shelf, ...]
     histogram: PreparedHistogram

@@ -203,7 +203,9 @@ def join_documents(documents: Sequence[PrivateContext], unit: str) -> PrivateCon
     variant = b"".join(str(len(v)).encode() + b":" + v for v in variants) if any(variants) else b""
     former = [next((p.name for p in d.parts if p.former), d.name) for d in documents]
     parts = tuple(
-        dict.fromkeys((Part(_corpus(former), former=True), *(p for d in documents for p in _units(d))))
+        dict.fromkeys(
+            (Part(_corpus(former), former=True), *(p for d in documents for p in units_of_document(d)))
+        )
     )
     name = _corpus(names)
     return PrivateContext(
@@ -215,7 +217,7 @@ def _corpus(names: Sequence[tuple[bytes, ...]]) -> tuple[bytes, ...]:
     return (b"documents", *(part for n in names for part in (str(len(n)).encode(), *n)))
 
 
-def _units(document: PrivateContext) -> list[Part]:
+def units_of_document(document: PrivateContext) -> list[Part]:
     """What is charged of a document of a corpus: it is one unit."""
     charge = Part(document.name, whole(document.private_rows))
     return [charge] + [

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 
-from ....errors import ConfigError, ProtectionLostError, ReleaseError
+from ....errors import ConfigError, ContextError, ProtectionLostError, ReleaseError
 from ...access import TextGate
 from ...accounts import PROTECT_AGAIN
 from ...bindings import bind, unique
 from ...content_names import special_ids, with_texts
 from ...context import PrivateContext
+from ...corpus import Document
 from ...fingerprint import Fingerprint, fingerprint
 from ...guard import Guard
 from ...host import Named, Readable
@@ -30,7 +31,7 @@ from ..routing import Routing
 from .cross_attention import LAYER_ATTRIBUTE, NAME, Call, Calls, dp_xattn
 from .cross_layers import CrossLayer, rowwise_reason
 from .cross_probing import context_channels, find_layers
-from .document_contexts import MASK, STATES, TYPES, gather, join_documents, name_inputs
+from .document_contexts import MASK, STATES, TYPES, gather, join_documents, name_inputs, units_of_document
 from .document_encoder import EncoderSide
 from .document_generation import GenerateShadow, as_inputs, check_mask, read_placeholder
 from .encoder_outputs import last_hidden_state
@@ -207,6 +208,19 @@ class EncoderDecoderHost(RoutedHost):
         if groups != "documents":
             raise ConfigError('`groups` must be integers [n] or "documents".')
         return Named([join_documents(contexts, self.guard.config.unit)], None)
+
+    def document(self, document: Any) -> Document:
+        """A row of a dataset with input_ids (and attention_mask), or token ids [n]."""
+        columns = dict(document) if isinstance(document, Mapping) else {"input_ids": document}
+        kept = {
+            k: torch.as_tensor(columns[k]) for k in ("input_ids", MASK, TYPES) if columns.get(k) is not None
+        }
+        if "input_ids" not in kept or kept["input_ids"].ndim != 1 or kept["input_ids"].is_floating_point():
+            raise ContextError(
+                "A document of a corpus is a row with input_ids [n], as dataset.map(tokenizer, ...) gives. Nothing was spent."
+            )
+        (context,) = self.named(kept, None).contexts
+        return Document(context, tuple(units_of_document(context)))
 
     def check_growing(self, contexts: Sequence[PrivateContext]) -> None:
         if not all(context.rows for context in contexts):
