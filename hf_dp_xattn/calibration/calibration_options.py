@@ -48,6 +48,7 @@ class CalibrationOptions:
     encoder: Any = None
     expand: bool | int = False
     responses: Responses | None = None
+    processes: bool = False
     shown: bool = True
     started: float = field(default_factory=time.monotonic)
 

@@ -9,12 +9,14 @@ import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
+from ..ranks import Ranks
 from .anchors.anchors_calibration import AnchorCalibration
 from .anchors.anchors_fit import candidates, fit_anchors
 from .anchors.slot_schedule import slot_schedule, slots_for
 from .calibration import AnyCalibration
 from .calibration_options import CalibrationOptions
 from .kernel_fit import fit_kernel_sums
+from .library.encoding import ALONE
 from .library.library_fit import LibraryOptions, build_library
 from .library.text_library import TextLibrary
 from .public_data import PublicData, PublicTexts
@@ -70,6 +72,7 @@ def _library(config: DPXAttnConfig, data: Any, options: CalibrationOptions) -> T
         encoder=data.encoder,
         flatten=data.flatten,
         progress=options.shown,
+        ranks=Ranks.current() if options.processes else ALONE,
         **{name: getattr(options, name) for name in names},
     )
     return build_library(data.units, data.encode, config, settings)

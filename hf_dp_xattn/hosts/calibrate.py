@@ -38,7 +38,7 @@ _REFUSED = {
 
 # options that do not decide what is made, and those of a library, whose codes have names of their own
 _NOT_ASKED = frozenset({"progress", "shown", "kept", "started", "minutes"})
-_OF_LIBRARIES = frozenset({"tokenizer", "encoder", "expand", "responses"})
+_OF_LIBRARIES = frozenset({"tokenizer", "encoder", "expand", "responses", "processes"})
 
 
 def _epsilons(epsilons: Any) -> tuple[float, ...]:
@@ -104,6 +104,7 @@ def calibrate(
     folder: str | os.PathLike[str] | None = None,
     expand: bool | int = False,
     responses: Responses | None = None,
+    processes: bool = False,
 ) -> Any:
     """Everything data-dependent that a mechanism reads, fitted to PUBLIC prompts.
 
@@ -157,6 +158,9 @@ def calibrate(
         responses: `library` only: what the host does with each of n PUBLIC strings, floats [n, d] (a picture that is begun from the same
             noise, or log-probabilities of a reply). Texts that it treats alike then count as near, so that more answers are told right.
 
+        processes: `library` only: in a job of several processes (accelerate launch, torchrun), each of which calls this with the same
+            public contexts: each encodes its share of the texts, and all hold the same library.
+
     Raises:
         ConfigError: too few contexts, wrong type.
         UnsupportedModelError: not a supported pipeline.
@@ -195,6 +199,7 @@ def calibrate(
         encoder=encoder,
         expand=expand,
         responses=responses,
+        processes=processes,
         shown=progress,
     )
     if handle_of(pipe) is not None:
@@ -207,8 +212,10 @@ def calibrate(
     if KNOWN[config.mechanism].releases == "texts":
         texts = public_texts(pipe, public_contexts, config, options)
         return fit(config, texts, replace(options, kept=_kept(folder, pipe)))
-    if expand is not False or any(option is not None for option in (tokenizer, encoder, responses)):
-        raise ConfigError("`tokenizer`, `encoder`, `expand` and `responses` are for mechanism='library'.")
+    if expand is not False or processes or any(o is not None for o in (tokenizer, encoder, responses)):
+        raise ConfigError(
+            "`tokenizer`, `encoder`, `expand`, `responses` and `processes` are for mechanism='library'."
+        )
     kind = kind_of(pipe)
     for name, message in _REFUSED.items():
         asked = getattr(options, name)

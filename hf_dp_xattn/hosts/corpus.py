@@ -20,10 +20,10 @@ from ..errors import ConfigError, ContextError
 from ..mechanisms.base import Integers, Mechanism, Released
 from ..privacy.bits import SystemEntropy
 from ..privacy.ledger import Name, Namer
+from ..ranks import Ranks, largest, require_room
 from .base_guard import BaseGuard
 from .context import Part, PrivateContext
 from .packed_names import Digests, PackedNames
-from .ranks import Ranks, largest, require_room
 from .released_cache import Key
 from .reporting import Spent
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.calibration.library.library_fit import LibraryOptions, build_library
-from hf_dp_xattn.hosts.ranks import LIMIT, Ranks, require_room
 from hf_dp_xattn.privacy.bits import SeededEntropy
+from hf_dp_xattn.ranks import LIMIT, Ranks, require_room
 
 from ..mechanisms.library.worlds import contexts, encode
 from .transformers.encoder_decoder.tiny import tiny
@@ -236,6 +236,34 @@ def test_the_comparison_catches_a_shard_that_is_left_out(
         return told(voting(library, dpx.Ledger()).release(iter(texts()[rank::2]), groups="documents"))
 
     assert together(2, tmp_path / "job", run)[0] != expected
+
+
+@pytest.mark.parametrize("world", (2, 3))
+def test_a_library_is_the_same_however_many_processes_encode_it(tmp_path: Path, world: int) -> None:
+    public, encoded = contexts(count=120, length=5), multiprocessing.get_context("fork").Value("i", 0)
+
+    def counted(texts: list[str]) -> torch.Tensor:
+        with encoded.get_lock():
+            encoded.value += len(texts)
+        return encode(texts)
+
+    def made(processes: bool) -> Any:
+        options = {"grouping": "documents", "epsilons": 1.0, "progress": False, "encoder": counted}
+        return dpx.calibrate(None, public, GROUPS, processes=processes, **options)
+
+    alone = made(False)
+    before, encoded.value = encoded.value, 0
+
+    def run(rank: int) -> Any:
+        library = made(True)
+        return [t.tolist() for t in (library.codes, library.plans[0].entries)], library.votes[
+            0
+        ].entries.tolist()
+
+    expected = [t.tolist() for t in (alone.codes, alone.plans[0].entries)], alone.votes[0].entries.tolist()
+    found = together(world, tmp_path / "job", run)
+    assert found == dict.fromkeys(range(world), expected)
+    assert encoded.value < 1.9 * before  # not once for each process, but for some probes
 
 
 def test_a_document_in_two_shards_is_refused(library: dpx.TextLibrary, tmp_path: Path) -> None:

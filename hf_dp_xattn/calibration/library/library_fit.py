@@ -13,11 +13,12 @@ from ...errors import ConfigError
 from ...mechanisms.library.entry_lattice import lattice_codes, unit_codes
 from ...mechanisms.library.places import Places
 from ...privacy.response import MAX_ALPHABET
+from ...ranks import Ranks
 from ...records import plain_text
 from ..calibration_options import EPSILONS
 from ..checkpoints import NOTHING_KEPT, Checkpoints
 from ..progress import Progress
-from .encoding import encode_chunks
+from .encoding import ALONE, encode_chunks
 from .joint_plans import JointPlanner
 from .library_plans import PublicUnits, Shelving, places_for
 from .metric import Metric, Responses, fit_metric
@@ -55,6 +56,7 @@ class LibraryOptions:
     progress: bool = True
     kept: Checkpoints = NOTHING_KEPT
     responses: Responses | None = None
+    ranks: Ranks = ALONE
     alike: int = 1500
 
 
@@ -186,7 +188,7 @@ def _encode(
     bar.expect("choosing", len(set(options.epsilons)), _seconds_of_choice(len(texts), options.width))
     bar.begin()
     for codes, new in encode_chunks(
-        [texts[i] for i in order.tolist()], encode, options.encoder, options.kept
+        [texts[i] for i in order.tolist()], encode, options.encoder, options.kept, options.ranks
     ):
         waiting.append(codes)
         bar.step("encoding", len(codes), timed=new)

@@ -1,4 +1,4 @@
-"""`Ranks`: the processes of one job (accelerate launch, torchrun) that make a release together; alone where there is no job.
+"""`Ranks`: the processes of one job (accelerate launch, torchrun) that make one thing together; alone where there is no job.
 
 Integers are added exactly, in int64 on the CPU, and everything else is small. A process that fails tells the others, so that none waits for
 it; one that dies makes the others' next step fail.
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ..errors import DPXAttnError, ReleaseError
+from .errors import DPXAttnError, ReleaseError
 
 T = TypeVar("T")
 LIMIT = 2**62  # of the sum of all ranks' largest entries
@@ -59,7 +59,8 @@ class Ranks:
             return value  # type: ignore[return-value]
         values: list[Any] = [value]
         dist.broadcast_object_list(values, src=dist.get_global_rank(self._group, 0), group=self._group)
-        return values[0]
+        shared: T = values[0]
+        return shared
 
     def everyone(self, value: T) -> list[T]:
         """The values of all processes, by rank, on all of them."""
@@ -81,7 +82,7 @@ class Ranks:
         """What `run` gives here. Where it fails in one process it fails in all: there with its own error, elsewhere with its class and,
         of an error of this package, its words (which quote nothing private)."""
         failed: BaseException | None = None
-        value: Any = None
+        value: T | None = None
         try:
             value = run()
         except Exception as error:
@@ -99,8 +100,8 @@ class Ranks:
         for rank, other in enumerate(others):
             if other is not None:
                 kind, said = other
-                raise kind(f"Process {rank} of this release failed ({said}).")
-        return value
+                raise kind(f"Process {rank} of this job failed ({said}).")
+        return value  # type: ignore[return-value]
 
     def total(self, integers: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The sum over all processes of integers (int64; none where a process has none), on the first one.
