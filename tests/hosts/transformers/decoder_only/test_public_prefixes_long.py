@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -35,9 +37,10 @@ def gathered(monkeypatch: pytest.MonkeyPatch, lengths: list[int], sample: int) -
     """What a calibration is fitted to, for prefixes of as many one-token segments."""
     seen: list[PublicContexts] = []
 
-    def stop(config: object, data: PublicData, settings: object) -> None:
+    def stop(config: object, data: PublicData, settings: object) -> SimpleNamespace:
         assert data.contexts is not None
         seen.append(data.contexts)
+        return SimpleNamespace(verify=lambda: None)
 
     monkeypatch.setattr(fit, "fit_anchors", stop)
     monkeypatch.setattr(public_prefixes, "_SAMPLE", sample)
