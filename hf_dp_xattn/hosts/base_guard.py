@@ -162,6 +162,6 @@ class BaseGuard(ABC, Making[State, Prepared, ReleaseT], Generic[State, Prepared,
         """What is public and what is not covered here."""
         return self._host.words(Setting.of(self.config, self.calibration))
 
-    def report(self) -> PrivacyReport:
-        """See `Protected.report`."""
-        return self.releases.report(self.words(), [], self.warnings())
+    def report(self, entries: bool = True) -> PrivacyReport:
+        """See `Protected.report`. entries: with its releases, for which the ledger is read."""
+        return self.releases.report(self.words(), [], self.warnings(), entries)

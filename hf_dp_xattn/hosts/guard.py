@@ -265,10 +265,10 @@ class Guard(BaseGuard[Fingerprint, Recipe, ReleasedContext]):
         """Of the releases that are made now."""
         return self.maker.warnings(self.fingerprint())
 
-    def report(self) -> PrivacyReport:
-        """See `Protected.report`."""
+    def report(self, entries: bool = True) -> PrivacyReport:
+        """See `BaseGuard.report`."""
         heads = [layer.heads for layer in self._host.layers.values()]
-        return self.releases.report(self.words(), heads, self.warnings())
+        return self.releases.report(self.words(), heads, self.warnings(), entries)
 
 
 def mark(module: Any, handle: Any) -> None:

@@ -291,4 +291,4 @@ class Protected:
 
     def terms(self) -> Terms:
         """What a release carries along about its host."""
-        return terms_of(self.report(), self.host.parts)
+        return terms_of(self.guard.report(entries=False), self.host.parts)

@@ -210,9 +210,13 @@ class Releases(Generic[State, Prepared, ReleaseT]):
         """Names releases that were made elsewhere in the report. Whether they fit is for the caller to check."""
         self.spent += [Spent([], m.guarantee) for m in releases]
 
-    def report(self, words: HostWords, heads: Sequence[int], warnings: Sequence[str]) -> PrivacyReport:
-        """What was promised, spent and left open. heads: of each layer. warnings: of the releases."""
-        return build_report(words, self.config, heads, self.ledger, self.budget, self.spent, warnings)
+    def report(
+        self, words: HostWords, heads: Sequence[int], warnings: Sequence[str], entries: bool = True
+    ) -> PrivacyReport:
+        """What was promised, spent and left open; see `build_report`."""
+        return build_report(
+            words, self.config, heads, self.ledger, self.budget, self.spent, warnings, entries
+        )
 
     def clear(self) -> None:
         """Forgets the releases, not what was spent."""

@@ -50,6 +50,7 @@ def build_report(
     budget: Budget,
     spent: Sequence[Spent],
     warnings: Sequence[str],
+    entries: bool = True,
 ) -> PrivacyReport:
     """The report; `releases` has one entry per release made or loaded by this handle, in order.
 
@@ -57,6 +58,7 @@ def build_report(
         heads: of each layer.
         budget: of a context.
         warnings: of the releases.
+        entries: whether releases are listed, which reads the ledger for each.
     """
     names: dict[str, str] = {}
     for s in spent:
@@ -75,7 +77,10 @@ def build_report(
         layers=len(heads),
         heads=sum(heads),
         config=config.to_dict(),
-        releases=tuple(_entry(ledger, names[s.digests[0]] if s.digests else "loaded", s) for s in spent),
+        releases=tuple(
+            _entry(ledger, names[s.digests[0]] if s.digests else "loaded", s)
+            for s in (spent if entries else ())
+        ),
         public=words.public,
         not_covered=words.not_covered,
         ledger=f"{persistence_of(ledger)}; {each}; {LOCAL}",

@@ -177,9 +177,11 @@ class TextGuard(BaseGuard[None, ContextRecipe, ReleasedTexts]):
         self.releases.adopt(file.contexts)
         self._released += file.contexts
 
-    def report(self) -> PrivacyReport:
+    def report(self, entries: bool = True) -> PrivacyReport:
         """With the released texts, which are public."""
-        report = super().report()
+        report = super().report(entries)
+        if not entries:
+            return report
         texts = [r.latest.text if isinstance(r, GrowingContext) else r.text for r in self._released]
-        entries = [{**entry, **text.shown()} for entry, text in zip(report.releases, texts, strict=True)]
-        return dataclasses.replace(report, releases=tuple(entries))
+        shown = [{**entry, **text.shown()} for entry, text in zip(report.releases, texts, strict=True)]
+        return dataclasses.replace(report, releases=tuple(shown))

@@ -7,6 +7,7 @@ Nothing about privacy rests on what the encoder says of a text, on its precision
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -68,16 +69,24 @@ class UnitEncoder:
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """Codes of private texts, whatever they hold: one at which the encoder fails, or that has a code of another length than a public
         text, has the code 0. An error would tell that it is among them."""
-        nothing = torch.zeros_like(self.trial()[0])
+        length = self._length  # before the gates are open for private texts: it may raise
 
-        def code(text: str) -> torch.Tensor:
+        def code(text: str) -> torch.Tensor | None:
             with suppress(Exception):
-                vector = self._code(text)
-                return vector if vector.shape == nothing.shape else nothing
-            return nothing
+                return self._code(text)
+            return None
 
         with self.permit():
-            return torch.stack([code(text) for text in texts])
+            codes = [code(text) for text in texts]
+        if any(c is None or len(c) != length for c in codes):
+            length = self.trial().shape[1]  # raises where it is the encoder that broke, whatever the text
+        nothing = torch.zeros(length)
+        return torch.stack([nothing if c is None or len(c) != length else c for c in codes])
+
+    @functools.cached_property
+    def _length(self) -> int:
+        """Of a code."""
+        return self.trial().shape[1]
 
     def _code(self, text: str) -> torch.Tensor:
         return self.one(text).detach().to("cpu", torch.float32).flatten()
