@@ -39,7 +39,12 @@ ROWS = (
         "group",
         "library",
     ),
-    Row("whole prompt", "the whole prompt is protected (anchors)", "context", "calibrations/context"),
+    Row(
+        "whole prompt",
+        "the whole prompt is protected, public phrases answer its phrases all together (library)",
+        "context",
+        "library_prompt",
+    ),
     Row(
         "one embedding row\n(protects NO prompt)",
         "one embedding row is protected, which protects NO prompt: each row repeats what the others say (anchors)",
@@ -66,7 +71,7 @@ def strip(pipeline: Any, path: Path, *, epsilons: Sequence[float] = EPSILONS, qu
     bar = tqdm(total=len(ROWS) * (len(epsilons) + 2), desc="pictures", disable=quiet)
     for row in ROWS:
         calibration = dpx.Calibration.from_pretrained(Path(__file__).parent / row.folder)
-        text = prompts([shown], row.unit)
+        text = prompts([shown], "group" if calibration.mechanism == "library" else row.unit)
         pictures = [("public\nprompt only", generate(pipeline, [""], seed=0)[0])]
         bar.update()
         for epsilon in epsilons:
