@@ -72,7 +72,7 @@ def test_contexts_unlike_all_public_ones(name: str) -> None:
     make, public = HOSTS[name]
     host = make()
     slots = SlotSettings(steps=60, slots=8, batch=16, layers=2)
-    settings = AnchorSettings(releases=("sum",), slots=slots, progress=False)
+    settings = AnchorSettings(releases=("sum",), slots=slots)
     with kind_of(host).public_data(host, public(200), CONFIG, OPTIONS) as data:
         assert data.contexts is not None
         with torch.enable_grad():
@@ -86,8 +86,9 @@ def test_contexts_unlike_all_public_ones(name: str) -> None:
             for own in (plan, nothing):
                 decoded = simulate(own, CONFIG, calibration.decoders, fresh, seed=5)
                 pairs = [(c.rows, c.log_weights) for c in decoded]
-                errors.append(float(data.objective.errors(exact, pairs).sum()))
-            assert errors[0] <= LIMIT * errors[1], kind
+                errors.append(data.objective.errors(exact, pairs).sum((0, 2)))
+            # every layer counts alike, as in an FVU
+            assert float((errors[0] / errors[1]).mean()) <= LIMIT, (kind, plan.worth)
 
 
 @pytest.mark.slow

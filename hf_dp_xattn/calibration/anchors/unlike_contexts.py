@@ -16,7 +16,7 @@ from ...mechanisms.anchors.sources import pool
 from .documents_fit import Documents
 from .slots_fit import PublicContexts
 
-CONTEXTS = 24  # of each kind
+CONTEXTS = 32  # of each kind
 _NUMBERS = 2**26  # of context space, of all contexts of a kind
 _DRAWN = 1024
 _DOCUMENT_CONTEXTS = 8
@@ -71,7 +71,7 @@ def unlike_contexts(
     """Each kind, and contexts of it that are of the size of these.
 
     Args:
-        contexts: held-out public ones.
+        contexts: public ones.
         public_rows: exact ones [p, C] that stand before every context's own.
         documents: where units are documents: some public ones, whose lengths are taken.
         seed: of what is drawn.
