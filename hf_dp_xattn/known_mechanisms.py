@@ -12,7 +12,8 @@ class KnownMechanism:
 
     releases: what leaves: keys and values of every layer, rows of context space for all layers, or public texts. module: below
     `mechanisms/`, what holds its `prepare` and, by the names in files, its STRUCTURES and FEATURES. needs_calibration: without one it
-    cannot release. private: it promises something. units: what it can protect, of `privacy/units.py`.
+    cannot release. private: it promises something. units: what it can protect, of `privacy/units.py`. calibration: the module
+    below `calibration/` that holds the `KIND` of its calibrations.
     """
 
     name: str
@@ -22,6 +23,7 @@ class KnownMechanism:
     needs_calibration: bool = False
     private: bool = True
     units: tuple[str, ...] = ("row", "group", "context")
+    calibration: str = "kernel_fit"
 
 
 KNOWN = {
@@ -36,6 +38,7 @@ KNOWN = {
             "anchors.anchors",
             "one release of the context's rows for all layers, decoded to a few rows (needs a calibration)",
             needs_calibration=True,
+            calibration="anchors.anchors_kind",
         ),
         KnownMechanism(
             "library",
@@ -45,6 +48,7 @@ KNOWN = {
             "library)",
             needs_calibration=True,
             units=("group", "context"),
+            calibration="library.library_kind",
         ),
         KnownMechanism("dptree", "layers", "dptree.dptree", "the paper's own structures, the baseline"),
         KnownMechanism("none", "layers", "exact", "exact attention, NOT private", private=False),

@@ -6,8 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, TypeAlias, Unpack
+from typing import Any, Unpack
 
 from ..artefacts import HubOptions, locate
 from ..artefacts.card import table
@@ -18,14 +17,12 @@ from ..mechanisms.base import LayerSpec
 from ..mechanisms.inputs import MAX_ROWS
 from ..mechanisms.kernel_sum.geometry import HeadGeometry
 from ..mechanisms.kernel_sum.sketch import SketchBasis, SketchPlan
-from .anchors.anchors_calibration import AnchorCalibration
 from .calibration_card import Described
 from .kernel_checks import verify_basis, verify_geometry, verify_norm, verify_plan
-from .library.text_library import TextLibrary
+from .kinds import load_calibration
 from .plan_entry import PlanEntry, sketch_plan
 from .stored import CHECKS, CODEC, Stored
 
-AnyCalibration: TypeAlias = "Calibration | AnchorCalibration | TextLibrary"
 # A calibration is made for these fields of the config; epsilon may differ (the nearest plan is used).
 BOUND_FIELDS = ("features", "degree", "num_features", "feature_seed", "logit_bound", "unit")
 
@@ -74,6 +71,9 @@ class Calibration(Stored):
     def unit(self) -> str:
         """What it was made for."""
         return str(self.settings["unit"])
+
+    def config_fields(self) -> dict[str, Any]:
+        return {"mechanism": self.mechanism, **self.settings}  # it serves both relations
 
     def check(self, config: DPXAttnConfig, specs: Sequence[LayerSpec]) -> None:
         """Whether it serves this host under this config.
@@ -185,9 +185,9 @@ class Calibration(Stored):
         )
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # the door to all kinds
+    def from_pretrained(  # the door to all kinds
         cls, name_or_path: str | os.PathLike[str], **options: Unpack[HubOptions]
-    ) -> AnyCalibration:
+    ) -> Any:
         """Reads a folder or a Hub repository, of whichever mechanism.
 
         Args:
@@ -198,15 +198,6 @@ class Calibration(Stored):
             ConfigError: missing, unknown, damaged or of another schema.
         """
         return load_calibration(locate(name_or_path, CODEC.names, error=ConfigError, **options).folder)
-
-
-def load_calibration(folder: Path) -> AnyCalibration:
-    """Reads and checks the files in a local folder, of whichever mechanism; raises ConfigError."""
-    kind = CODEC.read_document(folder).get("kind")
-    kinds: dict[Any, type[AnchorCalibration | TextLibrary]] = {
-        k.KIND: k for k in (AnchorCalibration, TextLibrary)
-    }
-    return kinds.get(kind, Calibration).load(folder)
 
 
 def _read_plan(i: int, numbers: Mapping[str, Any], tensors: Tensors) -> PlanEntry:

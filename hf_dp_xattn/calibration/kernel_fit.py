@@ -35,6 +35,7 @@ from .anchors.objective import LayerProbe
 from .calibration import BOUND_FIELDS, Calibration
 from .calibration_options import CalibrationOptions
 from .kernel_plans import HeldOut, Probe, fit_plan
+from .kinds import CalibrationKind
 from .public_data import PublicData
 
 Rows = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]  # keys, values per layer: [H, n, d], [H, n, dv]
@@ -375,3 +376,6 @@ def _sketch_held_out(
 def _exact(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
     """[H, m, dv] exact attention on the CPU."""
     return (torch.softmax(query.float() @ key.float().mT * scale, -1) @ value.float()).cpu()
+
+
+KIND = CalibrationKind(Calibration, fit_kernel_sums)

@@ -1,4 +1,4 @@
-"""What both kinds of calibration share: how they stand on disk, and their card."""
+"""What all kinds of calibration share: how they stand on disk, and their card."""
 
 from __future__ import annotations
 
@@ -28,6 +28,14 @@ class Stored(Encoded):
     WORD = CHECKS.word
     CODEC = CODEC
     mechanism: ClassVar[str]
+    if TYPE_CHECKING:
+
+        @property
+        def unit(self) -> str: ...
+
+    def config_fields(self) -> dict[str, Any]:
+        """What a config must say to go with it."""
+        return {name: getattr(self, name) for name in ("mechanism", "unit", "neighboring")}
 
     def check_settings(self, config: DPXAttnConfig, settings: Mapping[str, Any]) -> None:
         """Raises ConfigError where the config says other than what the calibration was made with."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
-    from ..calibration.calibration import AnyCalibration
+    from ..calibration.stored import Stored
     from ..config import DPXAttnConfig
     from ..hosts.driver import Driver
     from ..privacy.ledger import Ledger
@@ -135,9 +135,7 @@ def protected_model(args: argparse.Namespace, ledger: Ledger, *, trial: bool = F
     )
 
 
-def _check_calibrated(
-    args: argparse.Namespace, config: DPXAttnConfig, calibration: AnyCalibration | None
-) -> None:
+def _check_calibrated(args: argparse.Namespace, config: DPXAttnConfig, calibration: Stored | None) -> None:
     """Raises ConfigError where there is no calibration and must be one, before a model is loaded."""
     from ..known_mechanisms import KNOWN
 
@@ -245,16 +243,15 @@ def check_settings(args: argparse.Namespace) -> None:
         raise ConfigError("Say what a release may cost: --epsilon E, or --config FOLDER.")
 
 
-def config_of(args: argparse.Namespace, calibration: AnyCalibration | None) -> DPXAttnConfig:
+def config_of(args: argparse.Namespace, calibration: Stored | None) -> DPXAttnConfig:
     """What the options say, the rest as the calibration says."""
     from ..config import DPXAttnConfig
 
     if args.config is not None:
         return DPXAttnConfig.from_pretrained(args.config)
     named = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    from ..hosts.chosen import settings_of
 
-    return DPXAttnConfig(**{**({} if calibration is None else settings_of(calibration)), **named})
+    return DPXAttnConfig(**{**({} if calibration is None else calibration.config_fields()), **named})
 
 
 def load_plain(name: str, dtype: Any) -> Any:

@@ -23,7 +23,8 @@ def read_artefact(name: str, **options: Any) -> tuple[str, Any]:
         ConfigError: none of them is there. ConfigError or ReleaseError: it is damaged, or of another schema.
     """
     from ..artefacts import locate
-    from ..calibration.calibration import Calibration, load_calibration
+    from ..calibration.kinds import load_calibration
+    from ..calibration.stored import CODEC
     from ..config import CONFIG_NAME, DPXAttnConfig
     from ..hosts.protection import FOLDER, locate_protection, read_protection
     from ..hosts.storage import JSON_NAME
@@ -50,7 +51,7 @@ def read_artefact(name: str, **options: Any) -> tuple[str, Any]:
         else:
             return "release", load_release(folder)
     kinds: tuple[tuple[str, tuple[str, ...], Callable[[Path], Any]], ...] = (
-        ("calibration", Calibration.CODEC.names, load_calibration),
+        ("calibration", CODEC.names, load_calibration),
         ("config", (CONFIG_NAME,), DPXAttnConfig.from_file),
     )
     for kind, names, read in kinds:

@@ -10,7 +10,7 @@ from ..privacy.default_ledger import VARIABLE, default_ledger, is_default, named
 from ..privacy.ledger import Budget, Ledger
 
 if TYPE_CHECKING:
-    from ..calibration.calibration import AnyCalibration
+    from ..calibration.stored import Stored
     from ..config import DPXAttnConfig
     from ..privacy.bits import Entropy
 
@@ -42,7 +42,7 @@ class Settings:
     """
 
     config: DPXAttnConfig
-    calibration: AnyCalibration | None = None
+    calibration: Stored | None = None
     ledger: Ledger | None = None
     budget: Budget | None = None
     entropy: Entropy | None = None

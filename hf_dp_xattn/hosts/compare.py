@@ -16,11 +16,11 @@ from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..privacy.ledger import Ledger
 from .accounts import STAYS
-from .chosen import read_calibration, settings_of
+from .chosen import read_calibration
 from .protect import handle_of, protect
 
 if TYPE_CHECKING:
-    from ..calibration.calibration import AnyCalibration
+    from ..calibration.stored import Stored
 
 Score = Callable[[Any, Sequence[Any]], Sequence[float]]
 _SURE = 1.96  # standard errors
@@ -60,7 +60,7 @@ class Comparison:
         True
     """
 
-    calibrations: Mapping[str, AnyCalibration]
+    calibrations: Mapping[str, Stored]
     points: tuple[Compared, ...]
 
     def at(self, epsilon: float) -> list[Compared]:
@@ -78,7 +78,7 @@ class Comparison:
             raise ConfigError(f"Compared were epsilon {known}, not {epsilon!r}.")
         return sorted(here, key=lambda p: -p.mean)
 
-    def best(self, epsilon: float) -> AnyCalibration:
+    def best(self, epsilon: float) -> Stored:
         """The calibration with the largest mean score, for `dpx.protect(host, epsilon=epsilon, calibration=...)`.
 
         Args:
@@ -114,7 +114,7 @@ class Comparison:
 
 def compare(
     host: Any,
-    calibrations: Mapping[str, AnyCalibration | str | os.PathLike[str]],
+    calibrations: Mapping[str, Stored | str | os.PathLike[str]],
     public_contexts: Sequence[Any],
     score: Score,
     *,
@@ -152,7 +152,8 @@ def compare(
     if len(loaded) < 2 or len(loaded) < len(read):
         raise ConfigError("Comparing needs two calibrations or more, each under a name of its own.")
     promised = {
-        f"{s['unit']}, {s.get('neighboring', 'replace_one')}" for s in map(settings_of, loaded.values())
+        f"{s['unit']}, {s.get('neighboring', 'replace_one')}"
+        for s in (c.config_fields() for c in loaded.values())
     }
     if len(promised) > 1:
         raise ConfigError(
@@ -166,7 +167,7 @@ def compare(
     points = []
     for epsilon in sorted(set(map(float, epsilons))):
         for name, calibration in loaded.items():
-            config = DPXAttnConfig(**{**settings_of(calibration), "epsilon": epsilon, "delta": delta})
+            config = DPXAttnConfig(**{**calibration.config_fields(), "epsilon": epsilon, "delta": delta})
             with warnings.catch_warnings():
                 warnings.simplefilter(
                     "ignore"

@@ -24,7 +24,7 @@ from .weights import own_precision
 from .worth import enough_units, require_calibration, require_sense, require_worth
 
 if TYPE_CHECKING:
-    from ..calibration.calibration import AnyCalibration
+    from ..calibration.stored import Stored
     from ..privacy.bits import Entropy
 
 
@@ -59,7 +59,7 @@ def protect(
     config: DPXAttnConfig | None = None,
     *,
     epsilon: float | None = None,
-    calibration: AnyCalibration | str | os.PathLike[str] | None = None,
+    calibration: Stored | str | os.PathLike[str] | None = None,
     ledger: Ledger | None = None,
     budget: Budget | None = None,
     entropy: Entropy | None = None,

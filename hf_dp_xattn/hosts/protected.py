@@ -23,7 +23,7 @@ from .released import ReleasedContext
 from .terms import Terms, terms_of
 
 if TYPE_CHECKING:
-    from ..calibration.calibration import AnyCalibration
+    from ..calibration.stored import Stored
     from ..privacy.bits import Entropy
     from .growing import GrowingContext
     from .storage import ReleaseFile
@@ -73,7 +73,7 @@ class Protected:
         return self.host.text
 
     @property
-    def calibration(self) -> AnyCalibration | None:
+    def calibration(self) -> Stored | None:
         """What was fitted to public contexts."""
         return self.guard.calibration
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 from ..artefacts import CardOptions, Found, HubOptions, card_file, locate, write_files
 from ..artefacts.checks import Checks
 from ..artefacts.codec import Codec
-from ..calibration.calibration import AnyCalibration, load_calibration
+from ..calibration.kinds import load_calibration
 from ..calibration.stored import CODEC as CALIBRATION
+from ..calibration.stored import Stored
 from ..config import CONFIG_NAME, DPXAttnConfig
 from ..errors import ConfigError
 from ..privacy.ledger import Budget
@@ -36,7 +37,7 @@ class Protection:
     """
 
     config: DPXAttnConfig
-    calibration: AnyCalibration | None
+    calibration: Stored | None
     budget: Budget
     host: str
     pipeline: str | None

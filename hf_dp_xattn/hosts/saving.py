@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ..calibration.calibration import AnyCalibration
+from ..calibration.stored import Stored
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..privacy.ledger import Budget
@@ -38,7 +38,7 @@ class Saved(Protocol):
     @property
     def saving(self) -> SaveShadow: ...
     @property
-    def calibration(self) -> AnyCalibration | None: ...
+    def calibration(self) -> Stored | None: ...
     @property
     def budget(self) -> Budget: ...
     def report(self) -> PrivacyReport: ...

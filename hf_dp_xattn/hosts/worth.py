@@ -15,7 +15,7 @@ from ..known_mechanisms import KNOWN
 from .accounts import Settings
 
 if TYPE_CHECKING:
-    from ..calibration.calibration import AnyCalibration
+    from ..calibration.stored import Stored
 
 
 WEAK, HUGE = 16.0, 100.0  # epsilons beyond which a release is warned of, and refused
@@ -55,7 +55,7 @@ def require_worth(settings: Settings) -> None:
 
 
 def require_calibration(
-    config: DPXAttnConfig, calibration: AnyCalibration | None, *, allow_uncalibrated: bool
+    config: DPXAttnConfig, calibration: Stored | None, *, allow_uncalibrated: bool
 ) -> None:
     """Raises ConfigError where a release without a calibration would spend its budget for noise."""
     draws_noise = config.is_private and calibration is None and not KNOWN[config.mechanism].needs_calibration

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import hf_dp_xattn as dpx
 from hf_dp_xattn.artefacts.documents import write_files
-from hf_dp_xattn.calibration.calibration import load_calibration
+from hf_dp_xattn.calibration.kinds import load_calibration
 from hf_dp_xattn.errors import DPXAttnError
 from hf_dp_xattn.hosts.storage import ReleaseFile
 

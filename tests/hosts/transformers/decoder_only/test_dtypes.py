@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.calibration.calibration import load_calibration
+from hf_dp_xattn.calibration.kinds import load_calibration
 from hf_dp_xattn.hosts.fingerprint import DEPTH, Fingerprint
 from hf_dp_xattn.hosts.identity import OTHER_PROJECTIONS
 from hf_dp_xattn.hosts.transformers.decoder_only.prefix_layers import prefix_fingerprint

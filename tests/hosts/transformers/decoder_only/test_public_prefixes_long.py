@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.calibration import fit
+from hf_dp_xattn.calibration.anchors import anchors_kind
 from hf_dp_xattn.calibration.anchors.slots_fit import PublicContexts, SlotSettings, SlotTrainer
 from hf_dp_xattn.calibration.public_data import PublicData
 from hf_dp_xattn.hosts.transformers.decoder_only import public_prefixes
@@ -42,7 +42,7 @@ def gathered(monkeypatch: pytest.MonkeyPatch, lengths: list[int], sample: int) -
         seen.append(data.contexts)
         return SimpleNamespace(verify=lambda: None)
 
-    monkeypatch.setattr(fit, "fit_anchors", stop)
+    monkeypatch.setattr(anchors_kind, "fit_anchors", stop)
     monkeypatch.setattr(public_prefixes, "_SAMPLE", sample)
     monkeypatch.setattr(public_prefixes, "GATHER_BATCH", 2)
     dpx.calibrate(
