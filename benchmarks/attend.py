@@ -13,6 +13,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
+from scipy.stats import binom
 
 from hf_dp_xattn import DPXAttnConfig, release_attention
 from hf_dp_xattn.mechanisms.kernel_sum.features import attention_relative_error, taylor_relative_error
@@ -21,16 +22,26 @@ ROWS = (77, 256, 1024, 2048, 4096, 16384, 65536, 262144)
 HEADS, QUERIES, DIM = 2, 1024, 64
 
 
-def paired(first: Callable[[], object], second: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Median seconds of two functions that take turns, so that both see the same machine."""
-    times: tuple[list[float], list[float]] = ([], [])
+def paired(
+    first: Callable[[], object], second: Callable[[], object], repeats: int
+) -> list[tuple[float, float]]:
+    """Seconds of two functions that take turns, so that both see the same machine."""
+    times = []
     first(), second()
     for _ in range(repeats):
-        for function, own in zip((first, second), times, strict=True):
-            start = time.perf_counter()
-            function()
-            own.append(time.perf_counter() - start)
-    return median(times[0]), median(times[1])
+        start = time.perf_counter()
+        first()
+        between = time.perf_counter()
+        second()
+        times.append((between - start, time.perf_counter() - between))
+    return times
+
+
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """A 95 % interval of the median of what is measured: order statistics, whatever its distribution."""
+    ordered = sorted(values)
+    skipped = max(0, int(binom.ppf(0.025, len(ordered), 0.5)) - 1)
+    return ordered[skipped], ordered[-1 - skipped]
 
 
 def inside(shape: tuple[int, ...], gen: torch.Generator) -> torch.Tensor:
@@ -72,13 +83,24 @@ def measure(rows: tuple[int, ...] = ROWS, degree: int = 2) -> dict[str, object]:
             allow_useless=True,  # times do not depend on it
         ).structure
         release_s = time.perf_counter() - start
-        attend, sdpa = paired(
+        pairs = paired(
             lambda s=structure: s.attend(query),  # type: ignore[misc]
             lambda k=key, v=value: torch.nn.functional.scaled_dot_product_attention(query, k, v),  # type: ignore[misc]
-            31 if n <= 16384 else 5,
+            31 if n <= 16384 else 11,
         )
+        ratios = [exact / attend for attend, exact in pairs]
+        low, high = median_interval(ratios)
         results.append(
-            {"n": n, "attend_s": attend, "sdpa_s": sdpa, "speedup": sdpa / attend, "release_s": release_s}
+            {
+                "n": n,
+                "attend_s": median(a for a, _ in pairs),
+                "sdpa_s": median(e for _, e in pairs),
+                "speedup": median(ratios),
+                "low": low,
+                "high": high,
+                "pairs": len(pairs),
+                "release_s": release_s,
+            }
         )
     memory = sum(t.numel() * t.element_size() for t in structure.tensors().values())
     return {
