@@ -52,9 +52,10 @@ def is_corpus(context: Any) -> bool:
 
 @dataclass
 class Shard:
-    """What this process read. names: by document. exact: sums, none before the first document. PRIVATE."""
+    """What this process read. names: by document. encoder: what encodes them. exact: sums, none before the first document. PRIVATE."""
 
     names: PackedNames
+    encoder: tuple[Any, ...] = ()
     rows: int = 0
     exact: Integers = ()
 
@@ -96,18 +97,19 @@ def release_corpus(
         )
     with ranks.alive(UNSPENT):
         namer = ranks.share(releases.ledger.namer() if ranks.first else None)
-        state = guard.current()
-        general = guard.prepare(state)
-        names: PackedNames | None = None
+        state = ranks.agreed(guard.current)
+        general = ranks.agreed(lambda: guard.prepare(state))
+        names: Shard | None = None
         units = MANY
         if not isinstance(documents, Iterator):
             names = ranks.agreed(lambda: _named(namer, _told(documents, ranks, "naming documents"), read))
-            units = sum(ranks.everyone(names.documents))
-        recipe = guard.prepared_for(general, _stands_for(units, 0))
+            units = sum(ranks.everyone(names.names.documents))
+        recipe = ranks.agreed(lambda: guard.prepared_for(general, _stands_for(units, 0)))
         _check_recipe(ranks, recipe)
         if names is not None:
-            whole = _gathered(ranks, releases, names)
-            known = _known(ranks, releases, whole, fresh)
+            whole = _gathered(ranks, releases, names.names)
+            key = _key(ranks, releases, whole, names)
+            known = None if fresh else _known(ranks, guard, key, state)
             if known is not None:
                 return known
             _pay(ranks, releases, whole, recipe, check=True)
@@ -119,7 +121,8 @@ def release_corpus(
         ranks.agreed(lambda: _check_count(guard, general, recipe, total))
         if names is None:
             whole = _gathered(ranks, releases, shard.names)
-            known = _known(ranks, releases, whole, fresh)
+            key = _key(ranks, releases, whole, shard)
+            known = None if fresh else _known(ranks, guard, key, state)
             if known is not None:
                 return known
         exact = ranks.total(shard.exact)
@@ -130,7 +133,7 @@ def release_corpus(
     def keep(made: Released) -> Any:
         released = guard.of_corpus(recipe, made, _stands_for(total, rows), state)
         releases.spent.append(Spent(Digests(whole.charged) if whole else [], released.guarantee))
-        releases.cache.put(whole.key if whole else key, released)
+        releases.cache.put(key, released)
         return released
 
     noised: Integers = ()
@@ -144,8 +147,8 @@ def release_corpus(
         "The release was charged. The first process keeps it: release the same corpus again there."
     ):
         # texts are read once; rows and structures by each process, of the same noised integers
-        key, text, noised, private_noise = ranks.share(
-            (whole.key, text, () if text else noised, entropy.private) if whole else None
+        text, noised, private_noise = ranks.share(
+            (text, () if text else noised, entropy.private) if ranks.first else None
         )
     return kept if ranks.first else keep(text or mechanism.published(noised, rows, total, private_noise))
 
@@ -165,11 +168,13 @@ def _names(namer: Namer, document: Document) -> list[Name]:
     ]
 
 
-def _named(namer: Namer, documents: Iterable[Any], read: Callable[[Any], Document]) -> PackedNames:
-    names = PackedNames(namer.id)
-    for document in documents:
-        names.add(_names(namer, read(document)))
-    return names
+def _named(namer: Namer, documents: Iterable[Any], read: Callable[[Any], Document]) -> Shard:
+    shard = Shard(PackedNames(namer.id))
+    for one in documents:
+        document = read(one)
+        shard.names.add(_names(namer, document))
+        shard.encoder = document.context.encoder
+    return shard
 
 
 def _read(
@@ -177,7 +182,7 @@ def _read(
     namer: Namer,
     documents: Iterable[Any],
     read: Callable[[Any], Document],
-    names: PackedNames | None,
+    names: Shard | None,
 ) -> Shard:
     """Names and sums, a batch at a time. names: that the documents had before."""
     shard, batch = Shard(PackedNames(namer.id)), list[PrivateContext]()
@@ -194,11 +199,12 @@ def _read(
     for one in documents:
         document = read(one)
         shard.names.add(_names(namer, document))
+        shard.encoder = document.context.encoder
         batch.append(document.context)
         if len(batch) == BATCH:
             flush()
     flush()
-    if names is not None and names != shard.names:
+    if names is not None and names.names != shard.names:
         raise ContextError(
             "The corpus held other documents when it was read for the second time: it must stay as it is. Nothing was spent."
         )
@@ -218,10 +224,10 @@ def _stands_for(units: int, rows: int) -> PrivateContext:
 
 @dataclass(frozen=True)
 class Whole:
-    """Of all processes' documents, on the first one. key: of the corpus, whatever the order. charged: names, each once, as equal documents
-    are units of their own, as if of several authors."""
+    """Of all processes' documents, on the first one. digest: of the corpus, whatever the order. charged: names, each once, as equal
+    documents are units of their own, as if of several authors."""
 
-    key: Key
+    digest: str
     charged: PackedNames
 
 
@@ -237,16 +243,22 @@ def _gathered(ranks: Ranks, releases: Any, names: PackedNames) -> Whole | None:
         if sum(len(np.unique(shard.own())) for shard in shards) != len(np.unique(own)):
             raise ContextError(TWICE)
         namer = releases.ledger.namer()
-        key = namer.digest([b"corpus", own.tobytes()]), namer.digest([b"corpus"])
-        return Whole(key, every.distinct())
+        return Whole(namer.digest([b"corpus", own.tobytes()]), every.distinct())
 
     return ranks.agreed(together)
 
 
-def _known(ranks: Ranks, releases: Any, whole: Whole | None, fresh: bool) -> Any:
-    """The release of this corpus that every process has; None where one is to be made."""
-    key = ranks.share(whole.key if whole else None)
-    found = None if fresh else releases.cache.find([key])
+def _key(ranks: Ranks, releases: Any, whole: Whole | None, shard: Shard) -> Key:
+    """Under which this process finds the corpus's release again: as its encoder is now."""
+    digest = ranks.share(whole.digest if whole else None)
+    return digest, releases.ledger.digest([b"corpus", releases.encoders.states(shard.encoder)[0]])
+
+
+def _known(ranks: Ranks, guard: Any, key: Key, state: Any) -> Any:
+    """The release of this corpus that every process has, and that fits its host as it is; None where one is to be made."""
+    found = guard.releases.cache.find([key])
+    if found is not None and guard.misfit(found, state) is not None:
+        found = None
     return found if all(ranks.everyone(found is not None)) else None
 
 

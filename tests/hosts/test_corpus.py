@@ -128,6 +128,12 @@ def test_documents_of_an_encoder_decoder_are_released_as_their_batch() -> None:
         assert out.shape[0] == 1
         with pytest.raises(dpx.BudgetExceededError):
             handle.release(iter(documents[:3]), groups="documents")
+        data = datasets.Dataset.from_list(documents)
+        assert handle.release(data, groups="documents").contexts == release.contexts  # found again
+        with torch.no_grad():  # another encoder gives other rows: no stale release
+            model.get_encoder().layers[0].fc1.weight.mul_(1.5)
+        with pytest.raises(dpx.BudgetExceededError):
+            handle.release(data, groups="documents")
 
 
 def test_a_release_as_a_dataset(library: dpx.TextLibrary, tmp_path: Path) -> None:
