@@ -22,7 +22,7 @@ from ..errors import ConfigError
 from ..known_mechanisms import KNOWN
 from .accounts import STAYS
 from .diffusers.public_prompts import Public
-from .host_registry import kind_of
+from .host_registry import kind_of, kind_to_protect
 from .protect import handle_of
 from .text.public_texts import public_texts
 from .text.unit_encoders import parts_of
@@ -57,15 +57,12 @@ def _epsilons(epsilons: Any) -> tuple[float, ...]:
 
 def shipped_contexts(host: Any) -> list[Any]:
     """The public prompts of the package for a host. Raises ConfigError where there are none that would do."""
-    from diffusers import DiffusionPipeline
-
-    if isinstance(host, DiffusionPipeline):
-        return public_prompts("picture")
-    if getattr(getattr(getattr(host, "model", host), "config", None), "is_encoder_decoder", False):
+    shipped = "system" if host is None else kind_to_protect(host).shipped
+    if shipped is None:
         raise ConfigError(
             "An encoder-decoder model reads documents, and the prompts that are shipped are none: pass public documents like yours."
         )
-    return public_prompts()
+    return public_prompts(shipped)
 
 
 def _minutes(minutes: Any) -> float | None:

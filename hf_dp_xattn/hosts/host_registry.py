@@ -42,7 +42,8 @@ class HostKind:
     public_data: (host, public contexts, config, options) -> what a calibration is fitted to; the host is ready for that while it lasts.
     driver: its use from plain texts, by the audit and the command line. takes: of the options of `calibrate` that not all kinds take.
     documents: whether groups are documents that are encoded apart. pipeline: what of a given host is the pipeline that its model is to be
-    protected in, or None; raises where it is neither. whole: the host class adapts that pipeline, not its model.
+    protected in, or None; raises where it is neither. whole: the host class adapts that pipeline, not its model. shipped: the kind of the
+    package's public prompts that are like what it reads; None where there are none.
     """
 
     matches: Callable[[Any], bool]
@@ -53,6 +54,7 @@ class HostKind:
     documents: bool = False
     pipeline: Callable[[Any], Any] = lambda host: None
     whole: bool = False
+    shipped: str | None = "system"
 
 
 def _pipeline(host: Any) -> Any:
@@ -80,14 +82,30 @@ def _is_other_pipeline(host: Any) -> bool:
 
 QUESTIONS = frozenset({"questions"})
 PREFIXES = frozenset({"public_head", "prefix_bucket", "replies"})
-DIFFUSERS = HostKind(lambda host: True, UNetHost, public_prompts, PipelineDriver, pipeline=_pipeline)
+DIFFUSERS = HostKind(
+    lambda host: True, UNetHost, public_prompts, PipelineDriver, pipeline=_pipeline, shipped="picture"
+)
 # the first that matches; the last takes what no other takes, and refuses what it does not know
 KINDS = (
-    HostKind(is_seq2seq, EncoderDecoderHost, public_documents, DocumentDriver, QUESTIONS, documents=True),
+    HostKind(
+        is_seq2seq,
+        EncoderDecoderHost,
+        public_documents,
+        DocumentDriver,
+        QUESTIONS,
+        documents=True,
+        shipped=None,
+    ),
     HostKind(is_image_text, MllamaHost, public_images, ImageDriver, QUESTIONS),
     HostKind(is_decoder_only, DecoderHost, public_prefixes, PrefixDriver, QUESTIONS | PREFIXES),
     HostKind(
-        _is_other_pipeline, DenoiserHost, placed_public, PlacedDriver, pipeline=lambda host: host, whole=True
+        _is_other_pipeline,
+        DenoiserHost,
+        placed_public,
+        PlacedDriver,
+        pipeline=lambda host: host,
+        whole=True,
+        shipped="picture",
     ),
     DIFFUSERS,
 )

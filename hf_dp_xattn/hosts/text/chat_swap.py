@@ -8,11 +8,11 @@ from __future__ import annotations
 import functools
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from ...errors import ConfigError
 from ..content_names import Part
-from ..guard import mark, unmark
+from ..guard import handle_on, mark, unmark
 from ..shadows import SwappedClass
 from ..transformers.decoder_only.chat import BESIDE, private_message, refuse_others
 from .generate_gate import GenerateGate
@@ -44,6 +44,22 @@ class ChatSwap:
         self._namer, self._guard, self._gate, self._shared = namer, guard, gate, shared
         self.saving = gate.saving
         self._swapped = SwappedClass(pipe, self._make_call())
+
+    @classmethod
+    def matches(cls, host: Any) -> bool:
+        from transformers import TextGenerationPipeline
+
+        return isinstance(host, TextGenerationPipeline)
+
+    @classmethod
+    def parts(cls, host: Any) -> Sequence[Any]:
+        return ()
+
+    @classmethod
+    def around(cls, host: Any, namer: Names, guard: TextGuard, tokenizer: Any) -> Self:
+        words = host.tokenizer if tokenizer is None else tokenizer
+        shared = getattr(handle_on(host.model), "guard", None) is guard
+        return cls(host, namer, guard, GenerateGate(host.model, guard, words), shared=shared)
 
     def install(self, handle: Any) -> None:
         self._handle = handle

@@ -10,7 +10,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -18,11 +18,13 @@ from ...errors import ConfigError, ContextError, ProtectionLostError, Unsupporte
 from ..access import TextGate
 from ..bindings import MAX_BINDINGS
 from ..content_names import Part, id_parts, special_ids, units_of_text
+from ..diffusers.architectures import unwrap
 from ..diffusers.text_side import without_length_warning
 from ..guard import mark, unmark
 from ..saving import SaveShadow
 from ..shadows import Shadows
 from ..transformers.generating import named_arguments
+from .prompt_swap import Names
 from .released_texts import ReleasedText
 from .unit_encoders import tokenizer_beside
 
@@ -58,6 +60,20 @@ class GenerateGate:
         self._gates: list[TextGate] = []
         self._shadows = Shadows(model, {"generate": self._generate, "generate_batch": self._refuse})
         self.saving = SaveShadow(model, guard)
+
+    @classmethod
+    def matches(cls, host: Any) -> bool:
+        from transformers import Pipeline, PreTrainedModel
+
+        return isinstance(unwrap(host), PreTrainedModel) and not isinstance(host, Pipeline)
+
+    @classmethod
+    def parts(cls, host: Any) -> Sequence[Any]:
+        return ()
+
+    @classmethod
+    def around(cls, host: Any, namer: Names, guard: TextGuard, tokenizer: Any) -> Self:
+        return cls(unwrap(host), guard, tokenizer)
 
     def install(self, handle: Any) -> None:
         self._handle = handle

@@ -13,7 +13,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from torch import nn
 
@@ -83,6 +83,20 @@ class PromptSwap:
         self._swapped = SwappedClass(pipe, self._make_call())
         self._gates: dict[nn.Module, TextGate] = {}
         self.saving = SaveShadow(pipe, guard)
+
+    @classmethod
+    def matches(cls, host: Any) -> bool:
+        from diffusers import DiffusionPipeline
+
+        return isinstance(host, DiffusionPipeline)
+
+    @classmethod
+    def parts(cls, host: Any) -> Sequence[Any]:
+        return text_encoders(host)
+
+    @classmethod
+    def around(cls, host: Any, namer: Names, guard: Serves, tokenizer: Any) -> Self:
+        return cls(host, namer, guard)
 
     def install(self, handle: Any) -> None:
         self._handle = handle

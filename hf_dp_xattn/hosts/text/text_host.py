@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError, ContextError, ReleaseError, UnsupportedModelError
 from ...records import plain_text
@@ -15,51 +15,13 @@ from ..guard import handle_on
 from ..host import Host, Named, Readable
 from ..host_words import HostWords, Setting, text_words
 from .chat_swap import ChatSwap
-from .generate_gate import GenerateGate
-from .prompt_swap import PromptSwap, text_encoders
-from .released_texts import ReleasedText, ReleasedTexts
+from .released_texts import ReleasedTexts
+from .surfaces import SUPPORTED, Surface, surface_of
 from .text_contexts import name_text
 from .text_guard import TextGuard
 
 if TYPE_CHECKING:
     from ..saving import SaveShadow
-
-SUPPORTED = (
-    "With mechanism='library' a host is a diffusers pipeline with a `prompt`, a text-generation pipeline of transformers, a model of "
-    "transformers that generates text from text, or None (the released text is for a host that is elsewhere)."
-)
-
-
-class Surface(Protocol):
-    """Where one host takes in text, and how a release gets there.
-
-    host: the pipeline or model. model: whose class a report names. each: units are charged under their own names as well. apart: a list of
-    strings is ONE context of units, not several contexts.
-    """
-
-    host: Any
-    model: Any
-    each: bool
-    apart: bool
-    saving: SaveShadow
-
-    def install(self, handle: Any) -> None: ...
-    def remove(self) -> None: ...
-    def lost(self) -> str | None:
-        """What of its parts was replaced, or None."""
-        ...
-
-    def read_ids(self, context: Any) -> tuple[list[str], list[Part]] | None:
-        """The units that a context of token ids spells, and the names of the ids; None where it holds none."""
-        ...
-
-    def ids_of(self, units: Sequence[str], whole: str) -> list[Part]:
-        """The names of the token ids that a text is of, where it could be given as such."""
-        ...
-
-    def inputs(self, texts: Sequence[tuple[ReleasedText, str | None]], **public: Any) -> dict[str, Any]:
-        """See `Release.inputs`. texts: of each context, and the public text beside it."""
-        ...
 
 
 class TextHost(Host):
@@ -95,20 +57,12 @@ class TextHost(Host):
         return any(surface.host is pipe for surface in self._surfaces)
 
     def side_of(self, pipe: Any, guard: TextGuard) -> Surface:
-        from diffusers import DiffusionPipeline
-        from transformers import Pipeline, PreTrainedModel, TextGenerationPipeline
-
-        if isinstance(pipe, DiffusionPipeline):
-            return PromptSwap(pipe, self, guard)
-        if isinstance(pipe, TextGenerationPipeline):
-            known = getattr(handle_on(pipe.model), "guard", None) is guard
-            words = pipe.tokenizer if self._tokenizer is None else self._tokenizer
-            return ChatSwap(pipe, self, guard, GenerateGate(pipe.model, guard, words), shared=known)
-        if isinstance(unwrap(pipe), PreTrainedModel) and not isinstance(pipe, Pipeline):
-            return GenerateGate(unwrap(pipe), guard, self._tokenizer)
-        raise UnsupportedModelError(
-            f"{type(unwrap(pipe)).__name__} cannot be protected. {SUPPORTED} Nothing was patched."
-        )
+        surface = surface_of(pipe)
+        if surface is None:
+            raise UnsupportedModelError(
+                f"{type(unwrap(pipe)).__name__} cannot be protected. {SUPPORTED} Nothing was patched."
+            )
+        return surface.around(pipe, self, guard, self._tokenizer)
 
     def join(self, pipe: Any, side: Surface, handle: Any) -> None:
         with self.guard.lock:
@@ -197,8 +151,7 @@ class TextHost(Host):
 
 def handle_of_parts(host: Any) -> Any:
     """The handle of a part that a host shares with one that is protected by released text; None where there is none."""
-    from diffusers import DiffusionPipeline
-
-    parts = [host, *(text_encoders(host) if isinstance(host, DiffusionPipeline) else ())]
+    surface = surface_of(host)
+    parts = [host, *(() if surface is None else surface.parts(host))]
     handles = [handle_on(p) for p in map(unwrap, parts)]
     return next((handle for handle in handles if handle is not None), None)
