@@ -30,7 +30,7 @@ from .text_side import as_texts
 NOT_REACHED = "no encoded prompt reached its denoiser"
 DEPENDS = "how many rows an encoded prompt has depends on it"
 COMPILED = (
-    "This pipeline's denoiser is compiled, and its protection is not seen by a compiled graph: compile it after dpx.unprotect, or use "
+    "This pipeline's denoiser is compiled, and its protection is not seen by a compiled graph: leave it uncompiled, or use "
     "mechanism='library'. Nothing was spent."
 )
 
