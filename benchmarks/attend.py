@@ -13,10 +13,11 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
+from paper_parts.common import attention_relative_error
 from scipy.stats import binom
 
 from hf_dp_xattn import DPXAttnConfig, release_attention
-from hf_dp_xattn.mechanisms.kernel_sum.features import attention_relative_error, taylor_relative_error
+from hf_dp_xattn.mechanisms.kernel_sum.features import taylor_relative_error
 
 ROWS = (77, 256, 1024, 2048, 4096, 16384, 65536, 262144)
 HEADS, QUERIES, DIM = 2, 1024, 64

@@ -8,7 +8,6 @@ import torch
 
 from hf_dp_xattn.mechanisms.inputs import LayerRows
 from hf_dp_xattn.mechanisms.kernel_sum.features import (
-    attention_relative_error,
     number_of_monomials,
     taylor_relative_error,
 )
@@ -21,6 +20,7 @@ from .common import (
     TREE,
     Rows,
     Sizes,
+    attention_relative_error,
     config,
     fit,
     prepare,

@@ -6,23 +6,29 @@ import math
 import time
 from typing import Any
 
+import numpy as np
 import torch
 
 from hf_dp_xattn.privacy.accountant import GaussianEvent, epsilon_of, gaussian_sigma_squared
 from hf_dp_xattn.privacy.bits import SeededEntropy
 from hf_dp_xattn.privacy.continual import (
     ContinualPlan,
+    Factors,
     RunningSum,
     candidates,
     choose_factors,
     largest_error,
-    mean_error,
 )
 from hf_dp_xattn.privacy.noise import discrete_gaussian
 
 from .common import DELTA, Sizes
 
 EPSILON, SENSITIVITY = 1.0, 2**30
+
+
+def mean_error(factors: Factors) -> float:
+    """Root of the mean variance over the T prefixes, in units of the noise that ONE release of the sum would take."""
+    return math.sqrt(factors.column_norm_squared * float(np.square(factors.row_norms).mean()))
 
 
 def growth(sizes: Sizes) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from hf_dp_xattn.calibration.anchors.objective import LayerProbe, fvu
+from hf_dp_xattn.mechanisms.merge import exact_partial, merge
 from hf_dp_xattn.mechanisms.structure import AttentionStructure
 
 from .setting import Setting
@@ -50,14 +51,16 @@ class StructuresReleased:
         self, setting: Setting, structures: Sequence[AttentionStructure], public: torch.Tensor
     ) -> None:
         self._layers = list(setting.layers.values())
-        self._structures: Sequence[Any] = structures
+        self._structures = structures
         self._public = public.float().unsqueeze(0)
 
     def attend(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         attn = self._layers[layer]
         key, value = attn.project(self._public)
         scale = (attn.inner_dim // attn.heads) ** -0.5
-        return self._structures[layer].attend_with(query.unsqueeze(0), key, value, scale)[0]
+        wide = query.unsqueeze(0)
+        public = exact_partial(wide, key, value, scale)
+        return merge(*self._structures[layer].partial(wide), *public)[0][0].to(query.dtype)
 
 
 class MeanOutput:

@@ -9,7 +9,7 @@ from typing import Protocol, Self
 import torch
 
 from ..errors import ConfigError, ReleaseError
-from .merge import exact_partial, merge
+from .merge import exact_partial
 
 
 class AttentionStructure(Protocol):
@@ -129,19 +129,6 @@ class KernelSumStructure:
 
     def attend(self, query: torch.Tensor) -> torch.Tensor:
         return self.partial(query)[0].to(query.dtype)
-
-    def attend_with(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The private structure and exact PUBLIC rows (key, value) under one softmax."""
-        out, lse = self.partial(query)
-        out_public, lse_public = exact_partial(query, key, value, scale, bias)
-        return merge(out, lse, out_public, lse_public)[0].to(query.dtype)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {name: getattr(self, name) for name in self._TENSORS}

@@ -69,7 +69,6 @@ __all__ = [
     "PureEvent",
     "TruncatedLaplaceEvent",
     "compose_unlike",
-    "delta_of",
     "epsilon_of",
     "event_from_dict",
     "gaussian_sigma_squared",
@@ -270,34 +269,6 @@ def compose_unlike(events: Sequence[Event], delta: float) -> float:
         accountant = dp_accounting.rdp.RdpAccountant(ORDERS, dp_accounting.NeighboringRelation.REPLACE_ONE)
         accountant.compose(to_dp_event(events, pure_as="randomized_response"))
         return _next(float(accountant.get_epsilon(delta)))
-
-
-def delta_of(events: Sequence[Event], epsilon: float) -> float:
-    """Smallest delta that we can certify for the composition of `events` at `epsilon`; rounded up, at most 1.
-
-    *Formal guarantee.* The composed releases are (epsilon, delta_of(events, epsilon))-DP: arXiv 2004.00010,
-    Proposition 12, over `ORDERS`, plus what truncation takes; that alone (0 without a truncated event) where no event
-    is Gaussian and the epsilons add to no more than `epsilon`. Raises `ConfigError` for an unknown event or an epsilon
-    that is not positive and finite.
-    """
-    epsilon = float(check_epsilon(epsilon))
-    events = _checked(events)
-    losses = _split(events)
-    off = _up(losses.off)
-    if plain_epsilon(events) <= epsilon:
-        return min(1.0, off)
-    r = renyi_curve(losses)
-    if not np.isfinite(r.min()):
-        return 1.0
-    eps = math.nextafter(epsilon, 0.0)
-    with np.errstate(over="ignore", invalid="ignore"):
-        scale = (_A - 1) * (r + eps + np.abs(_LOG1M)) + _LOG_A
-        log_delta = (_A - 1) * (r - eps + _LOG1M) - _LOG_A + PAD * scale
-    log_delta = np.where(np.isfinite(log_delta), log_delta, math.inf)
-    total_variation = math.sqrt(-math.expm1(-float(r.min())))
-    exponent = min(0.0, float(log_delta.min()))
-    smallest = min(1.0, _next(math.exp(exponent)), _next(total_variation))
-    return min(1.0, _next(off + smallest)) if off else smallest
 
 
 def gaussian_sigma_squared(epsilon: float, delta: float, sensitivity: int) -> int | Fraction:

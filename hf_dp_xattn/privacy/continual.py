@@ -108,11 +108,6 @@ def largest_error(factors: Factors) -> float:
     return math.sqrt(factors.column_norm_squared) * float(factors.row_norms.max())
 
 
-def mean_error(factors: Factors) -> float:
-    """Root of the mean variance over the T prefixes, in the same units."""
-    return math.sqrt(factors.column_norm_squared * float(np.square(factors.row_norms).mean()))
-
-
 # ---- the binary tree -------------------------------------------------------------------------------------------------------------
 
 

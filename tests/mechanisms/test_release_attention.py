@@ -11,7 +11,8 @@ from hf_dp_xattn.config import DPXAttnConfig
 from hf_dp_xattn.errors import ConfigError, ContextError
 from hf_dp_xattn.mechanisms.base import LayerSpec
 from hf_dp_xattn.mechanisms.inputs import LayerRows
-from hf_dp_xattn.mechanisms.kernel_sum.features import attention_relative_error, taylor_relative_error
+from hf_dp_xattn.mechanisms.kernel_sum.features import taylor_relative_error
+from hf_dp_xattn.mechanisms.merge import exact_partial, merge
 from hf_dp_xattn.mechanisms.registry import prepare_release
 from hf_dp_xattn.mechanisms.release_attention import release_attention
 from hf_dp_xattn.mechanisms.structure import ExactStructure, KernelSumStructure, stack
@@ -20,6 +21,7 @@ from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from .kernel_sum.geometries import random_geometry
 from .kernel_sum.naive_kernel_sum import naive_attend, naive_sum
+from .paper_bounds import attention_relative_error
 
 LOUD = DPXAttnConfig(
     mechanism="kernel_sum", unit="row", epsilon=1e6, logit_bound=1.0
@@ -198,7 +200,8 @@ def test_merge_with_public_rows_is_exact_attention_over_the_union() -> None:
     key, value, query = rows(1, 2, 40, 8, 4)
     released = quiet(key[:, :, :30], value[:, :, :30], LOUD.replace(degree=4)).structure
     assert isinstance(released, KernelSumStructure)
-    out = released.attend_with(query, key[:, :, 30:], value[:, :, 30:], 8**-0.5)
+    public = exact_partial(query, key[:, :, 30:], value[:, :, 30:], 8**-0.5)
+    out = merge(*released.partial(query), *public)[0].to(query.dtype)
     exact = torch.softmax(query @ key.mT / math.sqrt(8), -1) @ value
     assert float((out - exact).norm() / exact.norm()) < 5e-3
     wrong = released.attend(query)  # power: leaving the public rows out is noticed

@@ -17,7 +17,6 @@ from hf_dp_xattn.privacy.accountant import (
     GaussianEvent,
     LaplaceEvent,
     PureEvent,
-    delta_of,
     epsilon_of,
     event_from_dict,
     gaussian_sigma_squared,
@@ -25,6 +24,8 @@ from hf_dp_xattn.privacy.accountant import (
     pure_epsilon,
     to_dp_event,
 )
+
+from .deltas import delta_of
 
 NO_SHRINK = (Phase.explicit, Phase.reuse, Phase.generate)  # shrinking Fractions can take minutes
 EPSILONS = (0.01, 0.1, 1.0, 8.0, 64.0, 1000.0)

@@ -19,7 +19,6 @@ from hf_dp_xattn.privacy.accountant import (
     GaussianEvent,
     PureEvent,
     TruncatedLaplaceEvent,
-    delta_of,
     epsilon_of,
     event_from_dict,
     plain_epsilon,
@@ -30,6 +29,7 @@ from hf_dp_xattn.privacy.noise import discrete_laplace
 from hf_dp_xattn.privacy.parameters import truncated_laplace_event
 from hf_dp_xattn.privacy.truncated_laplace import off_support, tail_mass, truncated_laplace, truncation_bound
 
+from .deltas import delta_of
 from .laws import ALPHA, chi_square
 
 LAWS = [(Fraction(1, 2), 3), (Fraction(7, 3), 5), (Fraction(5), 40), (Fraction(50), 30)]

@@ -19,7 +19,7 @@ from hf_dp_xattn.mechanisms.dptree import softmax as softmax_module
 from hf_dp_xattn.mechanisms.dptree.dptree import PreparedDPTree
 from hf_dp_xattn.mechanisms.dptree.tree_structure import DPTreeStructure
 from hf_dp_xattn.mechanisms.inputs import LayerRows
-from hf_dp_xattn.mechanisms.kernel_sum.features import attention_relative_error, taylor_relative_error
+from hf_dp_xattn.mechanisms.kernel_sum.features import taylor_relative_error
 from hf_dp_xattn.mechanisms.kernel_sum.geometry import HeadGeometry
 from hf_dp_xattn.mechanisms.registry import prepare_release
 from hf_dp_xattn.mechanisms.release_attention import release_attention
@@ -28,6 +28,7 @@ from hf_dp_xattn.privacy.accountant import TruncatedLaplaceEvent, epsilon_of
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
 from ..kernel_sum.geometries import random_geometry
+from ..paper_bounds import attention_relative_error
 from .naive_dptree import naive_softmax, naive_tree_attention
 from .test_tree import captured, check_noise, check_sensitivity
 

@@ -11,11 +11,11 @@ from hf_dp_xattn.errors import ConfigError
 from hf_dp_xattn.mechanisms.kernel_sum.features import (
     PositiveRandomFeatures,
     TaylorFeatures,
-    attention_relative_error,
     make_features,
     taylor_relative_error,
 )
 
+from ..paper_bounds import attention_relative_error
 from .naive_kernel_sum import naive_taylor
 
 
