@@ -54,7 +54,7 @@ TEXT: dict[str, dict[str, Any]] = {
     "a callback of former versions that is none": {"callback": 5, "callback_steps": 1},
     "a callback of former versions without arguments": {"callback": lambda: None, "callback_steps": 1},
     "attention arguments as a list": {"cross_attention_kwargs": ["scale"]},
-    "a LoRA scale": {"cross_attention_kwargs": {"scale": 0.5}},
+    "a LoRA scale that is no number": {"cross_attention_kwargs": {"scale": float("nan")}},
     "clip_skip": {"clip_skip": 1},
     "an IP-Adapter image": {"ip_adapter_image": image()},
     "three negative prompts": {"negative_prompt": ["a", "b", "c"]},

@@ -282,10 +282,10 @@ def test_spoilt_and_stale_placeholders(change: str, pipe: Any, private: Any) -> 
         picture(pipe, prompt_embeds=marks)
 
 
-def test_a_lora_scale_per_call_is_refused(pipe: Any, private: Any) -> None:
-    protect(pipe, private)
+def test_a_lora_scale_per_call_of_a_unet_is_refused(pipe: Any, private: Any) -> None:
+    inputs = protect(pipe.unet, private).release(torch.randn(16, CHANNELS)).inputs()
     with pytest.raises(dpx.ConfigError, match="set_adapters"):
-        picture(pipe, PROMPT, cross_attention_kwargs={"scale": 0.5})
+        pipe.unet(latents(1), 5, **inputs, cross_attention_kwargs={"scale": 0.5})
 
 
 def test_clip_skip_is_refused(pipe: Any, private: Any) -> None:

@@ -43,6 +43,28 @@ def test_lora_before_the_release_takes_part(pipe: Any, exact: Any) -> None:
     assert torch.allclose(before, picture(pipe, PROMPT), atol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.3])
+def test_a_scale_of_one_call(scale: float, pipe: Any, exact: Any) -> None:
+    """The picture of the unprotected pipeline at this scale; behind the call the weights are as before it."""
+    add_lora(pipe.unet)
+    full = picture(pipe, PROMPT)
+    before = picture(pipe, PROMPT, cross_attention_kwargs={"scale": scale})
+    assert float((before - full).abs().max()) > 1e-2
+    dpx.protect(pipe, exact, budget=dpx.Budget(100.0, 1e-3))
+    assert torch.allclose(full, picture(pipe, PROMPT), atol=1e-4)
+    assert torch.allclose(before, picture(pipe, PROMPT, cross_attention_kwargs={"scale": scale}), atol=1e-4)
+    assert torch.allclose(full, picture(pipe, PROMPT), atol=1e-4)
+
+
+def test_a_release_serves_calls_of_its_scale_alone(pipe: Any, private: Any) -> None:
+    add_lora(pipe.unet)
+    inputs = dpx.protect(pipe, private).release(PROMPT).inputs()
+    first = picture(pipe, **inputs)
+    with pytest.raises(ReleaseError, match="LoRA"):
+        picture(pipe, **inputs, cross_attention_kwargs={"scale": 0.3})
+    assert torch.equal(first, picture(pipe, **inputs, cross_attention_kwargs={"scale": 1.0}))
+
+
 @pytest.mark.parametrize("how", ["load", "fuse", "another", "scale", "delete"])
 def test_lora_after_the_release_is_noticed(how: str, pipe: Any, private: Any) -> None:
     handle = dpx.protect(pipe, private)

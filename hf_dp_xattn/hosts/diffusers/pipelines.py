@@ -21,6 +21,7 @@ from ..saving import SaveShadow
 from ..shadows import Shadows, SwappedClass
 from .architectures import unwrap
 from .forward_inputs import NO_SCALE
+from .lora_scale import call_scale
 from .prompt_contexts import name_contexts
 from .public_arguments import check_arguments
 from .text_side import TextSide, as_texts
@@ -90,12 +91,14 @@ class PipelinePatch:
         @functools.wraps(original)
         def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
             with self._guard.calling, self._gate_of_unet.inside_pipeline():
-                if not self._guard.access.public:
-                    check_arguments(pipe, signature.bind(pipe, *args, **kwargs).arguments)
-                result = original(pipe, *args, **kwargs)
-                if not self._guard.access.public:
-                    self._check_parts()
-                    self._guard.check()  # what was unprotected on the way has read a placeholder
+                if self._guard.access.public:
+                    return original(pipe, *args, **kwargs)
+                bound = signature.bind(pipe, *args, **kwargs)
+                check_arguments(pipe, bound.arguments)
+                with call_scale(bound.arguments, (unwrap(pipe.unet), pipe.text_encoder)):
+                    result = original(*bound.args, **bound.kwargs)
+                self._check_parts()
+                self._guard.check()  # what was unprotected on the way has read a placeholder
                 return result
 
         return call
