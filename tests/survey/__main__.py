@@ -2,6 +2,7 @@
 
 `python -m tests.survey pipelines --diffusers-source FOLDER`: every pipeline that diffusers' own tests build, from a checkout of its public
 repository (of the installed version or near it). `python -m tests.survey models`: every causal and encoder-decoder class of transformers.
+`python -m tests.survey peers --diffusers-source FOLDER`: diffusers' own tests of Stable Diffusion with `mechanism="none"`.
 Then `python -m tests.hosts.transformers.encoder_decoder.table > docs/hosts.md`. A survey that was interrupted goes on where it was.
 """
 
@@ -19,7 +20,7 @@ import transformers
 
 from hf_dp_xattn.hosts.text.prompt_swap import takes_prompt
 
-from . import checkout, language, pipelines
+from . import checkout, language, peers, pipelines
 from .findings import FOLDER, Finding, NotBuilt
 from .stand_ins import no_downloads
 
@@ -58,7 +59,7 @@ def of_models(only: str) -> Iterator[Trial]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.survey", description=__doc__)
-    parser.add_argument("what", choices=("pipelines", "models"))
+    parser.add_argument("what", choices=("pipelines", "models", "peers"))
     parser.add_argument("--diffusers-source", type=Path, help="a checkout of diffusers")
     parser.add_argument("--only", default="", help="part of the names of files of tests, or of models")
     parser.add_argument(
@@ -68,8 +69,11 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=FOLDER)
     given = parser.parse_args()
-    if given.what == "pipelines" and given.diffusers_source is None:
+    if given.what != "models" and given.diffusers_source is None:
         parser.error("pipelines are made by diffusers' own tests: pass --diffusers-source")
+    if given.what == "peers":
+        peers.write(given.diffusers_source, given.out)
+        return
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

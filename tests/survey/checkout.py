@@ -33,12 +33,12 @@ def load(folder: Path) -> None:
     sys.modules[NAME] = package
     for name in DECORATORS:
         if importlib.util.find_spec(name) is None:
-            sys.modules[name] = _decorators(name)
+            sys.modules[name] = decorators(name)
     for name in ("testing_utils", "others", "pipelines", "models"):  # as some of them call these
         sys.modules[f"tests.{name}"] = importlib.import_module(f"{NAME}.{name}")
 
 
-def _decorators(name: str) -> types.ModuleType:
+def decorators(name: str) -> types.ModuleType:
     """A stand-in for a package that decorates or feeds tests, which are not run here."""
 
     def decorate(*args: Any, **kwargs: Any) -> Any:

@@ -185,8 +185,15 @@ def _umt5() -> Any:
     )
 
 
+def _clip_text() -> Any:
+    return tf.CLIPTextConfig(
+        vocab_size=SIZE, **_vision(), projection_dim=32, bos_token_id=SIZE - 2, eos_token_id=SIZE - 1
+    )
+
+
 # by a part of the name on the Hub
 CONFIGS: dict[str, Callable[[], Any]] = {
+    "clip-text": _clip_text,
     "umt5": _umt5,
     "t5": t5_config,
     "qwen2vl": _qwen2_vl,

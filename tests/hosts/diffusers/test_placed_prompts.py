@@ -11,8 +11,10 @@ import torch
 from diffusers import (
     AnimateDiffPipeline,
     ControlNetModel,
+    DDPMScheduler,
     MotionAdapter,
     StableDiffusionControlNetPipeline,
+    StableDiffusionUpscalePipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
@@ -63,6 +65,28 @@ def tiny_animatediff() -> Any:
     return quiet(AnimateDiffPipeline(**parts, motion_adapter=motion.eval()))
 
 
+def tiny_refiner() -> Any:
+    """Of one text encoder, with a score beside the sizes."""
+    pipe = tiny_sdxl()
+    unet = tiny_unet(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=5 * 8 + 32,
+    )
+    parts = {n: getattr(pipe, n) for n in ("vae", "text_encoder_2", "tokenizer_2", "scheduler")}
+    none = {"text_encoder": None, "tokenizer": None}
+    options = {"requires_aesthetics_score": True, "add_watermarker": False}
+    return quiet(StableDiffusionXLImg2ImgPipeline(**parts, **none, unet=unet, **options))
+
+
+def tiny_upscaler() -> Any:
+    pipe = tiny_sd(unet=tiny_unet(in_channels=7, num_class_embeds=1000))
+    parts = {n: getattr(pipe, n) for n in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+    return quiet(
+        StableDiffusionUpscalePipeline(**parts, low_res_scheduler=DDPMScheduler(), max_noise_level=350)
+    )
+
+
 def _draw(pipe: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     image = torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
     name, more = type(pipe).__name__, {"height": 16, "width": 16}
@@ -70,6 +94,8 @@ def _draw(pipe: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         more = {"image": image}
     elif "Img2Img" in name:
         more = {"image": image, "strength": 1.0}
+    elif "Upscale" in name:
+        more = {"image": image}
     elif "Inpaint" in name:
         more |= {"image": image, "strength": 1.0, "mask_image": torch.ones(1, 1, 16, 16)}
     elif "Animate" in name:
@@ -96,6 +122,8 @@ HOSTS: dict[str, Callable[[], Any]] = {
     "sdxl": tiny_sdxl,
     "sdxl img2img": _sibling(StableDiffusionXLImg2ImgPipeline),
     "sdxl inpaint": _sibling(StableDiffusionXLInpaintPipeline),
+    "sdxl refiner": tiny_refiner,
+    "x4 upscaler": tiny_upscaler,
     "sd controlnet": tiny_controlnet,
     "sdxl controlnet": tiny_controlnet_xl,
     "animatediff": tiny_animatediff,

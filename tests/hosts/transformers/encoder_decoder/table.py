@@ -28,9 +28,11 @@ HEAD = """# Hosts
 
 `mechanism="library"`: every pipeline with a `prompt`; those that were run stand at the end of this page, as do all language models.
 The other mechanisms serve attention: {pipelines}, their `UNet2DConditionModel`, and any pipeline whose denoiser reads text by
-cross-attention (SDXL and its refiner, ControlNets, T2I-Adapters, InstructPix2Pix, PixArt, Sana, LTX, Wan, AnimateDiff, ...). The pipeline
-gets a public text (`"a picture"`) in the place of each private prompt; pooled vectors, masks and token counts are made of that. The
-denoiser's cross-attention, and a ControlNet's, reads the release in the place of that text's rows. What stands in for
+cross-attention. Run, by the survey at the end of this page or by this package's tests: SDXL (img2img, refiner, inpainting, ControlNets,
+T2I-Adapters, InstructPix2Pix), ControlNets on SD, the x4 upscaler, AnimateDiff, LCM, PixArt, LTX, Helios, Sana's ControlNet, Wan. Any
+other is tried by its first call. The pipeline gets a public text (`"a picture"`) in the place of each private prompt; pooled vectors,
+masks and token counts are made of that. The denoiser's cross-attention, and a ControlNet's, reads the release in the place of that
+text's rows. What stands in for
 `scaled_dot_product_attention` is ours; projections, norms, rotations and gates around it are the host's own. Before the first charge the
 call is tried with the public text: each layer must read, and the model must give the numbers that it gives by itself; what does not is
 refused (`UnsupportedModelError`, nothing spent), and so are compiled denoisers, IP-Adapters, slicing, `prompt_2`, and public text beside a
@@ -38,6 +40,8 @@ release. Where a pipeline masks a prompt's padding, `unit="row"` with `replace_o
 are made by `dpx.calibrate(pipe, prompts, config)` for unit="row" or "context", of calls of the pipeline itself. MMDiT models (SD3, Flux,
 Qwen-Image, AuraFlow, ...) update their text rows: there only `library` works.
 Gradient checkpointing is refused where gradients are taken, and so is a pipeline whose image processor was replaced.
+`cross_attention_kwargs={{"scale": s}}` (a LoRA's scale of one call) works on the three Stable Diffusion pipelines, as `set_adapters`
+does: a release fits the scale that it was made at, and a prompt drawn at another scale is released, and charged, anew.
 
 ## Encoder-decoder models of transformers
 
