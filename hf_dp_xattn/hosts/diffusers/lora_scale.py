@@ -37,13 +37,13 @@ def call_scale(arguments: dict[str, Any], modules: Sequence[Any]) -> Iterator[No
         )
     arguments["cross_attention_kwargs"] = {n: v for n, v in options.items() if n != "scale"} or None
     roots = [m for m in modules if isinstance(m, nn.Module)]
-    layers = {
+    layers: dict[int, Any] = {
         id(m): m for root in roots for m in root.modules() if isinstance(m.__dict__.get("scaling"), dict)
     }
     before = [(layer, dict(layer.scaling)) for layer in layers.values()]
     try:
         for layer, _ in before:
-            layer.scale_layer(scale)  # type: ignore[operator]
+            layer.scale_layer(scale)
         yield
     finally:
         for layer, scaling in before:
