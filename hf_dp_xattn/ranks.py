@@ -40,8 +40,8 @@ class Ranks:
         return self.rank == 0
 
     @contextmanager
-    def alive(self, told: str) -> Iterator[None]:
-        """Raises ReleaseError, with what was `told` of the charge, where another process is gone."""
+    def alive(self, charged: str) -> Iterator[None]:
+        """Raises ReleaseError where another process is gone. charged: what it says of the charge."""
         try:
             yield
         except DPXAttnError:
@@ -50,7 +50,7 @@ class Ranks:
             if self.count == 1:
                 raise
             raise ReleaseError(
-                f"A process of this release is gone, or they do not all release the same corpus ({type(error).__name__}). {told}"
+                f"A process of this release is gone, or they do not all release the same corpus ({type(error).__name__}). {charged}"
             ) from error
 
     def share(self, value: T | None) -> T:
@@ -87,14 +87,14 @@ class Ranks:
             value = run()
         except Exception as error:
             failed = error
-        told = None
+        report = None
         if failed is not None:
             words = f": {failed}" if isinstance(failed, DPXAttnError) else ""
-            told = (
+            report = (
                 type(failed) if isinstance(failed, DPXAttnError) else ReleaseError,
                 f"{type(failed).__name__}{words}",
             )
-        others = self.everyone(told)
+        others = self.everyone(report)
         if failed is not None:
             raise failed
         for rank, other in enumerate(others):

@@ -168,7 +168,7 @@ def _point(
 
 
 def _choose(
-    given: One | Sequence[One], unit: str | None, neighboring: str | None, n: int | None
+    calibrations: One | Sequence[One], unit: str | None, neighboring: str | None, n: int | None
 ) -> tuple[str, AnchorCalibration]:
     """The one calibration that fits, and its name."""
     for name, value, known in (("unit", unit, Unit), ("neighboring", neighboring, NeighboringRelation)):
@@ -177,7 +177,9 @@ def _choose(
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
         raise ConfigError(f"n must be a positive integer (units in one context), got {n!r}.")
     items: Sequence[One] = (
-        [given] if isinstance(given, (AnchorCalibration, TextLibrary, str, os.PathLike)) else list(given)
+        [calibrations]
+        if isinstance(calibrations, (AnchorCalibration, TextLibrary, str, os.PathLike))
+        else list(calibrations)
     )
     loaded = [_load(item, i + 1) for i, item in enumerate(items)]
     fitting = [
@@ -207,15 +209,17 @@ def _choose(
     )
 
 
-def _library(given: Any) -> tuple[str, TextLibrary] | None:
+def _library(calibration: Any) -> tuple[str, TextLibrary] | None:
     """A library and its name, where that is what was given."""
-    if isinstance(given, (list, tuple)) and len(given) == 1:
-        given = given[0]
-    if isinstance(given, TextLibrary):
-        return "library", given
-    if isinstance(given, (str, os.PathLike)):
-        found = Calibration.from_pretrained(given)
-        return (Path(given).name or str(given), found) if isinstance(found, TextLibrary) else None
+    if isinstance(calibration, (list, tuple)) and len(calibration) == 1:
+        calibration = calibration[0]
+    if isinstance(calibration, TextLibrary):
+        return "library", calibration
+    if isinstance(calibration, (str, os.PathLike)):
+        loaded = Calibration.from_pretrained(calibration)
+        return (
+            (Path(calibration).name or str(calibration), loaded) if isinstance(loaded, TextLibrary) else None
+        )
     return None
 
 
@@ -281,10 +285,10 @@ def _layers(calibration: AnchorCalibration, names: Sequence[str] | None) -> tupl
 
 
 def _dtype(name: str | torch.dtype) -> torch.dtype:
-    found = name if isinstance(name, torch.dtype) else getattr(torch, str(name).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    dtype = name if isinstance(name, torch.dtype) else getattr(torch, str(name).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(f"dtype must name a floating-point type such as 'float16', got {name!r}.")
-    return found
+    return dtype
 
 
 def _rows(plan: AnchorPlan, decoders: Decoders) -> int:
@@ -390,16 +394,16 @@ def _unseen(calibration: AnchorCalibration) -> bool:
 
 def _of_replies(calibration: AnchorCalibration) -> list[str]:
     """What a decoder that was trained on replies keeps of them: an FVU says little of it then."""
-    told = [c for c in calibration.settings.get("candidates", ()) if "divergence" in c]
-    if not told:
+    measured = [c for c in calibration.settings.get("candidates", ()) if "divergence" in c]
+    if not measured:
         return []
     best = {
-        e: min(c["divergence"] for c in told if c["epsilon"] == e)
-        for e in sorted({c["epsilon"] for c in told})
+        e: min(c["divergence"] for c in measured if c["epsilon"] == e)
+        for e in sorted({c["epsilon"] for c in measured})
     }
     each = ", ".join(f"{value:.2g} at {epsilon:g}" for epsilon, value in best.items())
     nothing = calibration.settings.get(
-        "nothing", {"rows that do not look at the release": max(c["divergence"] for c in told)}
+        "nothing", {"rows that do not look at the release": max(c["divergence"] for c in measured)}
     )
     beside = " and ".join(f"{level:.2g} for {NOTHING.get(name, name)}" for name, level in nothing.items())
     return [

@@ -111,7 +111,9 @@ class BaseGuard(ABC, Making[State, Prepared, ReleaseT], Generic[State, Prepared,
         return prepared
 
     @abstractmethod
-    def of_corpus(self, prepared: Prepared, made: Released, corpus: PrivateContext, state: State) -> ReleaseT:
+    def of_corpus(
+        self, prepared: Prepared, released: Released, corpus: PrivateContext, state: State
+    ) -> ReleaseT:
         """What serves the host, of a corpus that was read as a stream (`corpus.release_corpus`)."""
 
     @abstractmethod

@@ -130,8 +130,8 @@ def release_corpus(
     mechanism: Mechanism[Any] = recipe.prepared
     entropy = SystemEntropy() if releases.entropy is None else releases.entropy
 
-    def keep(made: Released) -> Any:
-        released = guard.of_corpus(recipe, made, _stands_for(total, rows), state)
+    def keep(outcome: Released) -> Any:
+        released = guard.of_corpus(recipe, outcome, _stands_for(total, rows), state)
         releases.spent.append(Spent(Digests(whole.charged) if whole else [], released.guarantee))
         releases.cache.put(key, released)
         return released
@@ -141,8 +141,8 @@ def release_corpus(
     kept: Any = None
     if ranks.first:
         noised = mechanism.noise(exact, entropy)
-        made = mechanism.published(noised, rows, total, entropy.private)
-        kept, text = keep(made), made if made.texts else None
+        outcome = mechanism.published(noised, rows, total, entropy.private)
+        kept, text = keep(outcome), outcome if outcome.texts else None
     with ranks.alive(
         "The release was charged. The first process keeps it: release the same corpus again there."
     ):
@@ -239,11 +239,11 @@ def _gathered(ranks: Ranks, releases: Any, names: PackedNames) -> Whole | None:
         if not ranks.first:
             return None
         every = PackedNames.joined(shards)
-        own = every.own()
-        if sum(len(np.unique(shard.own())) for shard in shards) != len(np.unique(own)):
+        digests = every.document_digests()
+        if sum(len(np.unique(shard.document_digests())) for shard in shards) != len(np.unique(digests)):
             raise ContextError(TWICE)
         namer = releases.ledger.namer()
-        return Whole(namer.digest([b"corpus", own.tobytes()]), every.distinct())
+        return Whole(namer.digest([b"corpus", digests.tobytes()]), every.distinct())
 
     return ranks.agreed(together)
 
@@ -256,10 +256,10 @@ def _key(ranks: Ranks, releases: Any, whole: Whole | None, shard: Shard) -> Key:
 
 def _known(ranks: Ranks, guard: Any, key: Key, state: Any) -> Any:
     """The release of this corpus that every process has, and that fits its host as it is; None where one is to be made."""
-    found = guard.releases.cache.find([key])
-    if found is not None and guard.misfit(found, state) is not None:
-        found = None
-    return found if all(ranks.everyone(found is not None)) else None
+    cached = guard.releases.cache.find([key])
+    if cached is not None and guard.misfit(cached, state) is not None:
+        cached = None
+    return cached if all(ranks.everyone(cached is not None)) else None
 
 
 def _pay(

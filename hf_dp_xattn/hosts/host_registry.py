@@ -130,8 +130,8 @@ def model_of(host: Any) -> Any:
     from transformers import Pipeline
 
     if isinstance(host, DiffusionPipeline):
-        found = denoiser_of(host)
-        return host if found is None else found
+        denoiser = denoiser_of(host)
+        return host if denoiser is None else denoiser
     return unwrap(host.model if isinstance(host, Pipeline) else getattr(host, "unet", host))
 
 

@@ -32,9 +32,9 @@ class PackedNames(Sequence[Name]):
             first = 0
 
     def _bytes(self, digest: str) -> bytes:
-        ledger, _, own = digest.partition("-")
+        ledger, _, digits = digest.partition("-")
         assert ledger == self._ledger
-        return bytes.fromhex(own)
+        return bytes.fromhex(digits)
 
     def _rows(self) -> np.ndarray:
         return np.frombuffer(self._packed, dtype=np.uint8).reshape(-1, _WIDTH)
@@ -75,7 +75,7 @@ class PackedNames(Sequence[Name]):
         rows[:, -1] = 1
         return PackedNames(self._ledger, bytearray(np.unique(rows.view(f"V{_WIDTH}")).tobytes()))
 
-    def own(self) -> np.ndarray:
+    def document_digests(self) -> np.ndarray:
         """[documents] of 32 bytes: each document's own digest, in the order of the bytes."""
         rows = self._rows()
         return np.sort(np.ascontiguousarray(rows[rows[:, -1] == 1, :32]).view("V32").ravel())

@@ -178,10 +178,13 @@ def fit_anchors(config: DPXAttnConfig, data: PublicData, settings: AnchorSetting
         chosen, move, compared = with_mixed(jury, book, counted, leading, seed=settings.seed)
         decoders = dataclasses.replace(decoders, move=move)
         tried = [
-            [new] if new is not old else own for new, old, own in zip(chosen, leading, tried, strict=True)
+            [new] if new is not old else judged_plans
+            for new, old, judged_plans in zip(chosen, leading, tried, strict=True)
         ]
     guard = Guard(jury, documents)
-    best = [guard.choose(own, decoders) for own in settings.progress.track(tried, _CHOOSING)]
+    best = [
+        guard.choose(judged_plans, decoders) for judged_plans in settings.progress.track(tried, _CHOOSING)
+    ]
     used = {p.release for p in best}
     return AnchorCalibration(
         unit=config.unit,

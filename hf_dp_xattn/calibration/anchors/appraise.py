@@ -62,6 +62,6 @@ def appraise(
 
     decoders = dataclasses.replace(calibration.decoders, fallback=fallback)
     plans = tuple(judged(plan) for plan in calibration.plans)
-    found = dataclasses.replace(calibration, plans=plans, decoders=decoders)
-    found.verify()
-    return found
+    appraised = dataclasses.replace(calibration, plans=plans, decoders=decoders)
+    appraised.verify()
+    return appraised

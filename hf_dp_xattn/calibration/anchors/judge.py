@@ -43,8 +43,8 @@ class Judged:
 
     @property
     def divergence(self) -> float | None:
-        found = self.measured.divergence
-        return None if found is None else float(found.mean())
+        divergence = self.measured.divergence
+        return None if divergence is None else float(divergence.mean())
 
 
 class Jury:
@@ -72,7 +72,9 @@ class Jury:
         }
         self.measure = "fvu" if contexts.replies is None else "divergence"
         # of contexts like the public ones
-        self.levels = {k: float(self.scores(found)[~held.unlike].mean()) for k, found in nothing.items()}
+        self.levels = {
+            k: float(self.scores(measured)[~held.unlike].mean()) for k, measured in nothing.items()
+        }
         self.against = min(self.levels, key=lambda k: self.levels[k])
         self.nothing = nothing[self.against]
 
@@ -112,20 +114,20 @@ class Jury:
         factor = 1.0 - 1.0 / max(
             2, int((~self.held.unlike).sum())
         )  # the variance is about these contexts' own mean
-        found = [
+        intervals = [
             ratio_interval(errors[part], self.variances[part], counted(self.held.kinds[part]), fresh=True)
             for part in (~self.held.unlike, self.held.unlike)
             if bool(part.any())
         ]
-        low, high = (factor * limit for limit in (min(f[1] for f in found), max(f[2] for f in found)))
-        return Quality(factor * found[0][0], low, min(high, 1e9), len(errors))
+        low, high = (factor * limit for limit in (min(f[1] for f in intervals), max(f[2] for f in intervals)))
+        return Quality(factor * intervals[0][0], low, min(high, 1e9), len(errors))
 
     def ratio(self, measured: Measured, among: torch.Tensor) -> float:
         """What decides between plans: the measure over the fall-back's, among these contexts [N] bool; the mean of known and unseen
         kinds, or that of the unseen ones alone where they are worse off than with the fall-back."""
-        own, none = self.scores(measured), self.scores(self.nothing)
+        scores, none = self.scores(measured), self.scores(self.nothing)
         ratios = [
-            float(own[part].sum() / none[part].sum().clamp_min(1e-30))
+            float(scores[part].sum() / none[part].sum().clamp_min(1e-30))
             for part in (among & ~self.held.unlike, among & self.held.unlike)
             if bool(part.any())
         ]
@@ -133,10 +135,12 @@ class Jury:
 
     def replaced(self, measured: Measured, missed: torch.Tensor) -> Measured:
         """With the fall-back in place of the releases `missed` [N] bool."""
-        none, own = self.nothing, measured.divergence
+        none, divergence = self.nothing, measured.divergence
         return Measured(
             torch.where(missed.unsqueeze(1), none.errors, measured.errors),
-            None if own is None or none.divergence is None else torch.where(missed, none.divergence, own),
+            None
+            if divergence is None or none.divergence is None
+            else torch.where(missed, none.divergence, divergence),
         )
 
 

@@ -103,10 +103,12 @@ class Guard:
         # of rows that are like all public ones: half of those held out are of few kinds
         known = jury.held.training
         some = known.part(torch.arange(min(_SOURCES, len(known))))
-        for _, made in unlike_contexts(some, objective.public_rows, documents, seed=0):
-            exact = objective.exact(made.whole)
-            errors = objective.errors(exact, [(nothing.rows, nothing.log_weights)] * len(made)).sum(2)
-            self._kinds.append(_Kind(dataclasses.replace(made, whole=made.whole[:, :0]), exact, errors))
+        for _, contexts in unlike_contexts(some, objective.public_rows, documents, seed=0):
+            exact = objective.exact(contexts.whole)
+            errors = objective.errors(exact, [(nothing.rows, nothing.log_weights)] * len(contexts)).sum(2)
+            self._kinds.append(
+                _Kind(dataclasses.replace(contexts, whole=contexts.whole[:, :0]), exact, errors)
+            )
 
     def choose(self, judged: Sequence[Judged], decoders: Decoders) -> AnchorPlan:
         """The best plan of one epsilon, drawn towards the fall-back as far as is good, and what it is worth.
@@ -129,8 +131,8 @@ class Guard:
         apart = torch.zeros_like(jury.scores(best.measured))
         for part in (half, ~half):
             if bool(part.any()) and bool((~part).any()):
-                own = min(tried, key=lambda j: jury.ratio(j.measured, ~part))
-                apart[part] = jury.scores(own.measured)[part]
+                selected = min(tried, key=lambda j: jury.ratio(j.measured, ~part))
+                apart[part] = jury.scores(selected.measured)[part]
             else:
                 apart[part] = jury.scores(guarded.judged.measured)[part]
         if guarded.judged.weight < chosen.weight:  # unlike contexts chose that, not these
@@ -161,13 +163,13 @@ class Guard:
         gain = 1.0 - jury.ratio(chosen.measured, everyone)
         limit = 1.0 - gain + max(_LOSS, _LOST_GAIN * gain)
         releases = self._releases(dataclasses.replace(best.plan, worth=None), decoders)
-        found = self._gated(chosen, releases)
+        gated = self._gated(chosen, releases)
         for weight in (w for w in WEIGHTS if w < chosen.weight):
-            if min(f[1].unlike for f in found if f[0] <= limit) <= _HARMLESS:
+            if min(f[1].unlike for f in gated if f[0] <= limit) <= _HARMLESS:
                 break
-            found += self._gated(self._drawn(best, weight), releases)
+            gated += self._gated(self._drawn(best, weight), releases)
         # what does no harm is as good as what does good: then public contexts decide
-        return min((f for f in found if f[0] <= limit), key=lambda f: (max(_HARMLESS, f[1].unlike), f[0]))[1]
+        return min((f for f in gated if f[0] <= limit), key=lambda f: (max(_HARMLESS, f[1].unlike), f[0]))[1]
 
     def _drawn(self, judged: Judged, weight: float) -> Judged:
         worth = Worth(self._jury.against, weight, self._jury.measure, 1.0, 1.0)
@@ -184,7 +186,7 @@ class Guard:
         for kind, rows in zip(self._kinds, releases.rows, strict=True):
             pairs = [drawn(r, plan.worth, jury.fallback) for r in rows]
             errors.append(jury.objective.errors(kind.exact, [(c.rows, c.log_weights) for c in pairs]).sum(2))
-        found = []
+        gated = []
         for lost in LOST:
             gate = None
             if any(lost):
@@ -197,10 +199,10 @@ class Guard:
                 kind.ratio(error, None if gate is None else outside(gate, statistic))
                 for kind, error, statistic in zip(self._kinds, errors, releases.unlike, strict=True)
             )
-            own = dataclasses.replace(plan, likeness=gate, quality=jury.quality(measured.errors))
-            changed = dataclasses.replace(judged, plan=own, measured=measured)
-            found.append((jury.ratio(measured, everyone), Guarded(changed, missed, unlike)))
-        return found
+            gated_plan = dataclasses.replace(plan, likeness=gate, quality=jury.quality(measured.errors))
+            changed = dataclasses.replace(judged, plan=gated_plan, measured=measured)
+            gated.append((jury.ratio(measured, everyone), Guarded(changed, missed, unlike)))
+        return gated
 
     def _releases(self, plan: AnchorPlan, decoders: Decoders) -> _Releases:
         config = self._jury.config

@@ -31,9 +31,9 @@ def released_features(
 ) -> torch.Tensor:
     """[N, F]: what `Likeness` reads of the same releases as `simulate`'s."""
     prepared = prepare_anchors(config.replace(epsilon=plan.epsilon, unit="row"), [plan], decoders)
-    found = []
+    features = []
     for i in range(len(contexts)):
         rows = contexts.units[i][contexts.mask[i]].float()
         noised = prepared.noise(prepared.exact(rows, None), SeededEntropy(seed * 1_000_003 + i))
-        found.append(prepared.features(prepared.code(noised, len(rows))))
-    return torch.stack(found).float()
+        features.append(prepared.features(prepared.code(noised, len(rows))))
+    return torch.stack(features).float()

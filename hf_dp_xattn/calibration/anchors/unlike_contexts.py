@@ -91,14 +91,14 @@ def unlike_contexts(
     most = CONTEXTS if documents is None else _DOCUMENT_CONTEXTS
     count = max(4, min(most, len(contexts), _NUMBERS // (longest * head.shape[-1])))
     for name, make in MAKERS.items():
-        made = [make(source, int(n), generator).half() for n in lengths[:count]]
-        pooled = [_units(rows, int(u)) for rows, u in zip(made, units[:count], strict=True)]
+        sequences = [make(source, int(n), generator).half() for n in lengths[:count]]
+        pooled = [_units(rows, int(u)) for rows, u in zip(sequences, units[:count], strict=True)]
         yield (
             name,
             PublicContexts(
                 torch.nn.utils.rnn.pad_sequence(pooled, batch_first=True),
                 torch.arange(max(map(len, pooled))) < units[:count].unsqueeze(1),
-                torch.nn.utils.rnn.pad_sequence([torch.cat([head, r]) for r in made], batch_first=True),
+                torch.nn.utils.rnn.pad_sequence([torch.cat([head, r]) for r in sequences], batch_first=True),
             ),
         )
 

@@ -119,11 +119,11 @@ class _Forward:
     answered: set[str] = field(default_factory=set)
 
 
-def _copied(given: Any) -> Any:
+def _copied(value: Any) -> Any:
     """Tuples, lists and mappings of tensors, of which only the containers are copied."""
-    if isinstance(given, (list, tuple)):
-        return type(given)(_copied(inner) for inner in given)
-    return {n: _copied(v) for n, v in given.items()} if isinstance(given, dict) else given
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(inner) for inner in value)
+    return {n: _copied(v) for n, v in value.items()} if isinstance(value, dict) else value
 
 
 class _Local(threading.local):
@@ -213,8 +213,8 @@ class DenoiserGate:
             raise ProtectionLostError(OUTSIDE.format(model=type(module).__name__))
         guard.check()
         refuse_call_adapters(self._host.weights.roots())
-        given = dict(zip(self._named, args, strict=False)) | kwargs
-        self._local.forward, public = self._read(given.get(STATES), call)
+        arguments = dict(zip(self._named, args, strict=False)) | kwargs
+        self._local.forward, public = self._read(arguments.get(STATES), call)
         if public is not None:
             kwargs, place = dict(kwargs), self._named.index(STATES) if STATES in self._named else len(args)
             if STATES in kwargs:
@@ -262,10 +262,10 @@ class DenoiserGate:
         call = self._host.calls.current
         if output is None or call is None or forward is None:  # it failed, or is public
             return
-        found = output.to_tuple() if hasattr(output, "to_tuple") else output
-        call.look(found)
+        outputs = output.to_tuple() if hasattr(output, "to_tuple") else output
+        call.look(outputs)
         if call.proving and forward.marked is not None:
-            self._prove(found, forward)
+            self._prove(outputs, forward)
             if not self.prefix:
                 raise Reached
 

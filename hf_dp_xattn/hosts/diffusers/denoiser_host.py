@@ -37,14 +37,14 @@ def models_of(pipe: Any) -> dict[str, Any]:
     model = denoiser_of(pipe)
     if model is None:
         raise refuse(pipe, "it has no denoiser (`unet`, `transformer`) whose layers read text")
-    found = {"": model}
+    models = {"": model}
     beside = unwrap(getattr(pipe, "controlnet", None))
     nets = getattr(beside, "nets", [beside])
-    found |= {f"controlnet.{i}.": unwrap(net) for i, net in enumerate(nets) if isinstance(net, nn.Module)}
+    models |= {f"controlnet.{i}.": unwrap(net) for i, net in enumerate(nets) if isinstance(net, nn.Module)}
     second = getattr(pipe, "transformer_2", None)
     if isinstance(second, nn.Module):
-        found["transformer_2."] = unwrap(second)
-    return found
+        models["transformer_2."] = unwrap(second)
+    return models
 
 
 def encoder_of(pipe: Any, layers: Mapping[str, TextLayer]) -> PromptEncoder:
@@ -74,7 +74,7 @@ class DenoiserHost(LayerHost):
     def find_layers(self) -> dict[str, Layer]:
         self._layers = {prefix: find_text_layers(model, prefix) for prefix, model in self.models.items()}
         self.text_layers: dict[str, TextLayer] = {
-            n: y for own in self._layers.values() for n, y in own.items()
+            n: y for layers in self._layers.values() for n, y in layers.items()
         }
         self._channels = channels_of(self.text_layers)
         return dict(self.text_layers)

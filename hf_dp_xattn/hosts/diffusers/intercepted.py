@@ -100,17 +100,17 @@ class _Taken(Exception):
 
 def taken(run: Callable[[], Any]) -> Attention:
     """The first call of scaled_dot_product_attention in `run`, which is not finished. Raises ProtectionLostError where there is none."""
-    found: list[Attention] = []
+    calls: list[Attention] = []
 
     def take(call: Attention) -> NoReturn:
-        found.append(call)
+        calls.append(call)
         raise _Taken
 
     with Answering(take), suppress(_Taken):
         run()
-    if not found:
+    if not calls:
         raise ProtectionLostError(NOT_ONE.format(name="A layer", times=0))
-    return found[0]
+    return calls[0]
 
 
 class ServedForward:

@@ -41,9 +41,9 @@ class PromptOfRelease(ReleasedPrompt):
     tag: Tag
 
     def __new__(cls, tag: Tag) -> PromptOfRelease:
-        made = super().__new__(cls, STAND_IN)
-        made.tag = tag
-        return made
+        prompt = super().__new__(cls, STAND_IN)
+        prompt.tag = tag
+        return prompt
 
 
 class ServesPrompts(Protocol):
@@ -94,8 +94,8 @@ class PlacedPrompts(PromptSwap):
         due = bool(private) and None in self._at.releases.known(private)
         if due or len(self._host.proven) < len(self._host.models):
             self._try(original, bound, len(contexts))
-        made = iter(self._at.bind(self._at.releases.make(private)) if private else ())
-        call = Call(tuple(c if isinstance(c, tuple) else next(made) for c in contexts))
+        tags = iter(self._at.bind(self._at.releases.make(private)) if private else ())
+        call = Call(tuple(c if isinstance(c, tuple) else next(tags) for c in contexts))
         self._close_callbacks(bound.arguments)
         try:
             with self._host.calls.enter(call), self._at.serving():
@@ -133,10 +133,10 @@ class PlacedPrompts(PromptSwap):
             return contexts
         self._refuse(arguments)
         texts = as_texts(prompt, "prompt")
-        given = items_of(prompt)
+        items = items_of(prompt)
         contexts = [
             given_text.tag if isinstance(given_text, PromptOfRelease) else self._host.name(text).contexts[0]
-            for given_text, text in zip(given, texts, strict=True)
+            for given_text, text in zip(items, texts, strict=True)
         ]
         arguments["prompt"] = STAND_IN if isinstance(prompt, str) else [STAND_IN] * len(contexts)
         return contexts
@@ -168,8 +168,8 @@ class PlacedPrompts(PromptSwap):
         if list(texts) != [STAND_IN] * len(call.tags):
             return original(*bound.args, **bound.kwargs)
         outputs = original(*bound.args, **bound.kwargs)
-        found = dict(tensors_of(outputs))
-        placed = {w: t.clone() for w, t in found.items() if is_rows(t)}
+        tensors = dict(tensors_of(outputs))
+        placed = {w: t.clone() for w, t in tensors.items() if is_rows(t)}
         for i, tag in enumerate(call.tags):
             others = [OTHER if i == j else t for j, t in enumerate(texts)]
             bound.arguments["prompt"] = others[0] if isinstance(prompt, str) else others
@@ -178,20 +178,20 @@ class PlacedPrompts(PromptSwap):
             for where, tensor in placed.items():
                 if where not in now or now[where].shape != tensor.shape:
                     raise self._unsupported(DEPENDS)
-                for element in changed(found[where], now[where]).nonzero().flatten().tolist():
-                    self._mark(call, tag, found, where, element, tensor)
+                for element in changed(tensors[where], now[where]).nonzero().flatten().tolist():
+                    self._mark(call, tag, tensors, where, element, tensor)
         return _replaced(outputs, placed)
 
     def _mark(
         self,
         call: Call,
         tag: Tag,
-        found: dict[tuple[int, ...], torch.Tensor],
+        tensors: dict[tuple[int, ...], torch.Tensor],
         where: tuple[int, ...],
         element: int,
         tensor: torch.Tensor,
     ) -> None:
-        rows = found[where][element]
+        rows = tensors[where][element]
         same = where == self._encoder.where
         if self._encoder.mask_at is None and len(rows) != self._encoder.rows:
             raise ConfigError(
@@ -199,7 +199,7 @@ class PlacedPrompts(PromptSwap):
                 "(max_sequence_length) at its default. Nothing was spent."
             )
         call.rows[tag] = rows
-        call.shown[tag] = self._encoder.shown(found, element) if same else rows
+        call.shown[tag] = self._encoder.shown(tensors, element) if same else rows
         tensor[element] = marks(tag, rows)
 
 
@@ -213,5 +213,5 @@ def _replaced(outputs: Any, placed: dict[tuple[int, ...], torch.Tensor], where: 
 
 def prompts_of(tags: Sequence[Tag]) -> Any:
     """In the place of prompts, for a call."""
-    made = [PromptOfRelease(tag) for tag in tags]
-    return made if len(made) > 1 else made[0]
+    prompts = [PromptOfRelease(tag) for tag in tags]
+    return prompts if len(prompts) > 1 else prompts[0]

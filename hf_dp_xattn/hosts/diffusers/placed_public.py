@@ -97,7 +97,7 @@ def public_queries(
         return call.exact()
 
     takes = inspect.signature(type(pipe).__call__).parameters
-    given = {"num_inference_steps": steps, "output_type": "latent", "use_resolution_binning": False}
+    arguments = {"num_inference_steps": steps, "output_type": "latent", "use_resolution_binning": False}
     with ExitStack() as stack:
         for name, layer in layers.items():
             served = ServedForward(name, layer.module, note)
@@ -108,7 +108,7 @@ def public_queries(
         for i, prompt in enumerate(options.progress.track(prompts, "public queries", len(prompts))):
             torch.manual_seed(options.seed + i)
             try:
-                pipe(prompt=prompt, **{n: v for n, v in given.items() if n in takes})
+                pipe(prompt=prompt, **{n: v for n, v in arguments.items() if n in takes})
             except Exception as error:
                 raise ConfigError(
                     f"{type(pipe).__name__} could not be called with a public prompt alone ({type(error).__name__}: {error}). Calibrate "

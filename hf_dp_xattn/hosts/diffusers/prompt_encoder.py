@@ -96,20 +96,20 @@ class PromptEncoder:
                 else f"its encode_prompt gives rows of other channels than the {channels} that its denoiser takes"
             )
         self.where = rows[0]
-        found = dict(tensors_of(first))
-        self.rows = found[self.where].shape[1]
+        tensors = dict(tensors_of(first))
+        self.rows = tensors[self.where].shape[1]
         masks = [
             w
-            for w, t in found.items()
+            for w, t in tensors.items()
             if t.ndim == 2 and t.shape[1] == self.rows and bool(changed(t, at[w]).any())
             if _is_mask(t)
         ]
         self.mask_at = masks[0] if len(masks) == 1 else None
-        if len(masks) > 1 or found[self.where].shape != at[self.where].shape:
+        if len(masks) > 1 or tensors[self.where].shape != at[self.where].shape:
             raise self._refuse(
                 "the number of rows of its encoded prompt, or more than one mask, depends on the prompt"
             )
-        one, two = found[self.where][0], at[self.where][0]
+        one, two = tensors[self.where][0], at[self.where][0]
         self.public_rows = int(self.mask_at is None and torch.equal(one[0], two[0]))
         self.first = one[: self.public_rows].detach().clone()
 
@@ -164,17 +164,17 @@ class PromptEncoder:
     def read(self, text: str) -> torch.Tensor:
         """Rows [n, C] of a text: those that its mask shows, but for public ones at its start."""
         try:
-            found = dict(tensors_of(self._encode(text)))
+            tensors = dict(tensors_of(self._encode(text)))
         except Exception as error:  # its words may quote the text
             raise ContextError(f"The pipeline could not encode a prompt ({type(error).__name__}).") from None
-        return self.shown(found, 0)[self.public_rows :]
+        return self.shown(tensors, 0)[self.public_rows :]
 
-    def shown(self, found: dict[tuple[int, ...], torch.Tensor], element: int) -> torch.Tensor:
-        """Rows [n, C] of one batch element that its mask shows. found: by where they stand."""
-        rows = found[self.where][element]
-        if self.mask_at is None or self.mask_at not in found:
+    def shown(self, tensors: dict[tuple[int, ...], torch.Tensor], element: int) -> torch.Tensor:
+        """Rows [n, C] of one batch element that its mask shows. tensors: by where they stand."""
+        rows = tensors[self.where][element]
+        if self.mask_at is None or self.mask_at not in tensors:
             return rows
-        return rows[found[self.mask_at][element].to(rows.device) > 0]
+        return rows[tensors[self.mask_at][element].to(rows.device) > 0]
 
     def trial(self) -> Trial:
         return Trial("text", lambda: self.read(STAND_IN))

@@ -50,15 +50,15 @@ def _part(model: Any, name: str) -> Any:
 
 def text_path(model: Any) -> tuple[nn.Module, ...]:
     """The modules that a row of text goes through before all layers. Raises UnsupportedModelError for one that is not of rows."""
-    found = [part for names in PATHS for name in names if isinstance(part := _part(model, name), nn.Module)]
-    for part in found:
+    modules = [part for names in PATHS for name in names if isinstance(part := _part(model, name), nn.Module)]
+    for part in modules:
         if "Image" in type(part).__name__ or "IPAdapter" in type(part).__name__:
             raise refuse(
                 model, "it projects an image, or an IP-Adapter's, inside the model; unload the adapter first"
             )
         if isinstance(part, nn.ModuleList):
             raise refuse(model, "it projects the text anew for each of its layers")
-    return tuple(found)
+    return tuple(modules)
 
 
 def _is_added(module: Any) -> bool:

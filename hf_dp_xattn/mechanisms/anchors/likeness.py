@@ -49,5 +49,5 @@ class Likeness:
 
     def holds(self, features: torch.Tensor, ratio: float = 1.0) -> bool:
         """Whether a release with these features [F] is like public ones."""
-        found = float(self.statistic(features, ratio))
-        return float(self.low) <= found <= float(self.high)
+        statistic = float(self.statistic(features, ratio))
+        return float(self.low) <= statistic <= float(self.high)
