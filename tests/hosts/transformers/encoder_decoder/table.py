@@ -29,8 +29,8 @@ HEAD = """# Hosts
 `mechanism="library"`: every pipeline with a `prompt`; those that were run stand at the end of this page, as do all language models.
 The other mechanisms serve attention: {pipelines}, their `UNet2DConditionModel`, and any pipeline whose denoiser reads text by
 cross-attention. Run, by the survey at the end of this page or by this package's tests: SDXL (img2img, refiner, inpainting, ControlNets,
-T2I-Adapters, InstructPix2Pix), ControlNets on SD, the x4 upscaler, AnimateDiff, LCM, PixArt, LTX, Helios, Sana's ControlNet, Wan. Any
-other is tried by its first call. The pipeline gets a public text (`"a picture"`) in the place of each private prompt; pooled vectors,
+T2I-Adapters, InstructPix2Pix), ControlNets on SD, the x4 upscaler, AnimateDiff, LCM, PixArt, LTX, Helios, Allegro, Sana's ControlNet, Wan.
+Any other is tried by its first call. The pipeline gets a public text (`"a picture"`) in the place of each private prompt; pooled vectors,
 masks and token counts are made of that. The denoiser's cross-attention, and a ControlNet's, reads the release in the place of that
 text's rows. What stands in for
 `scaled_dot_product_attention` is ours; projections, norms, rotations and gates around it are the host's own. Before the first charge the
