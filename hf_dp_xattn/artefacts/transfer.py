@@ -146,7 +146,7 @@ def download_folder(
             **known,
         )
     except Exception as cause:
-        raise _unreadable(cause, Path(name).name, error) from None
+        raise _unreadable(cause, name, error) from None
     return Path(folder).joinpath(*parts)
 
 
@@ -154,6 +154,12 @@ def _unreadable(cause: Exception, name: str, error: type[DPXAttnError]) -> Excep
     """What to raise where something could not be read from the Hub; a bug stays what it is."""
     if not _is_hub_error(cause):
         return cause
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if isinstance(cause, EntryNotFoundError):
+        return error(
+            f"The Hub repository {name!r} is there and does not hold what was looked for: is it of another kind?"
+        )
     return error(
         f"{name!r} is no folder, and it could not be read from the Hub ({type(cause).__name__}). Check the name, the revision, the token "
         "and the network."

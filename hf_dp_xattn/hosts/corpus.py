@@ -8,7 +8,7 @@ first process's), before noise is drawn: exact sums exist in memory before the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,6 +45,8 @@ class Document(NamedTuple):
 
 def is_corpus(context: Any) -> bool:
     """Whether it is read as a stream of documents: a dataset of `datasets`, or an iterator."""
+    if isinstance(context, Mapping):  # such as a DatasetDict
+        return False
     return isinstance(context, Iterator) or (
         type(context).__module__.split(".")[0] == "datasets" and hasattr(context, "__iter__")
     )
@@ -52,12 +54,23 @@ def is_corpus(context: Any) -> bool:
 
 @dataclass
 class Shard:
-    """What this process read. names: by document. encoder: what encodes them. exact: sums, none before the first document. PRIVATE."""
+    """What this process read. names: by document. encoder: what encodes them. variants: in which way, of all of them in any order. exact:
+    sums, none before the first document. PRIVATE."""
 
     names: PackedNames
     encoder: tuple[Any, ...] = ()
+    variants: int = 0
     rows: int = 0
     exact: Integers = ()
+
+    def name(self, document: Document, namer: Namer) -> None:
+        """One more document's names."""
+        names = _names(namer, document)
+        self.names.add(names)
+        self.encoder = document.context.encoder
+        if document.context.variant:
+            own = namer.digest([b"variant", names[0].digest.encode(), document.context.variant])
+            self.variants = (self.variants + int(own.rpartition("-")[2], 16)) % 2**256
 
     def add(self, exact: Integers) -> None:
         """Raises ReleaseError where the sum may not fit."""
@@ -112,7 +125,7 @@ def release_corpus(
             known = None if fresh else _known(ranks, guard, key, state)
             if known is not None:
                 return known
-            _pay(ranks, releases, whole, recipe, check=True)
+            _check_budget(ranks, releases, whole, recipe)
         shard = ranks.agreed(
             lambda: _read(recipe, namer, _told(documents, ranks, "reading documents"), read, names)
         )
@@ -126,7 +139,6 @@ def release_corpus(
             if known is not None:
                 return known
         exact = ranks.total(shard.exact)
-        _pay(ranks, releases, whole, recipe, documents=total)
     mechanism: Mechanism[Any] = recipe.prepared
     entropy = SystemEntropy() if releases.entropy is None else releases.entropy
 
@@ -136,19 +148,26 @@ def release_corpus(
         releases.cache.put(key, released)
         return released
 
-    noised: Integers = ()
-    text: Released | None = None
-    kept: Any = None
-    if ranks.first:
+    def make() -> tuple[Any, Released | None, Integers]:
+        """On the first process, before others are heard of: the charge, the noise, and what it keeps."""
+        if whole is None:
+            return None, None, ()
+        note = (
+            {"documents": total} if guard.config.neighboring == "replace_one" else {}
+        )  # else their number is private
+        releases.ledger.charge_corpus(whole.charged, recipe.events, releases.budget, note=note)
         noised = mechanism.noise(exact, entropy)
         outcome = mechanism.published(noised, rows, total, entropy.private)
-        kept, text = keep(outcome), outcome if outcome.texts else None
+        return keep(outcome), outcome if outcome.texts else None, noised
+
     with ranks.alive(
-        "The release was charged. The first process keeps it: release the same corpus again there."
+        "The release may have been charged: the first process's ledger tells. If it was, that process keeps it: release the same corpus "
+        "again there, which costs nothing."
     ):
+        kept, text, noised = ranks.agreed(make)
         # texts are read once; rows and structures by each process, of the same noised integers
         text, noised, private_noise = ranks.share(
-            (text, () if text else noised, entropy.private) if ranks.first else None
+            (text, () if text else noised, entropy.private) if whole else None
         )
     return kept if ranks.first else keep(text or mechanism.published(noised, rows, total, private_noise))
 
@@ -172,8 +191,7 @@ def _named(namer: Namer, documents: Iterable[Any], read: Callable[[Any], Documen
     shard = Shard(PackedNames(namer.id))
     for one in documents:
         document = read(one)
-        shard.names.add(_names(namer, document))
-        shard.encoder = document.context.encoder
+        shard.name(document, namer)
     return shard
 
 
@@ -198,8 +216,7 @@ def _read(
 
     for one in documents:
         document = read(one)
-        shard.names.add(_names(namer, document))
-        shard.encoder = document.context.encoder
+        shard.name(document, namer)
         batch.append(document.context)
         if len(batch) == BATCH:
             flush()
@@ -251,7 +268,8 @@ def _gathered(ranks: Ranks, releases: Any, names: PackedNames) -> Whole | None:
 def _key(ranks: Ranks, releases: Any, whole: Whole | None, shard: Shard) -> Key:
     """Under which this process finds the corpus's release again: as its encoder is now."""
     digest = ranks.share(whole.digest if whole else None)
-    return digest, releases.ledger.digest([b"corpus", releases.encoders.states(shard.encoder)[0]])
+    variants = str(sum(ranks.everyone(shard.variants)) % 2**256).encode()
+    return digest, releases.ledger.digest([b"corpus", variants, releases.encoders.states(shard.encoder)[0]])
 
 
 def _known(ranks: Ranks, guard: Any, key: Key, state: Any) -> Any:
@@ -262,19 +280,14 @@ def _known(ranks: Ranks, guard: Any, key: Key, state: Any) -> Any:
     return cached if all(ranks.everyone(cached is not None)) else None
 
 
-def _pay(
-    ranks: Ranks, releases: Any, whole: Whole | None, recipe: Any, *, check: bool = False, **note: int
-) -> None:
-    """Charges all documents, or none; on the first process. check: looks only whether that may be done now. Raises, on all, what the
-    ledger raises."""
+def _check_budget(ranks: Ranks, releases: Any, whole: Whole | None, recipe: Any) -> None:
+    """Raises, on all, what the ledger would raise now."""
 
-    def charge() -> None:
-        if whole is not None and check:
+    def check() -> None:
+        if whole is not None:
             releases.ledger.check_corpus(whole.charged, recipe.events, releases.budget)
-        elif whole is not None:
-            releases.ledger.charge_corpus(whole.charged, recipe.events, releases.budget, note=note)
 
-    ranks.agreed(charge)
+    ranks.agreed(check)
 
 
 def _check_recipe(ranks: Ranks, recipe: Any) -> None:

@@ -1,9 +1,10 @@
 """Charges as rows of a database: a charge writes its own rows, and looks at those of its own names alone, however many there are.
 
 *Seals.* Every row carries a MAC of its charge and place, the account one of their number and of the sum of their MACs, all under the
-ledger's key. Each use checks the account and the rows that it reads, and that the charges of a name are numbered without a gap; a whole
-read (`Ledger.entries`) checks that no row is gone. An older copy of the whole database is noticed by a process that saw a newer
-one, not by a new process.
+ledger's key. Each use checks the account, the number of rows, the rows that it reads, and that the charges of a name are numbered
+without a gap. What it cannot see is a row whose name was edited, as it is looked for under its name: a whole read does (`Ledger.entries`,
+and opening a ledger of up to `WHOLE` charges). An older copy of the whole database is noticed by a process that saw a newer one, not
+by a new process.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ _SELECT = (
     "JOIN dpx_terms t ON t.id = c.terms"
 )
 _CHUNK = 500
+WHOLE = 100_000  # charges that are all read when a ledger is opened
 _MODULUS = 2**128
 GONE = "Charges are gone from the ledger: was an old copy restored? Nothing spent."
 
@@ -77,7 +79,8 @@ class SqlStore(ABC):
         self._key_path = key_path
         self._connection: Any = None
         self._account = Account(0, 0)
-        self._seen = 0
+        self._last = ""
+        self._seen: tuple[int, str] = (0, "")  # the last charge that was there: its place, its seal
         _stores.add(self)
         if not key_path.parent.is_dir():
             raise LedgerError(
@@ -132,7 +135,7 @@ class SqlStore(ABC):
                 (self._account.charges, f"{self._account.total:032x}", self._seal_account()),
             )
             self._connection.commit()
-        self._seen = self._account.charges
+        self._seen = self._account.charges, self._last
 
     def abort(self) -> None:
         connection, self._connection = self._connection, None
@@ -163,6 +166,7 @@ class SqlStore(ABC):
             terms = known.setdefault(body, last + 1 + len(known))
             seal = self._seal(seq, values)
             seals.append(int(seal, 16))
+            self._last = seal
             spent = (charge.epsilon_before, charge.epsilon_after, charge.number_of_releases)
             rows.append((seq, charge.id, charge.digest, charge.grouping, *spent, terms, seal))
         self.execute_many(
@@ -226,10 +230,18 @@ class SqlStore(ABC):
         self._account = Account(int(charges), int(total, 16))
         if not hmac.compare_digest(str(seal), self._seal_account()):
             raise LedgerError(f"{self._broken()} The seal of its account does not match.")
-        if self._account.charges < self._seen:
+        if self.execute(f"SELECT COUNT(*) FROM ({_SELECT}) AS c").fetchone()[0] != self._account.charges:
+            raise LedgerError(f"{self._broken()} Rows are missing, or were added.")
+        if self._account.charges < self._seen[0] or self._seal_at(self._seen[0]) != self._seen[1]:
             raise LedgerError(GONE)
-        self._seen = self._account.charges
+        self._last = self._seal_at(self._account.charges)
+        self._seen = self._account.charges, self._last
         return self._account
+
+    def _seal_at(self, seq: int) -> str:
+        """Of the charge at a place; "" of none."""
+        found = self.execute(f"SELECT seal FROM dpx_charges WHERE seq = {self.mark}", (seq,)).fetchone()
+        return "" if found is None else str(found[0])
 
     def _broken(self) -> str:
         return f"The ledger {self.place} was edited or damaged; nothing was changed. Restore it and its key from a backup."
@@ -255,7 +267,11 @@ class SqlStore(ABC):
             self.lock.acquire()  # which `abort` lets go of
             self.abort()
         self.reserve()
-        self.abort()
+        try:
+            if self._account.charges <= WHOLE:
+                self.charges(None)
+        finally:
+            self.abort()
         return self.key
 
     def _in_use(self) -> bool:

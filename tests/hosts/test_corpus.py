@@ -19,6 +19,7 @@ from hf_dp_xattn.calibration.library.library_fit import LibraryOptions, build_li
 from hf_dp_xattn.privacy.bits import SeededEntropy
 from hf_dp_xattn.ranks import LIMIT, Ranks, require_room
 
+from ..hosts_tiny import tiny_sd
 from ..mechanisms.library.worlds import contexts, encode
 from .transformers.encoder_decoder.tiny import tiny
 
@@ -92,6 +93,26 @@ def test_budgets_meet_those_of_lists(library: dpx.TextLibrary) -> None:
     before = len(ledger.entries())
     voting(library, ledger).release(iter(texts(300)[100:]), groups="documents")
     assert len(ledger.entries()) == before + 200
+
+
+def test_a_document_has_one_budget_on_a_pipeline_too(library: dpx.TextLibrary) -> None:
+    """As a list, a stream, a reversed list or a growing one."""
+    documents = texts()
+    whole = {"groups": "documents"}
+    for first, second in ((list, iter), (iter, list), (list, reversed)):
+        ledger = dpx.Ledger()
+        handle = dpx.protect(tiny_sd(), GROUPS, calibration=library, encoder=encode, ledger=ledger)
+        handle.release(first(documents), **whole)
+        with pytest.raises(dpx.BudgetExceededError):
+            handle.release(second(documents) if second is iter else list(second(documents)), **whole)
+
+
+def test_the_number_of_documents_is_in_no_note_where_it_is_private(library: dpx.TextLibrary) -> None:
+    for relation, note in (("replace_one", {"documents": 200}), ("add_or_remove_one", {})):
+        config, ledger = GROUPS.replace(neighboring=relation), dpx.Ledger()
+        handle = dpx.protect(None, config, calibration=library, encoder=encode, ledger=ledger)
+        handle.release(iter(texts()), groups="documents")
+        assert dict(ledger.entries()[0].note) == note
 
 
 def rows(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
@@ -353,7 +374,7 @@ def test_a_process_that_dies_leaves_a_charge_that_is_said_or_none(
     if when == "reading":
         assert isinstance(left, dpx.ReleaseError) and "Nothing was spent" in str(left) and not charged
     elif isinstance(left, dpx.ReleaseError):
-        assert "was charged" in str(left) and charged == 200
+        assert "may have been charged" in str(left) and charged == 200
     else:
         assert charged == 200  # the first process has its release, whole
 
@@ -375,6 +396,10 @@ def test_what_is_no_corpus_is_refused(library: dpx.TextLibrary) -> None:
         handle.release(datasets.Dataset.from_dict({"a": texts(), "b": texts()}), groups="documents")
     with pytest.raises(dpx.ContextError, match="not empty"):
         handle.release(iter([*texts(), ""]), groups="documents")
+    with pytest.raises(dpx.ContextError, match="a list of strings"):
+        handle.release(
+            datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": texts()})}), groups="documents"
+        )
     changing = datasets.Dataset.from_dict({"text": texts()}).to_iterable_dataset()
     seen: list[int] = []
 

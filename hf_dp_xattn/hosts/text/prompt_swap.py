@@ -202,8 +202,7 @@ class PromptSwap:
 
     def _close_callbacks(self, arguments: dict[str, Any]) -> None:
         for name, value in arguments.items():
-            # diffusers asks for the class of its own kinds
-            if name.startswith("callback") and inspect.isroutine(value):
+            if name.startswith("callback") and callable(value):
                 arguments[name] = _closed(value, self._guard)
 
     def _refuse(self, arguments: dict[str, Any]) -> None:
@@ -264,13 +263,20 @@ def text_encoders(pipe: Any) -> list[Any]:
 
 def _closed(callback: Callable[..., Any], guard: Serves) -> Callable[..., Any]:
     """A user's callback, which may not run the text encoders though the pipeline may."""
+    from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-    @functools.wraps(callback)
     def closed(*args: Any, **kwargs: Any) -> Any:
         with guard.access.leave("encoding"):
             return callback(*args, **kwargs)
 
-    return closed
+    if not isinstance(callback, (MultiPipelineCallbacks, PipelineCallback)):
+        return closed
+    kind = type(callback)  # diffusers asks for the class of its own kinds, and reads their attributes
+    made = copy.copy(callback)
+    made.__class__ = type(
+        kind.__name__, (kind,), {"__call__": lambda _, *args, **kwargs: closed(*args, **kwargs)}
+    )
+    return made
 
 
 @contextmanager

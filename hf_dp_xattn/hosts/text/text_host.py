@@ -94,8 +94,9 @@ class TextHost(Host):
         if spelled is not None:
             (context, others), apart = spelled, True
         one = isinstance(context, str) or apart or surface is None or surface.apart
-        each = surface is None or surface.each
         guard = self.guard
+        # a phrase that many prompts hold would spend its budget with the first ones; a document is somebody's
+        each = surface is None or surface.each or groups == "documents" or guard.cut.grouping == "documents"
         grouped = guard.config.unit == "group"
         several = isinstance(context, (list, tuple)) and len(context) > 0 and not one
         listed = context if several else [context]
@@ -119,8 +120,10 @@ class TextHost(Host):
         if not isinstance(text, str) or not plain_text(text).strip():
             raise ContextError("A document is a string that is not empty. Nothing was spent.")
         unit = plain_text(text).strip()
-        context = name_text([unit], unit, self.guard.encode, grouped=True, each=False)
-        return Document(context, context.parts)
+        ids = self._surfaces[0].ids_of([unit], unit) if self._surfaces else []
+        context = name_text([unit], unit, self.guard.encode, grouped=True, each=False, others=ids)
+        groups = context.phrases
+        return Document(context, tuple(p for p in context.charged(groups) if p.name != context.name))
 
     def inputs(self, release: Readable, prompt: Any, **public: Any) -> dict[str, Any]:
         if not self._surfaces or not all(isinstance(c, ReleasedTexts) for c in release.contexts):

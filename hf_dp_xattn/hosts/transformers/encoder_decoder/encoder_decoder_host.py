@@ -14,8 +14,8 @@ from ....errors import ConfigError, ContextError, ProtectionLostError, ReleaseEr
 from ...access import TextGate
 from ...accounts import PROTECT_AGAIN
 from ...bindings import bind, unique
-from ...content_names import special_ids, with_texts
-from ...context import PrivateContext
+from ...content_names import name_of_text, special_ids, units_of_text, with_texts
+from ...context import Part, PrivateContext
 from ...corpus import Document
 from ...fingerprint import Fingerprint, fingerprint
 from ...guard import Guard
@@ -210,7 +210,7 @@ class EncoderDecoderHost(RoutedHost):
         return Named([join_documents(contexts, self.guard.config.unit)], None)
 
     def document(self, document: Any) -> Document:
-        """A row of a dataset with input_ids (and attention_mask), or token ids [n]."""
+        """A row of a dataset with input_ids (and attention_mask), or token ids [n]; a column `text` is what they are of, and charged."""
         columns = dict(document) if isinstance(document, Mapping) else {"input_ids": document}
         kept = {
             k: torch.as_tensor(columns[k]) for k in ("input_ids", MASK, TYPES) if columns.get(k) is not None
@@ -220,7 +220,9 @@ class EncoderDecoderHost(RoutedHost):
                 "A document of a corpus is a row with input_ids [n], as dataset.map(tokenizer, ...) gives. Nothing was spent."
             )
         (context,) = self.named(kept, None).contexts
-        return Document(context, tuple(units_of_document(context)))
+        text = columns.get("text")
+        named = [Part(name_of_text(text), units_of_text([text]))] if isinstance(text, str) else []
+        return Document(context, (*units_of_document(context), *named))
 
     def check_growing(self, contexts: Sequence[PrivateContext]) -> None:
         if not all(context.rows for context in contexts):
