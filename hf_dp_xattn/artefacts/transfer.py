@@ -122,7 +122,7 @@ def locate(
             )
             commit = paths[0].parents[len(parts)].name
     except Exception as cause:
-        raise _unreadable(cause, folder.name, error) from None
+        raise _unreadable(cause, str(name_or_path), error) from None
     return Found(paths[0].parent, commit)
 
 
@@ -154,9 +154,9 @@ def _unreadable(cause: Exception, name: str, error: type[DPXAttnError]) -> Excep
     """What to raise where something could not be read from the Hub; a bug stays what it is."""
     if not _is_hub_error(cause):
         return cause
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    if isinstance(cause, EntryNotFoundError):
+    if isinstance(cause, RemoteEntryNotFoundError):
         return error(
             f"The Hub repository {name!r} is there and does not hold what was looked for: is it of another kind?"
         )

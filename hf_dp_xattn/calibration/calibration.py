@@ -32,7 +32,7 @@ _GEOMETRY = tuple(f.name for f in fields(HeadGeometry) if f.name != "scale")
 _BASIS = tuple(f.name for f in fields(SketchBasis))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Calibration(Stored):
     """Public geometry, clipping bound, sketch basis and plans for one model's layers (`kernel_sum`). Made by `dpx.calibrate`.
 

@@ -156,7 +156,7 @@ class Plan:
         for p in self.points:
             events = f"{len(p.events)} event" + ("s" if len(p.events) != 1 else "")
             lines.append(
-                f"  epsilon {p.epsilon:g} (charges {events}, epsilon {_up(p.charged)} at delta {p.charged_delta:g}; decoder made for "
+                f"  epsilon {p.epsilon:g} (charges {events}, epsilon {_up(p.charged)} at delta {p.charged_delta:g}; plan made for "
                 f"epsilon {p.made_for:g}): {p.meaning}"
             )
         lines += ["", "Notes", *(f"  - {n}" for n in self.notes)]

@@ -26,6 +26,7 @@ from .library.library_planner import plan_library
 from .library.text_library import TextLibrary
 from .plan_report import Plan, PlanPoint, charge_of
 from .release_timing import REPEATS, median_seconds, this_machine
+from .stored import Stored
 
 __all__ = ["Plan", "PlanPoint", "plan"]
 
@@ -177,9 +178,7 @@ def _choose(
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
         raise ConfigError(f"n must be a positive integer (units in one context), got {n!r}.")
     items: Sequence[One] = (
-        [calibrations]
-        if isinstance(calibrations, (AnchorCalibration, TextLibrary, str, os.PathLike))
-        else list(calibrations)
+        [calibrations] if isinstance(calibrations, (Stored, str, os.PathLike)) else list(calibrations)
     )
     loaded = [_load(item, i + 1) for i, item in enumerate(items)]
     fitting = [

@@ -33,6 +33,10 @@ class Stored(Encoded):
         @property
         def unit(self) -> str: ...
 
+    def __repr__(self) -> str:
+        told = ", ".join(f"{name}={value!r}" for name, value in self.config_fields().items())
+        return f"{type(self).__name__}({told})"
+
     def config_fields(self) -> dict[str, Any]:
         """What a config must say to go with it."""
         return {name: getattr(self, name) for name in ("mechanism", "unit", "neighboring")}

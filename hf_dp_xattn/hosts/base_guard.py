@@ -110,6 +110,10 @@ class BaseGuard(ABC, Making[State, Prepared, ReleaseT], Generic[State, Prepared,
         """What releases this context: the same for all of them."""
         return prepared
 
+    def check_codes(self) -> None:
+        """Raises ConfigError where what encodes private texts is no longer what the calibration was made with."""
+        return
+
     @abstractmethod
     def of_corpus(
         self, prepared: Prepared, released: Released, corpus: PrivateContext, state: State

@@ -112,6 +112,7 @@ def release_corpus(
         namer = ranks.share(releases.ledger.namer() if ranks.first else None)
         state = ranks.agreed(guard.current)
         general = ranks.agreed(lambda: guard.prepare(state))
+        ranks.agreed(guard.check_codes)
         names: Shard | None = None
         units = MANY
         if not isinstance(documents, Iterator):

@@ -58,7 +58,7 @@ class ScorePoint:
     contexts: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AnchorCalibration(Stored):
     """Everything that `anchors` reads besides the private rows. Nothing in here may depend on a private context.
 

@@ -37,7 +37,7 @@ _SAME = 0.99  # cosine of a probe's codes: batching and precision leave far more
 _FIELDS = ("unit", "grouping", "encoder", "contexts", "units", "lengths", "reach", "settings")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TextLibrary(Stored):
     """Everything that `library` reads besides the private codes. Nothing in here may depend on a private context.
 

@@ -108,10 +108,22 @@ class TextGuard(BaseGuard[None, ContextRecipe, ReleasedTexts]):
         """Whether the encoder runs, and whether contexts of so many units can be released; by public texts alone."""
         assert self.encode is not None
         due, code, general = list(contexts), self.encode.trial(), self.prepare(None)
+        if due:
+            self.check_codes()
         for context in due:
             recipe = self.prepared_for(general, context)
             recipe.prepared.count(code.expand(context.rows, -1), context.phrases)
         rehearse(due, code.shape[-1], self.config)
+
+    def check_codes(self) -> None:
+        """Whether the encoder still gives the library's codes: an adapter that was loaded since would make noise of answers."""
+        assert self.encode is not None and isinstance(self.calibration, TextLibrary)
+        try:
+            self.calibration.check_encoder(self.encode.public)
+        except ConfigError as error:
+            raise ConfigError(
+                f"The text encoder has changed since this host was protected. {error} Nothing was spent."
+            ) from None
 
     def run(
         self,

@@ -90,3 +90,26 @@ def test_an_encoder_that_fails_on_a_public_text_is_refused() -> None:
     for call in (lambda: encode.public(WORDS[:1]), encode.trial, lambda: encode([SECRET])):
         with pytest.raises(dpx.ContextError, match="public"):
             call()
+
+
+def test_an_encoder_that_changed_since_is_refused_before_the_charge() -> None:
+    """An adapter that is loaded after `protect` gives other codes: the budget is not spent for noise."""
+    turned = [False]
+
+    def encode(texts: list[str]) -> torch.Tensor:
+        return codes(texts).flip(-1) if turned[0] else codes(texts)
+
+    config = dpx.DPXAttnConfig(mechanism="library", epsilon=8.0, unit="group")
+    library, ledger = dataclasses.replace(built("group"), encoder="codes"), dpx.Ledger()
+    handle = dpx.protect(None, config, calibration=library, encoder=encode, ledger=ledger)
+    release = handle.release(WORDS[0])
+    before, turned[0] = len(ledger.entries()), True
+    assert handle.release(WORDS[0]).text == release.text  # found again
+    for context, options in ((WORDS[1], {}), (iter(WORDS * 4), {"groups": "documents"})):
+        with pytest.raises(
+            dpx.ConfigError, match=r"has changed since this host was protected.*Nothing was spent"
+        ):
+            handle.release(context, **options)
+    assert len(ledger.entries()) == before
+    turned[0] = False
+    handle.release(WORDS[1])
