@@ -158,7 +158,8 @@ def _unreadable(cause: Exception, name: str, error: type[DPXAttnError]) -> Excep
 
     if isinstance(cause, RemoteEntryNotFoundError):
         return error(
-            f"The Hub repository {name!r} is there and does not hold what was looked for: is it of another kind?"
+            f"{name!r} could not be read from the Hub: the repository is there and does not hold what was looked for. Is it of another "
+            "kind, or is that in a subfolder?"
         )
     return error(
         f"{name!r} is no folder, and it could not be read from the Hub ({type(cause).__name__}). Check the name, the revision, the token "
