@@ -150,8 +150,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help=f"documents; {PAIR} among them")
     args = parser.parse_args()
-    streams = [run(count, 1) for count in args.sizes] + [run(PAIR, 2)]
-    result = {"streams": streams, "encoding": encoding()}
+    measured = {"encoding": encoding()}
+    streams = [run(PAIR, 2)] + [run(count, 1) for count in args.sizes]
+    result = {"streams": [*streams[1:], streams[0]], **measured}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "speed.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / "speed.md").write_text(page(result))

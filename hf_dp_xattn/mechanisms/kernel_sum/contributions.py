@@ -37,7 +37,7 @@ from ..inputs import MAX_ROWS, check_groups
 from .features import FeatureMap
 from .geometry import MAX_LOG_WEIGHT, HeadGeometry, feature_norm
 
-IN_CACHE = 2**20  # numbers of the rows' factors that are computed together
+AT_ONCE = 2**22  # numbers of the rows' factors that are computed together: they stay in a cache
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _chunks(n: int, size: int) -> Iterator[slice]:
 def _rows_per_chunk(encoders: Sequence[LayerEncoder], per_row: int, chunk_size: int | None) -> int:
     if chunk_size is not None:
         return max(1, min(chunk_size, ROWS_PER_CHUNK))
-    return max(1, min(ROWS_PER_CHUNK, IN_CACHE // max(1, per_row)))
+    return max(1, min(ROWS_PER_CHUNK, AT_ONCE // max(1, per_row)))
 
 
 def _square_sum(x: torch.Tensor) -> torch.Tensor:
