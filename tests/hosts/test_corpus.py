@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import random
@@ -21,6 +22,7 @@ from hf_dp_xattn.ranks import LIMIT, Ranks, require_room
 
 from ..hosts_tiny import tiny_sd
 from ..mechanisms.library.worlds import contexts, encode
+from .transformers.encoder_decoder.calibrations import calibration_for
 from .transformers.encoder_decoder.tiny import tiny
 
 fork = multiprocessing.get_context("fork")
@@ -234,6 +236,30 @@ def test_texts_are_released_alike_however_they_are_sharded(
     found = together(len(shards), tmp_path / "job", run)
     assert found == dict.fromkeys(range(len(shards)), expected)
     assert len(dpx.Ledger(path).entries()) == 200
+
+
+@pytest.mark.parametrize("world", (2, 3))
+def test_anchors_of_an_encoder_decoder_are_released_alike_however_they_are_sharded(
+    tmp_path: Path, world: int
+) -> None:
+    """Rows, each counted in its public cell."""
+    model, documents = tiny("bart"), rows(20)
+    calibration = dataclasses.replace(calibration_for(model), unit="group", grouping="documents")
+    config = dpx.DPXAttnConfig(mechanism="anchors", unit="group", epsilon=8.0)
+    options = {"calibration": calibration, "allow_useless": True}
+
+    def told_rows(release: Any) -> list[Any]:
+        context = release.contexts[0].context
+        return [context.rows.tolist(), context.log_weights.tolist()]
+
+    with dpx.protect(model, config, ledger=dpx.Ledger(), entropy=SeededEntropy(3), **options) as handle:
+        expected = told_rows(handle.release(groups="documents", **batch(documents)))
+
+    def run(rank: int) -> Any:
+        with dpx.protect(model, config, ledger=dpx.Ledger(), entropy=SeededEntropy(3), **options) as handle:
+            return told_rows(handle.release(iter(documents[rank::world]), groups="documents"))
+
+    assert together(world, tmp_path / "job", run) == dict.fromkeys(range(world), expected)
 
 
 @pytest.mark.parametrize("world", (1, 2, 3, 4))
