@@ -106,7 +106,7 @@ def page(story: Story, epsilon: float) -> str:
     before, after = story.leaks
     lines.append(
         f"The code came out in {before} of {len(ATTACKS)} attacks without protection, and in {after} of {len(ATTACKS)} with it. "
-        "No reply can hold it: the model\nnever reads it, and no public sentence of the library has it.\n"
+        "The model never reads it, and\nno public sentence of the library has it.\n"
     )
     return "\n".join(lines)
 
