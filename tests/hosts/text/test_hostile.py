@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -123,6 +124,37 @@ class Shorten(PipelineCallback):
     def callback_fn(self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: Any) -> Any:
         assert "prompt_embeds" in callback_kwargs
         return callback_kwargs
+
+
+class Encodes(PipelineCallback):
+    """diffusers' own kind, which reads a text by hand."""
+
+    @property
+    def tensor_inputs(self) -> list[str]:
+        return ["prompt_embeds"]
+
+    def callback_fn(self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: Any) -> Any:
+        pipeline.encode_prompt(SECRET, "cpu", 1, False)
+        return callback_kwargs
+
+
+class Called:
+    def __call__(self, pipeline: Any, step: int, time: Any, kwargs: Any) -> Any:
+        pipeline.encode_prompt(SECRET, "cpu", 1, False)
+        return kwargs
+
+
+@pytest.mark.parametrize("kind", ("function", "partial", "object", "diffusers"))
+def test_no_callback_runs_with_the_encoders_open(pipe: Any, protected: Any, kind: str) -> None:
+    callback: Any = {
+        "function": lambda *args: Called()(*args),
+        "partial": functools.partial(Called()),
+        "object": Called(),
+        "diffusers": Encodes(cutoff_step_ratio=1.0),
+    }[kind]
+    picture(pipe, SECRET)
+    with pytest.raises(dpx.ProtectionLostError):
+        picture(pipe, SECRET, callback_on_step_end=callback)
 
 
 def test_callbacks_of_diffusers_work(pipe: Any, protected: Any) -> None:
