@@ -153,9 +153,8 @@ def release_corpus(
         """On the first process, before others are heard of: the charge, the noise, and what it keeps."""
         if whole is None:
             return None, None, ()
-        note = (
-            {"documents": total} if guard.config.neighboring == "replace_one" else {}
-        )  # else their number is private
+        # notes are public, and under add_or_remove_one the number of documents is not
+        note = {"documents": total} if guard.config.neighboring == "replace_one" else {}
         releases.ledger.charge_corpus(whole.charged, recipe.events, releases.budget, note=note)
         noised = mechanism.noise(exact, entropy)
         outcome = mechanism.published(noised, rows, total, entropy.private)

@@ -149,25 +149,14 @@ class Guard(BaseGuard[Fingerprint, Recipe, ReleasedContext]):
         private, public = context.load()
         if not context.rows:  # known when it is encoded only
             context = dataclasses.replace(context, rows=len(private))
-        return self._served(prepared.run(private, groups, entropy), context, public, state)
+        outcome = prepared.run(private, groups, entropy)
+        return self._host.finished(self.readable(prepared, outcome, context, public, None, state))
 
     def of_corpus(
         self, prepared: Recipe, outcome: Released, corpus: PrivateContext, state: Fingerprint
     ) -> ReleasedContext:
-        return self._served(outcome, corpus, torch.zeros(0, self._host.channels), state)
-
-    def _served(
-        self, outcome: Released, context: PrivateContext, public: torch.Tensor, state: Fingerprint
-    ) -> ReleasedContext:
-        released = ReleasedContext(
-            structures=outcome.structures,
-            guarantee=context.shown(outcome.guarantee),
-            public_rows=public.detach().clone(),
-            rows=context.public_length(self.config, self._host.hidden_length),
-            fingerprint=state,
-            context=outcome.context,
-        )
-        return self._host.finished(released)
+        no_public = torch.zeros(0, self._host.channels)
+        return self._host.finished(self.readable(prepared, outcome, corpus, no_public, None, state))
 
     # ---- what a placeholder names, and what the layers read ----------------------------------------------------------------
 
