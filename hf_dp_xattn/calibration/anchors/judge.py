@@ -133,14 +133,15 @@ class Jury:
         ]
         return ratios[-1] if ratios[-1] > 1.0 else sum(ratios) / len(ratios)
 
-    def replaced(self, measured: Measured, missed: torch.Tensor) -> Measured:
-        """With the fall-back in place of the releases `missed` [N] bool."""
+    def replaced(self, measured: Measured, lost: torch.Tensor) -> Measured:
+        """With the fall-back in place of these shares `lost` [N] of each context's releases."""
         none, divergence = self.nothing, measured.divergence
+        lost = lost.to(measured.errors)
         return Measured(
-            torch.where(missed.unsqueeze(1), none.errors, measured.errors),
+            torch.lerp(measured.errors, none.errors, lost.unsqueeze(1)),
             None
             if divergence is None or none.divergence is None
-            else torch.where(missed, none.divergence, divergence),
+            else torch.lerp(divergence, none.divergence, lost.to(divergence)),
         )
 
 

@@ -7,6 +7,7 @@ covariance of the noise, and the covariance between both that of the contexts. D
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +20,9 @@ from .slots_fit import PublicContexts
 
 CONTEXTS = 384
 _RIDGE = 1e-4
-_OPEN = 1e9
+OPEN = 1e9
+_LOWS, _HIGHS = 24, 4
+_USUAL = 0.97  # share of public releases that are below the least upper limit
 
 
 @torch.no_grad()
@@ -50,22 +53,35 @@ def fit_likeness(first: torch.Tensor, second: torch.Tensor) -> Likeness | None:
         axes[kept].float(),
         share[kept].float(),
         torch.tensor(0.0),
-        torch.tensor(_OPEN),
+        torch.tensor(OPEN),
     )
 
 
-def with_limits(likeness: Likeness, statistic: torch.Tensor, below: float, above: float) -> Likeness:
-    """The likeness whose limits miss so large shares of public releases.
+def with_limits(likeness: Likeness, low: float, high: float) -> Likeness:
+    """The likeness with these limits of its statistic.
 
     Args:
         likeness: of the plan.
-        statistic: [N] of its releases of public contexts that nothing was fitted to.
-        below: the share that says too little; 0: none does.
-        above: the share that says too much; 0: none does.
+        low: less says too little.
+        high: more says too much; `OPEN`: nothing does.
     """
-    low = torch.quantile(statistic, below) if below else torch.tensor(0.0)
-    high = torch.quantile(statistic, 1.0 - above) if above else torch.tensor(_OPEN)
-    return dataclasses.replace(likeness, low=low.float(), high=high.float())
+    return dataclasses.replace(likeness, low=torch.tensor(low), high=torch.tensor(high))
+
+
+def limits_between(public: torch.Tensor, unlike: Sequence[torch.Tensor]) -> list[tuple[float, float]]:
+    """Pairs of limits that are worth a try, the lower one rising: from below everything to the public median, from all to most.
+
+    Args:
+        public: statistics of releases of public contexts that nothing was fitted to, of any shape.
+        unlike: those of each kind of unlike contexts.
+    """
+    everything = torch.cat([public.flatten(), *unlike]).clamp_min(1e-6)
+    middle = public.median().clamp_min(1e-6)
+    lowest, highest = everything.min().clamp_max(middle), everything.max().clamp_min(2 * middle)
+    lows = torch.logspace(float(lowest.log10()), float(middle.log10()), _LOWS).tolist()
+    usual = max(float(middle), float(torch.quantile(public, _USUAL)))
+    highs = torch.logspace(math.log10(usual), float(highest.log10()), _HIGHS).tolist()
+    return [(low, high) for high in (OPEN, *highs) for low in (0.0, *lows)]
 
 
 def outside(likeness: Likeness, statistic: torch.Tensor) -> torch.Tensor:

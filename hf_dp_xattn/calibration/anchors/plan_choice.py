@@ -8,16 +8,16 @@ makes contexts of unseen kinds worse than the fall-back is not chosen.
 other, and the reverse: the ratio and its bound are those of the contexts that took no part in the choice. A plan that is not better than
 the fall-back with 95 % confidence becomes the fall-back (weight 0), which does no harm on any context.
 
-*Contexts unlike all public ones* (`unlike_contexts.py`). Releases whose statistic (`Likeness`) lies outside of what all but a few public
-ones keep to give the fall-back. How many public ones are lost to that, and whether all rows are drawn further towards the fall-back, is
-what does least harm to unlike contexts among what keeps most of the gain on public ones. A context whose release looks like a public one's
-is not told from it, and what that came to is kept (`Worth.unlike`).
+*Contexts unlike all public ones* (`unlike_contexts.py`). Releases whose statistic (`Likeness`) lies outside of limits give the fall-back.
+Which limits, and whether all rows are drawn further towards the fall-back, is what does least harm to unlike contexts among what keeps most
+of the gain on public ones. Of limits that do equally well the middle ones are taken: public contexts that nobody has seen yet, and unlike
+ones, come a little beyond those that were tried. What the limits cost is judged on the half of the kinds that they were not chosen by.
+A context whose release looks like a public one's is not told from it, and what that came to is kept (`Worth.unlike`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,32 +29,44 @@ from ...mechanisms.anchors.plan import AnchorPlan, Decoders
 from ...mechanisms.context_rows import ContextRows
 from .documents_fit import Documents
 from .intervals import ratio_interval
-from .judge import Judged, Jury
-from .likeness_fit import likeness_of, outside, with_limits
+from .judge import Judged, Jury, Measured
+from .likeness_fit import OPEN, limits_between, likeness_of, outside, with_limits
 from .objective import Exact
 from .simulated import released_features, simulate
 from .slots_fit import PublicContexts
 from .unlike_contexts import unlike_contexts
 
 WEIGHTS = (0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1)
-# shares of public releases that may be taken for unlike ones, for saying too little (of which little is lost) and too much
-LOST = tuple(itertools.product((0.0, 0.01, 0.03, 0.06, 0.1, 0.2, 0.35, 0.5), (0.0, 0.01, 0.03)))
 _LOSS = 0.1  # of the ratio on public contexts, that doing no harm to unlike ones may cost; or that share of the gain, if it is more:
-_LOST_GAIN = 0.35
+_LOST_GAIN = 0.35  # but never more than the ratio itself: what is good stays so
+_ALIKE = 0.002  # ratios on public contexts that differ by no more are equal
 _HARMLESS = 1.012
 _SOURCES = 64  # public contexts whose rows unlike ones are made of
 _CLEAR = 0.75  # ratio on public contexts
 _LIKENESS_SEEDS = (11, 12)
+_PUBLIC_SEEDS = (1, 2, 3, 4)  # releases of each held-out context by which limits are chosen
 
 
 @dataclass(frozen=True, eq=False)
 class Guarded:
-    """A plan with its likeness; lost [N]: which held-out public releases give the fall-back; unlike: the largest ratio of the error of
-    unlike contexts to the fall-back's, over their kinds."""
+    """A plan with limits of its likeness.
+
+    measured: of its rows without limits. lost [N]: the share of releases of each held-out public context that give the fall-back.
+    limits: below and above; None: no release does. unlike: the largest ratio of the error of unlike contexts to the fall-back's, over
+    their kinds.
+    """
 
     judged: Judged
+    measured: Measured
     lost: torch.Tensor
+    limits: tuple[float, float] | None
     unlike: float
+
+    def same_but_for_low(self, other: Guarded) -> bool:
+        """Whether nothing but the lower limit differs."""
+        if self.limits is None or other.limits is None:
+            return False
+        return self.judged is other.judged and self.limits[1] == other.limits[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,16 +78,16 @@ class _Kind:
     nothing: torch.Tensor
 
     def ratio(self, errors: torch.Tensor, missed: torch.Tensor | None) -> float:
-        """Of errors [N, L] to the fall-back's, the mean over layers: with 90 % confidence no more than this, as limits are chosen by few
+        """Of errors [N, L] to the fall-back's, the mean over layers: with 95 % confidence no more than this, as limits are chosen by few
         contexts; missed [N]: releases that give the fall-back."""
         if missed is not None:
             errors = torch.where(missed.unsqueeze(1), self.nothing, errors)
-        return ratio_interval(errors, self.nothing, torch.arange(len(errors)), 0.8)[2]
+        return ratio_interval(errors, self.nothing, torch.arange(len(errors)), 0.9)[2]
 
 
 @dataclass(frozen=True, eq=False)
 class _Releases:
-    """Of one plan: its likeness, the statistic [N] of held-out public releases, and rows and statistics of each unlike kind's."""
+    """Of one plan: its likeness, the statistic [S, N] of held-out public releases, and rows and statistics [n] of each unlike kind's."""
 
     likeness: Likeness | None
     public: torch.Tensor
@@ -126,50 +138,58 @@ class Guard:
         if jury.ratio(best.measured, everyone) > _CLEAR:
             tried += [self._drawn(best, w) for w in WEIGHTS]
         chosen = min(tried, key=lambda j: jury.ratio(j.measured, everyone))
-        guarded = self._guarded(best, chosen, decoders)
-        half = jury.held.kinds % 2 == 0
+        gated = self._gated(best, chosen, decoders)
+        guarded = self._least_harm(gated, chosen, everyone)
+        errors = guarded.measured.errors.clone()
         apart = torch.zeros_like(jury.scores(best.measured))
+        half = jury.held.kinds % 2 == 0
         for part in (half, ~half):
             if bool(part.any()) and bool((~part).any()):
-                selected = min(tried, key=lambda j: jury.ratio(j.measured, ~part))
-                apart[part] = jury.scores(selected.measured)[part]
+                selected = min(tried, key=lambda j: jury.ratio(j.measured, ~part)).measured
+                limited = self._least_harm(gated, chosen, ~part)
             else:
-                apart[part] = jury.scores(guarded.judged.measured)[part]
-        if guarded.judged.weight < chosen.weight:  # unlike contexts chose that, not these
-            apart = jury.scores(guarded.judged.measured)
-        apart = torch.where(guarded.lost, jury.scores(jury.nothing), apart)
+                selected, limited = chosen.measured, guarded
+            errors[part] = jury.replaced(limited.measured, limited.lost).errors[part]
+            if guarded.judged.weight < chosen.weight:  # unlike contexts chose that, not these
+                selected = limited.measured
+            apart[part] = jury.scores(jury.replaced(selected, limited.lost))[part]
         # one side of 95 %: the upper end of 90 %
         none = jury.scores(jury.nothing).unsqueeze(1)
         ratio, _, high = ratio_interval(apart.unsqueeze(1), none, jury.held.kinds, 0.9)
-        plan, unlike = guarded.judged.plan, guarded.unlike
+        plan = dataclasses.replace(guarded.judged.plan, quality=jury.quality(errors))
+        unlike = guarded.unlike
         if high >= 1.0:
             plan, unlike = nothing.plan, 1.0
         weight = 1.0 if plan.worth is None else plan.worth.weight
         worth = Worth(jury.against, weight, jury.measure, ratio, min(high, 1e9), round(unlike, 4))
         return dataclasses.replace(plan, worth=worth)
 
-    def _guarded(self, best: Judged, chosen: Judged, decoders: Decoders) -> Guarded:
-        """The chosen plan, or what does less harm to unlike contexts.
+    def _least_harm(self, gated: Sequence[Guarded], chosen: Judged, among: torch.Tensor) -> Guarded:
+        """What does least harm to unlike contexts, and keeps most of the gain on these public ones.
 
         Args:
-            best: the best plan as it is.
-            chosen: that, drawn towards the fall-back or not.
-            decoders: that serve them.
+            gated: what there is, the plan as chosen and without limits first.
+            chosen: that plan.
+            among: [N] bool, of the held-out contexts.
         """
-        jury = self._jury
-        everyone = torch.ones(len(jury.variances), dtype=torch.bool)
-        if chosen.weight == 0.0:
-            return Guarded(chosen, ~everyone, 1.0)
-        gain = 1.0 - jury.ratio(chosen.measured, everyone)
-        limit = 1.0 - gain + max(_LOSS, _LOST_GAIN * gain)
-        releases = self._releases(dataclasses.replace(best.plan, worth=None), decoders)
-        gated = self._gated(chosen, releases)
-        for weight in (w for w in WEIGHTS if w < chosen.weight):
-            if min(f[1].unlike for f in gated if f[0] <= limit) <= _HARMLESS:
-                break
-            gated += self._gated(self._drawn(best, weight), releases)
+        ratios = [self._jury.ratio(self._jury.replaced(g.measured, g.lost), among) for g in gated]
+        limit = _bearable(self._jury.ratio(chosen.measured, among))
         # what does no harm is as good as what does good: then public contexts decide
-        return min((f for f in gated if f[0] <= limit), key=lambda f: (max(_HARMLESS, f[1].unlike), f[0]))[1]
+        harm, ratio, best = min(
+            (
+                (max(_HARMLESS, g.unlike), r, i)
+                for i, (g, r) in enumerate(zip(gated, ratios, strict=True))
+                if r <= limit
+            )
+        )
+        equal = [
+            g
+            for g, r in zip(gated, ratios, strict=True)
+            if r <= min(limit, ratio + _ALIKE)
+            and max(_HARMLESS, g.unlike) <= harm
+            and g.same_but_for_low(gated[best])
+        ]
+        return equal[len(equal) // 2] if equal else gated[best]
 
     def _drawn(self, judged: Judged, weight: float) -> Judged:
         worth = Worth(self._jury.against, weight, self._jury.measure, 1.0, 1.0)
@@ -178,44 +198,70 @@ class Guard:
         plan = dataclasses.replace(judged.plan, worth=worth, quality=self._jury.quality(measured.errors))
         return Judged(plan, measured, rows)
 
-    def _gated(self, judged: Judged, releases: _Releases) -> list[tuple[float, Guarded]]:
-        """(ratio on public contexts, the plan) for every pair of limits."""
-        jury, plan = self._jury, judged.plan
-        everyone = torch.ones(len(jury.variances), dtype=torch.bool)
+    def _gated(self, best: Judged, chosen: Judged, decoders: Decoders) -> list[Guarded]:
+        """The chosen plan with every pair of limits, and drawn further towards the fall-back where limits alone do harm.
+
+        Args:
+            best: the best plan as it is.
+            chosen: that, drawn towards the fall-back or not.
+            decoders: that serve them.
+        """
+        everyone = torch.ones(len(self._jury.variances), dtype=torch.bool)
+        if chosen.weight == 0.0:
+            return [Guarded(chosen, chosen.measured, torch.zeros(len(everyone)), None, 1.0)]
+        releases = self._releases(dataclasses.replace(best.plan, worth=None), decoders)
+        gated = self._limited(chosen, releases)
+        for weight in (w for w in WEIGHTS if w < chosen.weight):
+            if self._least_harm(gated, chosen, everyone).unlike <= _HARMLESS:
+                break
+            gated += self._limited(self._drawn(best, weight), releases)
+        return gated
+
+    def _limited(self, judged: Judged, releases: _Releases) -> list[Guarded]:
+        """The plan without limits, and with every pair of them."""
+        jury, plan, likeness = self._jury, judged.plan, releases.likeness
         errors = []
         for kind, rows in zip(self._kinds, releases.rows, strict=True):
             pairs = [drawn(r, plan.worth, jury.fallback) for r in rows]
             errors.append(jury.objective.errors(kind.exact, [(c.rows, c.log_weights) for c in pairs]).sum(2))
-        gated = []
-        for lost in LOST:
-            gate = None
-            if any(lost):
-                if releases.likeness is None:
-                    break
-                gate = with_limits(releases.likeness, releases.public, *lost)
-            missed = ~everyone if gate is None else outside(gate, releases.public)
-            measured = jury.replaced(judged.measured, missed)
+        everything = Guarded(
+            judged,
+            judged.measured,
+            torch.zeros(len(jury.variances)),
+            None,
+            max(kind.ratio(error, None) for kind, error in zip(self._kinds, errors, strict=True)),
+        )
+        if likeness is None:
+            return [everything]
+        gated = [everything]
+        for low, high in limits_between(releases.public, releases.unlike):
+            gate = with_limits(likeness, low, high)
             unlike = max(
-                kind.ratio(error, None if gate is None else outside(gate, statistic))
+                kind.ratio(error, outside(gate, statistic))
                 for kind, error, statistic in zip(self._kinds, errors, releases.unlike, strict=True)
             )
-            gated_plan = dataclasses.replace(plan, likeness=gate, quality=jury.quality(measured.errors))
-            changed = dataclasses.replace(judged, plan=gated_plan, measured=measured)
-            gated.append((jury.ratio(measured, everyone), Guarded(changed, missed, unlike)))
+            lost = outside(gate, releases.public).float().mean(0)
+            limited = dataclasses.replace(judged, plan=dataclasses.replace(plan, likeness=gate))
+            gated.append(Guarded(limited, judged.measured, lost, (low, high), unlike))
         return gated
 
     def _releases(self, plan: AnchorPlan, decoders: Decoders) -> _Releases:
         config = self._jury.config
         likeness = likeness_of(plan, config, decoders, self._jury.held.training, _LIKENESS_SEEDS)
 
-        def statistic(contexts: PublicContexts) -> torch.Tensor:
+        def statistic(contexts: PublicContexts, seed: int = 1) -> torch.Tensor:
             if likeness is None:
                 return torch.ones(len(contexts))
-            return likeness.statistic(released_features(plan, config, decoders, contexts, seed=1))
+            return likeness.statistic(released_features(plan, config, decoders, contexts, seed=seed))
 
         return _Releases(
             likeness,
-            statistic(self._jury.held.validation),
+            torch.stack([statistic(self._jury.held.validation, seed) for seed in _PUBLIC_SEEDS]),
             [simulate(plan, config, decoders, kind.contexts) for kind in self._kinds],
             [statistic(kind.contexts) for kind in self._kinds],
         )
+
+
+def _bearable(ratio: float) -> float:
+    """The ratio on public contexts that doing no harm to unlike ones may lead to."""
+    return ratio + min(max(0.0, ratio), max(_LOSS, _LOST_GAIN * (1.0 - ratio)))

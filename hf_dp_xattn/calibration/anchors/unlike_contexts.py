@@ -16,7 +16,7 @@ from ...mechanisms.anchors.sources import pool
 from .documents_fit import Documents
 from .slots_fit import PublicContexts
 
-CONTEXTS = 32  # of each kind
+CONTEXTS = 64  # of each kind
 _NUMBERS = 2**26  # of context space, of all contexts of a kind
 _DRAWN = 1024
 _DOCUMENT_CONTEXTS = 8

@@ -38,7 +38,7 @@ class Worth:
 
     against: the better one of `FALLBACKS`. weight: w. measure: what was compared, "fvu" or "divergence". ratio: the plan's over the
     fall-back's, less than 1 where the plan is better; high: with 95 % confidence it is no more than this.
-    unlike: the largest such ratio of errors (a 90 % bound) over kinds of made-up contexts unlike all public ones
+    unlike: the largest such ratio of errors (a 95 % bound) over kinds of made-up contexts unlike all public ones
     (`calibration/anchors/unlike_contexts.py`); None: not measured.
     unseen_kinds: whether contexts of kinds that nothing was fitted to took part.
     """

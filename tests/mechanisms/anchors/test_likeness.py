@@ -37,7 +37,9 @@ def likeness() -> Likeness:
     codes = public(600, 2)
     found = fit_likeness(noised(codes, 3), noised(codes, 4))
     assert found is not None
-    return with_limits(found, found.statistic(noised(public(400, 5), 6)), 0.02, 0.02)
+    statistic = found.statistic(noised(public(400, 5), 6))
+    low, high = torch.quantile(statistic, torch.tensor([0.02, 0.98])).tolist()
+    return with_limits(found, low, high)
 
 
 def naive(likeness: Likeness, features: torch.Tensor, ratio: float) -> float:
