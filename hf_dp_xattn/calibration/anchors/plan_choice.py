@@ -30,7 +30,7 @@ from ...mechanisms.context_rows import ContextRows
 from .documents_fit import Documents
 from .intervals import ratio_interval
 from .judge import Judged, Jury, Measured
-from .likeness_fit import OPEN, limits_between, likeness_of, outside, with_limits
+from .likeness_fit import likeness_of, limits_between, outside, with_limits
 from .objective import Exact
 from .simulated import released_features, simulate
 from .slots_fit import PublicContexts
