@@ -1,10 +1,10 @@
 """`library` beside other ways at the same epsilon: `python benchmarks/library_neighbours.py --chat MODEL.gguf --out docs/library`.
 
 Private are held-out prompts of 4 to 10 segments. For each way the model reads (or draws from) what that way releases, and its next-token
-distributions along the exact reply to one question are compared with those under the exact prompt: the share of the KL of "no system
-prompt" that is left, 95 % bootstrap interval over prompts. The ways are described in `library_parts/text_neighbours.py`; `library` itself
-is measured by `benchmarks/library.py`. For `shapes` the numbers of `benchmarks/utility.py` and `benchmarks/library_shapes.py` are put
-beside each other. The file that is written is the checkpoint.
+distributions along the exact replies to the two questions about the role are compared with those under the exact prompt: the share of the
+KL of "no system prompt" that is left, 95 % bootstrap interval over prompts. The ways are described in `library_parts/text_neighbours.py`;
+`library` itself is measured by `benchmarks/library.py`, and its rows of the same prompts and questions are taken from there. For `shapes`
+the numbers of `benchmarks/utility.py` and `benchmarks/library_shapes.py` are put beside each other. What is written is the checkpoint.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from prompts.public import prompts
 from tqdm.auto import tqdm
 
 ANSWERS = (1, 10, 100)
+ASKED = QUESTIONS["about the role"]
 NONE, LIBRARY = "no system prompt", "library (this package)"
 INTRODUCTION = f"""# Other ways at the same epsilon
 
@@ -53,8 +54,7 @@ the same epsilon in all of them, but what a guarantee is of differs, and so do i
   mixture of what the model says with and without the private prompt, so that every answer spends. Its unit is the whole prompt, a stronger
   unit; its (epsilon, {DELTA:g}) is by its own formula, for answers of {TOKENS} tokens.
 * *kernel_sum*: this package's, without a calibration. `anchors` is not in this table: it needs a decoder that is trained for the model.
-* *library*: pure epsilon, one release, any number of answers; the number is that of `benchmarks/library.py`, of its prompts and two
-  questions.
+* *library*: pure epsilon, one release, any number of answers; measured by `benchmarks/library.py` on the same prompts and questions.
 
 The first two release a text, which may be read any number of times, as `library` does.
 
@@ -68,12 +68,13 @@ def main() -> None:
     parser.add_argument(
         "--chat", type=Path, required=True, help="GGUF file or folder of a chat model with ChatML"
     )
-    parser.add_argument("--prompts", type=int, default=12, help="held-out prompts")
+    parser.add_argument("--prompts", type=int, default=24, help="held-out prompts")
     parser.add_argument("--epsilon", type=float, default=8.0)
     parser.add_argument("--out", type=Path, required=True, help="folder for neighbours.json, .md and .png")
     args = parser.parse_args()
     replies = Replies(args.chat)
-    path, about = args.out / "neighbours.json", {"epsilon": args.epsilon, "delta": DELTA}
+    path = args.out / "neighbours.json"
+    about = {"epsilon": args.epsilon, "delta": DELTA, "questions": list(ASKED)}
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if results.get("setting") != about:
         results = {"setting": about, "kl": {}}
@@ -90,7 +91,7 @@ def main() -> None:
 
 
 def write(results: dict[str, Any], out: Path) -> None:
-    shares = {**summary(results["kl"]), **released(results["setting"]["epsilon"])}
+    shares = summary(with_library(results["kl"], results["setting"]["epsilon"]))
     (out / "neighbours.md").write_text(page(results, shares))
     plot(results, shares, out / "neighbours.png")
 
@@ -99,25 +100,25 @@ def one(
     replies: Replies, segments: list[str], epsilon: float, vocabulary: torch.Tensor, top: float
 ) -> dict[str, float]:
     """The KL of each way, for one prompt."""
-    question = QUESTIONS["about the role"][0]
     own = replies.head(" ".join(segments))
-    said = replies.reply(own, question)
-    exact = replies.log_probabilities(own, question, said)
-
-    def read(system: str | None) -> torch.Tensor:
-        return replies.log_probabilities(replies.head(system), question, said)
-
-    found: dict[str, torch.Tensor | None] = {
-        NONE: read(None),
-        "per-token response": read(" ".join(per_token(replies, segments, epsilon, vocabulary))),
-        "paraphrase, clipped logits": read(" ".join(paraphrased(replies, segments, epsilon, top))),
-        "kernel_sum, no calibration": summed(replies, segments, question, said, epsilon),
-    }
-    redacted = read(REDACTED)
-    for answers in ANSWERS:
-        name = f"DP-Fusion, {answers} answer{'s' if answers > 1 else ''}"
-        found[name] = fused(exact, redacted, epsilon, answers)
-    return {name: divergence(exact, log)[0] for name, log in found.items() if log is not None}
+    redacted, none = replies.head(REDACTED), replies.head(None)
+    responded = replies.head(" ".join(per_token(replies, segments, epsilon, vocabulary)))
+    rewritten = replies.head(" ".join(paraphrased(replies, segments, epsilon, top)))
+    rows = []
+    for question in ASKED:
+        said = replies.reply(own, question)
+        exact, public = (replies.log_probabilities(head, question, said) for head in (own, redacted))
+        found: dict[str, torch.Tensor | None] = {
+            NONE: replies.log_probabilities(none, question, said),
+            "per-token response": replies.log_probabilities(responded, question, said),
+            "paraphrase, clipped logits": replies.log_probabilities(rewritten, question, said),
+            "kernel_sum, no calibration": summed(replies, segments, question, said, epsilon),
+        }
+        for answers in ANSWERS:
+            name = f"DP-Fusion, {answers} answer{'s' if answers > 1 else ''}"
+            found[name] = fused(exact, public, epsilon, answers)
+        rows.append({name: divergence(exact, log)[0] for name, log in found.items() if log is not None})
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
 def summary(kl: dict[str, dict[str, float]]) -> dict[str, tuple[float, float, float]]:
@@ -134,11 +135,13 @@ def summary(kl: dict[str, dict[str, float]]) -> dict[str, tuple[float, float, fl
     return found
 
 
-def released(epsilon: float) -> dict[str, tuple[float, float, float]]:
-    """The share that `benchmarks/library.py` measured, of held-out prompts of the same kind."""
-    results = json.loads((DOCS / "library" / "by_place" / "replies.json").read_text())
-    own = results["kinds"]["about the role"].get(f"epsilon {epsilon:g}")
-    return {} if own is None else {LIBRARY: (own["share"], own["low"], own["high"])}
+def with_library(kl: dict[str, dict[str, float]], epsilon: float) -> dict[str, dict[str, float]]:
+    """Beside each prompt's ways what `benchmarks/library.py` measured of it, where it did of all of them."""
+    rows = json.loads((DOCS / "library" / "by_place" / "replies.json").read_text()).get("rows", {})
+    name = f"epsilon {epsilon:g}"
+    if not all(name in rows.get(prompt, {}).get("about the role", {}) for prompt in kl):
+        return kl
+    return {p: {**ways, LIBRARY: rows[p]["about the role"][name][0]} for p, ways in kl.items()}
 
 
 def pictures(epsilon: float) -> dict[str, tuple[float, float, float]]:
@@ -160,8 +163,8 @@ def page(results: dict[str, Any], shares: dict[str, tuple[float, float, float]])
     lines = [
         INTRODUCTION,
         "",
-        f"Epsilon {epsilon:g} for each segment, {len(results['kl'])} held-out prompts, one question; how much of the KL without a system "
-        "prompt is left (0: as with the exact prompt, 1: as without any):",
+        f"Epsilon {epsilon:g} for each segment, {len(results['kl'])} held-out prompts, two questions about the role; how much of the KL "
+        "without a system prompt is left (0: as with the exact prompt, 1: as without any):",
         "",
         "| way | unit | answers | share of the KL left (95 %) |",
         "| --- | --- | --- | --- |",

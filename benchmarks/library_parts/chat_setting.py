@@ -13,6 +13,7 @@ from prompts.public import Prompt, prompts
 from transformers import AutoModel, AutoTokenizer
 
 import hf_dp_xattn as dpx
+from hf_dp_xattn.calibration.checkpoints import NOTHING_KEPT, Checkpoints
 from hf_dp_xattn.calibration.library.library_fit import LibraryOptions, build_library
 from hf_dp_xattn.hosts.text.unit_encoders import unit_encoder
 
@@ -64,7 +65,7 @@ def load(args: argparse.Namespace, epsilons: Sequence[float]) -> ChatSetting:
         epsilons=epsilons,
         grouping="segments",
         encoder=encode.name,
-        folder=args.codes,
+        kept=Checkpoints(args.codes) if args.codes else NOTHING_KEPT,
         flatten=0.0 if args.encoder else 0.5,
     )
     begun = time.time()

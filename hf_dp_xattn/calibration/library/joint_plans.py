@@ -21,7 +21,10 @@ from .library_intervals import of_one_context
 from .library_plans import TRIAL, Lists, PublicUnits, Ranked, Shelving, by_context
 from .stored_plan import JointPlan, LibraryPlan, LibraryQuality
 
-_LEVELS = 10  # lists of up to 2^10 texts; beyond it all
+_SIZES = (
+    *sorted({1, *(n * 2**i for i in range(9) for n in (2, 3))}),
+    1024,
+)  # of lists, in halves of a doubling; beyond them all
 _WRONG = 1
 _LEAN = 2.0  # above log K: medoids for answers that are true about seven times in eight
 _PARTS = 24  # by how many an epsilon is shared in longer contexts
@@ -85,8 +88,8 @@ class JointPlanner:
         )
 
     def _entries(self, units: PublicUnits, shelf: int, level: int, moves: int = MOVES) -> torch.Tensor:
-        size = 2**level if level <= _LEVELS else 0
-        return self.shelving.entries(units, size, shelf, math.log(2**level) + _LEAN, moves)
+        size = _SIZES[level] if level < len(_SIZES) else 0
+        return self.shelving.entries(units, size, shelf, math.log(size or 2 * _SIZES[-1]) + _LEAN, moves)
 
     def _level(self, shelf: int, level: int) -> tuple[Level, torch.Tensor]:
         if (shelf, level) not in self._levels:
@@ -98,7 +101,8 @@ class JointPlanner:
 
     def _best(self, epsilon: float, places: Sequence[int]) -> tuple[list[int], int]:
         """Levels of each part's list, and `wrong`: from equal ones, one or two parts at a time, as long as that helps."""
-        start = [min(_LEVELS, round(min(epsilon, 30.0) / math.log(2) / len(places)))] * len(places)
+        equal = min(epsilon, 30.0) / len(places)
+        start = [min(range(len(_SIZES)), key=lambda k: abs(math.log(_SIZES[k]) - equal))] * len(places)
         allowed = range(min(_WRONG, len(places) - 1) + 1)
         best = max(((self._score(epsilon, places, start, d), start, d) for d in allowed), key=lambda b: b[0])
         while True:
@@ -122,15 +126,18 @@ class JointPlanner:
 
 
 def _around(levels: list[int]) -> list[list[int]]:
-    """Levels with one part's list a level longer or shorter, or one longer and another shorter."""
-    steps = [(i, d) for i in range(len(levels)) for d in (1, -1)]
-    moves = [*([s] for s in steps), *([a, b] for a in steps for b in steps if a[1] > b[1] and a[0] != b[0])]
+    """Levels with one part's list one or two levels longer or shorter, or one longer and another shorter."""
+    steps = [(i, d) for i in range(len(levels)) for d in (2, 1, -1, -2)]
+    moves = [
+        *([s] for s in steps),
+        *([a, b] for a in steps for b in steps if a[1] > 0 > b[1] and a[0] != b[0]),
+    ]
     neighbours = []
     for move in moves:
         new = list(levels)
         for i, d in move:
             new[i] += d
-        if all(0 <= k <= _LEVELS + 1 for k in new):
+        if all(0 <= k <= len(_SIZES) for k in new):
             neighbours.append(new)
     return neighbours
 
