@@ -3,8 +3,9 @@
 Private are held-out prompts of 4 to 10 segments. For each way the model reads (or draws from) what that way releases, and its next-token
 distributions along the exact replies to the two questions about the role are compared with those under the exact prompt: the share of the
 KL of "no system prompt" that is left, 95 % bootstrap interval over prompts. The ways are described in `library_parts/text_neighbours.py`;
-`library` itself is measured by `benchmarks/library.py`, and its rows of the same prompts and questions are taken from there. For `shapes`
-the numbers of `benchmarks/utility.py` and `benchmarks/library_shapes.py` are put beside each other. What is written is the checkpoint.
+`library` itself is measured by `benchmarks/library.py` and `benchmarks/library_shapes.py`, and its numbers of the same prompts and
+captions are taken from there; the other ways to captions of `shapes` are in `library_parts/shape_neighbours.py`. What is written is the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from library_parts import shape_neighbours
 from library_parts.replies import QUESTIONS, TOKENS, Replies, divergence
 from library_parts.text_neighbours import (
     DELTA,
@@ -40,23 +42,25 @@ from tqdm.auto import tqdm
 
 ANSWERS = (1, 10, 100)
 ASKED = QUESTIONS["about the role"]
-NONE, LIBRARY = "no system prompt", "library (this package)"
+NONE, EXACT, LIBRARY = "no system prompt", "exact captions, not private", "library (this package)"
 INTRODUCTION = f"""# Other ways at the same epsilon
 
 Written by `python benchmarks/library_neighbours.py`; the numbers are in `neighbours.json`. A segment of a private system prompt is worth
 the same epsilon in all of them, but what a guarantee is of differs, and so do its terms:
 
 * *Per-token response* (in the style of SanText): each token of a segment is replaced by one of the public prompts' tokens, near ones in the
-  model's embeddings more often, with epsilon / t for each of its t tokens.
+  model's embeddings more often, with epsilon / t for each of its t tokens. A phrase of a picture likewise.
 * *Paraphrase, clipped logits* (in the style of DP-Prompt): the model paraphrases each segment in {PARAPHRASE} tokens, drawn from clipped
   logits, with epsilon / {PARAPHRASE} for each.
 * *DP-Fusion* (`dp-fusion-lib`, run by the benchmark alone; its license is non-commercial): each token of each answer is drawn from a
   mixture of what the model says with and without the private prompt, so that every answer spends. Its unit is the whole prompt, a stronger
   unit; its (epsilon, {DELTA:g}) is by its own formula, for answers of {TOKENS} tokens.
-* *kernel_sum*: this package's, without a calibration. `anchors` is not in this table: it needs a decoder that is trained for the model.
+* *kernel_sum*: this package's; of SmolLM2 without a calibration. *anchors*: this package's, with the calibration that `shapes` ships
+  with. It has no number on SmolLM2: it needs a decoder that is trained for the model, and none has been.
 * *library*: pure epsilon, one release, any number of answers; measured by `benchmarks/library.py` on the same prompts and questions.
 
-The first two release a text, which may be read any number of times, as `library` does.
+The first two release a text, which may be read any number of times, as `library` does. In `shapes` no language model takes part: there is
+nothing to paraphrase with, and no next token to mix.
 
 ![share of the KL that is left](neighbours.png)
 """
@@ -69,6 +73,7 @@ def main() -> None:
         "--chat", type=Path, required=True, help="GGUF file or folder of a chat model with ChatML"
     )
     parser.add_argument("--prompts", type=int, default=24, help="held-out prompts")
+    parser.add_argument("--captions", type=int, default=300, help="held-out captions of shapes")
     parser.add_argument("--epsilon", type=float, default=8.0)
     parser.add_argument("--out", type=Path, required=True, help="folder for neighbours.json, .md and .png")
     args = parser.parse_args()
@@ -86,6 +91,12 @@ def main() -> None:
         if prompt.id not in results["kl"]:
             torch.manual_seed(i)
             results["kl"][prompt.id] = one(replies, list(prompt.segments), args.epsilon, vocabulary, top)
+            path.write_text(json.dumps(results, indent=1) + "\n")
+            write(results, args.out)
+    pictures = results.setdefault("pictures", {}).setdefault(str(args.captions), {})
+    for name, measured in shape_neighbours.ways(args.epsilon, args.captions).items():
+        if name not in pictures:
+            pictures[name] = measured()
             path.write_text(json.dumps(results, indent=1) + "\n")
             write(results, args.out)
 
@@ -144,18 +155,15 @@ def with_library(kl: dict[str, dict[str, float]], epsilon: float) -> dict[str, d
     return {p: {**ways, LIBRARY: rows[p]["about the role"][name][0]} for p, ways in kl.items()}
 
 
-def pictures(epsilon: float) -> dict[str, tuple[float, float, float]]:
-    """Attributes right of `shapes` at an epsilon of a phrase, as measured elsewhere in this repository."""
-    made = json.loads((DOCS / "library" / "shapes.json").read_text())["conditions"]
-    lines = json.loads((DOCS / "utility" / "results.json").read_text())["d"]["attributes"]
-    found = {}
-    for line in lines:
-        if line["unit"] == "group" and line["epsilon"] == epsilon:
-            found[line["method"]] = (line["accuracy"], line["low"], line["high"])
-    own = made.get(f"phrases, epsilon {epsilon:g}")
-    if own:
-        found[LIBRARY] = (own["accuracy"], own["low"], own["high"])
-    return found
+def drawn(results: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
+    """Attributes right of `shapes`, each way and what `benchmarks/library_shapes.py` measured of as many captions."""
+    measured = json.loads((DOCS / "library" / "shapes.json").read_text())
+    captions, epsilon = str(measured["captions"]), results["setting"]["epsilon"]
+    ways = dict(results.get("pictures", {}).get(captions, {}))
+    for name, key in ((LIBRARY, f"phrases, epsilon {epsilon:g}"), (EXACT, "exact")):
+        if ways and key in measured["conditions"]:
+            ways[name] = measured["conditions"][key]
+    return {name: (w["accuracy"], w["low"], w["high"]) for name, w in ways.items()}
 
 
 def page(results: dict[str, Any], shares: dict[str, tuple[float, float, float]]) -> str:
@@ -178,40 +186,54 @@ def page(results: dict[str, Any], shares: dict[str, tuple[float, float, float]])
         )
     lines += [
         "",
-        f"`shapes`, epsilon {epsilon:g} for each phrase:",
+        f"`shapes`, epsilon {epsilon:g} for each phrase, the same held-out captions for all:",
         "",
         "| way | attributes right (95 %) |",
         "| --- | --- |",
     ]
-    for name, (mean, low, high) in pictures(epsilon).items():
+    for name, (mean, low, high) in drawn(results).items():
         lines.append(f"| {name} | {100 * mean:.1f} % ({100 * low:.1f} to {100 * high:.1f}) |")
     return "\n".join(lines) + "\n"
 
 
 def plot(results: dict[str, Any], shares: dict[str, tuple[float, float, float]], path: Path) -> None:
-    names = list(shares)[::-1]
-    means = np.array([shares[n][0] for n in names])
-    reach = np.array([[shares[n][0] - shares[n][1], shares[n][2] - shares[n][0]] for n in names]).T
-    figure, axis = plt.subplots(figsize=(8, 0.45 * len(names) + 1.2))
-    colours = ["#009E73" if n == LIBRARY else "#999999" if n == NONE else "#0072B2" for n in names]
+    epsilon, pictures = results["setting"]["epsilon"], drawn(results)
+    rows = max(len(shares), len(pictures))
+    figure, axes = plt.subplots(
+        1, 2 if pictures else 1, figsize=(13 if pictures else 8, 0.45 * rows + 1.4), squeeze=False
+    )
+    left = axes[0, 0]
+    dots(left, shares)
+    left.set_xscale("log")  # noise in keys and values is far worse than nothing
+    left.xaxis.set_major_formatter("{x:g}")
+    left.axvline(1, color="black", lw=0.8, ls=":")
+    left.set_title(f"SmolLM2, system prompts, epsilon {epsilon:g} a segment", size=10)
+    left.set_xlabel("share of the KL without a system prompt that is left (less is better)")
+    if pictures:
+        right = axes[0, 1]
+        dots(right, {name: tuple(100 * x for x in found) for name, found in pictures.items()})
+        right.set_xlim(0, 105)
+        right.set_title(f"shapes, captions, epsilon {epsilon:g} a phrase", size=10)
+        right.set_xlabel("attributes right, % (more is better)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def dots(axis: Any, found: dict[str, tuple[float, ...]]) -> None:
+    """A row for each way, with its interval."""
+    names = list(found)[::-1]
+    means = np.array([found[n][0] for n in names])
+    reach = np.array([[found[n][0] - found[n][1], found[n][2] - found[n][0]] for n in names]).T
+    colours = ["#009E73" if n == LIBRARY else "#999999" if n in (NONE, EXACT) else "#0072B2" for n in names]
     axis.errorbar(means, names, xerr=reach.clip(0), fmt="none", ecolor="black", capsize=3, lw=1)
     axis.scatter(means, names, c=colours, s=60, zorder=3)
     for name, mean in zip(names, means, strict=True):
         axis.annotate(
-            f"{mean:.2f}", (mean, name), xytext=(0, 7), textcoords="offset points", ha="center", size=8
+            f"{mean:.3g}", (mean, name), xytext=(0, 7), textcoords="offset points", ha="center", size=8
         )
-    axis.set_xscale("log")  # noise in keys and values is far worse than nothing
-    axis.xaxis.set_major_formatter("{x:g}")
     axis.set_ylim(-0.6, len(names) - 0.3)
-    axis.axvline(1, color="black", lw=0.8, ls=":")
-    epsilon = results["setting"]["epsilon"]
-    axis.set_xlabel(
-        f"share of the KL without a system prompt that is left (epsilon {epsilon:g}; less is better)"
-    )
     axis.grid(axis="x", which="both", alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

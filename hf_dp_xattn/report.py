@@ -38,7 +38,7 @@ class Guarantee:
     Example:
         >>> release = dpx.protect(pipe, epsilon=8.0, calibration=library).release("a red circle")
         >>> print(release.guarantees[0].sentence())
-        (8, 1e-05)-differentially private when one phrase, sentence or document (as it was cut) of the private context is replaced ...
+        (8, 0)-differentially private (pure epsilon: delta = 0) when one phrase, sentence or document (as it was cut) of the ...
     """
 
     mechanism: str
@@ -99,16 +99,21 @@ def promise(mechanism: str, epsilon: float, delta: float, unit: str, neighboring
         if neighboring == "replace_one"
         else "added or removed (its slot filled or left empty)"
     )
+    pure = "" if delta else " (pure epsilon: delta = 0)"
     return (
-        f"({epsilon:g}, {delta:g})-differentially private when {changed[unit]} of the private context is {change}; "
+        f"({epsilon:g}, {delta:g})-differentially private{pure} when {changed[unit]} of the private context is {change}; "
         "every query, layer, step and output reads only this release."
     )
 
 
 def release_entry(
-    name: str, guarantee: Guarantee, charges: int | None = None, spent: float | str = ELSEWHERE
+    name: str,
+    guarantee: Guarantee,
+    charges: int | None = None,
+    spent: float | str = ELSEWHERE,
+    spent_delta: float | None = None,
 ) -> dict[str, Any]:
-    """One release in a report. charges: None where the ledger that counts is elsewhere."""
+    """One release in a report. charges: None where the ledger that counts is elsewhere. spent_delta: None: the guarantee's."""
     return {
         "name": name,
         "guarantee": guarantee.to_dict(),
@@ -119,6 +124,7 @@ def release_entry(
         "neighboring": guarantee.neighboring,
         "charges": charges,
         "spent_epsilon": spent,
+        "spent_delta": guarantee.delta if spent_delta is None else spent_delta,
         "details": guarantee.clipping or "exact attention",
     }
 
@@ -134,9 +140,14 @@ def _texts(release: Mapping[str, Any]) -> list[str]:
     return [*shown, *([f"      and {len(texts) - _SHOWN} more texts"] if len(texts) > _SHOWN else [])]
 
 
+def rounded_up(epsilon: float) -> float:
+    """For people: four decimals, never less than what was spent (but for rounding at the tenth)."""
+    return math.ceil(epsilon * 1e4 - 1e-6) / 1e4 if math.isfinite(epsilon) else epsilon
+
+
 def _up(value: float | str) -> str:
     """A number with four decimals, rounded up: what is printed is never less than what was spent."""
-    return value if isinstance(value, str) else f"{math.ceil(value * 1e4) / 1e4:.4f}"
+    return value if isinstance(value, str) else f"{rounded_up(value):.4f}"
 
 
 @dataclass(frozen=True)
@@ -194,7 +205,7 @@ class PrivacyReport:
             spent = f"charges on this context: {release['charges']}, spent in total: epsilon {_up(release['spent_epsilon'])}"
             if release["charges"] is None:
                 spent = f"spent on this context: epsilon {release['spent_epsilon']}"
-            lines.append(f"      {spent} at delta {release['delta']:g}")
+            lines.append(f"      {spent} at delta {release['spent_delta']:g}")
             lines.append(f"      {release['details']}")
             lines += _texts(release)
         lines.append("  public: " + "; ".join(self.public))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import math
 
-from hf_dp_xattn.report import Guarantee, PrivacyReport
+from hf_dp_xattn.report import Guarantee, PrivacyReport, promise, rounded_up
 
 GUARANTEE = Guarantee(
     mechanism="kernel_sum",
@@ -30,6 +30,7 @@ def report(spent: float | str) -> PrivacyReport:
         "charges": 2,
         "spent_epsilon": spent,
         "delta": 1e-5,
+        "spent_delta": 1e-5,
         "details": "clipped",
     }
     return PrivacyReport("Unet", 7, 28, {}, (release,), ("the model",), ("words",), "in memory")
@@ -40,6 +41,16 @@ def test_what_is_printed_is_never_less_than_what_was_spent() -> None:
         shown = str(report(spent)).split("spent in total: epsilon ")[1].split()[0]
         assert spent <= float(shown) <= spent + 1e-4 + 1e-12
     assert f"{17.05941:.3f}" < "17.0595"  # power: plain rounding would understate
+
+
+def test_pure_epsilon_is_said_to_be_pure() -> None:
+    assert "(8, 0)-differentially private (pure epsilon: delta = 0)" in promise(
+        "library", 8.0, 0.0, "group", "replace_one"
+    )
+    assert "pure" not in promise("library", 8.0, 1e-5, "group", "replace_one")
+    assert (
+        f"{rounded_up(7.999991):g}" == f"{rounded_up(8.0 + 1e-12):g}" == "8" and rounded_up(8.00001) == 8.0001
+    )
 
 
 def test_a_report_says_what_is_not_covered_and_is_valid_json() -> None:

@@ -1,7 +1,7 @@
 """Other ways to pictures of private phrases at the same epsilon of a phrase (replace_one), each in its plain form, for comparison only.
 
 * *Per-token response*: as in `text_neighbours.py`, by the pipeline's own input embeddings and the tokens of public phrases.
-* *kernel_sum*, calibrated on public phrases; *anchors*, the calibration that the example ships with.
+* *kernel_sum*, without a calibration; *anchors*, with the calibration that the example ships with.
 
 No language model takes part in a picture, so there is nothing to paraphrase with and no next token to mix (DP-Fusion).
 """
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from shapes.evaluate import generate, load_pipeline
-from shapes.private import KERNEL_SUM_RANK, PUBLIC_SEED, config, generate_private, load_calibration, prompts
+from shapes.private import PUBLIC_SEED, config, generate_private, load_calibration, prompts
 from shapes.reader import load_reader, score
 from shapes.scenes import Example, heldout_examples, phrases, train_examples
 from shapes.tables import interval
@@ -42,21 +42,9 @@ def ways(epsilon: float, captions: int) -> dict[str, Callable[[], dict[str, floa
             0
         ]
 
-    def summed() -> np.ndarray:
-        settings = config(epsilon, unit="group", mechanism="kernel_sum")
-        calibration = dpx.calibrate(
-            pipeline,
-            prompts(public, "group"),
-            settings,
-            epsilons=epsilon,
-            rank=KERNEL_SUM_RANK,
-            progress=False,
-        )
-        return released("kernel_sum", calibration)
-
     drawn = {
         "per-token response": responded,
-        "kernel_sum": summed,
+        "kernel_sum, no calibration": lambda: released("kernel_sum", None),
         "anchors": lambda: released("anchors", load_calibration("group")),
     }
     return {name: lambda images=images: measured(images(), examples) for name, images in drawn.items()}  # type: ignore[misc]

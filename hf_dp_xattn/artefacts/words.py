@@ -38,11 +38,17 @@ def unit_rows(unit: str, neighboring: str) -> list[tuple[str, str]]:
 def config_guarantee(config: Mapping[str, Any], lead: str) -> str:
     """What a release under a config promises, its price as a table, and that more releases cost more. lead: what is promised of."""
     names = ("mechanism", "epsilon", "delta", "unit", "neighboring")
-    private = KNOWN[config["mechanism"]].private
+    known = KNOWN[config["mechanism"]]
+    private = known.private
+    pure = (
+        " (used where a list grows by votes; any other release is pure epsilon)"
+        if known.releases == "texts"
+        else ""
+    )
     rows = [
         ("mechanism", f"`{config['mechanism']}`"),
         ("epsilon", f"{config['epsilon']:g}" if private else "none (not private)"),
-        ("delta", f"{config['delta']:g}"),
+        ("delta", f"{config['delta']:g}{pure}"),
         *unit_rows(config["unit"], config["neighboring"]),
     ]
     said, price = promise(*(config[n] for n in names)), table(("", ""), rows)

@@ -14,6 +14,7 @@ from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..privacy.accountant import Event, epsilon_of, needs_delta
 from ..privacy.guessing import PRIORS, guess_bound
+from ..report import rounded_up
 from .curves import INTERPOLATED, OUTSIDE, Curve, Estimate, Wanted
 
 
@@ -259,7 +260,7 @@ def _percent(share: float) -> str:
 
 
 def _up(value: float) -> str:
-    return f"{math.ceil(value * 1e4 - 1e-6) / 1e4:g}"
+    return f"{rounded_up(value):g}"
 
 
 def _bytes(number: int) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..config import DPXAttnConfig
+from ..known_mechanisms import KNOWN
 from ..privacy.ledger import Budget, Ledger
 from ..report import Guarantee, PrivacyReport, release_entry
 from .accounts import persistence_of
@@ -25,13 +27,17 @@ class Spent:
     guarantee: Guarantee
 
 
-def _entry(ledger: Ledger, name: str, spent: Spent) -> dict[str, Any]:
+def _entry(ledger: Ledger, name: str, spent: Spent, delta: float) -> dict[str, Any]:
     g = spent.guarantee
     if not spent.digests or not ledger.at_hand:  # loaded, or forked
         return release_entry(name, g)
     if g.mechanism == "none":
         return release_entry(name, g, 0, "unbounded")
-    return release_entry(name, g, *ledger.most(spent.digests, g.delta))
+    charges, epsilon = ledger.most(spent.digests, g.delta)
+    if math.isfinite(epsilon):
+        return release_entry(name, g, charges, epsilon)
+    # this one is pure, another release of the same context is not
+    return release_entry(name, g, *ledger.most(spent.digests, delta), delta)
 
 
 def _room(config: DPXAttnConfig, budget: Budget) -> str:
@@ -69,16 +75,17 @@ def build_report(
         notes.insert(0, "NOT PRIVATE: at least one release promises nothing, see below.")
     elif config.unit == "row":
         notes.insert(0, ROW)
-    each = (
-        f"each release spends epsilon {config.epsilon:g} at delta {config.delta:g}, {_room(config, budget)}"
-    )
+    texts = KNOWN[config.mechanism].releases == "texts"
+    pure = "0 (pure; where a list grows by votes, " if texts else ""
+    at = f"delta {pure}{config.delta:g}{')' if texts else ''}"
+    each = f"each release spends epsilon {config.epsilon:g} at {at}, {_room(config, budget)}"
     return PrivacyReport(
         host=words.host,
         layers=len(heads),
         heads=sum(heads),
         config=config.to_dict(),
         releases=tuple(
-            _entry(ledger, names[s.digests[0]] if s.digests else "loaded", s)
+            _entry(ledger, names[s.digests[0]] if s.digests else "loaded", s, budget.delta)
             for s in (spent if entries else ())
         ),
         public=words.public,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Protocol, TypeVar
 
@@ -19,7 +19,8 @@ import torch
 
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
-from ..privacy.accountant import Event
+from ..known_mechanisms import KNOWN
+from ..privacy.accountant import Event, needs_delta
 from ..privacy.bits import Entropy, SystemEntropy
 from ..privacy.noise import sampling_distance
 from ..privacy.units import public_counts
@@ -138,11 +139,13 @@ def guarantee_of(
     numbers: GuaranteeNumbers,
     rows: int,
     units: int,
+    events: Sequence[Event],
     *,
     private_noise: bool,
     calibrated: bool,
 ) -> Guarantee:
-    """The guarantee of one release: the only place in which one is built."""
+    """The guarantee of one release: the only place in which one is built. events: what is charged."""
+    pure = KNOWN[config.mechanism].releases == "texts" and not needs_delta(events)
     counts: dict[str, int | None] = (
         public_counts(config.unit, config.neighboring, rows, units)
         if config.is_private
@@ -151,7 +154,7 @@ def guarantee_of(
     return Guarantee(
         mechanism=config.mechanism,
         epsilon=config.epsilon if config.is_private else math.inf,
-        delta=config.delta,
+        delta=0.0 if pure else config.delta,
         unit=config.unit,
         neighboring=config.neighboring,
         **counts,
@@ -238,6 +241,7 @@ class Mechanism(ABC, Generic[PrivateT]):
             self.numbers,
             rows,
             units,
+            self.events,
             private_noise=private_noise,
             calibrated=self.calibrated,
         )

@@ -203,6 +203,7 @@ class GrowingRelease:
             dataclasses.replace(numbers, clipping=clipping),
             self.rows,
             self.units,
+            self.prepared.events,
             private_noise=self._entropy.private,
             calibrated=self.prepared.mechanism.calibrated,
         )

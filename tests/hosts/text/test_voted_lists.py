@@ -73,6 +73,7 @@ def test_a_corpus_that_grows_is_charged_once_for_all_appends(
     release = handle.release(documents(100), horizon=4)
     opened = handle.report().to_dict()["releases"][0]
     assert 3.0 < opened["spent_epsilon"] <= 4.0 and opened["charges"] == 1
+    assert opened["delta"] == opened["spent_delta"] == config.delta  # a continual sum of votes is not pure
     assert sum(release.counts) == 100 and max(release.counts) > 1
     assert release.append([f"another tea rule {i}" for i in range(100)]) is release
     assert sum(release.counts) == 200 and len(set(release.text)) == len(release.text)
@@ -95,6 +96,8 @@ def test_few_units_that_grow_are_answered_when_they_come(library: dpx.TextLibrar
     handle = protected(library, GROUPS.replace(epsilon=16.0))
     release = handle.release(documents(3), horizon=3)
     first = tuple(release.text)
+    (entry,) = handle.report().to_dict()["releases"]
+    assert entry["delta"] == entry["spent_delta"] == 0.0 and entry["spent_epsilon"] == 16.0
     release.append(["a new tea rule"])
     assert tuple(release.text)[:3] == first and release.counts == (1, 1, 1, 1)
 
