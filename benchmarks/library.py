@@ -30,6 +30,7 @@ from hf_dp_xattn.mechanisms.library.entry_lattice import EntryLattice
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
 EPSILONS = (4.0, 8.0, 16.0)
+NONE = "no system prompt"
 
 
 def main() -> None:
@@ -70,7 +71,7 @@ def released(
     config: dpx.DPXAttnConfig,
 ) -> dict[str, list[str | None]]:
     """What the model reads in each condition, a system prompt for each private one. Seeded, so that a run can be repeated."""
-    out: dict[str, list[str | None]] = {"no system prompt": [None] * len(private)}
+    out: dict[str, list[str | None]] = {NONE: [None] * len(private)}
     codes = [encode(list(p.segments)) for p in private]
     for epsilon in EPSILONS:
         prepared = library.prepare(config.replace(epsilon=epsilon))
@@ -111,16 +112,23 @@ def measure(replies: Replies, prompt: Prompt, systems: dict[str, str | None]) ->
 
 
 def summaries(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each kind of questions, and of all of them together (there are as many of each kind)."""
     found: dict[str, Any] = {}
-    for kind in QUESTIONS:
-        base = np.array([row[kind]["no system prompt"][0] for row in rows])
+    tables = {kind: [row[kind] for row in rows] for kind in QUESTIONS}
+    tables["of both kinds"] = [
+        {
+            name: np.mean([row[kind][name] for kind in QUESTIONS], axis=0)
+            for name in row[next(iter(QUESTIONS))]
+        }
+        for row in rows
+    ]
+    for kind, table in tables.items():
+        base = np.array([row[NONE][0] for row in table])
         found[kind] = {
             name: summary(
-                np.array([row[kind][name][0] for row in rows]),
-                base,
-                np.array([row[kind][name][1] for row in rows]),
+                np.array([row[name][0] for row in table]), base, np.array([row[name][1] for row in table])
             )
-            for name in rows[0][kind]
+            for name in table[0]
         }
     return found
 
@@ -155,7 +163,7 @@ def page(results: dict[str, Any]) -> str:
             for c in own
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    means = ", ".join(f"{found['no system prompt']['kl']:.3f} {kind}" for kind, found in kinds.items())
+    means = ", ".join(f"{found[NONE]['kl']:.3f} {kind}" for kind, found in kinds.items())
     lines += ["", f"The KL without a system prompt: {means}."]
     return "\n".join(lines) + "\n"
 

@@ -53,8 +53,9 @@ the same epsilon in all of them, but what a guarantee is of differs, and so do i
 * *Paraphrase, clipped logits* (in the style of DP-Prompt): the model paraphrases each segment in {PARAPHRASE} tokens, drawn from clipped
   logits, with epsilon / {PARAPHRASE} for each.
 * *DP-Fusion* (`dp-fusion-lib`, run by the benchmark alone; its license is non-commercial): each token of each answer is drawn from a
-  mixture of what the model says with and without the private prompt, so that every answer spends. Its unit is the whole prompt, a stronger
-  unit; its (epsilon, {DELTA:g}) is by its own formula, for answers of {TOKENS} tokens.
+  mixture of what the model says with and without the private prompt, so that every answer spends. Its unit is the whole prompt, which is
+  stronger: for that unit the others spend epsilon for each of the prompt's segments. Its (epsilon, {DELTA:g}) is by its own formula, for
+  answers of {TOKENS} tokens.
 * *kernel_sum*: this package's; of SmolLM2 without a calibration. *anchors*: this package's, with the calibration that `shapes` ships
   with. It has no number on SmolLM2: it needs a decoder that is trained for the model, and none has been.
 * *library*: pure epsilon, one release, any number of answers; measured by `benchmarks/library.py` on the same prompts and questions.
@@ -148,11 +149,25 @@ def summary(kl: dict[str, dict[str, float]]) -> dict[str, tuple[float, float, fl
 
 def with_library(kl: dict[str, dict[str, float]], epsilon: float) -> dict[str, dict[str, float]]:
     """Beside each prompt's ways what `benchmarks/library.py` measured of it, where it did of all of them."""
-    rows = json.loads((DOCS / "library" / "by_place" / "replies.json").read_text()).get("rows", {})
+    rows = json.loads((DOCS / "library" / "replies.json").read_text()).get("rows", {})
     name = f"epsilon {epsilon:g}"
     if not all(name in rows.get(prompt, {}).get("about the role", {}) for prompt in kl):
         return kl
     return {p: {**ways, LIBRARY: rows[p]["about the role"][name][0]} for p, ways in kl.items()}
+
+
+def against(kl: dict[str, dict[str, float]]) -> list[str]:
+    """How far `library` is from the best other way, prompt by prompt."""
+    others = {name for row in kl.values() for name in row} - {NONE, LIBRARY}
+    if not all(LIBRARY in row for row in kl.values()):
+        return []
+    table = {n: np.array([row[n] for row in kl.values()]) for n in (NONE, LIBRARY, *others)}
+    best = min(others, key=lambda n: table[n].mean())
+    draws = np.random.default_rng(0).integers(len(kl), size=(4000, len(kl)))
+    found = (table[LIBRARY] - table[best])[draws].mean(1) / table[NONE][draws].mean(1)
+    low, high = np.percentile(found, [2.5, 97.5])
+    mean = (table[LIBRARY] - table[best]).mean() / table[NONE].mean()
+    return [f"On the same prompts `library` less *{best}*: {mean:+.2f} ({low:+.2f} to {high:+.2f})."]
 
 
 def drawn(results: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
@@ -170,7 +185,6 @@ def page(results: dict[str, Any], shares: dict[str, tuple[float, float, float]])
     epsilon = results["setting"]["epsilon"]
     lines = [
         INTRODUCTION,
-        "",
         f"Epsilon {epsilon:g} for each segment, {len(results['kl'])} held-out prompts, two questions about the role; how much of the KL "
         "without a system prompt is left (0: as with the exact prompt, 1: as without any):",
         "",
@@ -184,6 +198,7 @@ def page(results: dict[str, Any], shares: dict[str, tuple[float, float, float]])
         lines.append(
             f"| {name.split(', 1')[0] if fusion else name} | {unit} | {answers} | {mean:.2f} ({low:.2f} to {high:.2f}) |"
         )
+    lines += ["", *against(with_library(results["kl"], epsilon))]
     lines += [
         "",
         f"`shapes`, epsilon {epsilon:g} for each phrase, the same held-out captions for all:",

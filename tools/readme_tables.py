@@ -34,7 +34,7 @@ def when() -> str:
         if (x["mechanism"], x["unit"]) == ("anchors", "group")
     }
     phrases = _read("docs/library/shapes.json")["conditions"]
-    replies = _read("docs/library/replies.json")["conditions"]
+    replies = _read("docs/library/replies.json")["kinds"]["about the role"]
     prompts = {
         x["epsilon"]: 100 * x["accuracy"]
         for x in _read("docs/shapes/accuracy.json")["lines"]
@@ -61,7 +61,7 @@ def when() -> str:
         ("a picture's whole prompt as one", "attributes right", *whole, "library.md"),
         (
             "a system prompt of 4 to 10 sentences, SmolLM2",
-            "of the prompt's effect on the next word",
+            "of the prompt's effect on the next word, asked about its role",
             100 * (1 - replies["epsilon 4"]["share"]),
             100 * (1 - replies["epsilon 8"]["share"]),
             "library.md",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -60,6 +61,21 @@ def test_odd_texts_are_released_like_any(pipe: Any) -> None:
             with pytest.raises(dpx.ContextError, match=r"othing was spent"):
                 handle.release(bad)
         assert len(ledger.entries()) == spent
+
+
+def test_a_library_of_another_encoder_is_refused_and_nothing_is_patched(pipe: Any) -> None:
+    """What another tokenizer or model made has other codes, or codes of another width."""
+    shelf, ledger = library(pipe), dpx.Ledger()
+    exact = picture(pipe, "a red circle")
+    others = (shelf.probe.flip(1), "other codes"), (shelf.probe[:, :-1], "have .* numbers, this one gives")
+    for probe, message in others:
+        wide = probe.shape[1]
+        other = dataclasses.replace(
+            shelf, probe=probe, center=shelf.center[:wide], projection=shelf.projection[:wide]
+        )
+        with pytest.raises(dpx.ConfigError, match=message):
+            dpx.protect(pipe, epsilon=8.0, calibration=other, ledger=ledger)
+    assert not ledger.entries() and torch.equal(picture(pipe, "a red circle"), exact)
 
 
 def test_a_long_public_text_may_answer(pipe: Any) -> None:
