@@ -86,7 +86,8 @@ def test_mixed_text_encoder_and_unet_dtypes(private: Any) -> None:
 def offload(pipe: Any, kind: str) -> None:
     """accelerate's hooks by hand: diffusers refuses without an accelerator."""
     device = torch.device("cpu")
-    for model in (pipe.text_encoder, pipe.unet, pipe.vae):
+    draws = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    for model in (pipe.text_encoder, draws, pipe.vae):
         if kind == "model":
             accelerate.cpu_offload_with_hook(model, device)
         else:

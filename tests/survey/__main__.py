@@ -104,7 +104,8 @@ def main() -> None:
                 known["not run"].pop(name, None)
                 print(name, finding.how, flush=True)
             except NotBuilt as error:
-                known["not run"][name] = str(error)
+                if not given.attention:
+                    known["not run"][name] = str(error)
                 print(name, "not run:", error, flush=True)
             given.out.mkdir(parents=True, exist_ok=True)
             page.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")

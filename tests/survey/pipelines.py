@@ -121,8 +121,11 @@ def probe(case: Case) -> Finding:
 
 
 def attention(case: Case) -> Finding:
-    """The mechanisms on attention alone, of a pipeline that `probe` knows."""
-    pipe = build(case)
+    """The mechanisms on attention alone, of a pipeline that `probe` knows. Raises NotBuilt where a package is missing here."""
+    try:
+        pipe = build(case)
+    except Exception as error:
+        raise NotBuilt(f"{type(error).__name__}: {str(error)[:200]}") from error
     return Finding((), by_attention(case, pipe) if takes_prompt(type(pipe)) else {})
 
 

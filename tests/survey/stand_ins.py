@@ -11,6 +11,7 @@ from unittest import mock
 import huggingface_hub
 import transformers as tf
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 CHARACTERS = [chr(c) for c in range(33, 127)]
@@ -48,8 +49,6 @@ def words(length: int = 512, *, start: bool = False, end: bool = True, padding: 
     made = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Metaspace()
     made.decoder = decoders.Metaspace()
-    from tokenizers.processors import TemplateProcessing
-
     single = " ".join([*(["<s>"] if start else []), "$A", *(["</s>"] if end else [])])
     made.post_processor = TemplateProcessing(
         single=single, special_tokens=[("<s>", vocabulary["<s>"]), ("</s>", vocabulary["</s>"])]
@@ -85,6 +84,7 @@ def few_words() -> Any:
         ]
     )
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])  # as Gemma's
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
         pad_token="<pad>",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ import torch
 
 from ...errors import ProtectionLostError, ReleaseError, UnsupportedModelError
 from ...mechanisms.merge import exact_partial, merge
-from ...mechanisms.rows_structure import RowsStructure
+from ...mechanisms.rows_structure import RowsStructure, stack_rows
 from ..bindings import unique
 from ..guard import Guard
 from ..layer import project_rows
@@ -40,6 +40,8 @@ SCALE = "{name} scales its logits by {now:.4g} here, and by {then:.4g} when it w
 TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 6e-2}  # relative to the largest number of an output
 STATES = "encoder_hidden_states"
 CHANGED = "its pipeline changes the encoded prompt before the {model} reads it"
+OTHERWISE = "its layers read the text in another way than by their keys and values"
+BESIDE = "its layers read other rows (of a picture, or a second encoding) in one sequence with the text's"
 
 
 @dataclass
@@ -112,10 +114,13 @@ class Marked:
 
 @dataclass
 class _Forward:
-    """What the layers may read in one forward; marked: None where all is public. answered: the layers that read a release."""
+    """What the layers may read in one forward; marked: None where all is public. rows: of text that the model is given. answered: the
+    layers that read a release. beside: whether one was given more rows than that."""
 
     tables: Mapping[str, LayerTable]
     marked: Marked | None = None
+    rows: int = 0
+    beside: bool = False
     answered: set[str] = field(default_factory=set)
 
 
@@ -251,7 +256,7 @@ class DenoiserGate:
         tables = (
             self._stand_ins(active, call) if call.proving else self._host.guard.build(active, states.device)
         )
-        forward = _Forward(tables, Marked.of(tags, active, states.device))
+        forward = _Forward(tables, Marked.of(tags, active, states.device), states.shape[1])
         call.read = True
         if not states.is_inference():
             self._local.seen = states, states._version, call, forward, public
@@ -308,7 +313,7 @@ class DenoiserGate:
         exact = exact.to_tuple() if hasattr(exact, "to_tuple") else exact
         for (_, one), (_, other) in zip(tensors_of(output), tensors_of(exact), strict=True):
             if one.is_floating_point() and not self._close(one, other):
-                raise self._refuse("its layers read the text in another way than by their keys and values")
+                raise self._refuse(BESIDE if forward.beside else OTHERWISE)
         self._host.proven.add(self.prefix)
 
     @staticmethod
@@ -332,7 +337,11 @@ class DenoiserGate:
         if rest:
             raise self._refuse(f"{name} sees another number of prompts than the model is given")
         forward.answered.add(name)
+        forward.beside |= states.shape[1] > forward.rows
         marked = forward.marked.repeated(times)
+        joint = self._joint(forward.tables[name], call, marked, layer.added)
+        if joint is not None:
+            return joint.attend(call.query)
         private = call.select(marked.rows) if len(marked.public) else call
         text = states.shape[1] if layer.added else None
         out = self._private(layer, forward.tables[name], private, marked.index, text).to(call.query.dtype)
@@ -342,6 +351,24 @@ class DenoiserGate:
         every[marked.rows] = out
         every[marked.public] = call.select(marked.public).exact()
         return every
+
+    @staticmethod
+    def _joint(table: LayerTable, call: Attention, marked: Marked, added: bool) -> RowsStructure | None:
+        """Rows that were released and those of public elements as one structure of the batch's size, so that no query is copied. None where
+        something else than rows was released, or stands beside them."""
+        released = table.structure
+        if added or not isinstance(released, RowsStructure) or table.public_key is not None:
+            return None
+        if not len(marked.public):
+            return released.select(marked.index)
+        bias = call.row_bias()
+        if bias is None:
+            return None
+        key, value = call.key[marked.public], call.value[marked.public]
+        exact = RowsStructure(key, value, bias[marked.public], released.scale)
+        heads = released.bias.expand(-1, bias.shape[1], -1, -1)
+        each = replace(released, bias=heads).select(marked.index)
+        return stack_rows([each, exact]).select(torch.cat([marked.rows, marked.public]).argsort())
 
     @staticmethod
     def _private(

@@ -175,6 +175,6 @@ class DenoiserHost(LayerHost):
 
     def words(self, setting: Setting) -> HostWords:
         encoder = self._encoder
-        masked = encoder is not None and encoder.mask_at is not None
+        masked = encoder is not None and not encoder.padded
         rows = None if encoder is None else encoder.rows
         return placed_words(self.model, setting, rows, masked, bool(encoder and encoder.public_rows))

@@ -63,6 +63,20 @@ class Attention:
             self.query, self.key, self.value, attn_mask=self.mask, **self.rest
         )
 
+    def row_bias(self) -> torch.Tensor | None:
+        """[B, 1 or H, 1, n] that the mask adds to the logits of all queries alike; None where it is of another kind."""
+        mask = self.mask
+        if self.rest.get("dropout_p") or self.rest.get("is_causal"):
+            return None
+        if mask is None:
+            return self.key.new_zeros(len(self.query), 1, 1, self.key.shape[2])
+        if mask.ndim != 4 or mask.shape[2] != 1:
+            return None
+        mask = mask.expand(len(self.query), -1, -1, self.key.shape[2])
+        if mask.dtype == torch.bool:
+            return self.key.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        return mask.to(self.key.dtype)
+
     def select(self, index: torch.Tensor) -> Attention:
         """Of some batch elements."""
         mask = self.mask

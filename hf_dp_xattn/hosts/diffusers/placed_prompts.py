@@ -24,10 +24,11 @@ from ..text.one_step import one_step
 from ..text.prompt_swap import OTHERS, PRIVATE, PromptSwap, items_of, no_progress
 from ..text.released_texts import ReleasedPrompt
 from .denoiser_gate import Call, Calls
-from .prompt_encoder import OTHER, STAND_IN, PromptEncoder, changed, is_rows, marks, tensors_of
+from .prompt_encoder import OTHER_TEXTS, STAND_IN, PromptEncoder, changed, is_rows, marks, tensors_of
 from .text_side import as_texts
 
 NOT_REACHED = "no encoded prompt reached its denoiser"
+TWO = "its denoiser reads two encodings of the prompt side by side"
 DEPENDS = "how many rows an encoded prompt has depends on it"
 COMPILED = (
     "This pipeline's denoiser is compiled, and its protection is not seen by a compiled graph: leave it uncompiled, or use "
@@ -170,17 +171,35 @@ class PlacedPrompts(PromptSwap):
         outputs = original(*bound.args, **bound.kwargs)
         tensors = dict(tensors_of(outputs))
         placed = {w: t.clone() for w, t in tensors.items() if is_rows(t)}
+        if not placed:
+            return outputs
         for i, tag in enumerate(call.tags):
-            others = [OTHER if i == j else t for j, t in enumerate(texts)]
-            bound.arguments["prompt"] = others[0] if isinstance(prompt, str) else others
-            with private_run(*self._encoder.modules):  # in silence
-                now = dict(tensors_of(original(*bound.args, **bound.kwargs)))
+            now = self._of_another(original, bound, i, {w: tensors[w] for w in placed})
             for where, tensor in placed.items():
-                if where not in now or now[where].shape != tensor.shape:
-                    raise self._unsupported(DEPENDS)
                 for element in changed(tensors[where], now[where]).nonzero().flatten().tolist():
                     self._mark(call, tag, tensors, where, element, tensor)
+        bound.arguments["prompt"] = prompt
         return _replaced(outputs, placed)
+
+    def _of_another(
+        self,
+        original: Callable[..., Any],
+        bound: inspect.BoundArguments,
+        element: int,
+        known: dict[tuple[int, ...], torch.Tensor],
+    ) -> dict[tuple[int, ...], torch.Tensor]:
+        """The outputs for another text in the place of one stand-in, of as many rows. known: those for stand-ins alone."""
+        alone = isinstance(bound.arguments["prompt"], str)
+        texts = items_of(bound.arguments["prompt"])
+        for other in OTHER_TEXTS:
+            changed_texts = [other if i == element else STAND_IN for i in range(len(texts))]
+            bound.arguments["prompt"] = other if alone else changed_texts
+            with private_run(*self._encoder.modules):  # in silence
+                now = dict(tensors_of(original(*bound.args, **bound.kwargs)))
+            same = all(w in now and now[w].shape == t.shape for w, t in known.items())
+            if same and any(not torch.equal(now[w], t) for w, t in known.items()):
+                return now
+        raise self._unsupported(DEPENDS)
 
     def _mark(
         self,
@@ -193,11 +212,13 @@ class PlacedPrompts(PromptSwap):
     ) -> None:
         rows = tensors[where][element]
         same = where == self._encoder.where
-        if self._encoder.mask_at is None and len(rows) != self._encoder.rows:
+        if self._encoder.padded and len(rows) != self._encoder.rows:
             raise ConfigError(
                 f"This call encodes a prompt to {len(rows)} rows, and a release has {self._encoder.rows}: leave the length of a prompt "
                 "(max_sequence_length) at its default. Nothing was spent."
             )
+        if call.rows.get(tag, rows).shape != rows.shape:
+            raise self._unsupported(TWO)
         call.rows[tag] = rows
         call.shown[tag] = self._encoder.shown(tensors, element) if same else rows
         tensor[element] = marks(tag, rows)

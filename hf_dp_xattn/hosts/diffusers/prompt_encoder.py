@@ -23,6 +23,8 @@ from .text_side import as_texts
 STAND_IN = "a picture"
 """Public: what all of a pipeline but its protected layers sees in place of a private prompt."""
 OTHER = "a dog in the rain"
+OTHER_TEXTS = (OTHER, "a drawing", "a number")
+"""The last two are mostly of as many tokens as the stand-in."""
 METHODS = ("encode_prompt", "_encode_prompt")
 _PROMPTS = re.compile(r"prompt(_[2-9])?")
 _COUNTS = re.compile(r"num_\w+_per_prompt")
@@ -77,6 +79,8 @@ class PromptEncoder:
         pipe: the pipeline.
         modules: its text encoders.
         channels: of a row where it enters the denoiser.
+
+    padded: whether all prompts have the same number of rows, none of them masked.
     """
 
     def __init__(self, pipe: Any, modules: Sequence[torch.nn.Module], channels: int) -> None:
@@ -90,10 +94,9 @@ class PromptEncoder:
         rows = [w for w, t in tensors_of(first) if is_rows(t) and bool(changed(t, at[w]).any())]
         if len(rows) != 1 or dict(tensors_of(first))[rows[0]].shape[-1] != channels:
             raise self._refuse(
-                f"its encode_prompt gives {len(rows)} sequences of rows that depend on the prompt; one, of {channels} channels, is known "
-                "how to release"
+                f"its encode_prompt gives {len(rows)} sequences of rows, where one is known how to release"
                 if len(rows) != 1
-                else f"its encode_prompt gives rows of other channels than the {channels} that its denoiser takes"
+                else f"its pipeline projects the encoded prompt to {channels} channels before its denoiser reads it"
             )
         self.where = rows[0]
         tensors = dict(tensors_of(first))
@@ -105,12 +108,11 @@ class PromptEncoder:
             if _is_mask(t)
         ]
         self.mask_at = masks[0] if len(masks) == 1 else None
-        if len(masks) > 1 or tensors[self.where].shape != at[self.where].shape:
-            raise self._refuse(
-                "the number of rows of its encoded prompt, or more than one mask, depends on the prompt"
-            )
+        if len(masks) > 1:
+            raise self._refuse(f"{len(masks)} masks of its encoded prompt depend on the prompt")
+        self.padded = self.mask_at is None and tensors[self.where].shape == at[self.where].shape
         one, two = tensors[self.where][0], at[self.where][0]
-        self.public_rows = int(self.mask_at is None and torch.equal(one[0], two[0]))
+        self.public_rows = int(self.padded and torch.equal(one[0], two[0]))
         self.first = one[: self.public_rows].detach().clone()
 
     def _refuse(self, reason: str) -> UnsupportedModelError:
@@ -186,7 +188,7 @@ class PromptEncoder:
         def load() -> Rows:
             return torch.cat([self.read(unit) for unit in each]), self.first
 
-        count = 0 if self.mask_at is not None else (self.rows - self.public_rows) * len(each)
+        count = (self.rows - self.public_rows) * len(each) if self.padded else 0
         groups = (
             None if units is None else torch.arange(len(each)).repeat_interleave(self.rows - self.public_rows)
         )
@@ -203,7 +205,7 @@ class PromptEncoder:
             load,
             groups,
             parts=parts,
-            padded=self.mask_at is None,
+            padded=self.padded,
             trials=(self.trial(),),
             encoder=self.modules,
         )
@@ -220,9 +222,9 @@ class PromptEncoder:
             return [from_embeddings(rows, self.channels) for rows in context.reshape(-1, *context.shape[-2:])]
         if not phrases:
             return [self._context(t, None) for t in as_texts(context, "context")]
-        if self.mask_at is not None:
+        if not self.padded:
             raise ConfigError(
-                "The rows of this pipeline's prompts have a mask, so that it takes unit='row' or unit='context', or mechanism='library'."
+                "This pipeline's prompts have as many rows as tokens: it takes unit='row' or unit='context', or mechanism='library'."
             )
         return [self._context(t, check_phrases(split_phrases(t))) for t in as_texts(context, "context")]
 

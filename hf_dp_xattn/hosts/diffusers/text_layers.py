@@ -15,6 +15,7 @@ from torch import nn
 
 from ...errors import DPXAttnError, UnsupportedModelError
 from ...mechanisms.base import LayerSpec
+from ..layer import home
 from .architectures import rowwise_reason, unwrap
 from .attention_layer import AttentionLayer, project
 from .intercepted import Attention, taken
@@ -113,6 +114,7 @@ class TextLayer(AttentionLayer):
             None,
         )
         self._norm = before if isinstance(before, nn.Module) else None
+        self._needs_mask = type(getattr(module, "processor", None)).__name__.startswith("Lumina")
         self._forward = type(module).forward
         if not self.added and getattr(module, "add_k_proj", None) is not None:
             raise refuse(model, f"{name} reads an image beside the text")
@@ -150,12 +152,11 @@ class TextLayer(AttentionLayer):
     def _try(self, model: Any) -> None:
         """Its heads, dims and scale, and whether rows stand for themselves: one that is changed changes no other."""
         weight = next(self.module.parameters())
-        if weight.device.type == "meta":
-            raise refuse(model, f"the weights of {self.name} are away; protect before they are offloaded")
+        device = home(self.module, torch.device("cpu"))
         gen = torch.Generator().manual_seed(0)
-        rows = torch.randn(1, 3, self.channels, generator=gen).to(weight.device, self._dtype(weight))
+        rows = torch.randn(1, 3, self.channels, generator=gen).to(device, self._dtype(weight))
         try:
-            with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
                 call = self._taken(rows)
                 rows[:, 1] = torch.nan
                 other = self._taken(rows)
@@ -164,7 +165,9 @@ class TextLayer(AttentionLayer):
                 model, f"{self.name} has a processor ({type(self.module.processor).__name__}) of another kind"
             ) from error
         except Exception as error:
-            raise refuse(model, f"the probe of {self.name} failed ({type(error).__name__})") from error
+            raise refuse(
+                model, f"{self.name} could not be run on rows of text alone ({type(error).__name__})"
+            ) from error
         self.heads, self.key_dim, self.value_dim = (
             call.key.shape[1],
             call.key.shape[3],
@@ -197,8 +200,9 @@ class TextLayer(AttentionLayer):
         first: Any = getattr(self.module.to_q, "base_layer", self.module.to_q)
         hidden = rows.new_zeros(len(rows), 1, first.in_features)
         hidden = hidden.mT if self.added else hidden
-        call = taken(lambda: self._forward(self.module, hidden, encoder_hidden_states=rows))
         n = rows.shape[1]
+        masks = {"attention_mask": rows.new_ones(len(rows), n, dtype=torch.bool)} if self._needs_mask else {}
+        call = taken(lambda: self._forward(self.module, hidden, encoder_hidden_states=rows, **masks))
         return Attention(call.query, call.key[:, :, :n], call.value[:, :, :n], None, call.rest)
 
     def _is_direct(self, rows: torch.Tensor) -> bool:

@@ -12,6 +12,8 @@ from diffusers import (
     AnimateDiffPipeline,
     ControlNetModel,
     DDPMScheduler,
+    LattePipeline,
+    LatteTransformer3DModel,
     MotionAdapter,
     StableDiffusionControlNetPipeline,
     StableDiffusionUpscalePipeline,
@@ -87,6 +89,30 @@ def tiny_upscaler() -> Any:
     )
 
 
+def tiny_latte() -> Any:
+    """Of prompts that have as many rows as tokens."""
+    torch.manual_seed(0)
+    parts = {n: getattr(tiny_pixart(), n) for n in ("tokenizer", "text_encoder", "vae", "scheduler")}
+    transformer = LatteTransformer3DModel(
+        sample_size=8,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        caption_channels=32,
+        in_channels=4,
+        cross_attention_dim=24,
+        out_channels=8,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+    )
+    return quiet(LattePipeline(**parts, transformer=transformer.eval()))
+
+
 def _draw(pipe: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     image = torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
     name, more = type(pipe).__name__, {"height": 16, "width": 16}
@@ -100,9 +126,11 @@ def _draw(pipe: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         more |= {"image": image, "strength": 1.0, "mask_image": torch.ones(1, 1, 16, 16)}
     elif "Animate" in name:
         more |= {"num_frames": 2, "decode_chunk_size": 2}
+    elif "Latte" in name:
+        more = {"height": 8, "width": 8, "video_length": 1, "clean_caption": False}
     if "StableDiffusion" in name:
         return picture(pipe, *args, **more, **kwargs)
-    if "Animate" in name:
+    if "Animate" in name or "Latte" in name:
         given = {
             "num_inference_steps": 2,
             "output_type": "latent",
@@ -128,6 +156,7 @@ HOSTS: dict[str, Callable[[], Any]] = {
     "sdxl controlnet": tiny_controlnet_xl,
     "animatediff": tiny_animatediff,
     "pixart": tiny_pixart,
+    "latte": tiny_latte,
     "wan": tiny_wan,
 }
 FEW = "sdxl", "sd controlnet", "pixart"
