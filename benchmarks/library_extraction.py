@@ -119,7 +119,8 @@ def page(results: dict[str, Any]) -> str:
         "reads the released texts, and computes each one's likelihood. No attacker that sees replies can be right more often.",
         "",
         f"{len(results['hits'])} held-out prompts with one more segment, which holds a code (one of {CODES:,}) and a name (one of "
-        f"{len(NAMES):,}). Rates with 95 % intervals; *at most*: what epsilon allows. The code or the name stands in {told} of {texts} "
+        f"{len(NAMES):,}). Rates with 95 % intervals; *at most*: what epsilon allows. Chance is 5 % for *ranking of 20*, and "
+        f"{percent(1 / CANDIDATES)} for the best attacker. The code or the name stands in {told} of {texts} "
         "released texts.",
         "",
         "| secret | attack | unprotected | " + " | ".join(f"epsilon {c}" for c in columns[1:]) + " |",
