@@ -34,6 +34,26 @@ def naive_step(unet: Any, context: ContextRows, public: torch.Tensor) -> torch.T
     return unet(latents(1, torch.float64), 5, rows, encoder_attention_mask=mask).sample
 
 
+def test_layers_of_different_numbers_of_heads() -> None:
+    """As SDXL and Stable Diffusion 2 have them."""
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+    }
+    pipe = tiny_sd(unet=tiny_unet(**blocks, attention_head_dim=(2, 4)))
+    words = (
+        ("red", "blue", "dark", "new"),
+        ("cat", "dog", "car", "tree"),
+        ("at night", "in snow", "on wood", "by day"),
+    )
+    public = [f"a {a} {b} {c}" for a in words[0] for b in words[1] for c in words[2]]
+    few = {"anchors": 8, "steps": 2, "query_prompts": 1, "query_steps": 1}
+    made = dpx.calibrate(pipe, public, CONFIG, epsilons=(8.0,), releases=("sum",), progress=False, **few)
+    handle = dpx.protect(pipe, CONFIG, calibration=made, allow_useless=True)
+    assert {layer.heads for layer in handle.layers.values()} == {2, 4}
+    assert bool(picture(pipe, PROMPT).isfinite().all())
+
+
 @pytest.mark.parametrize("how", ["written", "scaled", "another parameter"])
 def test_weights_that_change_between_two_steps_are_noticed(pipe: Any, how: str) -> None:
     """All steps get one tensor, and what it was read to is kept; a step after a change is what a first step would be."""

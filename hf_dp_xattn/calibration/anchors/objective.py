@@ -155,7 +155,7 @@ class Objective:
             (exact.double() - exact[among].double().mean(0)).square().sum((2, 3)) * layer.gain.double()
             for (_, exact), layer in zip(sampled, self.layers, strict=True)
         ]
-        return Exact(tuple(sampled), torch.stack(variances, 1))
+        return Exact(tuple(sampled), _stack_heads(variances))
 
     @torch.no_grad()
     def errors(self, exact: Exact, decoded: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
@@ -168,7 +168,7 @@ class Objective:
             parts = zip(padded.split(32), bias.split(32), wanted.split(32), strict=True)
             each = [(layer.attend(p, q, b) - w).double().square().sum((2, 3)) for p, b, w in parts]
             errors.append(torch.cat(each) * layer.gain.double())
-        return torch.stack(errors, 1)
+        return _stack_heads(errors)
 
     def measure(
         self,
@@ -182,6 +182,12 @@ class Objective:
         """Squared error and variance of each context, layer and head [N, L, H] float64, gains included; `decoded`: (rows, log weights)."""
         exact = self.exact(whole, queries=queries, seed=seed, outputs=outputs)
         return self.errors(exact, decoded), exact.variances
+
+
+def _stack_heads(each: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[N, H] of each layer -> [N, L, H]; a layer of fewer heads (SDXL's, SD 2's) has zeros, which are in no sum."""
+    most = max(e.shape[1] for e in each)
+    return torch.stack([F.pad(e, (0, most - e.shape[1])) for e in each], 1)
 
 
 def pad_decoded(decoded: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
