@@ -25,18 +25,19 @@ PROMPT = "a red circle"
 
 def load_ip_adapter(pipe: Any) -> None:
     """A tiny IP-Adapter, loaded by diffusers itself."""
+    channels = pipe.unet.config.cross_attention_dim
     sizes = [a.to_k.out_features for n, a in pipe.unet.named_modules() if n.endswith(".attn2")]
     weights = {}
     for i, size in enumerate(sizes):
         weights |= {
-            f"{2 * i + 1}.to_k_ip.weight": torch.ones(size, CHANNELS),
-            f"{2 * i + 1}.to_v_ip.weight": torch.ones(size, CHANNELS),
+            f"{2 * i + 1}.to_k_ip.weight": torch.ones(size, channels),
+            f"{2 * i + 1}.to_v_ip.weight": torch.ones(size, channels),
         }
     image = {
-        "proj.weight": torch.ones(4 * CHANNELS, 8),
-        "proj.bias": torch.zeros(4 * CHANNELS),
-        "norm.weight": torch.ones(CHANNELS),
-        "norm.bias": torch.zeros(CHANNELS),
+        "proj.weight": torch.ones(4 * channels, 8),
+        "proj.bias": torch.zeros(4 * channels),
+        "norm.weight": torch.ones(channels),
+        "norm.bias": torch.zeros(channels),
     }
     pipe.load_ip_adapter({"image_proj": image, "ip_adapter": weights}, "", "", image_encoder_folder=None)
 

@@ -46,17 +46,23 @@ HOSTS: dict[str, tuple[Callable[[], Any], str]] = {
     "sd": (tiny_sd, "none"),
     "sd, library": (tiny_sd, "library"),
     "pixart": (tiny_pixart, "none"),
+    "sdxl": (
+        tiny_sdxl,
+        "none",
+    ),  # whose pooled vector is that of a public text: only what is refused is tried
     "sdxl, library": (tiny_sdxl, "library"),
 }
 REFUSED = {
     "sd": {"fused projections", "IP-Adapter", "another processor"},
     "sd, library": {"LoRA of the text encoder"},  # whose codes are not those of the library then
     "pixart": {"compile"},
+    "sdxl": {"attention slicing", "compile", "IP-Adapter"},
     "sdxl, library": {"LoRA of the text encoder"},
 }
 NO_SUCH = {
     "sd, library": {"IP-Adapter"},  # which wants a picture, and reads no private text
     "pixart": {"slicing of self-attention", "FreeU", "LoRA", "LoRA of the text encoder", "IP-Adapter"},
+    "sdxl": set(CHANGES) - REFUSED["sdxl"],
     "sdxl, library": {"IP-Adapter"},
 }
 SLOW = {"compile", "LoRA of the text encoder", "channels last", "FreeU"}

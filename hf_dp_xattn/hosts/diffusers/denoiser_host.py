@@ -77,6 +77,7 @@ class DenoiserHost(LayerHost):
             n: y for layers in self._layers.values() for n, y in layers.items()
         }
         self._channels = channels_of(self.text_layers)
+        self._projections = {m: getattr(m, "encoder_hid_proj", None) for m in self.models.values()}
         return dict(self.text_layers)
 
     def watched(self) -> list[nn.Module]:
@@ -146,6 +147,8 @@ class DenoiserHost(LayerHost):
         now = next((models_of(patch.host) for patch in self._patches), self.models)
         if list(now.values()) != list(self.models.values()):
             reason: str | None = "its denoiser or ControlNet was replaced"
+        elif any(getattr(m, "encoder_hid_proj", None) is not p for m, p in self._projections.items()):
+            reason = "an IP-Adapter (encoder_hid_proj) was loaded"
         else:
             reason = next((why for gate in self._gates if (why := gate.changed()) is not None), None)
         if reason is None:
