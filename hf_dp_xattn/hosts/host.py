@@ -6,7 +6,7 @@ A handle (`protected.Protected`) holds one, and the guard that was made for it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -39,10 +39,12 @@ class Readable(Protocol):
 class Host(ABC):
     """A UNet or model (`layer_host.LayerHost`), or whatever reads released text (`text.text_host.TextHost`).
 
-    undo: what to do where the protection was lost. layers: those that read a private context, by name. guard: from `install` on.
+    undo: what to do where the protection was lost. adapts_pipelines: it is of pipelines, not of their models. layers: those that
+    read a private context, by name. guard: from `install` on.
     """
 
     undo: ClassVar[str] = f"Undo that change, call dpx.unprotect(model), and {PROTECT_AGAIN}."
+    adapts_pipelines: ClassVar[bool] = False
     model: Any
     layers: Mapping[str, Any] = {}
     guard: Any
@@ -99,6 +101,13 @@ class Host(ABC):
         raise ConfigError(
             f"{type(self.model).__name__} takes no corpus: protect an encoder-decoder model, or with mechanism='library' any host. Nothing "
             "was spent."
+        )
+
+    def weighted(self, texts: Sequence[str], weights: Sequence[float]) -> PrivateContext:
+        """See `Protected.private_encode`. Raises ConfigError, ContextError; nothing was spent."""
+        raise ConfigError(
+            f"{type(self.model).__name__} takes no weighted text: private_encode is for pipelines of Stable Diffusion (1, 2, XL and kin) "
+            "and mechanisms on attention. Text that mechanism='library' releases is public: weight it as you like. Nothing was spent."
         )
 
     @abstractmethod

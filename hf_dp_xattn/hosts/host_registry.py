@@ -12,10 +12,11 @@ from ..calibration.public_data import PublicData
 from ..config import DPXAttnConfig
 from ..known_mechanisms import KNOWN
 from .diffusers.architectures import PIPELINES, check_pipeline_class, refuse_host, unwrap
-from .diffusers.denoiser_host import DenoiserHost, denoiser_of
+from .diffusers.denoiser_host import denoiser_of
 from .diffusers.picture_driver import PipelineDriver, PlacedDriver, UNetDriver
 from .diffusers.placed_public import placed_public
 from .diffusers.public_prompts import public_prompts
+from .diffusers.rows_host import placed_host
 from .diffusers.unet_host import UNetHost
 from .driver import Driver
 from .guard import handle_on
@@ -42,12 +43,12 @@ class HostKind:
     public_data: (host, public contexts, config, options) -> what a calibration is fitted to; the host is ready for that while it lasts.
     driver: its use from plain texts, by the audit and the command line. takes: of the options of `calibrate` that not all kinds take.
     documents: whether groups are documents that are encoded apart. pipeline: what of a given host is the pipeline that its model is to be
-    protected in, or None; raises where it is neither. whole: the host class adapts that pipeline, not its model. shipped: the kind of the
+    protected in, or None; raises where it is neither. whole: the host adapts that pipeline, not its model. shipped: the kind of the
     package's public prompts that are like what it reads; None where there are none.
     """
 
     matches: Callable[[Any], bool]
-    host: type[LayerHost]
+    host: Callable[[Any], LayerHost]
     public_data: Callable[[Any, Any, DPXAttnConfig, CalibrationOptions], AbstractContextManager[PublicData]]
     driver: type[Driver]
     takes: frozenset[str] = frozenset()
@@ -100,7 +101,7 @@ KINDS = (
     HostKind(is_decoder_only, DecoderHost, public_prefixes, PrefixDriver, QUESTIONS | PREFIXES),
     HostKind(
         _is_other_pipeline,
-        DenoiserHost,
+        placed_host,
         placed_public,
         PlacedDriver,
         pipeline=lambda host: host,

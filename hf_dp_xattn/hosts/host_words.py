@@ -96,6 +96,28 @@ def placed_words(
     return s.words(model, "prompt", public, *last)
 
 
+def rows_words(model: object, s: Setting, rows: int | None, vectors: int, first_is_public: bool) -> HostWords:
+    """Of a pipeline whose denoiser is given released rows. rows: of a prompt, pooled vectors among them; None where that depends on it."""
+    public = [
+        WEIGHTS,
+        "all else that is made of a prompt (masks, text ids, lengths"
+        + (")" if vectors else ", pooled vectors)")
+        + ": it is made of a public text in its place",
+    ]
+    if rows is not None:
+        beside = f", the pooled vector{'s' if vectors > 1 else ''} among them" if vectors else ""
+        public.append(f"the number of rows of a prompt (always {rows}{beside})")
+    elif s.counted and s.unit == "row":
+        public.append("the number of tokens of a prompt")
+    if first_is_public:
+        public.append("the first row of a prompt's encoding (the causal encoders make it from no word)")
+    last = (
+        "the negative prompt",
+        "guidance, steps, seeds and sizes of the pictures, and pictures that are given",
+    )
+    return s.words(model, "prompt", public, *last)
+
+
 def document_words(model: object, s: Setting) -> HostWords:
     """Of an encoder-decoder model."""
     public = [WEIGHTS]

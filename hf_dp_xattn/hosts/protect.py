@@ -223,7 +223,7 @@ def _protect(host: Any, settings: Settings, *, tokenizer: Any = None, encoder: A
             model, kind = model_of(host), kind_to_protect(host)
             pipe = kind.pipeline(host)
             handle = handle_of(model)
-            if handle is not None and pipe is not None and type(handle.host) is not kind.host:
+            if handle is not None and pipe is not None and handle.host.adapts_pipelines != kind.whole:
                 raise UnsupportedModelError(OTHER_KIND.format(pipeline=type(pipe).__name__))
         if handle is None:
             return _installed(_host(host, model, kind, settings, tokenizer, encoder), settings, pipe)

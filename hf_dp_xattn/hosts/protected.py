@@ -18,6 +18,7 @@ from .accounts import Settings
 from .corpus import is_corpus, release_corpus
 from .host import Host
 from .locks import Lock, locked
+from .private_encoding import PrivateEncoding, enclose, enclosed, read_parts
 from .release import BaseRelease
 from .released import ReleasedContext
 from .terms import Terms, terms_of
@@ -181,9 +182,9 @@ class Protected:
         """Releases private contexts, one budget each. A context that this handle released before is reused and not charged again.
 
         Args:
-            context: of a pipeline a string, a list of strings, token ids [n] or [B, n], or embeddings [n, C] or [B, n, C]; of a UNet,
-                embeddings. Of an encoder-decoder model token ids, or rows of the encoder's output; of a decoder-only one token ids (lists,
-                tensors, or what a chat template gives); of Mllama, rows of the projected vision output.
+            context: of a pipeline a string, a list of strings, token ids [n] or [B, n], embeddings [n, C] or [B, n, C], or what
+                `private_encode` gives; of a UNet, embeddings. Of an encoder-decoder model token ids, or rows of the encoder's output; of a
+                decoder-only one token ids (lists, tensors, or what a chat template gives); of Mllama, rows of the projected vision output.
 
                 With groups="documents" also a dataset of `datasets`, or an iterator, of one document each (a string, or a row with a
                 "text"; of an encoder-decoder model with input_ids): ONE context, read as a stream. In a job of several processes
@@ -212,6 +213,10 @@ class Protected:
             ContextError, ConfigError: not valid; nothing was spent.
             BudgetExceededError: the ledger refuses; nothing was spent or computed, for no context of the batch.
         """
+        if isinstance(context, PrivateEncoding):
+            if groups is not None or horizon is not None or named:
+                raise ConfigError("A private encoding is released by itself. Nothing was spent.")
+            return self._released(self.releases.make([enclosed(self, context)], fresh=fresh))
         if is_corpus(context):
             if groups != "documents" or horizon is not None or named:
                 raise ConfigError(
@@ -223,6 +228,35 @@ class Protected:
             return self._released(self.releases.make(contexts, groups=row_groups, fresh=fresh))
         growing = self.guard.open(contexts, row_groups, horizon)
         return self._released([growing.latest], growing)
+
+    @locked
+    def private_encode(self, parts: Sequence[str | tuple[str, float]]) -> PrivateEncoding:
+        """A PRIVATE prompt whose words count more or less, as compel's `(red)1.3` does, for a pipeline of Stable Diffusion (1, 2, XL and
+        kin) with a mechanism on attention: opaque until `release`, which encodes and charges it.
+
+        A space joins the parts to one prompt. Each token's row is moved along the line from the empty prompt's row through its own: weight
+        1 leaves it, 0 makes it the empty prompt's, 1.3 goes further. With unit="group" each part is encoded by itself instead, and is a
+        unit.
+
+        *Formal guarantee.* That of `release`, whatever the weights: a weighted row is clipped as any other, and neighbours may differ in
+        its text and in its weight. Public is what is public of a plain prompt; with unit="group" how many parts there are. It is charged
+        under the names of its plain text too, so that other weights are no other text.
+
+        Args:
+            parts: texts, or pairs of a text and its weight (a finite number).
+
+        Returns:
+            What `release` takes. Nothing else reads it: it has no attributes, takes part in no computation, and is not shown, copied or
+            pickled; nothing was computed yet, and nothing was spent.
+
+        Raises:
+            ConfigError, ContextError: not valid, or a host that takes no weights; nothing was spent.
+
+        Example:
+            >>> encoding = protected.private_encode(["a", ("red", 1.3), "circle"])  # doctest: +SKIP
+            >>> images = pipe(**protected.release(encoding).inputs()).images  # doctest: +SKIP
+        """
+        return enclose(self, self.host.weighted(*read_parts(parts)))
 
     def _released(self, contexts: Sequence[Any], growing: GrowingContext | None = None) -> BaseRelease:
         return self._release_class(contexts, self.config, self, growing)

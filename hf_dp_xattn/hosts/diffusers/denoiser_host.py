@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from ...errors import ConfigError, UnsupportedModelError
 from ..accounts import PROTECT_AGAIN
 from ..bindings import bind
+from ..context import PrivateContext
 from ..fingerprint import Fingerprint, fingerprint
 from ..guard import Guard
 from ..host import Named, Readable
@@ -47,17 +48,13 @@ def models_of(pipe: Any) -> dict[str, Any]:
     return models
 
 
-def encoder_of(pipe: Any, layers: Mapping[str, TextLayer]) -> PromptEncoder:
-    """What makes rows for these layers."""
-    return PromptEncoder(pipe, text_encoders(pipe), channels_of(layers))
-
-
 class DenoiserHost(LayerHost):
     """Its models are given public text, and their cross-attention reads releases where a prompt was private.
 
     proven: the prefixes of the models whose layers were found to read what the model reads, at a call with public text.
     """
 
+    adapts_pipelines = True
     undo = f"Undo that change, call dpx.unprotect(pipe), and {PROTECT_AGAIN}."
 
     def __init__(self, pipe: Any) -> None:
@@ -105,7 +102,7 @@ class DenoiserHost(LayerHost):
 
     def install(self, guard: Guard, handle: Any) -> None:
         super().install(guard, handle)
-        self._gates = [DenoiserGate(self, p, m, self._layers[p]) for p, m in self.models.items()]
+        self._gates = [DenoiserGate(self, p, self.models[p], y) for p, y in self._layers.items()]
         for gate in self._gates:
             gate.install()
 
@@ -119,10 +116,17 @@ class DenoiserHost(LayerHost):
                 f"{type(pipe).__name__} shares its denoiser with a protected pipeline that has other models beside it (a ControlNet, ...). "
                 f"Call dpx.unprotect(pipe) first, and {PROTECT_AGAIN}. Nothing was patched."
             )
-        encoder = encoder_of(pipe, self.text_layers)
+        encoder = self.encoder_for(pipe)
         guard.maker.check_text(encoder)
         if self._encoder is None:
             self._encoder = encoder
+        return self._placed(pipe, guard, encoder)
+
+    def encoder_for(self, pipe: Any) -> PromptEncoder:
+        """What makes rows for its layers. Raises UnsupportedModelError."""
+        return PromptEncoder(pipe, text_encoders(pipe), self.channels)
+
+    def _placed(self, pipe: Any, guard: Guard, encoder: PromptEncoder) -> PlacedPrompts:
         return PlacedPrompts(pipe, self, guard, encoder)
 
     def join(self, pipe: Any, side: PlacedPrompts, handle: Any) -> None:
@@ -170,11 +174,14 @@ class DenoiserHost(LayerHost):
         apart = isinstance(groups, str) or (groups is None and self.guard.config.unit == "group")
         return Named(self.encoder.name(context, phrases=apart), None if apart else groups)
 
+    def weighted(self, texts: Sequence[str], weights: Sequence[float]) -> PrivateContext:
+        return self.encoder.weighted(texts, weights, apart=self.guard.config.unit == "group")
+
     def inputs(self, release: Readable, prompt: str | Sequence[str] | None, **public: Any) -> dict[str, Any]:
         if public or prompt is not None:
             raise ConfigError("Public text beside a release is not supported by this pipeline.")
         tags = self.guard.bindings.add([bind(c, None, c.tag) for c, _ in release.beside(None)])
-        return {"prompt": prompts_of(tags)}
+        return {"prompt": prompts_of(tags, self.encoder.stand_in)}
 
     def words(self, setting: Setting) -> HostWords:
         encoder = self._encoder

@@ -24,7 +24,7 @@ from ..text.one_step import one_step
 from ..text.prompt_swap import OTHERS, PRIVATE, PromptSwap, items_of, no_progress
 from ..text.released_texts import ReleasedPrompt
 from .denoiser_gate import Call, Calls
-from .prompt_encoder import OTHER_TEXTS, STAND_IN, PromptEncoder, changed, is_rows, marks, tensors_of
+from .prompt_encoder import PromptEncoder, changed, is_rows, marks, tensors_of
 from .text_side import as_texts
 
 NOT_REACHED = "no encoded prompt reached its denoiser"
@@ -37,12 +37,12 @@ COMPILED = (
 
 
 class PromptOfRelease(ReleasedPrompt):
-    """What `release.inputs` gives in the place of a prompt. tag: names the release."""
+    """What `release.inputs` gives in the place of a prompt: the public stand-in. tag: names the release."""
 
     tag: Tag
 
-    def __new__(cls, tag: Tag) -> PromptOfRelease:
-        prompt = super().__new__(cls, STAND_IN)
+    def __new__(cls, tag: Tag, text: str) -> PromptOfRelease:
+        prompt = super().__new__(cls, text)
         prompt.tag = tag
         return prompt
 
@@ -87,8 +87,7 @@ class PlacedPrompts(PromptSwap):
 
     def _run(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         self._at.check_thoroughly()
-        if any(m._compiled_call_impl is not None for m in self._host.models.values()):
-            raise ConfigError(COMPILED)
+        self._refuse_compiled()
         bound = inspect.BoundArguments(bound.signature, copy.copy(bound.arguments))
         contexts = self._place(bound.arguments)
         private = [c for c in contexts if isinstance(c, PrivateContext)]
@@ -108,6 +107,10 @@ class PlacedPrompts(PromptSwap):
             raise self._unsupported(NOT_REACHED)
         return result
 
+    def _refuse_compiled(self) -> None:
+        if any(m._compiled_call_impl is not None for m in self._host.models.values()):
+            raise ConfigError(COMPILED)
+
     def _unsupported(self, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"{type(self.host).__name__} cannot be protected: {reason}. Nothing was spent. With mechanism='library' every pipeline with a "
@@ -121,7 +124,11 @@ class PlacedPrompts(PromptSwap):
             raise ConfigError(
                 f"`{others[0]}` is not supported beside `prompt` here: give one private text, as `prompt`. Nothing was spent."
             )
-        prompt, embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
+        prompt, embeds, stand_in = (
+            arguments.get("prompt"),
+            arguments.get("prompt_embeds"),
+            self._encoder.stand_in,
+        )
         if embeds is not None:
             if prompt is not None or not isinstance(embeds, torch.Tensor):
                 raise ConfigError(
@@ -130,7 +137,7 @@ class PlacedPrompts(PromptSwap):
             contexts: list[PrivateContext | Tag] = [*self._host.name(embeds).contexts]
             for name in [n for n in arguments if OTHERS.fullmatch(n)]:  # of the same text
                 arguments[name] = None
-            arguments["prompt"] = STAND_IN if len(contexts) == 1 else [STAND_IN] * len(contexts)
+            arguments["prompt"] = stand_in if len(contexts) == 1 else [stand_in] * len(contexts)
             return contexts
         self._refuse(arguments)
         texts = as_texts(prompt, "prompt")
@@ -139,7 +146,7 @@ class PlacedPrompts(PromptSwap):
             given_text.tag if isinstance(given_text, PromptOfRelease) else self._host.name(text).contexts[0]
             for given_text, text in zip(items, texts, strict=True)
         ]
-        arguments["prompt"] = STAND_IN if isinstance(prompt, str) else [STAND_IN] * len(contexts)
+        arguments["prompt"] = stand_in if isinstance(prompt, str) else [stand_in] * len(contexts)
         return contexts
 
     def _try(self, original: Callable[..., Any], bound: inspect.BoundArguments, count: int) -> None:
@@ -166,11 +173,12 @@ class PlacedPrompts(PromptSwap):
         if call is None or self._at.access.public or prompt is None:
             return original(*bound.args, **bound.kwargs)
         texts = items_of(prompt)
-        if list(texts) != [STAND_IN] * len(call.tags):
+        if list(texts) != [self._encoder.stand_in] * len(call.tags):
             return original(*bound.args, **bound.kwargs)
-        outputs = original(*bound.args, **bound.kwargs)
+        with private_run(*self._encoder.modules):  # in silence: nobody asked for the stand-in
+            outputs = original(*bound.args, **bound.kwargs)
         tensors = dict(tensors_of(outputs))
-        placed = {w: t.clone() for w, t in tensors.items() if is_rows(t)}
+        placed = {w: t.clone() for w, t in tensors.items() if self._is_placed(w, t)}
         if not placed:
             return outputs
         for i, tag in enumerate(call.tags):
@@ -191,8 +199,8 @@ class PlacedPrompts(PromptSwap):
         """The outputs for another text in the place of one stand-in, of as many rows. known: those for stand-ins alone."""
         alone = isinstance(bound.arguments["prompt"], str)
         texts = items_of(bound.arguments["prompt"])
-        for other in OTHER_TEXTS:
-            changed_texts = [other if i == element else STAND_IN for i in range(len(texts))]
+        for other in self._encoder.others:
+            changed_texts = [other if i == element else self._encoder.stand_in for i in range(len(texts))]
             bound.arguments["prompt"] = other if alone else changed_texts
             with private_run(*self._encoder.modules):  # in silence
                 now = dict(tensors_of(original(*bound.args, **bound.kwargs)))
@@ -200,6 +208,10 @@ class PlacedPrompts(PromptSwap):
             if same and any(not torch.equal(now[w], t) for w, t in known.items()):
                 return now
         raise self._unsupported(DEPENDS)
+
+    def _is_placed(self, where: tuple[int, ...], tensor: torch.Tensor) -> bool:
+        """Whether what depends on the prompt in this output is not the stand-in's."""
+        return is_rows(tensor)
 
     def _mark(
         self,
@@ -210,6 +222,7 @@ class PlacedPrompts(PromptSwap):
         element: int,
         tensor: torch.Tensor,
     ) -> None:
+        """Puts what reads a release in the place of one element of an output. tensors: all outputs, of the stand-in."""
         rows = tensors[where][element]
         same = where == self._encoder.where
         if self._encoder.padded and len(rows) != self._encoder.rows:
@@ -232,7 +245,7 @@ def _replaced(outputs: Any, placed: dict[tuple[int, ...], torch.Tensor], where: 
     return outputs
 
 
-def prompts_of(tags: Sequence[Tag]) -> Any:
+def prompts_of(tags: Sequence[Tag], stand_in: str) -> Any:
     """In the place of prompts, for a call."""
-    prompts = [PromptOfRelease(tag) for tag in tags]
+    prompts = [PromptOfRelease(tag, stand_in) for tag in tags]
     return prompts if len(prompts) > 1 else prompts[0]

@@ -21,9 +21,10 @@ from ...errors import ConfigError
 from ..identity import host_identity
 from ..layer import layer_probes, row_flops
 from ..text.prompt_swap import no_progress
-from .denoiser_host import encoder_of, models_of
 from .intercepted import Attention, ServedForward
-from .text_layers import TextLayer, find_text_layers
+from .rows_host import RowsHost, placed_host
+from .rows_public import rows_objective
+from .text_layers import TextLayer
 
 
 @contextmanager
@@ -31,7 +32,7 @@ def placed_public(
     pipe: Any, public: Any, config: DPXAttnConfig, options: CalibrationOptions
 ) -> Iterator[PublicData]:
     """What public prompts give. See `hosts.calibrate.calibrate`."""
-    layers = {n: y for p, m in models_of(pipe).items() for n, y in find_text_layers(m, p).items()}
+    host = placed_host(pipe)
     grouping = options.grouping or {"row": "rows", "context": "context"}.get(config.unit, "phrases")
     if config.unit == "group" or grouping not in GROUPINGS[config.unit]:
         raise ConfigError("A calibration for this pipeline is for unit='row' or unit='context'.")
@@ -41,12 +42,23 @@ def placed_public(
         or not all(isinstance(t, str) for t in public)
     ):
         raise ConfigError("public_contexts must be a list of prompts.")
-    encoder = encoder_of(pipe, layers)
+    encoder = host.encoder_for(pipe)
     chosen = choose_contexts(public, 2 * encoder.rows * encoder.channels, options.memory_mb, options.seed)
     rows = [
         encoder.read(text).to("cpu", torch.float32)
         for text in options.progress.track(chosen, "encoding", len(chosen))
     ]
+    if isinstance(host, RowsHost):
+        host.check_mechanism(config)
+        objective = rows_objective(host.encoder_for(pipe), rows, options)
+        yield PublicData(
+            objective,
+            grouping,
+            host=host_identity([host.input], host.model.dtype, encoder),
+            contexts=_contexts(rows, config.unit),
+        )
+        return
+    layers = host.text_layers
     flops = row_flops(layers.values())
     large = is_large(flops)
     count = (2 if large else 8) if options.query_prompts is None else options.query_prompts

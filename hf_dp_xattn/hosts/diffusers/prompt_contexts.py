@@ -12,6 +12,7 @@ from ..content_names import id_parts, name_of_ids, name_of_text, units_of_text
 from ..context import Part, PrivateContext, Rows, from_embeddings, plain_bytes
 from ..lengths import dimensions
 from ..placeholder import holds_placeholder
+from ..private_encoding import row_weights, token_counts, weighted
 from .phrases import check_phrases, encode_tokens, split_phrases
 from .text_side import TextSide, as_texts
 
@@ -141,6 +142,28 @@ def name_contexts(
     if phrases:
         return [from_phrases(split_phrases(t), side, t) for t in texts]
     return [from_ids(*side.tokenize_private(t), side, t) for t in texts]
+
+
+def name_weighted(
+    texts: Sequence[str], weights: Sequence[float], text: TextSide | None, *, apart: bool
+) -> PrivateContext:
+    """Validates and names ONE prompt of weighted parts. apart: each is encoded by itself, and is a unit; else a space joins them.
+
+    Raises:
+        ContextError, ConfigError: no parts, an empty one, or tokens that no weight can be for. Nothing was spent.
+    """
+    side = _require(text)
+    parts, first = check_phrases(texts), int(side.first_row_is_public)
+    if apart:
+        context = from_phrases(parts, side)
+        each = torch.tensor(weights).repeat_interleave(side.length - first)
+    else:
+        whole = " ".join(parts)
+        counts, start = token_counts(side.token_ids, parts)
+        context = from_ids(*side.tokenize_private(whole), side, whole)
+        each = row_weights(counts, weights, start=start, rows=side.length)[first:]
+    times = len(parts) if apart else 1
+    return weighted(context, each, lambda: side.private_rows(*side.tokenize(""))[0].repeat(times, 1))
 
 
 def _require(text: TextSide | None) -> TextSide:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,9 +17,10 @@ from ...errors import ConfigError, ContextError, UnsupportedModelError
 from ..content_names import name_of_text, units_of_text
 from ..context import Part, PrivateContext, Rows, Trial, from_embeddings
 from ..placeholder import CODE_CHANNELS, Tag, holds_placeholder, make_placeholder, read_tags
+from ..private_encoding import row_weights, token_counts, weighted
 from ..private_run import private_run
 from .phrases import check_phrases, split_phrases
-from .text_side import as_texts
+from .text_side import as_texts, without_length_warning
 
 STAND_IN = "a picture"
 """Public: what all of a pipeline but its protected layers sees in place of a private prompt."""
@@ -83,13 +85,13 @@ class PromptEncoder:
     padded: whether all prompts have the same number of rows, none of them masked.
     """
 
+    stand_in: ClassVar[str] = STAND_IN
+    others: ClassVar[tuple[str, ...]] = OTHER_TEXTS
+
     def __init__(self, pipe: Any, modules: Sequence[torch.nn.Module], channels: int) -> None:
-        self.pipe, self.modules, self.channels = pipe, tuple(modules), channels
-        self.method = method_of(pipe)
-        self._original = getattr(pipe, self.method)
-        self._takes = inspect.signature(self._original).parameters
-        self._as_called = inspect.signature(type(pipe).__call__).parameters
-        first, other = self._probe(STAND_IN), self._probe(OTHER)
+        self._open(pipe, modules)
+        self.channels = channels
+        first, other = self._probe(self.stand_in), self._probe(self.others[0])
         at = dict(tensors_of(other))
         rows = [w for w, t in tensors_of(first) if is_rows(t) and bool(changed(t, at[w]).any())]
         if len(rows) != 1 or dict(tensors_of(first))[rows[0]].shape[-1] != channels:
@@ -105,7 +107,7 @@ class PromptEncoder:
             w
             for w, t in tensors.items()
             if t.ndim == 2 and t.shape[1] == self.rows and bool(changed(t, at[w]).any())
-            if _is_mask(t)
+            if is_mask(t)
         ]
         self.mask_at = masks[0] if len(masks) == 1 else None
         if len(masks) > 1:
@@ -114,6 +116,13 @@ class PromptEncoder:
         one, two = tensors[self.where][0], at[self.where][0]
         self.public_rows = int(self.padded and torch.equal(one[0], two[0]))
         self.first = one[: self.public_rows].detach().clone()
+
+    def _open(self, pipe: Any, modules: Sequence[torch.nn.Module]) -> None:
+        self.pipe, self.modules = pipe, tuple(modules)
+        self.method = method_of(pipe)
+        self._original = getattr(pipe, self.method)
+        self._takes = inspect.signature(self._original).parameters
+        self._as_called = inspect.signature(type(pipe).__call__).parameters
 
     def _refuse(self, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(
@@ -169,7 +178,11 @@ class PromptEncoder:
             tensors = dict(tensors_of(self._encode(text)))
         except Exception as error:  # its words may quote the text
             raise ContextError(f"The pipeline could not encode a prompt ({type(error).__name__}).") from None
-        return self.shown(tensors, 0)[self.public_rows :]
+        return self.whole(tensors)
+
+    def whole(self, tensors: dict[tuple[int, ...], torch.Tensor], element: int = 0) -> torch.Tensor:
+        """Rows [n, C] of one batch element as they are released."""
+        return self.shown(tensors, element)[self.public_rows :]
 
     def shown(self, tensors: dict[tuple[int, ...], torch.Tensor], element: int) -> torch.Tensor:
         """Rows [n, C] of one batch element that its mask shows. tensors: by where they stand."""
@@ -179,7 +192,7 @@ class PromptEncoder:
         return rows[tensors[self.mask_at][element].to(rows.device) > 0]
 
     def trial(self) -> Trial:
-        return Trial("text", lambda: self.read(STAND_IN))
+        return Trial("text", lambda: self.read(self.stand_in))
 
     def _context(self, text: str, units: Sequence[str] | None) -> PrivateContext:
         """units: phrases that are encoded apart, or None."""
@@ -210,6 +223,40 @@ class PromptEncoder:
             encoder=self.modules,
         )
 
+    def _given(self, rows: torch.Tensor) -> PrivateContext:
+        """Of embeddings [n, C]."""
+        return from_embeddings(rows, self.channels)
+
+    def weighted(self, texts: Sequence[str], weights: Sequence[float], *, apart: bool) -> PrivateContext:
+        """ONE prompt of weighted parts. apart: each is encoded by itself, and is a unit; else a space joins them.
+
+        Raises:
+            ContextError, ConfigError: see `prompt_contexts.name_weighted`; or rows that are not the tokens'. Nothing was spent.
+        """
+        parts = check_phrases(texts)
+        tokenizers = [
+            t for n, t in self.pipe.components.items() if n.startswith("tokenizer") and t is not None
+        ]
+        if not self.padded or not tokenizers or any(t.model_max_length != self.rows for t in tokenizers):
+            raise ConfigError(
+                f"{type(self.pipe).__name__} has rows of text that are not the tokens of one tokenizer: weights are for Stable Diffusion "
+                "(1, 2, XL and kin). Nothing was spent."
+            )
+        if apart:
+            context, each = (
+                self._context(", ".join(parts), parts),
+                torch.tensor(weights).repeat_interleave(self.rows - self.public_rows),
+            )
+        else:
+            context = self._context(" ".join(parts), None)
+            found = [token_counts(partial(_ids, tokenizer), parts) for tokenizer in tokenizers]
+            if any(other != found[0] for other in found):
+                raise ConfigError("The pipeline's tokenizers do not agree on these words. Nothing was spent.")
+            counts, start = found[0]
+            each = row_weights(counts, weights, start=start, rows=self.rows)[self.public_rows :]
+        times = len(parts) if apart else 1
+        return weighted(context, each, lambda: self.read("").repeat(times, 1))
+
     def name(self, context: Any, *, phrases: bool) -> list[PrivateContext]:
         """Validates and names a string, a list of strings, or embeddings [n, C] or [B, n, C].
 
@@ -219,7 +266,7 @@ class PromptEncoder:
         if isinstance(context, torch.Tensor):
             if not context.is_floating_point() or context.ndim not in (2, 3) or holds_placeholder(context):
                 raise ContextError("This host takes text, or embeddings [n, C] or [B, n, C].")
-            return [from_embeddings(rows, self.channels) for rows in context.reshape(-1, *context.shape[-2:])]
+            return [self._given(rows) for rows in context.reshape(-1, *context.shape[-2:])]
         if not phrases:
             return [self._context(t, None) for t in as_texts(context, "context")]
         if not self.padded:
@@ -229,5 +276,11 @@ class PromptEncoder:
         return [self._context(t, check_phrases(split_phrases(t))) for t in as_texts(context, "context")]
 
 
-def _is_mask(tensor: torch.Tensor) -> bool:
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    with without_length_warning(tokenizer):
+        return list(tokenizer([text]).input_ids[0])
+
+
+def is_mask(tensor: torch.Tensor) -> bool:
+    """Whether it may say which rows are of a text."""
     return bool(((tensor == 0) | (tensor == 1)).all())

@@ -117,13 +117,16 @@ class TextSide:
     def tokenize_private(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """`tokenize`, with a warning where it cuts something off. The warning holds no content, but is a fact about the prompt."""
         tokens = self.tokenize(text)
+        if len(self.token_ids(text)) > self.length:
+            warnings.warn(TRUNCATED, TruncatedPromptWarning, stacklevel=2)
+        return tokens
+
+    def token_ids(self, text: str) -> list[int]:
+        """Of a text as long as it is."""
         with without_length_warning(self.tokenizer):
             if hasattr(self.pipe, "maybe_convert_prompt"):
                 text = self.pipe.maybe_convert_prompt(text, self.tokenizer)
-            whole = self.tokenizer([text]).input_ids[0]
-        if len(whole) > self.length:
-            warnings.warn(TRUNCATED, TruncatedPromptWarning, stacklevel=2)
-        return tokens
+            return list(self.tokenizer([text]).input_ids[0])
 
     def pad_ids(self, ids: torch.Tensor) -> torch.Tensor:
         """Checks token ids [n] and pads them to the public length.

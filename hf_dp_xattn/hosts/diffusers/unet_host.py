@@ -12,6 +12,7 @@ from ...errors import ConfigError, ReleaseError
 from ..access import TextGate
 from ..accounts import PROTECT_AGAIN
 from ..bindings import bind, unique
+from ..context import PrivateContext
 from ..fingerprint import Fingerprint, fingerprint
 from ..guard import Guard, handle_on, mark, unmark
 from ..host import Named, Readable
@@ -27,7 +28,7 @@ from .harmless import HarmlessCalls
 from .phrases import RULE
 from .pipelines import PipelinePatch
 from .processor import DPAttnProcessor
-from .prompt_contexts import name_contexts, name_phrases
+from .prompt_contexts import name_contexts, name_phrases, name_weighted
 from .text_side import TextSide
 from .unet_forward import ForwardGate
 
@@ -174,6 +175,9 @@ class UNetHost(LayerHost):
             return Named([name_phrases(context, self.text)], None)
         phrases = groups is None and self.by_phrases
         return Named(name_contexts(context, self.text, self.channels, phrases=phrases), groups)
+
+    def weighted(self, texts: Sequence[str], weights: Sequence[float]) -> PrivateContext:
+        return name_weighted(texts, weights, self.text, apart=self.guard.config.unit == "group")
 
     # ---- what is read ------------------------------------------------------------------------------------------------------
 

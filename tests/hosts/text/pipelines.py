@@ -1,4 +1,5 @@
-"""Tiny pipelines whose text rows are updated, pooled or masked (SD3, Flux, PixArt, Wan), made in memory, as small as diffusers' own."""
+"""Tiny pipelines whose text rows are updated, pooled or masked (SD3, Flux, Qwen-Image, AuraFlow, CogVideoX, PixArt, Wan), made in memory,
+as small as diffusers' own."""
 
 from __future__ import annotations
 
@@ -6,14 +7,22 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLQwenImage,
     AutoencoderKLWan,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -21,7 +30,14 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    T5Config,
+    T5EncoderModel,
+)
 
 from ...hosts_tiny import quiet, tiny_sd, tiny_sdxl, tiny_text_config, tiny_tokenizer
 from .words import tokenizer
@@ -107,6 +123,119 @@ def tiny_flux() -> Any:
     )
 
 
+def tiny_qwen() -> Any:
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=24,
+        z_dim=4,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 40,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+    }
+    seen = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=seen,
+        image_token_id=36,
+        video_token_id=37,
+        vision_start_token_id=38,
+        vision_end_token_id=39,
+    )
+    pipe = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae.eval(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config).eval(),
+        tokenizer=tokenizer(template=None),
+        transformer=transformer.eval(),
+    )
+    pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = "never say the code {}", 4
+    return pipe
+
+
+def tiny_auraflow() -> Any:
+    torch.manual_seed(0)
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=32,
+        out_channels=4,
+        pos_embed_max_size=64,
+    )
+    return AuraFlowPipeline(
+        tokenizer=_t5_words(),
+        text_encoder=_t5(),
+        vae=_vae(4),
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+def tiny_cogvideox() -> Any:
+    torch.manual_seed(0)
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=32,
+        num_layers=1,
+        sample_width=2,
+        sample_height=2,
+        sample_frames=9,
+        patch_size=2,
+        temporal_compression_ratio=4,
+    )
+    vae = AutoencoderKLCogVideoX(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )
+    return CogVideoXPipeline(
+        tokenizer=_t5_words(),
+        text_encoder=_t5(),
+        vae=vae.eval(),
+        transformer=transformer.eval(),
+        scheduler=DDIMScheduler(),
+    )
+
+
 def tiny_pixart() -> Any:
     torch.manual_seed(0)
     transformer = PixArtTransformer2DModel(
@@ -165,7 +294,7 @@ def tiny_wan() -> Any:
 
 def options(pipe: Any) -> dict[str, Any]:
     """Of a two-step call with fixed initial noise, that ends in latents."""
-    size = 16 if isinstance(pipe, WanPipeline) else 8
+    size = 16 if isinstance(pipe, (WanPipeline, CogVideoXPipeline, QwenImagePipeline)) else 8
     given: dict[str, Any] = {
         "num_inference_steps": 2,
         "output_type": "latent",
@@ -177,7 +306,9 @@ def options(pipe: Any) -> dict[str, Any]:
         given |= {"use_resolution_binning": False, "clean_caption": False}
     elif not isinstance(pipe, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
         given |= {"max_sequence_length": 16}
-    return given | ({"num_frames": 5} if isinstance(pipe, WanPipeline) else {})
+    if isinstance(pipe, QwenImagePipeline):
+        given |= {"negative_prompt": "red", "true_cfg_scale": 2.0}
+    return given | ({"num_frames": 5} if isinstance(pipe, (WanPipeline, CogVideoXPipeline)) else {})
 
 
 def call(pipe: Any, *args: Any, **kwargs: Any) -> torch.Tensor:

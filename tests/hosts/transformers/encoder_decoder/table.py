@@ -37,8 +37,20 @@ text's rows. What stands in for
 call is tried with the public text: each layer must read, and the model must give the numbers that it gives by itself; what does not is
 refused (`UnsupportedModelError`, nothing spent), and so are compiled denoisers, IP-Adapters, slicing, `prompt_2`, and public text beside a
 release. Where a pipeline masks a prompt's padding, `unit="row"` with `replace_one` makes the number of its tokens public. Calibrations
-are made by `dpx.calibrate(pipe, prompts, config)` for unit="row" or "context", of calls of the pipeline itself. MMDiT models (SD3, Flux,
-Qwen-Image, AuraFlow, ...) update their text rows: there only `library` works.
+are made by `dpx.calibrate(pipe, prompts, config)` for unit="row" or "context", of calls of the pipeline itself.
+
+**Released rows.** MMDiT models (SD3, Flux, Qwen-Image, AuraFlow, CogVideoX, ...) update their text rows, so that no cross-attention could
+read a release: `kernel_sum` and `dptree` are refused there by name, and so they are of any other pipeline with an `encode_prompt` whose
+layers are not patched. `anchors` (unit="row" or "context", `replace_one` or what the calibration gives) works: the release is decoded to
+rows, and these stand in what `encode_prompt` gives for a public text, as many as it has, each as often as its weight says. (diffusers'
+joint attention takes masks of which rows count, not log weights.) Masks, text ids and lengths are the public text's. A pooled vector
+(SD3, Flux) is one more row of the context, in channels of its own: released with the others, at once, under the same budget. Where
+prompts have as many rows as tokens (Qwen-Image) pooled vectors would be the public text's, and unit="row" with `replace_one` makes the
+number of tokens public. Nothing of the denoiser is touched: compiled ones, slicing, offload and LoRAs on it work. Before the first charge
+the call is run with two public texts to its first denoising step, which must be told which one it was. A calibration is fitted to the
+rows and pooled vectors themselves (their FVU: public rows ask which rows of a prompt are like them), with the fall-back of all others:
+the public mean, where the rows are not known to do better.
+
 Gradient checkpointing is refused where gradients are taken, and so is a pipeline whose image processor was replaced.
 `cross_attention_kwargs={{"scale": s}}` (a LoRA's scale of one call) works on the three Stable Diffusion pipelines, as `set_adapters`
 does: a release fits the scale that it was made at, and a prompt drawn at another scale is released, and charged, anew.
