@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -317,16 +318,17 @@ def release_times(protected: Any, mechanism: str, host: Any, count: int = 11) ->
         private: Any = f"my {i} dogs at the lake"
         if mechanism != "library":
             private = torch.randn(host.encoder.rows, host.channels, generator=gen)
-        start = time.perf_counter()
+        start = time.process_time()
         protected.release(private)
-        taken.append(time.perf_counter() - start)
+        taken.append(time.process_time() - start)
     return taken
 
 
 def compare(
-    name: str, mechanism: str, pairs: int, steps: int = 2, size: int | None = None, **changes: Any
+    name: str, mechanism: str, calls: int, steps: int = 4, size: int | None = None, **changes: Any
 ) -> dict[str, object]:
-    """One host and mechanism: calls of both pipelines in turn, each pair in the other order than the one before."""
+    """One host and mechanism: calls of both pipelines in turn, each pair in the other order than the one before. All steps but a call's
+    first are compared, each with its twin."""
     host = HOSTS[name]
     size = host.size if size is None else size
     torch.manual_seed(0)
@@ -336,37 +338,33 @@ def compare(
     error = check(pipe, plain, host)
     protected = protect(pipe, mechanism, plain)
     released = release_times(protected, mechanism, protected.host)
-    first: list[float] = []
-    ratios, taken = [], {"plain": [0.0], "protected": [0.0]}
     watches = {"plain": Stopwatch(plain), "protected": Stopwatch(pipe)}
+    seconds: dict[str, list[float]] = {"plain": [], "protected": [], "first": []}
     draw(pipe, host, 1, size)  # released here, and tried
-    for i in tqdm(range(pairs), desc=f"{name}, {mechanism}"):
-        both = {}
+    for i in tqdm(range(calls), desc=f"{name}, {mechanism}"):
         for which in ("plain", "protected") if i % 2 else ("protected", "plain"):
             watches[which].seconds.clear()
             draw(plain if which == "plain" else pipe, host, steps, size)
-            seconds = watches[which].seconds[-steps:]
-            both[which] = sum(seconds[1:])
-            taken[which].append(both[which] / (steps - 1))
-            if which == "protected":
-                first.append(seconds[0])
-        ratios.append(both["protected"] / both["plain"])
+            first, *rest = watches[which].seconds[-steps:]
+            seconds[which] += rest
+            seconds["first"] += [first] if which == "protected" else []
+    ratios = [a / b for a, b in zip(seconds["protected"], seconds["plain"], strict=True)]
     protected.unprotect()
     return {
         "host": host.words,
         "mechanism": mechanism,
         "error": error,
-        "pairs": pairs,
-        "step_protected_s": median(taken["protected"][1:]),
-        "step_unprotected_s": median(taken["plain"][1:]),
+        "pairs": len(ratios),
+        "step_protected_s": median(seconds["protected"]),
+        "step_unprotected_s": median(seconds["plain"]),
         "step_ratio": median(ratios),
         "interval": median_interval(ratios),
-        "first_step_s": median(first),
+        "first_step_s": median(seconds["first"]),
         "release_s": median(released),
     }
 
 
-def measure(pairs: int = 11) -> dict[str, object]:
+def measure(calls: int = 4) -> dict[str, object]:
     """Each host with each mechanism that it serves."""
     warnings.simplefilter("ignore")
     threads, rows = torch.get_num_threads(), []
@@ -374,7 +372,8 @@ def measure(pairs: int = 11) -> dict[str, object]:
     try:
         for name, host in HOSTS.items():
             for mechanism in host.mechanisms:
-                rows.append(compare(name, mechanism, pairs))
+                rows.append(compare(name, mechanism, calls))
+                tqdm.write(str(rows[-1]), file=sys.stderr)
                 gc.collect()
     finally:
         torch.set_num_threads(threads)
