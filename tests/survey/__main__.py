@@ -21,7 +21,7 @@ import transformers
 from hf_dp_xattn.hosts.text.prompt_swap import takes_prompt
 
 from . import checkout, language, peers, pipelines
-from .findings import FOLDER, Finding, NotBuilt
+from .findings import FOLDER, WORKS, Finding, NotBuilt
 from .stand_ins import no_downloads
 
 Trial = tuple[str, str, Callable[[], Finding]]
@@ -34,7 +34,7 @@ def of_pipelines(source: Path, only: str, attention: bool) -> Iterator[Trial]:
         if only in name:
             try:
                 found = list(checkout.cases(name))
-            except ImportError as error:
+            except (ImportError, RuntimeError) as error:  # the second of diffusers' own lazy imports
                 print(name, "not imported:", error, flush=True)
                 continue
             for case in found:
@@ -67,6 +67,7 @@ def main() -> None:
         action="store_true",
         help="only the mechanisms on attention, of pipelines that are known",
     )
+    parser.add_argument("--again", action="store_true", help="with --attention: only what has a refusal")
     parser.add_argument("--out", type=Path, default=FOLDER)
     given = parser.parse_args()
     if given.what != "models" and given.diffusers_source is None:
@@ -92,7 +93,10 @@ def main() -> None:
     with no_downloads() if given.what == "pipelines" else contextlib.nullcontext():
         done: set[str] = set()
         for name, by, trial in trials:
+            how = known["found"].get(name, {}).get("how", {})
             if given.attention != (name in known["found"]) or name in done:
+                continue
+            if given.again and set(how.values()) == {WORKS}:
                 continue
             try:
                 finding = trial()

@@ -15,8 +15,8 @@ PIPELINES = """
 --diffusers-source FOLDER`): tiny parts, two private prompts of different lengths, one release. *Works* with `library`: each prompt was
 charged, and all that the pipeline's models were given and gave back, the callbacks' tensors, the output, what saving wrote and what was
 logged were the same bytes for both, with no word of either. With `kernel_sum`, `dptree` and `none` the same was run (of `anchors`, which
-needs a calibration, stands what `none` gives), but where the table says that it was not yet. **{works} of {took} work with
-`library`**, {layers} with the mechanisms on attention; nothing that runs is unprotected.
+needs a calibration, stands what `none` gives). **{any} of {took} work with at least one mechanism: {works} with `library`, {layers} with
+one or more of those on attention. {leaks} of them run unprotected.**
 
 | pipeline | private arguments | `library` | `anchors`, `kernel_sum`, `dptree`, `none` |
 |---|---|---|---|
@@ -83,8 +83,10 @@ def pipelines() -> str:
     head = PIPELINES.format(
         version=known["version"],
         took=len(found),
+        any=sum(WORKS in f["how"].values() for f in found.values()),
         works=sum(f["how"]["library"] == WORKS for f in found.values()),
-        layers=sum(f["how"]["none"] == WORKS for f in found.values()),
+        layers=sum(any(f["how"][m] == WORKS for m in ATTENTION[:3]) for f in found.values()),
+        leaks=sum(any(h.startswith("LEAKS") for h in f["how"].values()) for f in found.values()),
     )
     others = OTHERS.format(
         count=len(rest), names=_names(rest), without_count=len(without), without=_names(without)

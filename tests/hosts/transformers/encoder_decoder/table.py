@@ -28,16 +28,15 @@ HEAD = """# Hosts
 
 `mechanism="library"`: every pipeline with a `prompt`; those that were run stand at the end of this page, as do all language models.
 The other mechanisms serve attention: {pipelines}, their `UNet2DConditionModel`, and any pipeline whose denoiser reads text by
-cross-attention. Run, by the survey at the end of this page or by this package's tests: SDXL (img2img, refiner, inpainting, ControlNets,
-T2I-Adapters, InstructPix2Pix), ControlNets on SD, the x4 upscaler, AnimateDiff, LCM, PixArt, LTX, Helios, Allegro, Sana's ControlNet, Wan.
-Any other is tried by its first call. The pipeline gets a public text (`"a picture"`) in the place of each private prompt; pooled vectors,
-masks and token counts are made of that. The denoiser's cross-attention, and a ControlNet's, reads the release in the place of that
-text's rows. What stands in for
-`scaled_dot_product_attention` is ours; projections, norms, rotations and gates around it are the host's own. Before the first charge the
-call is tried with the public text: each layer must read, and the model must give the numbers that it gives by itself; what does not is
-refused (`UnsupportedModelError`, nothing spent), and so are compiled denoisers, IP-Adapters, slicing, `prompt_2`, and public text beside a
-release. Where a pipeline masks a prompt's padding, `unit="row"` with `replace_one` makes the number of its tokens public. Calibrations
-are made by `dpx.calibrate(pipe, prompts, config)` for unit="row" or "context", of calls of the pipeline itself.
+cross-attention: SDXL and its kin, ControlNets, PixArt, Sana, Wan, LTX, Cosmos, AnimateDiff, Kandinsky 3, Lumina, Latte, ... (the table at
+the end of this page). Any other is tried by its first call. The pipeline gets a public text (`"a picture"`) in the place of each private
+prompt; pooled vectors, masks and token counts are made of that. The denoiser's cross-attention, and a ControlNet's, reads the release in
+the place of that text's rows. What stands in for `scaled_dot_product_attention` is ours; projections, norms, rotations and gates around
+it are the host's own. Before the first charge the call is tried with the public text: each layer must read, and the model must give the
+numbers that it gives by itself; what does not is refused (`UnsupportedModelError`, nothing spent), and so are compiled denoisers,
+slicing, `prompt_2`, public text beside a release, and IP-Adapters (their picture is a second context). Where a pipeline masks or cuts a
+prompt's padding, `unit="row"` with `replace_one` makes the number of its tokens public. Calibrations are made by `dpx.calibrate(pipe,
+prompts, config)` for unit="row" or "context", of calls of the pipeline itself.
 
 **Released rows.** MMDiT models (SD3, Flux, Qwen-Image, AuraFlow, CogVideoX, ...) update their text rows, so that no cross-attention could
 read a release: `kernel_sum` and `dptree` are refused there by name, and so they are of any other pipeline with an `encode_prompt` whose
@@ -51,6 +50,9 @@ the call is run with two public texts to its first denoising step, which must be
 rows and pooled vectors themselves (their FVU: public rows ask which rows of a prompt are like them), with the fall-back of all others:
 the public mean, where the rows are not known to do better.
 
+What is set before `protect` may be set after it, with the same picture, or is refused at both: `tests/hosts/test_order.py` tries offload,
+LoRA, compilation, casts, slicing, fused projections, schedulers, FreeU and IP-Adapters in both orders. To replace a part
+(`pipe.unet = ...`) belongs before; after it a call is refused, and says so.
 Gradient checkpointing is refused where gradients are taken, and so is a pipeline whose image processor was replaced.
 `cross_attention_kwargs={{"scale": s}}` (a LoRA's scale of one call) works on the three Stable Diffusion pipelines, as `set_adapters`
 does: a release fits the scale that it was made at, and a prompt drawn at another scale is released, and charged, anew.
