@@ -61,6 +61,7 @@ class DenoiserHost(LayerHost):
         method_of(pipe)
         self.pipe, self.models = pipe, models_of(pipe)
         self.calls, self.proven = Calls(), set[str]()
+        self._projections: dict[Any, Any] = {}  # of models whose layers are patched
         self._patches: list[PlacedPrompts] = []
         self._gates: list[DenoiserGate] = []
         self._encoder: PromptEncoder | None = None
