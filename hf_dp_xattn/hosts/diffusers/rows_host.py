@@ -31,6 +31,7 @@ from .denoiser_host import DenoiserHost
 from .placed_prompts import NOT_REACHED, PlacedPrompts
 from .prompt_encoder import PromptEncoder, tensors_of
 from .rows_encoder import RowsEncoder
+from .text_layers import UndoError
 
 MECHANISMS = ("anchors", "none")
 
@@ -205,6 +206,8 @@ def placed_host(pipe: Any) -> DenoiserHost:
     try:
         host = DenoiserHost(pipe)
         host.encoder_for(pipe)
+    except UndoError:
+        raise
     except UnsupportedModelError as reason:
         try:
             return RowsHost(pipe, reason)

@@ -36,8 +36,14 @@ JOINT = "text and image rows share one joint attention"
 NONE = "it has no layer that reads text by cross-attention"
 
 
-def refuse(model: Any, reason: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
+class UndoError(UnsupportedModelError):
+    """What stands in the way was switched on or loaded, and is refused after `protect` as well."""
+
+
+def refuse(
+    model: Any, reason: str, kind: type[UnsupportedModelError] = UnsupportedModelError
+) -> UnsupportedModelError:
+    return kind(
         f"{type(model).__name__} cannot be protected: {reason}. With mechanism='library' every pipeline with a `prompt` can. Nothing was "
         "patched."
     )
@@ -53,10 +59,10 @@ def text_path(model: Any) -> tuple[nn.Module, ...]:
     """The modules that a row of text goes through before all layers. Raises UnsupportedModelError for one that is not of rows."""
     modules = [part for names in PATHS for name in names if isinstance(part := _part(model, name), nn.Module)]
     for part in modules:
-        if "Image" in type(part).__name__ or "IPAdapter" in type(part).__name__:
-            raise refuse(
-                model, "it projects an image, or an IP-Adapter's, inside the model; unload the adapter first"
-            )
+        if "IPAdapter" in type(part).__name__:
+            raise refuse(model, "an IP-Adapter was loaded; unload it first", UndoError)
+        if "Image" in type(part).__name__:
+            raise refuse(model, "it projects an image inside the model")
         if isinstance(part, nn.ModuleList):
             raise refuse(model, "it projects the text anew for each of its layers")
     return tuple(modules)
@@ -161,9 +167,9 @@ class TextLayer(AttentionLayer):
                 rows[:, 1] = torch.nan
                 other = self._taken(rows)
         except DPXAttnError as error:
-            raise refuse(
-                model, f"{self.name} has a processor ({type(self.module.processor).__name__}) of another kind"
-            ) from error
+            kind = type(self.module.processor).__name__
+            sliced = UndoError if "Sliced" in kind else UnsupportedModelError
+            raise refuse(model, f"{self.name} has a processor ({kind}) of another kind", sliced) from error
         except Exception as error:
             raise refuse(
                 model, f"{self.name} could not be run on rows of text alone ({type(error).__name__})"
