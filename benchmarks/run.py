@@ -2,8 +2,8 @@
 
 Targets. `anchors` at Stable Diffusion 1.5's shapes: calibration of 4,096 anchors from 10,000 prompts <= 10 minutes, release of a prompt
 <= 50 ms, a protected denoising step <= 1.00 of an unprotected one. `kernel_sum` there: release <= 5 s, step <= 1.25; `attend` faster than
-exact attention from n = 2,048 on (degree 2, head dim 64), and flat in n. `steps`, at the shapes of SDXL, PixArt and Flux: the same targets
-for a step, and a release where no encoder runs <= 50 ms. `tokens`, language models behind n private rows: faster than
+exact attention from n = 2,048 on (degree 2, head dim 64), and flat in n. `steps_...`, at the shapes of SDXL, PixArt and Flux: the same
+targets for a step, and a release where no encoder runs <= 50 ms. `tokens`, language models behind n private rows: faster than
 exact attention from n = 4,096 on, at least 20 times at n = 262,144, flat in n.
 """
 
@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ SECTIONS = {
     "anchors_step": anchors.measure_step,
     "anchors_step_kept": anchors.measure_step_kept,
     "sd15": sd15.measure,
-    "steps": steps.measure,
+    **{f"steps_{name}": partial(steps.measure, name) for name in steps.HOSTS},
     "tokens": tokens.measure,
 }
 
@@ -105,8 +106,9 @@ def markdown(results: dict[str, dict]) -> str:
             f"| denoising step, protected / unprotected | {r['step_ratio']:.3f} "
             f"({r['step_protected_s']:.2f} s / {r['step_unprotected_s']:.2f} s) | 1.25 |",
         ]
-    if "steps" in results:
-        lines += steps.markdown(results["steps"])
+    timed = [row for name in steps.HOSTS for row in results.get(f"steps_{name}", {}).get("rows", ())]
+    if timed:
+        lines += steps.markdown(timed)
     if "tokens" in results:
         lines += ["", tokens.markdown(results["tokens"])]
     return "\n".join(lines) + "\n"

@@ -22,5 +22,5 @@ def test_both_draw_and_all_is_said(name: str, mechanism: str) -> None:
         found = steps.compare(name, mechanism, 2, size=128, **SMALL[name])
     low, high = found["interval"]  # type: ignore[misc]
     assert 0 < low <= found["step_ratio"] <= high and found["release_s"] > 0  # type: ignore[operator]
-    (line,) = steps.markdown({"rows": [found]})[-1:]
+    (line,) = steps.markdown([found])[-1:]
     assert f"`{mechanism}`" in line and steps.HOSTS[name].words in line
