@@ -5,7 +5,7 @@ step is made of equal blocks, so that the share of its text layers hardly depend
 pipeline and a protected one share their weights and take turns; a timed step is not a picture's first, which is timed beside it. Steps are
 CPU seconds of one thread: what else runs on the machine adds none.
 Correctness first: with `mechanism="none"` both must draw the same. A release is timed from embeddings (`library`: from codes), where no
-encoder runs. Targets: step <= 1.00, `kernel_sum` <= 1.25; release <= 50 ms.
+encoder runs. Targets: step <= 1.00, `kernel_sum` <= 1.25; release <= 50 ms, `kernel_sum` <= 5 s.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ import hf_dp_xattn as dpx
 from hf_dp_xattn.hosts.diffusers.prompt_encoder import STAND_IN
 
 CHARACTERS = [chr(c) for c in range(33, 127)]
-TARGETS = {"kernel_sum": 1.25}  # 1.00 for all others
+TARGETS = {"kernel_sum": (1.25, 5000)}  # of a step's ratio and of a release, in ms
+TARGET = (1.0, 50)  # of all others
 PROMPT = "a castle of glass above the clouds"
 
 
@@ -386,14 +387,14 @@ def markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
         "float32; the depth is cut as said. Steps are CPU seconds of one thread; ratios are medians of pairs that take turns, with their "
         "95 % interval. A release is of embeddings (`library`: of codes), so that no encoder runs.",
         "",
-        "| denoiser | mechanism | step, protected / unprotected | pairs | target | step, s | first step, s | release, ms (target 50) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| denoiser | mechanism | step, protected / unprotected | pairs | target | step, s | first step, s | release, ms | target |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         low, high = r["interval"]
-        target = TARGETS.get(r["mechanism"], 1.0)
+        ratio, release = TARGETS.get(r["mechanism"], TARGET)
         lines.append(
-            f"| {r['host']} | `{r['mechanism']}` | {r['step_ratio']:.3f} ({low:.3f} to {high:.3f}) | {r['pairs']} | {target:.2f} | "
-            f"{r['step_protected_s']:.2f} | {r['first_step_s']:.2f} | {1e3 * r['release_s']:.0f} |"
+            f"| {r['host']} | `{r['mechanism']}` | {r['step_ratio']:.3f} ({low:.3f} to {high:.3f}) | {r['pairs']} | {ratio:.2f} | "
+            f"{r['step_protected_s']:.2f} | {r['first_step_s']:.2f} | {1e3 * r['release_s']:.0f} | {release:,} |"
         )
     return lines

@@ -11,12 +11,12 @@ ATTENTION = ("anchors", "kernel_sum", "dptree", "none")
 PIPELINES = """
 ## Every pipeline of diffusers, by running it
 
-{took} pipeline classes of {version} that take a `prompt` and that diffusers' own tests build were run (`python -m tests.survey pipelines
---diffusers-source FOLDER`): tiny parts, two private prompts of different lengths, one release. *Works* with `library`: each prompt was
-charged, and all that the pipeline's models were given and gave back, the callbacks' tensors, the output, what saving wrote and what was
-logged were the same bytes for both, with no word of either. With `kernel_sum`, `dptree` and `none` the same was run (of `anchors`, which
-needs a calibration, stands what `none` gives). **{any} of {took} work with at least one mechanism: {works} with `library`, {layers} with
-one or more of those on attention. {leaks} of them run unprotected.**
+Of {built} pipeline classes of {version} that diffusers' own tests build here {took} take a `prompt`. They were run (`python -m
+tests.survey pipelines --diffusers-source FOLDER`): tiny parts, two private prompts of different lengths, one release. *Works* with
+`library`: each prompt was charged, and all that the pipeline's models were given and gave back, the callbacks' tensors, the output,
+what saving wrote and what was logged were the same bytes for both, with no word of either. With `kernel_sum`, `dptree` and `none` the
+same was run (of `anchors`, which needs a calibration, stands what `none` gives). **{any} of {took} work with at least one mechanism:
+{works} with `library`, {layers} with one or more of the others. {leaks} of them run unprotected.**
 
 | pipeline | private arguments | `library` | `anchors`, `kernel_sum`, `dptree`, `none` |
 |---|---|---|---|
@@ -82,6 +82,7 @@ def pipelines() -> str:
     rest, without = set(known["with prompt"]) - set(found), known["without prompt"]
     head = PIPELINES.format(
         version=known["version"],
+        built=len(known["found"]),
         took=len(found),
         any=sum(WORKS in f["how"].values() for f in found.values()),
         works=sum(f["how"]["library"] == WORKS for f in found.values()),
