@@ -75,13 +75,13 @@ class CalibrationOptions:
 
     @property
     def seconds(self) -> float | None:
-        """What is left for training decoders: three quarters of the rest of `minutes`, which judging them needs as well. None: no limit,
+        """What is left for training decoders: 60 % of the rest of `minutes`, which codebooks and judging need as well. None: no limit,
         where steps are asked for."""
         if self.minutes is None and self.steps is not None:
             return None
         minutes = DEFAULT_MINUTES if self.minutes is None else self.minutes
         left = 60.0 * minutes - (time.monotonic() - self.started)
-        return max(0.1 * 60.0 * minutes, 0.75 * left)
+        return max(0.1 * 60.0 * minutes, 0.6 * left)
 
     @property
     def texts(self) -> int:

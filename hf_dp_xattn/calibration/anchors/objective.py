@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -38,14 +39,71 @@ class LayerProbe:
         key, value = self.project(rows)
         return key.to("cpu", torch.float32), value.to("cpu", torch.float32)
 
+    @torch.no_grad()
+    def is_affine(self, like: torch.Tensor) -> bool:
+        """Whether keys and values of a sum are sums of keys and values, but for a constant: tried on some of the rows like [n, C].
+
+        Args:
+            like: two or more.
+        """
+        few = like[:8].float()
+        tried = torch.cat([few, few.flip(0), few + few.flip(0), torch.zeros_like(few[:1])])
+        n = len(few)
+        for made in self.keys_values(tried.unsqueeze(0)):
+            first, second, both, nothing = made[0].split([n, n, n, 1], dim=1)
+            wrong = (first + second - nothing - both).abs().max()
+            if float(wrong) > _ROUNDED * float(both.abs().max()):
+                return False
+        return True
+
     def attend(
         self, rows: torch.Tensor, queries: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """rows [B, n, C], queries [H, m, d], bias [B, n] -> outputs [B, H, m, dv]."""
-        key, value = self.keys_values(rows)
-        query = queries.to(key).unsqueeze(0).expand(rows.shape[0], -1, -1, -1)
+        return self.attend_to(*self.keys_values(rows), queries, bias)
+
+    def attend_to(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        queries: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `attend`, of keys and values [B, H, n, d]."""
+        query = queries.to(key).unsqueeze(0).expand(len(key), -1, -1, -1)
         mask = None if bias is None else bias.to(key)[:, None, None, :]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class Moved:
+    """Decoded rows slots + moves @ directions: slots [R, C], moves [B, R, L], directions [L, C].
+
+    A projection that is affine is computed of the R slots and the L directions, not of all B R rows: on a real encoder that was most of a
+    training step.
+    """
+
+    slots: torch.Tensor
+    moves: torch.Tensor
+    directions: torch.Tensor
+
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        """[B, R, C]."""
+        return self.slots + self.moves @ self.directions
+
+    def keys_values(self, layer: LayerProbe, public: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, H, p + R, d] of an affine layer, of the public rows [p, C] and these."""
+        parts = [len(public), len(self.slots), len(self.directions), 1]
+        few = torch.cat(
+            [public.to(self.slots), self.slots, self.directions, self.slots.new_zeros(1, public.shape[1])]
+        )
+        made = []
+        for each in layer.keys_values(few.unsqueeze(0)):
+            before, base, along, nothing = each[0].split(parts, dim=1)
+            moved = base + torch.einsum("brl,hld->bhrd", self.moves, along - nothing)
+            made.append(torch.cat([before.expand(len(self.moves), -1, -1, -1), moved], dim=2))
+        return made[0], made[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +115,7 @@ class Exact:
     variances: torch.Tensor
 
 
+_ROUNDED = 0.02  # of keys and values: what half precision's rounding comes to, at most
 REPLY_WEIGHT = 3.0  # of a nat of divergence, beside an FVU of 1
 
 
@@ -68,19 +127,24 @@ class Objective:
     public_rows: torch.Tensor
     logits: Logits | None = None
 
-    def with_public(
-        self, rows: torch.Tensor, log_weights: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def with_public(self, rows: torch.Tensor, log_weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Decoded rows [B, R, C] and weights [B, R] with the public rows (weight 1) before them."""
-        batch, p = rows.shape[0], self.public_rows.shape[0]
-        public = self.public_rows.to(rows).expand(batch, -1, -1)
-        bias = torch.cat([log_weights.new_zeros(batch, p), log_weights], dim=1)
-        return torch.cat([public, rows], dim=1), bias
+        return self._with_public_rows(rows), self._with_public_weights(log_weights)
+
+    def _with_public_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.public_rows.to(rows).expand(len(rows), -1, -1), rows], dim=1)
+
+    def _with_public_weights(self, log_weights: torch.Tensor) -> torch.Tensor:
+        return torch.cat([log_weights.new_zeros(len(log_weights), len(self.public_rows)), log_weights], dim=1)
+
+    def affine(self, like: torch.Tensor) -> bool:
+        """Whether all layers' projections are: `LayerProbe.is_affine`."""
+        return all(layer.is_affine(like) for layer in self.layers)
 
     def losses(
         self,
         whole: torch.Tensor,
-        rows: torch.Tensor,
+        rows: torch.Tensor | Moved,
         log_weights: torch.Tensor,
         *,
         queries: int,
@@ -92,9 +156,11 @@ class Objective:
         """[B] each context's share of the FVU over a random choice of layers and queries; the variance is the batch's own. Where replies
         are given, the divergence of one of each context's on top, `REPLY_WEIGHT` times.
 
-        whole: [B, n, C] the rows whose attention is the target; outputs: or that attention itself, for all queries of each layer.
+        whole: [B, n, C] the rows whose attention is the target; outputs: or that attention itself, for all queries of each layer. rows:
+        [B, R, C], or as they were moved, where every layer's projection is affine.
         """
-        decoded, bias = self.with_public(rows, log_weights)
+        bias = self._with_public_weights(log_weights)
+        decoded = None if isinstance(rows, Moved) else self._with_public_rows(rows)
         chosen = torch.randperm(len(self.layers), generator=generator)[:layers].tolist()
         parts = []
         for i in chosen:
@@ -105,13 +171,19 @@ class Objective:
             with torch.no_grad():
                 exact = layer.attend(whole, q) if outputs is None else outputs[i][:, :, pick].to(whole)
                 variance = ((exact - exact.mean(0)).square().sum((0, 2, 3)) * gain).sum() / len(whole)
-            error = ((layer.attend(decoded, q, bias) - exact).square().sum((2, 3)) * gain).sum(1)
+            if isinstance(rows, Moved):
+                made = layer.attend_to(*rows.keys_values(layer, self.public_rows), q, bias)
+            else:
+                assert decoded is not None
+                made = layer.attend(decoded, q, bias)
+            error = ((made - exact).square().sum((2, 3)) * gain).sum(1)
             parts.append(error / variance.clamp_min(1e-12))
         loss = torch.stack(parts).mean(0)
         if replies is None or self.logits is None:
             return loss
-        pick = torch.randint(0, replies.ids.shape[1], (len(rows),), generator=generator)
-        return loss + REPLY_WEIGHT * divergence(replies.one_each(pick), rows, log_weights, self.logits)
+        whole_rows = rows.rows if isinstance(rows, Moved) else rows
+        pick = torch.randint(0, replies.ids.shape[1], (len(whole_rows),), generator=generator)
+        return loss + REPLY_WEIGHT * divergence(replies.one_each(pick), whole_rows, log_weights, self.logits)
 
     @torch.no_grad()
     def divergences(
@@ -161,7 +233,6 @@ class Objective:
     def errors(self, exact: Exact, decoded: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """Squared error of each context, layer and head [N, L, H] float64, gains included; `decoded`: (rows, log weights)."""
         padded, bias = self.with_public(*pad_decoded(decoded))
-        assert bias is not None
         errors = []
         for layer, (pick, wanted) in zip(self.layers, exact.outputs, strict=True):
             q = layer.queries[:, pick]

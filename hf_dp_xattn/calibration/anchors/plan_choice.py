@@ -18,8 +18,9 @@ A context whose release looks like a public one's is not told from it, and what 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -132,13 +133,14 @@ class Guard:
         jury = self._jury
         everyone = torch.ones(len(jury.variances), dtype=torch.bool)
         best = min(judged, key=lambda j: jury.ratio(j.measured, everyone))
-        nothing = self._drawn(best, 0.0)
+        drawn_by = cache(lambda weight: self._drawn(best, weight))
+        nothing = drawn_by(0.0)
         tried = [*judged, nothing]
         # what is far better than nothing is not bettered by drawing
         if jury.ratio(best.measured, everyone) > _CLEAR:
-            tried += [self._drawn(best, w) for w in WEIGHTS]
+            tried += [drawn_by(w) for w in WEIGHTS]
         chosen = min(tried, key=lambda j: jury.ratio(j.measured, everyone))
-        gated = self._gated(best, chosen, decoders)
+        gated = self._gated(best, chosen, decoders, drawn_by)
         guarded = self._least_harm(gated, chosen, everyone)
         errors = guarded.measured.errors.clone()
         apart = torch.zeros_like(jury.scores(best.measured))
@@ -198,13 +200,16 @@ class Guard:
         plan = dataclasses.replace(judged.plan, worth=worth, quality=self._jury.quality(measured.errors))
         return Judged(plan, measured, rows)
 
-    def _gated(self, best: Judged, chosen: Judged, decoders: Decoders) -> list[Guarded]:
+    def _gated(
+        self, best: Judged, chosen: Judged, decoders: Decoders, drawn_by: Callable[[float], Judged]
+    ) -> list[Guarded]:
         """The chosen plan with every pair of limits, and drawn further towards the fall-back where limits alone do harm.
 
         Args:
             best: the best plan as it is.
             chosen: that, drawn towards the fall-back or not.
             decoders: that serve them.
+            drawn_by: the best plan, drawn towards the fall-back by a weight.
         """
         everyone = torch.ones(len(self._jury.variances), dtype=torch.bool)
         if chosen.weight == 0.0:
@@ -214,7 +219,7 @@ class Guard:
         for weight in (w for w in WEIGHTS if w < chosen.weight):
             if self._least_harm(gated, chosen, everyone).unlike <= _HARMLESS:
                 break
-            gated += self._limited(self._drawn(best, weight), releases)
+            gated += self._limited(drawn_by(weight), releases)
         return gated
 
     def _limited(self, judged: Judged, releases: _Releases) -> list[Guarded]:

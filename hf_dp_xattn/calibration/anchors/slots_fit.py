@@ -14,7 +14,7 @@ from torch import nn
 from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
 from ..checkpoints import NOTHING_KEPT, Checkpoints
 from ..progress import QUIET, Progress
-from .objective import Objective
+from .objective import Moved, Objective
 from .reply_divergence import Replies
 from .training_state import Course, TrainingState
 
@@ -252,19 +252,25 @@ def train(
     if looked.replies is not None:  # the host itself runs on each of them
         looked = looked.part(torch.arange(min(_REPLIED, len(looked))))
 
+    affine = objective.affine(trainer.first.detach())
+
     def spread(
         batch: PublicContexts, chosen: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
+    ) -> tuple[torch.Tensor | Moved, torch.Tensor, list[tuple[int, int]]]:
         """Rows and log weights of a batch that is shared by some plans, and how many contexts each of them has."""
-        rows, weights, counts = [], [], []
+        decoder = trainer.decoder()
+        # codes read units alone: what else a batch holds is not dealt out
+        told = PublicContexts(batch.units, batch.mask, batch.whole[:, :0])
+        moves, weights, counts = [], [], []
         for part, plan in zip(torch.arange(len(batch)).chunk(len(chosen)), chosen, strict=False):
-            decoded = trainer.decoder().decode_batch(codes(batch.part(part), plan), trainer.head_of(plan))
-            rows.append(decoded[0])
-            weights.append(decoded[1])
+            moved, logs = decoder.moves(codes(told.part(part), plan), trainer.head_of(plan))
+            moves.append(moved)
+            weights.append(logs)
             counts.append((plan, len(part)))
-        return torch.cat(rows), torch.cat(weights), counts
+        rows = Moved(decoder.slots, torch.cat(moves), decoder.directions)
+        return rows if affine else rows.rows, torch.cat(weights), counts
 
-    def losses(batch: PublicContexts, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def losses(batch: PublicContexts, rows: torch.Tensor | Moved, weights: torch.Tensor) -> torch.Tensor:
         return objective.losses(
             batch.whole,
             rows,

@@ -46,13 +46,18 @@ class SlotDecoder:
 
     TENSORS = ("hidden", "coefficients", "directions", "slots", "weight_map", "log_weights")
 
-    def decode_batch(self, code: torch.Tensor, head: SlotHead) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, K] -> rows [B, R, C], log weights [B, R]; differentiable."""
+    def moves(self, code: torch.Tensor, head: SlotHead) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, K] -> how far each slot moves along each direction [B, R, L], log weights [B, R]; differentiable."""
         x = (code - head.center) / head.scale
         h = F.gelu(F.linear(x, head.weight, head.bias))
         h = torch.cat([F.gelu(F.linear(h, self.hidden, head.second_bias)), x * head.gain], dim=-1)
-        moved = torch.einsum("rlh,bh->brl", self.coefficients, h) @ self.directions
-        return self.slots + moved, self.log_weights + F.linear(h, self.weight_map)
+        moved = torch.einsum("rlh,bh->brl", self.coefficients, h)
+        return moved, self.log_weights + F.linear(h, self.weight_map)
+
+    def decode_batch(self, code: torch.Tensor, head: SlotHead) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, K] -> rows [B, R, C], log weights [B, R]; differentiable."""
+        moved, log_weights = self.moves(code, head)
+        return self.slots + moved @ self.directions, log_weights
 
     @torch.no_grad()
     def decode(self, code: torch.Tensor, head: SlotHead) -> ContextRows:
