@@ -23,6 +23,7 @@ def ratio_interval(
     confidence: float = 0.95,
     *,
     fresh: bool = False,
+    widened: float = 1.0,
 ) -> tuple[float, float, float]:
     """(value, low, high): the mean over columns of sum(over) / sum(under), two-sided.
 
@@ -36,6 +37,7 @@ def ratio_interval(
         confidence: of the interval.
         fresh: the interval is of what as many contexts of other kinds would give, which vary as much themselves (sqrt(2) times as wide);
             else of the mean over all kinds.
+        widened: factor of the standard error.
     """
     total = under.sum(0).clamp_min(1e-30)
     ratio = over.sum(0) / total
@@ -47,5 +49,5 @@ def ratio_interval(
     if count < 2:
         return value, 0.0, float("inf")
     error = float((z.square().sum() * count / (count - 1)).sqrt())
-    reach = t_quantile(0.5 + confidence / 2, count - 1) * error * (2.0**0.5 if fresh else 1.0)
+    reach = t_quantile(0.5 + confidence / 2, count - 1) * error * widened * (2.0**0.5 if fresh else 1.0)
     return value, max(0.0, value - reach), value + reach

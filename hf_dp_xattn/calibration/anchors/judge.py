@@ -19,6 +19,7 @@ from .simulated import simulate
 from .slots_fit import PublicContexts
 
 _FEWEST_KINDS = 4
+_ALIKE = 0.25  # correlation of contexts of one kind, where it cannot be told
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,11 +115,13 @@ class Jury:
         factor = 1.0 - 1.0 / max(
             2, int((~self.held.unlike).sum())
         )  # the variance is about these contexts' own mean
-        intervals = [
-            ratio_interval(errors[part], self.variances[part], counted(self.held.kinds[part]), fresh=True)
-            for part in (~self.held.unlike, self.held.unlike)
-            if bool(part.any())
-        ]
+        intervals = []
+        for part in (~self.held.unlike, self.held.unlike):
+            if bool(part.any()):
+                units, widened = counted(self.held.kinds[part])
+                intervals.append(
+                    ratio_interval(errors[part], self.variances[part], units, fresh=True, widened=widened)
+                )
         low, high = (factor * limit for limit in (min(f[1] for f in intervals), max(f[2] for f in intervals)))
         return Quality(factor * intervals[0][0], low, min(high, 1e9), len(errors))
 
@@ -145,9 +148,13 @@ class Jury:
         )
 
 
-def counted(kinds: torch.Tensor) -> torch.Tensor:
-    """What an interval counts: kinds [N]; contexts where there are too few kinds to tell how much these vary."""
-    return kinds if len(torch.unique(kinds)) >= _FEWEST_KINDS else torch.arange(len(kinds))
+def counted(kinds: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """What an interval counts, and by how much it is wider than that says: kinds [N]; where there are too few to tell how much these vary,
+    contexts, which within a kind are alike (the design effect of clusters, with a usual correlation)."""
+    count = len(torch.unique(kinds))
+    if count >= _FEWEST_KINDS:
+        return kinds, 1.0
+    return torch.arange(len(kinds)), (1.0 + _ALIKE * max(0.0, len(kinds) / count - 1.0)) ** 0.5
 
 
 def judge(
