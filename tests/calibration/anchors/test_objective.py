@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from hf_dp_xattn.calibration.anchors.objective import fvu
+from hf_dp_xattn.calibration.anchors.judge import counted
+from hf_dp_xattn.calibration.anchors.objective import Moved, fvu
+from hf_dp_xattn.hosts.transformers.decoder_only.public_prefixes import SoftmaxProbe
 
 from .synthetic_contexts import CHANNELS, ROWS, contexts, objective
 
@@ -64,3 +69,40 @@ def test_losses_agree_with_measure() -> None:
     )
     measured = fvu(*goal.measure(data.whole.float(), [(r, torch.zeros(ROWS)) for r in rows], queries=64))
     assert float(losses.mean()) == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["plain", "capped"])
+def test_moved_rows_are_projected_as_rows_are(softcap: float | None) -> None:
+    """Slots and directions, combined, against every row by itself; public rows before them, whatever a layer does with its logits."""
+    goal, data, g = objective(public=2), contexts(6), torch.Generator().manual_seed(4)
+    if softcap is not None:
+        own = [SoftmaxProbe(p.project, p.scale, p.queries, p.gain, softcap) for p in goal.layers]
+        goal = dataclasses.replace(goal, layers=own)
+    slots, directions, moves = (
+        torch.randn(*s, generator=g) for s in ((5, CHANNELS), (3, CHANNELS), (6, 5, 3))
+    )
+    moved, weights = Moved(slots, moves, directions), torch.randn(6, 5, generator=g)
+    assert goal.affine(slots)
+    found = []
+    for rows in (moved, slots + moves @ directions):
+        again = torch.Generator().manual_seed(0)
+        found.append(goal.losses(data.whole.float(), rows, weights, queries=8, layers=2, generator=again))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_projection_with_a_norm_is_not_affine() -> None:
+    goal = objective()
+
+    def normed(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key, value = goal.layers[0].project(rows)
+        return F.normalize(key + 1.0, dim=-1), value
+
+    layers = [dataclasses.replace(goal.layers[0], project=normed), goal.layers[1]]
+    assert not dataclasses.replace(goal, layers=layers).affine(contexts(2).whole[0].float())
+
+
+def test_intervals_of_few_kinds_are_wider() -> None:
+    units, widened = counted(torch.arange(30) % 3)
+    assert len(torch.unique(units)) == 30 and widened == pytest.approx((1 + 0.25 * 9) ** 0.5)
+    units, widened = counted(torch.arange(30) % 5)
+    assert len(torch.unique(units)) == 5 and widened == 1.0

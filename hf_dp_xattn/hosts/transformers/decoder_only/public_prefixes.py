@@ -47,14 +47,22 @@ class SoftmaxProbe(LayerProbe):
     def attend(
         self, rows: torch.Tensor, queries: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        key, value = self.keys_values(rows)
+        padding = torch.zeros(rows.shape[:2]).masked_fill((rows == 0).all(-1), -torch.inf)
+        return self.attend_to(*self.keys_values(rows), queries, padding if bias is None else bias + padding)
+
+    def attend_to(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        queries: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         logits = (queries.to(key) * self.scale).unsqueeze(0) @ key.mT
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         if bias is not None:
             logits = logits + bias.to(key)[:, None, None, :]
-        padding = (rows == 0).all(-1)
-        return logits.masked_fill(padding[:, None, None, :], -torch.inf).softmax(-1) @ value
+        return logits.softmax(-1) @ value
 
 
 @contextmanager
