@@ -19,7 +19,7 @@ from .simulated import simulate
 from .slots_fit import PublicContexts
 
 _FEWEST_KINDS = 4
-_ALIKE = 0.25  # correlation of contexts of one kind, where it cannot be told
+_ALIKE = 0.5  # correlation of contexts of one kind, where it cannot be told
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,7 @@ _LOOK_SEED = 12_345
 _REPLIED = 16  # contexts whose replies are looked at
 _RUINED = 2.0  # a loss of so many times the lowest is no noise
 _LOWERED = 0.3
+_CONSTANT = 1e-4  # of the widest channel's deviation
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +109,10 @@ class SlotTrainer(nn.Module):
         sample = contexts.sample(512)
         units = sample.units[sample.mask]
         self.center = nn.Parameter(units.mean(0), requires_grad=False)
-        scale = units.std(0).clamp_min(1e-6) if len(units) > 1 else torch.ones(c)
+        scale = units.std(0) if len(units) > 1 else torch.ones(c)
+        # a channel that is the same everywhere says nothing: counted in its own deviation, it would overflow half precision
+        widest = scale.max().clamp_min(1e-6)
+        scale = torch.where(scale < _CONSTANT * widest, widest, scale)
 
         def normal(*shape: int, scale: float) -> torch.Tensor:
             return torch.randn(*shape, generator=generator) * scale

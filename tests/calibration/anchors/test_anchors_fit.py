@@ -191,6 +191,15 @@ def test_long_contexts_may_be_read_through_reweighted_public_rows() -> None:
     assert calibration.plans[1].quality.fvu < 0.7
 
 
+def test_channels_that_never_vary() -> None:
+    """A map that counted them in deviations of 0 was Inf in half precision."""
+    public = contexts(80)
+    public = dataclasses.replace(public, units=public.units.clone(), whole=public.whole.clone())
+    public.units[..., :12], public.whole[..., :12] = 0.25, 0.25
+    settings = dataclasses.replace(SETTINGS, releases=("sum",), slots=dataclasses.replace(SLOTS, steps=5))
+    fit_anchors(config(), public_data(public), dataclasses.replace(settings, epsilons=(8.0,))).verify()
+
+
 def test_candidates_by_unit_and_relation() -> None:
     assert candidates(config(), SETTINGS) == ("sum", "histogram", "mixed")
     assert candidates(config(unit="context"), SETTINGS) == ("sum", "response")

@@ -103,6 +103,6 @@ def test_a_projection_with_a_norm_is_not_affine() -> None:
 
 def test_intervals_of_few_kinds_are_wider() -> None:
     units, widened = counted(torch.arange(30) % 3)
-    assert len(torch.unique(units)) == 30 and widened == pytest.approx((1 + 0.25 * 9) ** 0.5)
+    assert len(torch.unique(units)) == 30 and widened == pytest.approx((1 + 0.5 * 9) ** 0.5)
     units, widened = counted(torch.arange(30) % 5)
     assert len(torch.unique(units)) == 5 and widened == 1.0
