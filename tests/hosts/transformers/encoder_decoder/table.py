@@ -45,14 +45,14 @@ rows, and these stand in what `encode_prompt` gives for a public text, as many a
 joint attention takes masks of which rows count, not log weights.) Masks, text ids and lengths are the public text's. A pooled vector
 (SD3, Flux) is one more row of the context, in channels of its own: released with the others, at once, under the same budget. Where
 prompts have as many rows as tokens (Qwen-Image) pooled vectors would be the public text's, and unit="row" with `replace_one` makes the
-number of tokens public. Nothing of the denoiser is touched: compiled ones, slicing, offload and LoRAs on it work. Before the first charge
-the call is run with two public texts to its first denoising step, which must be told which one it was. A calibration is fitted to the
-rows and pooled vectors themselves (their FVU: public rows ask which rows of a prompt are like them), with the fall-back of all others:
-the public mean, where the rows are not known to do better.
+number of tokens public. Nothing of the denoiser is patched. Tests of this package run the five that are named; any other is tried by its
+first call, and refused where `encode_prompt` gives several sequences of rows. Before the first charge the call is run with two public
+texts to its first denoising step, which must be told which one it was. A calibration is fitted to the rows and pooled vectors themselves
+(their FVU: public rows ask which rows of a prompt are like them), with the fall-back of all others: the public mean, where the rows are
+not known to do better. What is set before `protect` may be set after it, with the same picture, or is refused at both:
+`tests/hosts/test_order.py` tries offload, LoRA, compilation, casts, slicing, fused projections, schedulers, FreeU and IP-Adapters in both
+orders. To replace a part (`pipe.unet = ...`) belongs before; after it a call is refused, and says so.
 
-What is set before `protect` may be set after it, with the same picture, or is refused at both: `tests/hosts/test_order.py` tries offload,
-LoRA, compilation, casts, slicing, fused projections, schedulers, FreeU and IP-Adapters in both orders. To replace a part
-(`pipe.unet = ...`) belongs before; after it a call is refused, and says so.
 Gradient checkpointing is refused where gradients are taken, and so is a pipeline whose image processor was replaced.
 `cross_attention_kwargs={{"scale": s}}` (a LoRA's scale of one call) works on the three Stable Diffusion pipelines, as `set_adapters`
 does: a release fits the scale that it was made at, and a prompt drawn at another scale is released, and charged, anew.
