@@ -7,6 +7,7 @@ tokens. That may take two contexts for one (refused too early), never one for tw
 from __future__ import annotations
 
 import dataclasses
+import html
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -40,6 +41,20 @@ def name_of_ids(ids: torch.Tensor) -> tuple[bytes, ...]:
 def name_of_text(text: str) -> tuple[bytes, ...]:
     """The same under every tokenizer: two hosts need not tokenize or pad alike."""
     return TEXT, unicodedata.normalize("NFC", plain_text(text)).strip().encode("utf-8", "surrogatepass")
+
+
+def folded_part(text: str, units: Sequence[str] | None) -> Part:
+    """A prompt as pipelines may read it: many of them take capitals, runs of spaces, wide letters and HTML entities for the same text.
+
+    units: phrases that are encoded apart, or None.
+    """
+    apart = None if units is None else (b"phrases of a folded text", *map(_folded, units))
+    return Part((b"folded text", _folded(text)), apart)
+
+
+def _folded(text: str) -> bytes:
+    plain = unicodedata.normalize("NFKC", html.unescape(html.unescape(plain_text(text)))).casefold()
+    return " ".join(plain.split()).encode("utf-8", "surrogatepass")
 
 
 def special_ids(model: Any) -> frozenset[int]:

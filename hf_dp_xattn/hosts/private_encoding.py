@@ -5,7 +5,6 @@ It is encoded when its release is charged, not before: there is no tensor that c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -18,9 +17,11 @@ from .context import Part, PrivateContext, Rows, plain_bytes
 
 PRIVATE = "A private encoding is read by its release only: protected.release(encoding). Nothing was spent."
 PARTS = (
-    'Weighted text is a list of texts and (text, weight): ["a", ("red", 1.3), "car"]; a weight is a finite number. '
+    'Weighted text is a list of texts and (text, weight): ["a", ("red", 1.3), "car"]; a weight is a number of at most 1,000,000. '
     "Nothing was spent."
 )
+
+LARGEST = 1e6  # beyond it half precision overflows, and no weighting means anything
 
 
 class _Unreadable(ContextError, AttributeError):
@@ -64,8 +65,8 @@ def enclose(handle: Any, context: PrivateContext) -> PrivateEncoding:
 
 def enclosed(handle: Any, encoding: PrivateEncoding) -> PrivateContext:
     """What it stands for. Raises ContextError for one of another handle."""
-    made_by, context = _held[encoding]
-    if made_by is not handle:
+    made_by, context = _held.get(encoding, (None, None))
+    if made_by is not handle or context is None:
         raise ContextError(
             "This private encoding was made by another protected host: call private_encode of this one. Nothing was spent."
         )
@@ -88,7 +89,7 @@ def _pair(part: Any) -> tuple[str, float]:
     if not isinstance(part, (tuple, list)) or len(part) != 2:
         raise ConfigError(PARTS)
     text, weight = part
-    number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
+    number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and abs(weight) <= LARGEST
     if not isinstance(text, str) or not number:
         raise ConfigError(PARTS)
     return text, float(weight)

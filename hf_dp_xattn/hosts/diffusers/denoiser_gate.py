@@ -77,12 +77,50 @@ class Calls(threading.local):
     current: Call | None = None
 
     @contextmanager
+    def leave(self) -> Iterator[None]:
+        """For code of a user that runs within a call."""
+        before, self.current = self.current, None
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
     def enter(self, call: Call) -> Iterator[None]:
         before, self.current = self.current, call
         try:
             yield
         finally:
             self.current = before
+
+
+class CallGate:
+    """Lets a denoiser run within calls only: whoever else hands it embeddings hands it no release."""
+
+    def __init__(self, model: Any, calls: Calls, guard: Guard) -> None:
+        self.model, self._calls, self._guard = model, calls, guard
+        self._hook: Any = None
+
+    def install(self) -> None:
+        self._hook = self.model.register_forward_pre_hook(self._before)
+
+    @torch.compiler.disable
+    def _before(self, module: Any, args: Any) -> None:
+        if self._calls.current is None and not self._guard.access.public:
+            raise ProtectionLostError(OUTSIDE.format(model=type(self.model).__name__))
+
+    def remove(self) -> None:
+        self._hook.remove()
+
+    def lost(self) -> str | None:
+        held = self._hook is not None and self._hook.id in self.model._forward_pre_hooks
+        return None if held else f"the gate of the {type(self.model).__name__} was removed"
+
+    def changed(self) -> str | None:
+        return None
+
+    def forget(self) -> None:
+        return  # it keeps nothing of a call
 
 
 @dataclass(frozen=True)

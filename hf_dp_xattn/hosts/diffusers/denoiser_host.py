@@ -19,7 +19,7 @@ from ..layer import Layer
 from ..layer_host import LayerHost
 from ..text.prompt_swap import text_encoders
 from .architectures import unwrap
-from .denoiser_gate import Calls, DenoiserGate
+from .denoiser_gate import CallGate, Calls, DenoiserGate
 from .placed_prompts import PlacedPrompts, prompts_of
 from .prompt_encoder import PromptEncoder, method_of
 from .text_layers import TextLayer, channels_of, find_text_layers, refuse
@@ -63,7 +63,7 @@ class DenoiserHost(LayerHost):
         self.calls, self.proven = Calls(), set[str]()
         self._projections: dict[Any, Any] = {}  # of models whose layers are patched
         self._patches: list[PlacedPrompts] = []
-        self._gates: list[DenoiserGate] = []
+        self._gates: list[DenoiserGate | CallGate] = []
         self._encoder: PromptEncoder | None = None
         super().__init__(self.models[""])
 

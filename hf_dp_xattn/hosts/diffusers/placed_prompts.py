@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -106,6 +107,11 @@ class PlacedPrompts(PromptSwap):
         if not call.read:
             raise self._unsupported(NOT_REACHED)
         return result
+
+    @contextmanager
+    def _apart_from_call(self) -> Iterator[None]:
+        with super()._apart_from_call(), self._host.calls.leave():
+            yield
 
     def _refuse_compiled(self) -> None:
         if any(m._compiled_call_impl is not None for m in self._host.models.values()):

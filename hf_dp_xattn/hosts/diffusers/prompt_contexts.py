@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...errors import ContextError
-from ..content_names import id_parts, name_of_ids, name_of_text, units_of_text
+from ..content_names import folded_part, id_parts, name_of_ids, name_of_text, units_of_text
 from ..context import Part, PrivateContext, Rows, from_embeddings, plain_bytes
 from ..lengths import dimensions
 from ..placeholder import holds_placeholder
@@ -40,7 +40,7 @@ def from_ids(
         name_of_ids(ids),
         load,
         variant=text.mask_seen(mask),
-        parts=parts if whole is None else (*parts, Part(name_of_text(whole))),
+        parts=parts if whole is None else (*parts, Part(name_of_text(whole)), folded_part(whole, None)),
         padded=True,
         trials=(text.trial(),),
         kept=torch.arange(rows) >= first,
@@ -79,6 +79,7 @@ def from_phrases(phrases: Sequence[object], text: TextSide, whole: str | None = 
         Part(name_of_ids(ids), name),
         *id_parts(held, text.special_ids, None, name),
         Part(name_of_text(prompt), units_of_text(texts)),
+        folded_part(prompt, texts),
     )
     trials = (text.trial(),)
     return PrivateContext(

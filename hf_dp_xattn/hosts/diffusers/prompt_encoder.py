@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
-from ...errors import ConfigError, ContextError, UnsupportedModelError
-from ..content_names import name_of_text, units_of_text
-from ..context import Part, PrivateContext, Rows, Trial, from_embeddings
+from ...errors import ConfigError, ContextError, TruncatedPromptWarning, UnsupportedModelError
+from ..content_names import folded_part, id_parts, name_of_text, units_of_text
+from ..context import Part, PrivateContext, Rows, Trial, from_embeddings, plain_bytes
 from ..placeholder import CODE_CHANNELS, Tag, holds_placeholder, make_placeholder, read_tags
 from ..private_encoding import row_weights, token_counts, weighted
 from ..private_run import private_run
 from .phrases import check_phrases, split_phrases
-from .text_side import as_texts, without_length_warning
+from .text_side import TRUNCATED, as_texts, without_length_warning
 
 STAND_IN = "a picture"
 """Public: what all of a pipeline but its protected layers sees in place of a private prompt."""
@@ -155,8 +157,45 @@ class PromptEncoder:
             elif "prompt" not in name and name in self._as_called:  # a call's own default: of the length, say
                 default = self._as_called[name].default
                 arguments[name] = parameter.default if default is parameter.empty else default
-        with private_run(*self.modules):
+        with private_run(*self.modules), ExitStack() as stack:
+            for tokenizer in self._tokenizers:
+                stack.enter_context(without_length_warning(tokenizer))
             return self._original(**arguments)
+
+    @property
+    def _tokenizers(self) -> list[Any]:
+        named = self.pipe.components.items()
+        return [t for n, t in named if n.startswith("tokenizer") and callable(t)]
+
+    def _ids(self, tokenizer: Any, text: str) -> list[int]:
+        """Of a text as long as it is, as the pipeline reads it."""
+        with without_length_warning(tokenizer):
+            if hasattr(self.pipe, "maybe_convert_prompt"):  # textual inversion
+                text = self.pipe.maybe_convert_prompt(text, tokenizer)
+            return list(tokenizer([text]).input_ids[0])
+
+    def _id_parts(self, texts: Sequence[str], whole: str, *, apart: bool) -> list[Part]:
+        """The names of the ids that a text is of under each tokenizer; none where it takes no plain text. Warns where all cut it off."""
+        parts: list[Part] = []
+        lengths = []
+        for tokenizer in self._tokenizers:
+            try:
+                each, ids = [self._ids(tokenizer, t) for t in texts], self._ids(tokenizer, whole)
+                parts += id_parts(
+                    torch.tensor(ids, dtype=torch.int64),
+                    frozenset(getattr(tokenizer, "all_special_ids", ())),
+                    None,
+                    (b"phrases of ids", *(plain_bytes(torch.tensor(i, dtype=torch.int64)) for i in each))
+                    if apart
+                    else None,
+                )
+            except Exception:  # a processor, or one of chats; its words may quote the text
+                continue
+            longest = max(map(len, each)) if apart else len(ids)
+            lengths.append(longest > min(self.rows, tokenizer.model_max_length))
+        if self.padded and lengths and all(lengths):
+            warnings.warn(TRUNCATED, TruncatedPromptWarning, stacklevel=2)
+        return parts
 
     # ---- as a calibration knows it by a public text (`identity.py`) --------------------------------------------------------
 
@@ -205,7 +244,8 @@ class PromptEncoder:
         groups = (
             None if units is None else torch.arange(len(each)).repeat_interleave(self.rows - self.public_rows)
         )
-        parts = () if units is None else (Part(name_of_text(text), units_of_text(each)),)
+        parts = [] if units is None else [Part(name_of_text(text), units_of_text(each))]
+        parts += [folded_part(text, units), *self._id_parts(each, text, apart=units is not None)]
         name = (
             name_of_text(text)
             if units is None
@@ -217,7 +257,7 @@ class PromptEncoder:
             name,
             load,
             groups,
-            parts=parts,
+            parts=tuple(dict.fromkeys(parts)),
             padded=self.padded,
             trials=(self.trial(),),
             encoder=self.modules,
@@ -234,9 +274,7 @@ class PromptEncoder:
             ContextError, ConfigError: see `prompt_contexts.name_weighted`; or rows that are not the tokens'. Nothing was spent.
         """
         parts = check_phrases(texts)
-        tokenizers = [
-            t for n, t in self.pipe.components.items() if n.startswith("tokenizer") and t is not None
-        ]
+        tokenizers = self._tokenizers
         if not self.padded or not tokenizers or any(t.model_max_length != self.rows for t in tokenizers):
             raise ConfigError(
                 f"{type(self.pipe).__name__} has rows of text that are not the tokens of one tokenizer: weights are for Stable Diffusion "
@@ -249,7 +287,7 @@ class PromptEncoder:
             )
         else:
             context = self._context(" ".join(parts), None)
-            found = [token_counts(partial(_ids, tokenizer), parts) for tokenizer in tokenizers]
+            found = [token_counts(partial(self._ids, tokenizer), parts) for tokenizer in tokenizers]
             if any(other != found[0] for other in found):
                 raise ConfigError("The pipeline's tokenizers do not agree on these words. Nothing was spent.")
             counts, start = found[0]
@@ -274,11 +312,6 @@ class PromptEncoder:
                 "This pipeline's prompts have as many rows as tokens: it takes unit='row' or unit='context', or mechanism='library'."
             )
         return [self._context(t, check_phrases(split_phrases(t))) for t in as_texts(context, "context")]
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    with without_length_warning(tokenizer):
-        return list(tokenizer([text]).input_ids[0])
 
 
 def is_mask(tensor: torch.Tensor) -> bool:

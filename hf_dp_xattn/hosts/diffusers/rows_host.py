@@ -26,7 +26,7 @@ from ..placeholder import Tag, new_tag
 from ..released import ReleasedContext
 from ..text.one_step import one_step
 from ..text.prompt_swap import no_progress, text_encoders
-from .denoiser_gate import Call
+from .denoiser_gate import Call, CallGate
 from .denoiser_host import DenoiserHost
 from .placed_prompts import NOT_REACHED, PlacedPrompts
 from .prompt_encoder import PromptEncoder, tensors_of
@@ -144,6 +144,12 @@ class RowsHost(DenoiserHost):
         self._channels = self._rows.channels
         self.input = RowsLayer(self.models[""], self._channels)
         return {self.input.name: self.input}
+
+    def install(self, guard: Guard, handle: Any) -> None:
+        super().install(guard, handle)
+        self._gates = [CallGate(model, self.calls, guard) for model in self.models.values()]
+        for gate in self._gates:
+            gate.install()
 
     def watched(self) -> list[torch.nn.Module]:
         return []

@@ -19,7 +19,7 @@ from torch import nn
 
 from ...errors import ConfigError, UnsupportedModelError
 from ..access import Access, TextGate
-from ..content_names import Part
+from ..content_names import Part, folded_part
 from ..diffusers.architectures import unwrap
 from ..diffusers.text_side import as_texts
 from ..guard import mark, unmark
@@ -83,6 +83,8 @@ class PromptSwap:
         self._swapped = SwappedClass(pipe, self._make_call())
         self._gates: dict[nn.Module, TextGate] = {}
         self.saving = SaveShadow(pipe, guard)
+        known = inspect.signature(type(pipe).__call__).parameters.values()
+        self._more = next((p.name for p in known if p.kind is p.VAR_KEYWORD), None)
 
     @classmethod
     def matches(cls, host: Any) -> bool:
@@ -123,7 +125,7 @@ class PromptSwap:
         return None
 
     def ids_of(self, units: Sequence[str], whole: str) -> list[Part]:
-        return []  # no prompt is given as token ids
+        return [folded_part(whole, units)]  # no prompt is given as token ids
 
     def inputs(self, texts: Sequence[tuple[ReleasedText, str | None]], **public: Any) -> dict[str, Any]:
         if public:
@@ -201,11 +203,24 @@ class PromptSwap:
         self._close_callbacks(arguments)
 
     def _close_callbacks(self, arguments: dict[str, Any]) -> None:
+        """Of arguments, and of those that a pipeline takes as `**kwargs`: there the old `callback` is."""
         for name, value in arguments.items():
-            if name.startswith("callback") and callable(value):
-                arguments[name] = _closed(value, self._guard)
+            if isinstance(value, dict) and name == self._more:
+                arguments[name] = {**value}
+                self._close_callbacks(arguments[name])
+            elif name.startswith("callback") and callable(value):
+                arguments[name] = _closed(value, self._apart_from_call)
+
+    @contextmanager
+    def _apart_from_call(self) -> Iterator[None]:
+        """For code of a user that runs within a call: it may do no more than outside of one."""
+        with self._guard.access.leave("encoding"):
+            yield
 
     def _refuse(self, arguments: dict[str, Any]) -> None:
+        callback = {**arguments, **arguments.get(self._more or "", {})}.get("callback_on_step_end")
+        if callback is not None and not callable(callback):
+            raise ConfigError("`callback_on_step_end` must be a function. Nothing was spent.")
         for name, value in arguments.items():
             if OTHERS.fullmatch(name) and value is not None:
                 raise ConfigError(
@@ -261,12 +276,14 @@ def text_encoders(pipe: Any) -> list[Any]:
     return list(dict.fromkeys([*named, *(m for c in _components(pipe) if reads(m := unwrap(c)))]))
 
 
-def _closed(callback: Callable[..., Any], guard: Serves) -> Callable[..., Any]:
+def _closed(
+    callback: Callable[..., Any], apart: Callable[[], AbstractContextManager[None]]
+) -> Callable[..., Any]:
     """A user's callback, which may not run the text encoders though the pipeline may."""
     from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
     def closed(*args: Any, **kwargs: Any) -> Any:
-        with guard.access.leave("encoding"):
+        with apart():
             return callback(*args, **kwargs)
 
     if not isinstance(callback, (MultiPipelineCallbacks, PipelineCallback)):
