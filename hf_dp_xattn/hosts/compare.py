@@ -14,7 +14,7 @@ import numpy as np
 from ..artefacts.card import table
 from ..config import DPXAttnConfig
 from ..errors import ConfigError
-from ..privacy.ledger import Ledger
+from ..privacy.ledger import Budget, Ledger
 from .accounts import STAYS
 from .chosen import read_calibration
 from .protect import handle_of, protect
@@ -160,8 +160,8 @@ def compare(
             f"These calibrations promise different things ({'; '.join(sorted(promised))}): compare such as protect the same unit under the "
             "same relation."
         )
-    if len(public_contexts) < 2 or not epsilons:
-        raise ConfigError("Comparing needs two public contexts or more, and an epsilon at least.")
+    if isinstance(public_contexts, str) or len(public_contexts) < 2 or not epsilons:
+        raise ConfigError("Comparing needs a list of two public contexts or more, and an epsilon at least.")
     if handle_of(host) is not None:
         raise ConfigError(f"Compare before `protect`, or after dpx.unprotect(host) ({STAYS}).")
     points = []
@@ -177,6 +177,7 @@ def compare(
                     config,
                     calibration=calibration,
                     ledger=Ledger(),
+                    budget=Budget(1e9, 0.5),  # public contexts may share what is charged by itself
                     encoder=encoder if config.mechanism == "library" else None,
                     allow_useless=True,
                 )

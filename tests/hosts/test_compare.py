@@ -47,6 +47,13 @@ def test_the_calibration_that_scores_best_is_named(pipe: Any, two: dict[str, Any
     dpx.unprotect(pipe)
 
 
+def test_contexts_may_share_what_is_charged_by_itself(pipe: Any, two: dict[str, Any]) -> None:
+    same_account = [CONTEXTS[0], CONTEXTS[0].upper()]
+    assert dpx.compare(pipe, two, same_account, told, epsilons=[8.0]).points
+    with pytest.raises(dpx.ConfigError, match="a list of two"):
+        dpx.compare(pipe, two, CONTEXTS[0], told, epsilons=[8.0])
+
+
 def test_mechanisms_are_compared_with_each_other(pipe: Any) -> None:
     rows = calibration_for(pipe)
     seen: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -47,7 +48,11 @@ def fit_responses(
         if stages:
             stacks[size] = stages
     if not stacks:
-        raise ConfigError(f"Too few public units ({len(flat)}) for randomised response; give more contexts.")
+        least = min(ALPHABETS)
+        raise ConfigError(
+            f"Answers for each unit need {4 * least} public units, {math.ceil(1.5 * least)} of them different, and there are {len(flat)}, "
+            f"{len(torch.unique(flat, dim=0))} of them different: give more contexts, or releases=('sum',)."
+        )
     result = {}
     for offset, epsilon in enumerate(epsilons):
         best: tuple[float, int, int] | None = None

@@ -17,7 +17,7 @@ from ..host_words import HostWords, Setting, text_words
 from .chat_swap import ChatSwap
 from .released_texts import ReleasedTexts
 from .surfaces import SUPPORTED, Surface, surface_of
-from .text_contexts import name_text
+from .text_contexts import CUTS, name_text
 from .text_guard import TextGuard
 
 if TYPE_CHECKING:
@@ -100,11 +100,22 @@ class TextHost(Host):
         grouped = guard.config.unit == "group"
         several = isinstance(context, (list, tuple)) and len(context) > 0 and not one
         listed = context if several else [context]
+        self._check_groups(groups, cut=any(isinstance(c, str) for c in listed))
         contexts = []
         for units, whole in map(guard.cut, listed):
             ids = others if surface is None or spelled is not None else surface.ids_of(units, whole)
             contexts.append(name_text(units, whole, guard.encode, grouped=grouped, each=each, others=ids))
         return Named(contexts, None)
+
+    def _check_groups(self, groups: str | None, *, cut: bool) -> None:
+        """Raises ConfigError where `groups` names other units than are answered. cut: whether a string is cut by the library's rule."""
+        split, _, where = CUTS[self.guard.cut.grouping]
+        if groups is not None and (groups not in CUTS or (cut and CUTS[groups][0] is not split)):
+            raise ConfigError(
+                f"groups={groups!r} names other units than those that are answered: this library cuts a text {where}, and each piece is a "
+                "unit with an epsilon of its own. Give units as a list of strings, or make a library with another `grouping`. Nothing was "
+                "spent."
+            )
 
     def document(self, document: Any) -> Document:
         """A string, or a row of a dataset with a column "text" (or one column of strings)."""

@@ -1,4 +1,5 @@
-"""A calibration never does harm: whatever its decoders are worth, what it gives is at most 1.02 times as far off as the fall-back."""
+"""A calibration does no harm to these contexts: whatever its decoders are worth, what it gives is
+at most 1.02 times as far off as the fall-back."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def test_a_context_of_phrases(groups: Any) -> None:
     assert len(handle.report().releases) == 1
     other = handle.release(PHRASES[::-1], groups="phrases")
     assert (
-        other.contexts != release.contexts and len(handle.ledger.entries()) == 10
+        other.contexts != release.contexts and len(handle.ledger.entries()) == 12
     )  # phrases, ids (3) and text
 
 

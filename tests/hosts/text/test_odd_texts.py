@@ -12,7 +12,7 @@ import hf_dp_xattn as dpx
 from hf_dp_xattn.calibration.library.library_fit import build_library
 
 from ...hosts_tiny import picture, tiny_sd
-from .libraries import library
+from .libraries import config, library
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +86,13 @@ def test_a_long_public_text_may_answer(pipe: Any) -> None:
     with dpx.protect(pipe, epsilon=90.0, calibration=shelf, ledger=dpx.Ledger()) as handle:
         assert handle.release(long.replace("many", "some")).text[0] == long.strip()
         assert picture(pipe, long).isfinite().all()
+
+
+@pytest.mark.parametrize("groups", ["documents", "context", "foo"])
+def test_units_other_than_those_that_are_answered_are_refused(pipe: Any, groups: str) -> None:
+    protected = dpx.protect(pipe, config(), calibration=library(pipe), ledger=dpx.Ledger())
+    with pytest.raises(dpx.ConfigError, match="names other units"):
+        protected.release("a red circle, in snow", groups=groups)
+    assert not protected.report().releases
+    assert len(protected.release("a red circle, in snow", groups="phrases").text) == 2
+    dpx.unprotect(pipe)
