@@ -49,7 +49,9 @@ number of tokens public. Nothing of the denoiser is patched. Tests of this packa
 first call, and refused where `encode_prompt` gives several sequences of rows. Before the first charge the call is run with two public
 texts to its first denoising step, which must be told which one it was. A calibration is fitted to the rows and pooled vectors themselves
 (their FVU: public rows ask which rows of a prompt are like them), with the fall-back of all others: the public mean, where the rows are
-not known to do better. What is set before `protect` may be set after it, with the same picture, or is refused at both:
+not known to do better.
+
+What is set before `protect` may be set after it, with the same picture, or is refused at both:
 `tests/hosts/test_order.py` tries offload, LoRA, compilation, casts, slicing, fused projections, schedulers, FreeU and IP-Adapters in both
 orders. To replace a part (`pipe.unet = ...`) belongs before; after it a call is refused, and says so.
 
