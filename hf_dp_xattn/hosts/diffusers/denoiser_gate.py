@@ -39,6 +39,7 @@ OUTSIDE = (
 SCALE = "{name} scales its logits by {now:.4g} here, and by {then:.4g} when it was protected: such layers are not supported."
 TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 6e-2}  # relative to the largest number of an output
 STATES = "encoder_hidden_states"
+SECOND = "transformer_2."  # prefix of a denoiser of later steps (Wan 2.2)
 CHANGED = "its pipeline changes the encoded prompt before the {model} reads it"
 OTHERWISE = "its layers read the text in another way than by their keys and values"
 BESIDE = "its layers read other rows (of a picture, or a second encoding) in one sequence with the text's"
@@ -170,10 +171,11 @@ def _copied(value: Any) -> Any:
 
 
 class _Local(threading.local):
-    """Of one thread and gate. again: arguments of the model, for the proof."""
+    """Of one thread and gate. again: arguments of the model, for the proof; given: with placeholders, as they came."""
 
     forward: _Forward | None = None
     again: tuple[Any, Any] = ((), {})
+    given: tuple[Any, Any] = ((), {})
     seen: tuple[torch.Tensor, int, Call, _Forward, torch.Tensor] | None = None
 
 
@@ -187,6 +189,8 @@ class ServesDenoisers(Protocol):
 
     @property
     def layers(self) -> Mapping[str, Any]: ...
+    @property
+    def models(self) -> Mapping[str, Any]: ...
 
 
 class DenoiserGate:
@@ -257,6 +261,8 @@ class DenoiserGate:
         guard.check()
         refuse_call_adapters(self._host.weights.roots())
         arguments = dict(zip(self._named, args, strict=False)) | kwargs
+        if call.proving:
+            self._local.given = _copied(args), _copied(kwargs)
         self._local.forward, public = self._read(arguments.get(STATES), call)
         if public is not None:
             kwargs, place = dict(kwargs), self._named.index(STATES) if STATES in self._named else len(args)
@@ -310,7 +316,15 @@ class DenoiserGate:
         if call.proving and forward.marked is not None:
             self._prove(outputs, forward)
             if not self.prefix:
+                self._reach_second()
                 raise Reached
+
+    def _reach_second(self) -> None:
+        """Proves the denoiser of later steps with what the first one was given: a trial ends at its first step."""
+        second = self._host.models.get(SECOND)
+        (args, kwargs), self._local.given = self._local.given, ((), {})
+        if second is not None and SECOND not in self._host.proven:
+            second(*args, **kwargs)
 
     # ---- the proof ---------------------------------------------------------------------------------------------------------
 

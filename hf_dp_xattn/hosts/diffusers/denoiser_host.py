@@ -19,7 +19,7 @@ from ..layer import Layer
 from ..layer_host import LayerHost
 from ..text.prompt_swap import text_encoders
 from .architectures import unwrap
-from .denoiser_gate import CallGate, Calls, DenoiserGate
+from .denoiser_gate import SECOND, CallGate, Calls, DenoiserGate
 from .placed_prompts import PlacedPrompts, prompts_of
 from .prompt_encoder import PromptEncoder, method_of
 from .text_layers import TextLayer, channels_of, find_text_layers, refuse
@@ -44,7 +44,7 @@ def models_of(pipe: Any) -> dict[str, Any]:
     models |= {f"controlnet.{i}.": unwrap(net) for i, net in enumerate(nets) if isinstance(net, nn.Module)}
     second = getattr(pipe, "transformer_2", None)
     if isinstance(second, nn.Module):
-        models["transformer_2."] = unwrap(second)
+        models[SECOND] = unwrap(second)
     return models
 
 
