@@ -34,6 +34,9 @@ from hf_dp_xattn.calibration.calibration_options import CalibrationOptions
 from hf_dp_xattn.calibration.fit import fit
 from hf_dp_xattn.calibration.shipped_prompts import system_prompts
 from hf_dp_xattn.hosts.host_registry import kind_of
+from hf_dp_xattn.hosts.transformers.decoder_only.prefix_contexts import SEGMENTS, read_prefixes
+from hf_dp_xattn.hosts.transformers.decoder_only.prefix_probing import find_layers
+from hf_dp_xattn.hosts.transformers.decoder_only.public_prefixes import PrefixReader
 from hf_dp_xattn.mechanisms.anchors.fallback import Worth
 from hf_dp_xattn.privacy.bits import SeededEntropy
 
@@ -123,6 +126,7 @@ def main() -> None:
         answers = {e: answered(library, private, e, model, tokenizer) for e in args.epsilons}
     # private and answered lists are read as one batch: one public length, the same positions
     every = [private, *answers.values()]
+    read = [exact_rows(model, [ids(p) for p in lists], options) for lists in every]
     with kind_of(model).public_data(
         model, [ids(p) for lists in every for p in lists], CONFIG, options
     ) as data:
@@ -148,10 +152,9 @@ def main() -> None:
                 rows = simulate(p, CONFIG, calibration.decoders, own, seed=9)
                 found[name] = beside(measured([(c.rows, c.log_weights) for c in rows]), nothing)
             if answers:
-                part = contexts.part(torch.arange((place + 1) * n, (place + 2) * n))
-                found["library"] = beside(measured(list(map(exact_pair, part.whole))), nothing)
+                found["library"] = beside(measured(read[place + 1]), nothing)
             results["measured"].append(found)
-        results["exact"] = float(measured(list(map(exact_pair, own.whole))).mean())
+        results["exact"] = float(measured(read[0]).mean())
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
@@ -171,10 +174,19 @@ def answered(library: Any, private: Lists, epsilon: float, model: Any, tokenizer
     return found
 
 
-def exact_pair(whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact rows, those of padding left out."""
-    rows = whole[(whole != 0).any(-1)].float()
-    return rows, torch.zeros(len(rows))
+@torch.no_grad()
+def exact_rows(
+    model: Any, lists: Sequence[list[list[int]]], options: CalibrationOptions
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """All rows of lists whose sentences are encoded apart behind the public head, without the head's, and log weights. (What a calibration
+    keeps of a long list is a sample of its rows, with public ones beside them.)"""
+    size = model.get_input_embeddings().num_embeddings
+    prefixes = [
+        read_prefixes(p, SEGMENTS, options.public_head, options.prefix_bucket, size)[0] for p in lists
+    ]
+    reader = PrefixReader(model, find_layers(model), options)
+    rows = (torch.cat(parts).float() for parts in reader.read(prefixes))
+    return [(r, torch.zeros(len(r))) for r in rows]
 
 
 def beside(divergence: torch.Tensor, nothing: torch.Tensor) -> dict[str, float]:
