@@ -44,7 +44,8 @@ def name_of_text(text: str) -> tuple[bytes, ...]:
 
 
 def folded_part(text: str, units: Sequence[str] | None) -> Part:
-    """A prompt as pipelines may read it: many of them take capitals, runs of spaces, wide letters and HTML entities for the same text.
+    """A prompt as pipelines may read it. Capitals, spaces, punctuation, wide letters, HTML entities, unseen characters often make no
+    difference: its letters and digits alone.
 
     units: phrases that are encoded apart, or None.
     """
@@ -54,7 +55,8 @@ def folded_part(text: str, units: Sequence[str] | None) -> Part:
 
 def _folded(text: str) -> bytes:
     plain = unicodedata.normalize("NFKC", html.unescape(html.unescape(plain_text(text)))).casefold()
-    return " ".join(plain.split()).encode("utf-8", "surrogatepass")
+    read = "".join(c for c in plain if unicodedata.category(c)[0] in "LNM")
+    return (read or " ".join(plain.split())).encode("utf-8", "surrogatepass")
 
 
 def special_ids(model: Any) -> frozenset[int]:

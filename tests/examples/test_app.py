@@ -118,10 +118,12 @@ def test_concurrent_visitors_are_charged_once_each_and_get_their_own(studio: Stu
         thread.join()
     assert len(drawn) == len(jobs)
     assert (
-        len(studio._ledgers["context"].entries()) == 8
-    )  # two releases, each of token ids (3) and their text
-    charges = studio._ledgers["group"].entries()  # one release, by five names: phrases, token ids (3), text
-    assert [c.number_of_releases for c in charges] == [1] * 5 and len({c.digest for c in charges}) == 5
+        len(studio._ledgers["context"].entries()) == 10
+    )  # two releases, each of token ids (3), their text, and that folded
+    charges = studio._ledgers[
+        "group"
+    ].entries()  # one release, by six names: phrases, token ids (3), text, folded text
+    assert [c.number_of_releases for c in charges] == [1] * 6 and len({c.digest for c in charges}) == 6
     for i in range(3):
         assert np.array_equal(drawn[i].protected, drawn[i + 3].protected)  # type: ignore[attr-defined]
         assert drawn[i].again != drawn[i + 3].again  # type: ignore[attr-defined]

@@ -67,9 +67,9 @@ def test_each_content_is_charged_once_for_the_whole_horizon(
     for more in contents[1:]:
         assert release.append(more) is release
         pictures.append(picture(pipe, **release.inputs()))
-    names = {"text": 4, "ids": 3, "embeddings": 3}[
+    names = {"text": 5, "ids": 3, "embeddings": 3}[
         kind
-    ]  # ids padded, not padded, without special tokens; a text's own; embeddings as half precision reads them
+    ]  # ids padded, not padded, without special tokens; a text's own, and folded; embeddings as half precision reads them
     assert [c.note for c in ledger.entries()] == names * 3 * [{"horizon": 3}]
     assert len({c.digest for c in ledger.entries()}) == names * 3  # each content, once
     for content in contents:

@@ -1,7 +1,8 @@
 """The gate of any denoiser: which batch elements read a release, and the proof that its layers read what the model would.
 
 In a call of a protected pipeline the model is given public text alone: the rows of a stand-in, of which those that the pipeline marked are
-read from a release by the protected layers. So nothing private can get past them, whatever else the model does with its text.
+read from a release by the protected layers: whatever else the model does with its text, it does with public text. Rows without a mark (of
+negative prompts, or what a callback of the caller's puts there) are read as they are.
 """
 
 from __future__ import annotations

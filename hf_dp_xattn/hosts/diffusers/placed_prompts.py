@@ -130,6 +130,15 @@ class PlacedPrompts(PromptSwap):
             raise ConfigError(
                 f"`{others[0]}` is not supported beside `prompt` here: give one private text, as `prompt`. Nothing was spent."
             )
+        negative = arguments.get("negative_prompt")
+        if any(isinstance(n, PromptOfRelease) for n in items_of("" if negative is None else negative)):
+            raise ConfigError(
+                "A release stands in the place of `prompt`; negative prompts are public text. Nothing was spent."
+            )
+        if arguments.get("clip_skip") is not None:
+            raise ConfigError(
+                "`clip_skip` changes how a prompt is encoded, and a release is of the usual encoding: leave it out. Nothing was spent."
+            )
         prompt, embeds, stand_in = (
             arguments.get("prompt"),
             arguments.get("prompt_embeds"),

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 from ...errors import ConfigError, ContextError, TruncatedPromptWarning, UnsupportedModelError
-from ..content_names import folded_part, id_parts, name_of_text, units_of_text
+from ..content_names import folded_part, id_parts, name_of_ids, name_of_text, units_of_text
 from ..context import Part, PrivateContext, Rows, Trial, from_embeddings, plain_bytes
 from ..placeholder import CODE_CHANNELS, Tag, holds_placeholder, make_placeholder, read_tags
 from ..private_encoding import row_weights, token_counts, weighted
@@ -191,8 +191,12 @@ class PromptEncoder:
                 )
             except Exception:  # a processor, or one of chats; its words may quote the text
                 continue
-            longest = max(map(len, each)) if apart else len(ids)
-            lengths.append(longest > min(self.rows, tokenizer.model_max_length))
+            limit = min(self.rows, tokenizer.model_max_length)
+            lengths.append((max(map(len, each)) if apart else len(ids)) > limit)
+            if (
+                len(ids) > limit and not apart
+            ):  # whatever follows is cut off: one name with all that begins so
+                parts.append(Part(name_of_ids(torch.tensor(ids[: limit - 1], dtype=torch.int64))))
         if self.padded and lengths and all(lengths):
             warnings.warn(TRUNCATED, TruncatedPromptWarning, stacklevel=2)
         return parts

@@ -33,7 +33,9 @@ from .unit_encoders import PROBES
 PRIVATE = re.compile(r"prompt(_[2-9])?|source_prompt|editing_prompt|lyrics|transcription")
 """Arguments that hold private text."""
 OTHERS = re.compile(
-    r"(?!neg|num_|callback)(.*prompt.*(embed|mask|latents|segments|cu_seqlens).*|messages|gligen_phrases|text_model_output|text_attention_mask)"
+    r"(?!neg|num_|callback)(.*prompt.*(embed|mask|latents|segments|cu_seqlens).*|messages|gligen_phrases|text_model_output|text_attention_mask"
+    r"|(source|target)_embeds|connector_\w+_embeds|encoder_hidden_states|(encoder_)?attention_mask|controlnet_pooled_projections|"
+    r"prior_token_ids)"
 )
 """Arguments that may hold what was made of private text, or private text in another form."""
 CLOSED = (
@@ -208,7 +210,7 @@ class PromptSwap:
             if isinstance(value, dict) and name == self._more:
                 arguments[name] = {**value}
                 self._close_callbacks(arguments[name])
-            elif name.startswith("callback") and callable(value):
+            elif "callback" in name and callable(value):
                 arguments[name] = _closed(value, self._apart_from_call)
 
     @contextmanager

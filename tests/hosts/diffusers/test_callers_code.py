@@ -16,7 +16,7 @@ from ..text.libraries import config, library
 from ..text.pipelines import call, tiny_flux
 from .test_placed_prompts import protect
 
-SPELLINGS = "red box", "Red box", "red  box", "red\tbox", "RED &#98;ox"
+SPELLINGS = "red box", "Red box", "red  box", "red\tbox", "RED &#98;ox", "red, box.", "Red box\u200b"
 LONG = "red box blue dogs " * 300
 
 
@@ -132,3 +132,38 @@ def test_a_private_encoding_of_nobody_is_refused() -> None:
     encoding = handle.private_encode(["a", ("red", 1.3)])
     with pytest.raises(dpx.ContextError, match="another protected host"):
         handle.release(type(encoding)())
+
+
+@pytest.mark.parametrize("name", ["callback_on_step_end", "prior_callback_on_step_end", "prior_callback"])
+def test_callbacks_of_all_names_are_closed(name: str) -> None:
+    pipe = tiny_sdxl()
+    handle = protected_by("library", pipe)
+    side = handle.host._surfaces[0]
+    seen: list[bool] = []
+    arguments = {"kwargs": {name: lambda: seen.append(handle.guard.access.encoding)}}
+    side._close_callbacks(arguments)
+    with handle.guard.access.enter("encoding"):
+        arguments["kwargs"][name]()
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("make", [tiny_sdxl])
+def test_what_is_cut_off_opens_no_second_account(make: Any) -> None:
+    handle = protect(make(), "kernel_sum", unit="context")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        handle.release(LONG + "one")
+        with pytest.raises(dpx.BudgetExceededError):
+            handle.release(LONG + "another")
+    assert len(handle.report().releases) == 1
+
+
+@pytest.mark.parametrize("what", ["clip_skip", "negative_prompt"])
+def test_what_would_be_ignored_is_refused(what: str) -> None:
+    pipe = tiny_sdxl()
+    handle = protect(pipe, "kernel_sum")
+    release = handle.release("a red box")
+    given = {"clip_skip": 1} if what == "clip_skip" else {"negative_prompt": release.inputs()["prompt"]}
+    with pytest.raises(dpx.ConfigError, match="Nothing was spent"):
+        picture(pipe, "a blue box", **given)
+    assert len(handle.report().releases) == 1
