@@ -79,16 +79,8 @@ class Calls(threading.local):
     current: Call | None = None
 
     @contextmanager
-    def leave(self) -> Iterator[None]:
-        """For code of a user that runs within a call."""
-        before, self.current = self.current, None
-        try:
-            yield
-        finally:
-            self.current = before
-
-    @contextmanager
-    def enter(self, call: Call) -> Iterator[None]:
+    def enter(self, call: Call | None) -> Iterator[None]:
+        """call: None for code of a user that runs within one."""
         before, self.current = self.current, call
         try:
             yield
@@ -246,7 +238,7 @@ class DenoiserGate:
 
     def forget(self) -> None:
         """What was read last, when a call is over."""
-        self._local.seen = None
+        self._local.seen, self._local.given = None, ((), {})
 
     # ---- a forward of the model --------------------------------------------------------------------------------------------
 
@@ -262,7 +254,7 @@ class DenoiserGate:
         guard.check()
         refuse_call_adapters(self._host.weights.roots())
         arguments = dict(zip(self._named, args, strict=False)) | kwargs
-        if call.proving:
+        if call.proving and SECOND in self._host.models and not self.prefix:
             self._local.given = _copied(args), _copied(kwargs)
         self._local.forward, public = self._read(arguments.get(STATES), call)
         if public is not None:
@@ -322,8 +314,7 @@ class DenoiserGate:
 
     def _reach_second(self) -> None:
         """Proves the denoiser of later steps with what the first one was given: a trial ends at its first step."""
-        second = self._host.models.get(SECOND)
-        (args, kwargs), self._local.given = self._local.given, ((), {})
+        second, (args, kwargs) = self._host.models.get(SECOND), self._local.given
         if second is not None and SECOND not in self._host.proven:
             second(*args, **kwargs)
 

@@ -65,6 +65,7 @@ class DenoiserHost(LayerHost):
         self._patches: list[PlacedPrompts] = []
         self._gates: list[DenoiserGate | CallGate] = []
         self._encoder: PromptEncoder | None = None
+        self._probed: PromptEncoder | None = None
         super().__init__(self.models[""])
 
     # ---- what it is --------------------------------------------------------------------------------------------------------
@@ -103,9 +104,12 @@ class DenoiserHost(LayerHost):
 
     def install(self, guard: Guard, handle: Any) -> None:
         super().install(guard, handle)
-        self._gates = [DenoiserGate(self, p, self.models[p], y) for p, y in self._layers.items()]
+        self._gates = self._make_gates(guard)
         for gate in self._gates:
             gate.install()
+
+    def _make_gates(self, guard: Guard) -> list[DenoiserGate | CallGate]:
+        return [DenoiserGate(self, p, self.models[p], y) for p, y in self._layers.items()]
 
     def has(self, pipe: Any) -> bool:
         return any(patch.host is pipe for patch in self._patches)
@@ -125,7 +129,14 @@ class DenoiserHost(LayerHost):
 
     def encoder_for(self, pipe: Any) -> PromptEncoder:
         """What makes rows for its layers. Raises UnsupportedModelError."""
+        probed, self._probed = self._probed, None
+        if probed is not None and probed.pipe is pipe:
+            return probed
         return PromptEncoder(pipe, text_encoders(pipe), self.channels)
+
+    def probe(self) -> None:
+        """Makes its own pipeline's encoder, which the next `encoder_for` gives. Raises UnsupportedModelError."""
+        self._probed = self.encoder_for(self.pipe)
 
     def _placed(self, pipe: Any, guard: Guard, encoder: PromptEncoder) -> PlacedPrompts:
         return PlacedPrompts(pipe, self, guard, encoder)

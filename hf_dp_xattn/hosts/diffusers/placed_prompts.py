@@ -110,7 +110,7 @@ class PlacedPrompts(PromptSwap):
 
     @contextmanager
     def _apart_from_call(self) -> Iterator[None]:
-        with super()._apart_from_call(), self._host.calls.leave():
+        with super()._apart_from_call(), self._host.calls.enter(None):
             yield
 
     def _refuse_compiled(self) -> None:
@@ -167,18 +167,28 @@ class PlacedPrompts(PromptSwap):
     def _try(self, original: Callable[..., Any], bound: inspect.BoundArguments, count: int) -> None:
         """The call with public rows in the place of releases, until its denoiser has run on them: what is wrong shows before a charge."""
         call = Call(tuple(new_tag() for _ in range(count)), proving=True)
+        self._rehearsed(original, bound, call, ())
+        self._host.forget()
+        call.refuse_nan()
+        if not call.read:
+            raise self._unsupported(NOT_REACHED)
+
+    def _rehearsed(
+        self,
+        original: Callable[..., Any],
+        bound: inspect.BoundArguments,
+        call: Call,
+        models: Sequence[Any],
+    ) -> None:
+        """The call up to its first step, in silence. models: whose first forward ends it; or a gate does."""
         arguments = inspect.BoundArguments(bound.signature, copy.copy(bound.arguments))
         with (
-            one_step((), bound.arguments.values()),
+            one_step(models, bound.arguments.values()),
             no_progress(self.host),
             self._at.serving(),
             self._host.calls.enter(call),
         ):
             original(*arguments.args, **arguments.kwargs)
-        self._host.forget()
-        call.refuse_nan()
-        if not call.read:
-            raise self._unsupported(NOT_REACHED)
 
     # ---- encode_prompt -----------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from ..placeholder import CODE_CHANNELS, Tag, holds_placeholder, make_placeholde
 from ..private_encoding import row_weights, token_counts, weighted
 from ..private_run import private_run
 from .phrases import check_phrases, split_phrases
-from .text_side import TRUNCATED, as_texts, without_length_warning
+from .text_side import TRUNCATED, all_ids, as_texts, without_length_warning
 
 STAND_IN = "a picture"
 """Public: what all of a pipeline but its protected layers sees in place of a private prompt."""
@@ -167,28 +167,18 @@ class PromptEncoder:
         named = self.pipe.components.items()
         return [t for n, t in named if n.startswith("tokenizer") and callable(t)]
 
-    def _ids(self, tokenizer: Any, text: str) -> list[int]:
-        """Of a text as long as it is, as the pipeline reads it."""
-        with without_length_warning(tokenizer):
-            if hasattr(self.pipe, "maybe_convert_prompt"):  # textual inversion
-                text = self.pipe.maybe_convert_prompt(text, tokenizer)
-            return list(tokenizer([text]).input_ids[0])
-
     def _id_parts(self, texts: Sequence[str], whole: str, *, apart: bool) -> list[Part]:
         """The names of the ids that a text is of under each tokenizer; none where it takes no plain text. Warns where all cut it off."""
         parts: list[Part] = []
         lengths = []
         for tokenizer in self._tokenizers:
             try:
-                each, ids = [self._ids(tokenizer, t) for t in texts], self._ids(tokenizer, whole)
-                parts += id_parts(
-                    torch.tensor(ids, dtype=torch.int64),
-                    frozenset(getattr(tokenizer, "all_special_ids", ())),
-                    None,
-                    (b"phrases of ids", *(plain_bytes(torch.tensor(i, dtype=torch.int64)) for i in each))
-                    if apart
-                    else None,
+                *each, ids = (
+                    torch.tensor(all_ids(self.pipe, tokenizer, t), dtype=torch.int64) for t in (*texts, whole)
                 )
+                grouping = (b"phrases of ids", *map(plain_bytes, each)) if apart else None
+                special = frozenset(getattr(tokenizer, "all_special_ids", ()))
+                parts += id_parts(ids, special, None, grouping)
             except Exception:  # a processor, or one of chats; its words may quote the text
                 continue
             limit = min(self.rows, tokenizer.model_max_length)
@@ -196,7 +186,7 @@ class PromptEncoder:
             if (
                 len(ids) > limit and not apart
             ):  # whatever follows is cut off: one name with all that begins so
-                parts.append(Part(name_of_ids(torch.tensor(ids[: limit - 1], dtype=torch.int64))))
+                parts.append(Part(name_of_ids(ids[: limit - 1])))
         if self.padded and lengths and all(lengths):
             warnings.warn(TRUNCATED, TruncatedPromptWarning, stacklevel=2)
         return parts
@@ -291,7 +281,7 @@ class PromptEncoder:
             )
         else:
             context = self._context(" ".join(parts), None)
-            found = [token_counts(partial(self._ids, tokenizer), parts) for tokenizer in tokenizers]
+            found = [token_counts(partial(all_ids, self.pipe, tokenizer), parts) for tokenizer in tokenizers]
             if any(other != found[0] for other in found):
                 raise ConfigError("The pipeline's tokenizers do not agree on these words. Nothing was spent.")
             counts, start = found[0]

@@ -22,14 +22,7 @@ def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
         ConfigError: a callback that cannot be called with what diffusers passes it, steps that are no integer, a tensor that holds NaN or
             Inf, GLIGEN, a scheduler whose step takes something else, or no VAE of the UNet's dtype for a picture. Nothing was spent.
     """
-    callback = arguments.get("callback_on_step_end")
-    if callback is not None and not _takes(callback, None, 0, 0, {}):
-        raise ConfigError(
-            "`callback_on_step_end` must be a function of (pipe, step, timestep, callback_kwargs). Nothing was spent."
-        )
-    deprecated = {**arguments, **arguments.get("kwargs", {})}.get("callback")
-    if deprecated is not None and not _takes(deprecated, 0, 0, None):
-        raise ConfigError("`callback` must be a function of (step, timestep, latents). Nothing was spent.")
+    check_callbacks({**arguments, **arguments.get("kwargs", {})})
     steps = arguments.get("num_inference_steps")
     if isinstance(steps, float):
         raise ConfigError("`num_inference_steps` must be an integer, got float. Nothing was spent.")
@@ -61,6 +54,17 @@ def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
             f"The VAE is {have} and the UNet is {need}, so that it cannot draw what the UNet makes: cast one (pipe.vae.to({need})), or "
             'pass output_type="latent". Nothing was spent.'
         )
+
+
+def check_callbacks(arguments: Mapping[str, Any]) -> None:
+    """Of a call, with those that it takes as `**kwargs`. Raises ConfigError for one that cannot be called with what diffusers passes it."""
+    callback, deprecated = arguments.get("callback_on_step_end"), arguments.get("callback")
+    if callback is not None and not _takes(callback, None, 0, 0, {}):
+        raise ConfigError(
+            "`callback_on_step_end` must be a function of (pipe, step, timestep, callback_kwargs). Nothing was spent."
+        )
+    if deprecated is not None and not _takes(deprecated, 0, 0, None):
+        raise ConfigError("`callback` must be a function of (step, timestep, latents). Nothing was spent.")
 
 
 def _decodes_as_it_is(vae: Any, dtype: Any) -> bool:

@@ -30,6 +30,7 @@ SWAPPED = (
     "a cat at the lake and a dog in the sun, a boat beside a stone wall, birds over green hills, and people who walk under tall trees near "
     "a red house"
 )  # the same words, so that encoders whose rows are as many as tokens give as many
+UNITS = "This pipeline's rows are released with unit='row' or unit='context'."
 SHORT = "red dogs"  # begins with another word
 
 
@@ -101,7 +102,7 @@ class RowsEncoder(PromptEncoder):
 
     def name(self, context: Any, *, phrases: bool) -> list[PrivateContext]:
         if phrases:
-            raise ConfigError("This pipeline's rows are released with unit='row' or unit='context'.")
+            raise ConfigError(UNITS)
         return super().name(context, phrases=False)
 
     def weighted(self, texts: Sequence[str], weights: Sequence[float], *, apart: bool) -> PrivateContext:

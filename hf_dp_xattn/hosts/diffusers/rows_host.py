@@ -24,13 +24,12 @@ from ..host_words import HostWords, Setting, rows_words
 from ..layer import Layer
 from ..placeholder import Tag, new_tag
 from ..released import ReleasedContext
-from ..text.one_step import one_step
-from ..text.prompt_swap import no_progress, text_encoders
-from .denoiser_gate import Call, CallGate
+from ..text.prompt_swap import text_encoders
+from .denoiser_gate import Call, CallGate, DenoiserGate
 from .denoiser_host import DenoiserHost
 from .placed_prompts import NOT_REACHED, PlacedPrompts
 from .prompt_encoder import PromptEncoder, tensors_of
-from .rows_encoder import RowsEncoder
+from .rows_encoder import UNITS, RowsEncoder
 from .text_layers import UndoError
 
 MECHANISMS = ("anchors", "none")
@@ -105,7 +104,6 @@ class RowsPrompts(PlacedPrompts):
         """Sums of all that the denoiser is given at its first step; None where it is not reached. rows: public."""
         tags = tuple(new_tag() for _ in range(count))
         call = Call(tags, proving=True, rows=dict.fromkeys(tags, rows))
-        arguments = inspect.BoundArguments(bound.signature, dict(bound.arguments))
         given: list[Any] = []
 
         def note(module: Any, args: Any, kwargs: Any) -> None:
@@ -114,13 +112,7 @@ class RowsPrompts(PlacedPrompts):
         model = self._host.models[""]
         hook = model.register_forward_pre_hook(note, with_kwargs=True)
         try:
-            with (
-                one_step([model], bound.arguments.values()),
-                no_progress(self.host),
-                self._at.serving(),
-                self._host.calls.enter(call),
-            ):
-                original(*arguments.args, **arguments.kwargs)
+            self._rehearsed(original, bound, call, [model])
         finally:
             hook.remove()
         return given[0] if given and call.read else None
@@ -145,11 +137,8 @@ class RowsHost(DenoiserHost):
         self.input = RowsLayer(self.models[""], self._channels)
         return {self.input.name: self.input}
 
-    def install(self, guard: Guard, handle: Any) -> None:
-        super().install(guard, handle)
-        self._gates = [CallGate(model, self.calls, guard) for model in self.models.values()]
-        for gate in self._gates:
-            gate.install()
+    def _make_gates(self, guard: Guard) -> list[DenoiserGate | CallGate]:
+        return [CallGate(model, self.calls, guard) for model in self.models.values()]
 
     def watched(self) -> list[torch.nn.Module]:
         return []
@@ -164,7 +153,7 @@ class RowsHost(DenoiserHost):
                 f"{self.reason} mechanism='anchors' releases its encoded prompt as rows (unit='row' or 'context')."
             )
         if config.unit == "group":
-            raise ConfigError("This pipeline's rows are released with unit='row' or unit='context'.")
+            raise ConfigError(UNITS)
 
     def guarded(self, settings: Settings) -> Guard:
         self.check_mechanism(settings.config)
@@ -211,7 +200,7 @@ def placed_host(pipe: Any) -> DenoiserHost:
     """
     try:
         host = DenoiserHost(pipe)
-        host.encoder_for(pipe)
+        host.probe()
     except UndoError:
         raise
     except UnsupportedModelError as reason:

@@ -123,10 +123,7 @@ class TextSide:
 
     def token_ids(self, text: str) -> list[int]:
         """Of a text as long as it is."""
-        with without_length_warning(self.tokenizer):
-            if hasattr(self.pipe, "maybe_convert_prompt"):
-                text = self.pipe.maybe_convert_prompt(text, self.tokenizer)
-            return list(self.tokenizer([text]).input_ids[0])
+        return all_ids(self.pipe, self.tokenizer, text)
 
     def pad_ids(self, ids: torch.Tensor) -> torch.Tensor:
         """Checks token ids [n] and pads them to the public length.
@@ -207,6 +204,14 @@ def without_length_warning(tokenizer: Any) -> Iterator[None]:
     finally:
         flags.clear()
         flags.update(before)
+
+
+def all_ids(pipe: Any, tokenizer: Any, text: str) -> list[int]:
+    """Of a text as long as it is, as a pipeline tokenizes it."""
+    with without_length_warning(tokenizer):
+        if hasattr(pipe, "maybe_convert_prompt"):  # textual inversion
+            text = pipe.maybe_convert_prompt(text, tokenizer)
+        return list(tokenizer([text]).input_ids[0])
 
 
 def as_texts(prompt: Any, name: str) -> Sequence[str]:

@@ -21,6 +21,7 @@ from ...errors import ConfigError, UnsupportedModelError
 from ..access import Access, TextGate
 from ..content_names import Part, folded_part
 from ..diffusers.architectures import unwrap
+from ..diffusers.public_arguments import check_callbacks
 from ..diffusers.text_side import as_texts
 from ..guard import mark, unmark
 from ..host import Named
@@ -220,9 +221,7 @@ class PromptSwap:
             yield
 
     def _refuse(self, arguments: dict[str, Any]) -> None:
-        callback = {**arguments, **arguments.get(self._more or "", {})}.get("callback_on_step_end")
-        if callback is not None and not callable(callback):
-            raise ConfigError("`callback_on_step_end` must be a function. Nothing was spent.")
+        check_callbacks({**arguments, **arguments.get(self._more or "", {})})
         for name, value in arguments.items():
             if OTHERS.fullmatch(name) and value is not None:
                 raise ConfigError(

@@ -29,7 +29,7 @@ from hf_dp_xattn.hosts.diffusers.prompt_encoder import STAND_IN
 from hf_dp_xattn.hosts.diffusers.text_layers import TextLayer
 
 from ...hosts_tiny import picture, quiet, tiny_sd, tiny_sdxl, tiny_unet
-from ..text.pipelines import call, tiny_flux, tiny_pixart, tiny_sd3, tiny_wan
+from ..text.pipelines import ADA_NORM, call, tiny_flux, tiny_pixart, tiny_sd3, tiny_wan
 
 PROMPTS = "red box", "blue dogs"  # of different lengths
 KERNEL = {"degree": 1, "projection_dim": 4}
@@ -93,23 +93,7 @@ def tiny_latte() -> Any:
     """Of prompts that have as many rows as tokens."""
     torch.manual_seed(0)
     parts = {n: getattr(tiny_pixart(), n) for n in ("tokenizer", "text_encoder", "vae", "scheduler")}
-    transformer = LatteTransformer3DModel(
-        sample_size=8,
-        num_layers=1,
-        patch_size=2,
-        attention_head_dim=8,
-        num_attention_heads=3,
-        caption_channels=32,
-        in_channels=4,
-        cross_attention_dim=24,
-        out_channels=8,
-        attention_bias=True,
-        activation_fn="gelu-approximate",
-        num_embeds_ada_norm=1000,
-        norm_type="ada_norm_single",
-        norm_elementwise_affine=False,
-        norm_eps=1e-6,
-    )
+    transformer = LatteTransformer3DModel(num_layers=1, **ADA_NORM)
     return quiet(LattePipeline(**parts, transformer=transformer.eval()))
 
 

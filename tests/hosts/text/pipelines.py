@@ -236,25 +236,28 @@ def tiny_cogvideox() -> Any:
     )
 
 
+ADA_NORM: dict[str, Any] = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 3,
+    "caption_channels": 32,
+    "in_channels": 4,
+    "cross_attention_dim": 24,
+    "out_channels": 8,
+    "attention_bias": True,
+    "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": 1000,
+    "norm_type": "ada_norm_single",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+}
+"""Of a small transformer of PixArt's kind, Latte's too."""
+
+
 def tiny_pixart() -> Any:
     torch.manual_seed(0)
-    transformer = PixArtTransformer2DModel(
-        sample_size=8,
-        num_layers=2,
-        patch_size=2,
-        attention_head_dim=8,
-        num_attention_heads=3,
-        caption_channels=32,
-        in_channels=4,
-        cross_attention_dim=24,
-        out_channels=8,
-        attention_bias=True,
-        activation_fn="gelu-approximate",
-        num_embeds_ada_norm=1000,
-        norm_type="ada_norm_single",
-        norm_elementwise_affine=False,
-        norm_eps=1e-6,
-    )
+    transformer = PixArtTransformer2DModel(num_layers=2, **ADA_NORM)
     return PixArtAlphaPipeline(
         tokenizer=_t5_words(),
         text_encoder=_t5(),
