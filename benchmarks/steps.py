@@ -182,7 +182,7 @@ HOSTS = {
         pixart,
         ("anchors", "library", "kernel_sum"),
         "PixArt-alpha's transformer, 2 of 28 blocks; 120 rows of text, guidance (batch 2)",
-        {"use_resolution_binning": False, "clean_caption": False},
+        {"use_resolution_binning": False},
     ),
     "flux": Host(
         flux,

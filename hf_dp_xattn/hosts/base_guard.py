@@ -12,6 +12,7 @@ from ..privacy.ledger import Budget
 from ..report import PrivacyReport
 from .access import Access
 from .accounts import Settings
+from .call_stack import HostCode
 from .growing import GrowingContext, append_to, open_growing, single_context
 from .host_words import HostWords, Setting
 from .locks import Lock
@@ -99,9 +100,13 @@ class BaseGuard(ABC, Making[State, Prepared, ReleaseT], Generic[State, Prepared,
             yield
 
     @contextmanager
-    def serving(self) -> Iterator[None]:
-        """Inside, the host's gates are open: it runs on text that was released or is public, or for a release that was charged."""
-        with self.access.enter("encoding"):
+    def serving(self, code: HostCode | None = None) -> Iterator[None]:
+        """Inside, the host's gates are open: it runs on text that was released or is public, or for a release that was charged.
+
+        code: the host's own, to which alone they are open: what its caller wrote and it calls (a scheduler, a progress bar) does no more
+        than outside. None where the caller's code may run it.
+        """
+        with self.access.enter("serving", code):
             yield
 
     # ---- releases ----------------------------------------------------------------------------------------------------------

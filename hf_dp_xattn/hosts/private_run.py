@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar, Token
 
 from torch import nn
 
-from .access import accesses_of
+from .model_gates import accesses_of
 
 LIBRARIES = ("accelerate", "diffusers", "peft", "tokenizers", "transformers")
 _silent: ContextVar[bool] = ContextVar("hf_dp_xattn_silent", default=False)
+
+
+class _WhileSilent(type):
+    """Takes in all warnings of code that runs in silence."""
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return _silent.get()
+
+
+class _Unsaid(Warning, metaclass=_WhileSilent):
+    """No warning is one, except in silence: what is filtered depends on who runs, and not on when (other threads warn as ever)."""
 
 
 class _Silence(logging.Filter):
@@ -24,10 +36,12 @@ _SILENCE = _Silence()
 
 
 def _silence() -> Token[bool]:
-    """From now on the libraries that run a host log nothing in this context; other threads and tasks log as ever."""
+    """From now on the libraries that run a host log nothing in this context, and no code warns; other threads and tasks do as ever."""
     for name, logger in list(logging.root.manager.loggerDict.items()):
         if isinstance(logger, logging.Logger) and name.partition(".")[0] in LIBRARIES:
             logger.addFilter(_SILENCE)  # once, however often it is added
+    if not warnings.filters or warnings.filters[0][2] is not _Unsaid:
+        warnings.filterwarnings("ignore", category=_Unsaid)
     return _silent.set(True)
 
 
@@ -58,8 +72,8 @@ def private_run(*modules: nn.Module) -> Iterator[None]:
     """While it lasts, these modules encode what may be private; their gates let them.
 
     A model in training mode would release a text with dropout in it, and draw from the process's random numbers as often as the text is
-    long: whatever is drawn afterwards from a known seed would tell its length. And libraries log what they notice: that a text begins with
-    padding, or how long it is.
+    long: whatever is drawn afterwards from a known seed would tell its length. And libraries log and warn of what they notice: that a text
+    begins with padding, how long it is, or that it looks like an address.
 
     Args:
         modules: all that runs.

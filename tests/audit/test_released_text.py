@@ -49,7 +49,7 @@ def test_a_sound_host_passes(name: str) -> None:
 
 
 def test_a_host_that_answers_without_a_release_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_dp_xattn.hosts.access import TextGate
+    from hf_dp_xattn.hosts.model_gates import TextGate
 
     monkeypatch.setattr(TextGate, "_gate", lambda self, module, args: None)
     assert tried("llama")["no release, no answer"] == FAIL

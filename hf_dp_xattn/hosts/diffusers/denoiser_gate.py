@@ -2,7 +2,7 @@
 
 In a call of a protected pipeline the model is given public text alone: the rows of a stand-in, of which those that the pipeline marked are
 read from a release by the protected layers: whatever else the model does with its text, it does with public text. Rows without a mark (of
-negative prompts, or what a callback of the caller's puts there) are read as they are.
+negative prompts) are read as they are.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ...mechanisms.rows_structure import RowsStructure, stack_rows
 from ..bindings import unique
 from ..guard import Guard
 from ..layer import project_rows
+from ..model_gates import OUTSIDE
 from ..nan import FOUND
 from ..placeholder import Tag
 from ..recorded_runs import refuse_recording
@@ -33,10 +34,6 @@ from .intercepted import Attention, ServedForward
 from .prompt_encoder import read_marks, tensors_of
 from .text_layers import TextLayer
 
-OUTSIDE = (
-    "The {model} of a protected pipeline was run outside of a call of that pipeline. Call the pipeline itself; only with public text, use "
-    "`with protected.public():`."
-)
 SCALE = "{name} scales its logits by {now:.4g} here, and by {then:.4g} when it was protected: such layers are not supported."
 TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 6e-2}  # relative to the largest number of an output
 STATES = "encoder_hidden_states"
@@ -86,35 +83,6 @@ class Calls(threading.local):
             yield
         finally:
             self.current = before
-
-
-class CallGate:
-    """Lets a denoiser run within calls only: whoever else hands it embeddings hands it no release."""
-
-    def __init__(self, model: Any, calls: Calls, guard: Guard) -> None:
-        self.model, self._calls, self._guard = model, calls, guard
-        self._hook: Any = None
-
-    def install(self) -> None:
-        self._hook = self.model.register_forward_pre_hook(self._before)
-
-    @torch.compiler.disable
-    def _before(self, module: Any, args: Any) -> None:
-        if self._calls.current is None and not self._guard.access.public:
-            raise ProtectionLostError(OUTSIDE.format(model=type(self.model).__name__))
-
-    def remove(self) -> None:
-        self._hook.remove()
-
-    def lost(self) -> str | None:
-        held = self._hook is not None and self._hook.id in self.model._forward_pre_hooks
-        return None if held else f"the gate of the {type(self.model).__name__} was removed"
-
-    def changed(self) -> str | None:
-        return None
-
-    def forget(self) -> None:
-        return  # it keeps nothing of a call
 
 
 @dataclass(frozen=True)

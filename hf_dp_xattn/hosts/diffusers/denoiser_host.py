@@ -19,7 +19,7 @@ from ..layer import Layer
 from ..layer_host import LayerHost
 from ..text.prompt_swap import text_encoders
 from .architectures import unwrap
-from .denoiser_gate import SECOND, CallGate, Calls, DenoiserGate
+from .denoiser_gate import SECOND, Calls, DenoiserGate
 from .placed_prompts import PlacedPrompts, prompts_of
 from .prompt_encoder import PromptEncoder, method_of
 from .text_layers import TextLayer, channels_of, find_text_layers, refuse
@@ -63,7 +63,7 @@ class DenoiserHost(LayerHost):
         self.calls, self.proven = Calls(), set[str]()
         self._projections: dict[Any, Any] = {}  # of models whose layers are patched
         self._patches: list[PlacedPrompts] = []
-        self._gates: list[DenoiserGate | CallGate] = []
+        self._gates: list[DenoiserGate] = []
         self._encoder: PromptEncoder | None = None
         self._probed: PromptEncoder | None = None
         super().__init__(self.models[""])
@@ -108,7 +108,7 @@ class DenoiserHost(LayerHost):
         for gate in self._gates:
             gate.install()
 
-    def _make_gates(self, guard: Guard) -> list[DenoiserGate | CallGate]:
+    def _make_gates(self, guard: Guard) -> list[DenoiserGate]:
         return [DenoiserGate(self, p, self.models[p], y) for p, y in self._layers.items()]
 
     def has(self, pipe: Any) -> bool:
@@ -193,7 +193,7 @@ class DenoiserHost(LayerHost):
         if public or prompt is not None:
             raise ConfigError("Public text beside a release is not supported by this pipeline.")
         tags = self.guard.bindings.add([bind(c, None, c.tag) for c, _ in release.beside(None)])
-        return {"prompt": prompts_of(tags, self.encoder.stand_in)}
+        return {"prompt": prompts_of(tags)}
 
     def words(self, setting: Setting) -> HostWords:
         encoder = self._encoder

@@ -10,6 +10,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -21,9 +22,9 @@ from ..host import Named
 from ..placeholder import Tag, new_tag
 from ..private_run import private_run
 from ..shadows import Shadows
+from ..text.closed_callbacks import close_callbacks
 from ..text.one_step import one_step
 from ..text.prompt_swap import OTHERS, PRIVATE, PromptSwap, items_of, no_progress
-from ..text.released_texts import ReleasedPrompt
 from .denoiser_gate import Call, Calls
 from .prompt_encoder import PromptEncoder, changed, is_rows, marks, tensors_of
 from .text_side import as_texts
@@ -37,15 +38,14 @@ COMPILED = (
 )
 
 
-class PromptOfRelease(ReleasedPrompt):
-    """What `release.inputs` gives in the place of a prompt: the public stand-in. tag: names the release."""
+@dataclass(frozen=True)
+class PromptOfRelease:
+    """What `release.inputs` gives in the place of a prompt: no string, so that no unprotected pipeline takes it for one.
 
-    tag: Tag
+    tag: names the release.
+    """
 
-    def __new__(cls, tag: Tag, text: str) -> PromptOfRelease:
-        prompt = super().__new__(cls, text)
-        prompt.tag = tag
-        return prompt
+    tag: Tag = field(repr=False)
 
 
 class ServesPrompts(Protocol):
@@ -97,9 +97,9 @@ class PlacedPrompts(PromptSwap):
             self._try(original, bound, len(contexts))
         tags = iter(self._at.bind(self._at.releases.make(private)) if private else ())
         call = Call(tuple(c if isinstance(c, tuple) else next(tags) for c in contexts))
-        self._close_callbacks(bound.arguments)
+        close_callbacks(bound.arguments, self._more, self._apart_from_call)
         try:
-            with self._host.calls.enter(call), self._at.serving():
+            with self._host.calls.enter(call), self._serving():
                 result = original(*bound.args, **bound.kwargs)
         finally:
             self._host.forget()
@@ -131,13 +131,14 @@ class PlacedPrompts(PromptSwap):
                 f"`{others[0]}` is not supported beside `prompt` here: give one private text, as `prompt`. Nothing was spent."
             )
         negative = arguments.get("negative_prompt")
-        if any(isinstance(n, PromptOfRelease) for n in items_of("" if negative is None else negative)):
+        if any(isinstance(n, PromptOfRelease) for n in _items("" if negative is None else negative)):
             raise ConfigError(
                 "A release stands in the place of `prompt`; negative prompts are public text. Nothing was spent."
             )
-        if arguments.get("clip_skip") is not None:
+        changes = self._encoder.changed_by(arguments)
+        if changes is not None:
             raise ConfigError(
-                "`clip_skip` changes how a prompt is encoded, and a release is of the usual encoding: leave it out. Nothing was spent."
+                f"`{changes}` changes how a prompt is encoded, and a release is of the usual encoding: leave it out. Nothing was spent."
             )
         prompt, embeds, stand_in = (
             arguments.get("prompt"),
@@ -155,13 +156,11 @@ class PlacedPrompts(PromptSwap):
             arguments["prompt"] = stand_in if len(contexts) == 1 else [stand_in] * len(contexts)
             return contexts
         self._refuse(arguments)
-        texts = as_texts(prompt, "prompt")
-        items = items_of(prompt)
         contexts = [
-            given_text.tag if isinstance(given_text, PromptOfRelease) else self._host.name(text).contexts[0]
-            for given_text, text in zip(items, texts, strict=True)
+            item.tag if isinstance(item, PromptOfRelease) else self._host.name(item).contexts[0]
+            for item in _prompts(prompt)
         ]
-        arguments["prompt"] = stand_in if isinstance(prompt, str) else [stand_in] * len(contexts)
+        arguments["prompt"] = stand_in if _is_one(prompt) else [stand_in] * len(contexts)
         return contexts
 
     def _try(self, original: Callable[..., Any], bound: inspect.BoundArguments, count: int) -> None:
@@ -185,7 +184,7 @@ class PlacedPrompts(PromptSwap):
         with (
             one_step(models, bound.arguments.values()),
             no_progress(self.host),
-            self._at.serving(),
+            self._serving(),
             self._host.calls.enter(call),
         ):
             original(*arguments.args, **arguments.kwargs)
@@ -270,7 +269,25 @@ def _replaced(outputs: Any, placed: dict[tuple[int, ...], torch.Tensor], where: 
     return outputs
 
 
-def prompts_of(tags: Sequence[Tag], stand_in: str) -> Any:
+def _is_one(prompt: Any) -> bool:
+    return isinstance(prompt, (str, PromptOfRelease))
+
+
+def _items(value: Any) -> list[Any]:
+    return [value] if _is_one(value) else list(value)
+
+
+def _prompts(prompt: Any) -> list[Any]:
+    """Strings and releases. Raises ConfigError for anything else."""
+    if not isinstance(prompt, (list, tuple)) and not _is_one(prompt):
+        as_texts(prompt, "prompt")  # raises
+    items = _items(prompt)
+    texts = [t for t in items if not isinstance(t, PromptOfRelease)]
+    read = iter(as_texts(texts, "prompt") if texts or not items else ())
+    return [t if isinstance(t, PromptOfRelease) else next(read) for t in items]
+
+
+def prompts_of(tags: Sequence[Tag]) -> Any:
     """In the place of prompts, for a call."""
-    prompts = [PromptOfRelease(tag, stand_in) for tag in tags]
+    prompts = [PromptOfRelease(tag) for tag in tags]
     return prompts if len(prompts) > 1 else prompts[0]

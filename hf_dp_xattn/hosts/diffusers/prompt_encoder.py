@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, ClassVar
@@ -16,12 +16,13 @@ from typing import Any, ClassVar
 import torch
 
 from ...errors import ConfigError, ContextError, TruncatedPromptWarning, UnsupportedModelError
-from ..content_names import folded_part, id_parts, name_of_ids, name_of_text, units_of_text
+from ..content_names import id_parts, name_of_ids, name_of_text, units_of_text
 from ..context import Part, PrivateContext, Rows, Trial, from_embeddings, plain_bytes
 from ..placeholder import CODE_CHANNELS, Tag, holds_placeholder, make_placeholder, read_tags
 from ..private_encoding import row_weights, token_counts, weighted
 from ..private_run import private_run
 from .phrases import check_phrases, split_phrases
+from .prompt_readings import read_parts, tokenizers_of
 from .text_side import TRUNCATED, all_ids, as_texts, without_length_warning
 
 STAND_IN = "a picture"
@@ -32,6 +33,10 @@ OTHER_TEXTS = (OTHER, "a drawing", "a number")
 METHODS = ("encode_prompt", "_encode_prompt")
 _PROMPTS = re.compile(r"prompt(_[2-9])?")
 _COUNTS = re.compile(r"num_\w+_per_prompt")
+_OF_CALLS = re.compile(
+    r"^(prompt(_[2-9])?|neg.*|device|do_.*|num_.*|true_cfg.*|guidance.*|.*embeds.*|.*mask.*|height|width|batch.*|.*max_.*)$"
+)
+"""What encode_prompt takes though it makes no other rows of a prompt, or only fewer."""
 
 
 def method_of(pipe: Any) -> str:
@@ -164,8 +169,7 @@ class PromptEncoder:
 
     @property
     def _tokenizers(self) -> list[Any]:
-        named = self.pipe.components.items()
-        return [t for n, t in named if n.startswith("tokenizer") and callable(t)]
+        return tokenizers_of(self.pipe)
 
     def _id_parts(self, texts: Sequence[str], whole: str, *, apart: bool) -> list[Part]:
         """The names of the ids that a text is of under each tokenizer; none where it takes no plain text. Warns where all cut it off."""
@@ -190,6 +194,17 @@ class PromptEncoder:
         if self.padded and lengths and all(lengths):
             warnings.warn(TRUNCATED, TruncatedPromptWarning, stacklevel=2)
         return parts
+
+    def changed_by(self, arguments: Mapping[str, Any]) -> str | None:
+        """Which argument of a call is not its default, though encode_prompt takes it, and so makes other rows of a prompt."""
+        for name in self._takes:
+            value = arguments.get(name)
+            plain = isinstance(value, (bool, int, str, dict)) or (
+                isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
+            )
+            if plain and not _OF_CALLS.search(name) and value != self._as_called[name].default:
+                return name
+        return None
 
     # ---- as a calibration knows it by a public text (`identity.py`) --------------------------------------------------------
 
@@ -239,7 +254,8 @@ class PromptEncoder:
             None if units is None else torch.arange(len(each)).repeat_interleave(self.rows - self.public_rows)
         )
         parts = [] if units is None else [Part(name_of_text(text), units_of_text(each))]
-        parts += [folded_part(text, units), *self._id_parts(each, text, apart=units is not None)]
+        apart = units is not None
+        parts += read_parts(self.pipe, each, text, apart=apart) + self._id_parts(each, text, apart=apart)
         name = (
             name_of_text(text)
             if units is None

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from ...errors import ConfigError, ReleaseError
-from ..access import TextGate
 from ..accounts import PROTECT_AGAIN
 from ..bindings import bind, unique
 from ..context import PrivateContext
@@ -20,6 +19,7 @@ from ..host_words import HostWords, Setting, prompt_words
 from ..layer import Layer
 from ..layer_host import LayerHost
 from ..lengths import HIDDEN
+from ..model_gates import TextGate
 from ..placeholder import Tag, new_tag
 from ..tables import LayerTable
 from .architectures import changed_reason, find_layers, unwrap

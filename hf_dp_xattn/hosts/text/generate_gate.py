@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from ...errors import ConfigError, ContextError, ProtectionLostError, UnsupportedModelError
-from ..access import TextGate
 from ..bindings import MAX_BINDINGS
 from ..content_names import Part, id_parts, special_ids, units_of_text
 from ..diffusers.architectures import unwrap
 from ..diffusers.text_side import without_length_warning
 from ..guard import mark, unmark
+from ..model_gates import TextGate
 from ..saving import SaveShadow
 from ..shadows import Shadows
 from ..transformers.generating import named_arguments

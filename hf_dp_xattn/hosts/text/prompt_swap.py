@@ -1,8 +1,9 @@
 """Any diffusers pipeline with a `prompt`: a private one is swapped for released text before the pipeline sees it.
 
 All that the pipeline does with a prompt (encoders, pooled vectors, masks, lengths, prompt enhancement) it does with public text, so nothing
-in it is patched and nothing has to be known of it. Its text encoders are closed outside of such calls: `encode_prompt` by hand, another
-pipeline that shares them, or a callback would read a text that was not released.
+in it is patched and nothing has to be known of it. Its text encoders and denoisers are closed outside of such calls, and within them to
+all code but the pipeline's own: `encode_prompt` by hand, another pipeline that shares them, or a callback would read a text that was not
+released.
 """
 
 from __future__ import annotations
@@ -18,15 +19,19 @@ from typing import Any, Protocol, Self
 from torch import nn
 
 from ...errors import ConfigError, UnsupportedModelError
-from ..access import Access, TextGate
-from ..content_names import Part, folded_part
+from ..access import Access
+from ..call_stack import HostCode
+from ..content_names import Part
 from ..diffusers.architectures import unwrap
+from ..diffusers.prompt_readings import read_parts
 from ..diffusers.public_arguments import check_callbacks
 from ..diffusers.text_side import as_texts
 from ..guard import mark, unmark
 from ..host import Named
+from ..model_gates import CallGate, TextGate
 from ..saving import Saved, SaveShadow
 from ..shadows import SwappedClass
+from .closed_callbacks import close_callbacks
 from .one_step import one_step
 from .released_texts import ReleasedPrompt, ReleasedText
 from .unit_encoders import PROBES
@@ -67,7 +72,7 @@ class Serves(Saved, Protocol):
     @property
     def releases(self) -> Any: ...
     def check(self) -> None: ...
-    def serving(self) -> AbstractContextManager[None]: ...
+    def serving(self, code: HostCode | None = None) -> AbstractContextManager[None]: ...
 
 
 class PromptSwap:
@@ -85,6 +90,7 @@ class PromptSwap:
         self._namer, self._guard = namer, guard
         self._swapped = SwappedClass(pipe, self._make_call())
         self._gates: dict[nn.Module, TextGate] = {}
+        self._drawing: dict[nn.Module, CallGate] = {}
         self.saving = SaveShadow(pipe, guard)
         known = inspect.signature(type(pipe).__call__).parameters.values()
         self._more = next((p.name for p in known if p.kind is p.VAR_KEYWORD), None)
@@ -116,19 +122,24 @@ class PromptSwap:
         for part, gate in self._gates.items():
             gate.remove()
             unmark(part, self._handle)
+        for drawing in self._drawing.values():
+            drawing.remove()
         unmark(self.host, self._handle)
         self._gates.clear()
+        self._drawing.clear()
 
     def lost(self) -> str | None:
         if not TextGate.installed(self._gates.values()):
             return "the gate of a text encoder was removed"
+        if not TextGate.installed(self._drawing.values()):
+            return "the gate of a model that draws was removed"
         return self._swapped.lost()
 
     def read_ids(self, context: Any) -> tuple[list[str], list[Part]] | None:
         return None
 
     def ids_of(self, units: Sequence[str], whole: str) -> list[Part]:
-        return [folded_part(whole, units)]  # no prompt is given as token ids
+        return read_parts(self.host, units, whole, apart=True)  # no prompt is given as token ids
 
     def inputs(self, texts: Sequence[tuple[ReleasedText, str | None]], **public: Any) -> dict[str, Any]:
         if public:
@@ -139,6 +150,11 @@ class PromptSwap:
         prompts = [ReleasedPrompt(text) for text in joined]
         return {"prompt": prompts if len(prompts) > 1 else prompts[0]}
 
+    def _serving(self) -> AbstractContextManager[None]:
+        """Opens the gates to the pipeline's own code. A scheduler is its caller's choice, and may be its caller's code."""
+        parts = [c for n, c in self.host.components.items() if "scheduler" not in n]
+        return self._guard.serving(HostCode([self.host, *parts]))
+
     # ---- text encoders -----------------------------------------------------------------------------------------------------
 
     def _close(self) -> None:
@@ -148,6 +164,13 @@ class PromptSwap:
                 if part not in self._gates:
                     self._gates[part] = TextGate(part, self._guard.access, CLOSED)
                     mark(part, self._handle)  # for other pipelines that share it
+        for component in _components(self.host):
+            if not _draws(unwrap(component)):
+                continue
+            for model in {component, unwrap(component)}:  # a compiled one, and the model in it
+                if model not in self._drawing:
+                    self._drawing[model] = CallGate(model, self._guard.access)
+                self._drawing[model].surround()
 
     # ---- calls -------------------------------------------------------------------------------------------------------------
 
@@ -172,7 +195,7 @@ class PromptSwap:
     def _run(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """A call that is not declared public."""
         self._swap(original, bound)
-        with self._guard.serving():
+        with self._serving():
             return original(*bound.args, **bound.kwargs)
 
     def _swap(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> None:
@@ -203,21 +226,12 @@ class PromptSwap:
                 str(t if isinstance(t, ReleasedPrompt) else next(released).text) for t in items_of(argument)
             ]
             arguments[name] = prompts[0] if isinstance(argument, str) else prompts
-        self._close_callbacks(arguments)
-
-    def _close_callbacks(self, arguments: dict[str, Any]) -> None:
-        """Of arguments, and of those that a pipeline takes as `**kwargs`: there the old `callback` is."""
-        for name, value in arguments.items():
-            if isinstance(value, dict) and name == self._more:
-                arguments[name] = {**value}
-                self._close_callbacks(arguments[name])
-            elif "callback" in name and callable(value):
-                arguments[name] = _closed(value, self._apart_from_call)
+        close_callbacks(arguments, self._more, self._apart_from_call)
 
     @contextmanager
     def _apart_from_call(self) -> Iterator[None]:
         """For code of a user that runs within a call: it may do no more than outside of one."""
-        with self._guard.access.leave("encoding"):
+        with self._guard.access.leave():
             yield
 
     def _refuse(self, arguments: dict[str, Any]) -> None:
@@ -242,7 +256,7 @@ class PromptSwap:
             stand_in.arguments[name] = (
                 PROBES[0] if isinstance(value, str) else [PROBES[0]] * len(items_of(value))
             )
-        with one_step(models, stand_in.arguments.values()), no_progress(self.host), self._guard.serving():
+        with one_step(models, stand_in.arguments.values()), no_progress(self.host), self._serving():
             original(*stand_in.args, **stand_in.kwargs)
 
 
@@ -275,26 +289,6 @@ def text_encoders(pipe: Any) -> list[Any]:
         unwrap(c) for n, c in pipe.components.items() if "text_encoder" in n and isinstance(c, nn.Module)
     ]
     return list(dict.fromkeys([*named, *(m for c in _components(pipe) if reads(m := unwrap(c)))]))
-
-
-def _closed(
-    callback: Callable[..., Any], apart: Callable[[], AbstractContextManager[None]]
-) -> Callable[..., Any]:
-    """A user's callback, which may not run the text encoders though the pipeline may."""
-    from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-
-    def closed(*args: Any, **kwargs: Any) -> Any:
-        with apart():
-            return callback(*args, **kwargs)
-
-    if not isinstance(callback, (MultiPipelineCallbacks, PipelineCallback)):
-        return closed
-    kind = type(callback)  # diffusers asks for the class of its own kinds, and reads their attributes
-    made = copy.copy(callback)
-    made.__class__ = type(
-        kind.__name__, (kind,), {"__call__": lambda _, *args, **kwargs: closed(*args, **kwargs)}
-    )
-    return made
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...errors import ConfigError, ProtectionLostError
 from ...mechanisms.rows_structure import as_rows
-from ..access import TextGate
 from ..guard import Guard
 from ..layer_host import LayerHost
+from ..model_gates import TextGate
 from ..nan import main_output, refuse_nan
 from ..recorded_runs import refuse_recording
 from ..released import ReleasedContext

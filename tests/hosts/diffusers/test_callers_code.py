@@ -13,7 +13,7 @@ import hf_dp_xattn as dpx
 
 from ...hosts_tiny import picture, quiet, tiny_sd, tiny_sdxl
 from ..text.libraries import config, library
-from ..text.pipelines import call, tiny_flux
+from ..text.pipelines import call, tiny_flux, tiny_pixart, tiny_sd3
 from .test_placed_prompts import protect
 
 SPELLINGS = "red box", "Red box", "red  box", "red\tbox", "RED &#98;ox", "red, box.", "Red box\u200b"
@@ -134,19 +134,6 @@ def test_a_private_encoding_of_nobody_is_refused() -> None:
         handle.release(type(encoding)())
 
 
-@pytest.mark.parametrize("name", ["callback_on_step_end", "prior_callback_on_step_end", "prior_callback"])
-def test_callbacks_of_all_names_are_closed(name: str) -> None:
-    pipe = tiny_sdxl()
-    handle = protected_by("library", pipe)
-    side = handle.host._surfaces[0]
-    seen: list[bool] = []
-    arguments = {"kwargs": {name: lambda: seen.append(handle.guard.access.encoding)}}
-    side._close_callbacks(arguments)
-    with handle.guard.access.enter("encoding"):
-        arguments["kwargs"][name]()
-    assert seen == [False]
-
-
 @pytest.mark.parametrize("make", [tiny_sdxl])
 def test_what_is_cut_off_opens_no_second_account(make: Any) -> None:
     handle = protect(make(), "kernel_sum", unit="context")
@@ -167,3 +154,27 @@ def test_what_would_be_ignored_is_refused(what: str) -> None:
     with pytest.raises(dpx.ConfigError, match="Nothing was spent"):
         picture(pipe, "a blue box", **given)
     assert len(handle.report().releases) == 1
+
+
+@pytest.mark.parametrize(
+    "make, given", [(tiny_pixart, {"clean_caption": False}), (tiny_sd3, {"clip_skip": 1})]
+)
+def test_other_encodings_of_a_prompt_are_refused(make: Any, given: dict[str, Any]) -> None:
+    pipe = make()
+    handle = protect(pipe)
+    with pytest.raises(dpx.ConfigError, match=f"`{next(iter(given))}` changes how"):
+        call(pipe, "red box", **given)
+    assert not handle.report().releases
+
+
+@pytest.mark.parametrize("make", [tiny_sdxl, tiny_flux])
+def test_no_unprotected_pipeline_takes_a_release_for_a_prompt(make: Any) -> None:
+    pipe = make()
+    handle = protect(pipe)
+    inputs = handle.release("red box").inputs()
+    run = picture if make is tiny_sdxl else call
+    run(pipe, **inputs)
+    run(pipe, prompt=[inputs["prompt"], "blue dogs"])
+    dpx.unprotect(pipe)
+    with pytest.raises((TypeError, ValueError)):
+        run(pipe, **inputs)

@@ -111,7 +111,7 @@ def _draw(pipe: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     elif "Animate" in name:
         more |= {"num_frames": 2, "decode_chunk_size": 2}
     elif "Latte" in name:
-        more = {"height": 8, "width": 8, "video_length": 1, "clean_caption": False}
+        more = {"height": 8, "width": 8, "video_length": 1}
     if "StableDiffusion" in name:
         return picture(pipe, *args, **more, **kwargs)
     if "Animate" in name or "Latte" in name:

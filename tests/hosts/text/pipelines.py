@@ -306,7 +306,7 @@ def options(pipe: Any) -> dict[str, Any]:
         "generator": torch.Generator().manual_seed(7),
     }
     if isinstance(pipe, PixArtAlphaPipeline):
-        given |= {"use_resolution_binning": False, "clean_caption": False}
+        given |= {"use_resolution_binning": False}
     elif not isinstance(pipe, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
         given |= {"max_sequence_length": 16}
     if isinstance(pipe, QwenImagePipeline):

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 
 from ....errors import ConfigError, ContextError, ProtectionLostError, ReleaseError
-from ...access import TextGate
 from ...accounts import PROTECT_AGAIN
 from ...bindings import bind, unique
 from ...content_names import name_of_text, special_ids, units_of_text, with_texts
@@ -22,6 +21,7 @@ from ...guard import Guard
 from ...host import Named, Readable
 from ...host_words import HostWords, Setting, document_words
 from ...layer import Layer
+from ...model_gates import TextGate
 from ...placeholder import Tag, new_tag, read_tags, rewritten
 from ...weight_changes import refuse_call_adapters
 from ..generating import check_public_ids
