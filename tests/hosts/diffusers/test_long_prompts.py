@@ -73,7 +73,15 @@ def test_the_command_line(tmp_path: Path) -> None:
         "--mechanism",
         "kernel_sum",
     ]
-    command += ["--epsilon", "8", "--ledger", str(tmp_path / "ledger"), "--out", str(tmp_path / "out")]
+    command += [
+        "--allow-uncalibrated",
+        "--epsilon",
+        "8",
+        "--ledger",
+        str(tmp_path / "ledger"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     ran = subprocess.run(command, input=LONG.encode(), capture_output=True, check=True)
     shown = (ran.stdout + ran.stderr).decode()
     assert "TruncatedPromptWarning" in shown and "zz" not in shown and "ebra" not in shown

@@ -10,7 +10,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from hf_dp_xattn.errors import ConfigError, ContextError
-from hf_dp_xattn.hosts.text.unit_encoders import UnitEncoder, unit_encoder
+from hf_dp_xattn.hosts.text.unit_encoders import UnitEncoder, _alike, unit_encoder
 
 from ...hosts_tiny import tiny_sd, tiny_sdxl, tiny_tokenizer
 from ..transformers.decoder_only import tiny as decoder
@@ -66,6 +66,13 @@ def test_the_middle_layer_is_where_it_stops() -> None:
     with torch.no_grad():
         want = model(input_ids=ids, output_hidden_states=True).hidden_states[1][0, 1:].mean(0)
     assert torch.allclose(code, want, atol=1e-6)
+
+
+def test_a_first_row_is_told_but_for_rounding() -> None:
+    """Texts of two lengths give rows that some CPUs round in two ways."""
+    row = torch.randn(32)
+    assert _alike(row, row * (1 + 1e-6)) and _alike(row.bfloat16(), (row * 1.002).bfloat16())
+    assert not _alike(row, row + 0.1 * torch.randn(32))
 
 
 def test_functions_pairs_and_what_is_neither() -> None:
