@@ -91,8 +91,8 @@ class HostCode:
     """The code that a host is made of: installed packages, and what defines the host's own classes. All other code is its caller's.
 
     Args:
-        parts: the host and its models, tokenizers and the like, whose classes (and the modules where these are defined, but for a script)
-            belong to it, though they are not installed.
+        parts: the host and its models, tokenizers and the like, whose classes (and the functions beside these in their modules, but for a
+            script's) belong to it, though they are not installed.
     """
 
     def __init__(self, parts: Iterable[Any]) -> None:
@@ -103,11 +103,14 @@ class HostCode:
     def holds(self, frame: FrameType) -> bool:
         """Whether a frame runs code of the host."""
         module, name = frame.f_globals.get("__name__"), frame.f_code.co_qualname
-        if module in self._modules or _is_installed(frame.f_code.co_filename):
+        if _is_installed(frame.f_code.co_filename):
             return True
         if str(module).startswith("torch._inductor."):  # what it has written for a compiled graph
             return True
-        return any(module == m and name.startswith(f"{c}.") for m, c in self._classes)
+        if any(module == m and name.startswith(f"{c}.") for m, c in self._classes):
+            return True
+        beside = frame.f_globals.get(name.partition(".")[0])
+        return module in self._modules and callable(beside) and not isinstance(beside, type)
 
     def stranger(self, frames: Iterable[FrameType]) -> FrameType | None:
         """The first frame that runs other code."""
