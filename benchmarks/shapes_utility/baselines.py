@@ -13,9 +13,9 @@ from functools import lru_cache
 import torch
 from shapes.private import config
 
-from hf_dp_xattn.calibration.anchors.anchors_fit import sum_noise
 from hf_dp_xattn.calibration.anchors.cells_fit import fit_codebook
 from hf_dp_xattn.calibration.anchors.objective import Objective
+from hf_dp_xattn.calibration.anchors.slot_plans import sum_noise
 from hf_dp_xattn.mechanisms.anchors.quantizer import RowQuantizer
 from hf_dp_xattn.privacy.bits import SeededEntropy
 from hf_dp_xattn.privacy.response import RandomizedResponse

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .anchors.anchors_fit import TRAINING, AnchorSettings
+from .anchors.anchors_fit import AnchorSettings
+from .anchors.slot_plans import TRAINING
 from .checkpoints import NOTHING_KEPT, Checkpoints
 from .library.metric import Responses
 from .progress import QUIET, Progress, in_words

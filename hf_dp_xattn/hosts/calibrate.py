@@ -127,7 +127,7 @@ def calibrate(
         epsilons: for which there will be plans.
         anchors: cells of the histogram's codebook, at most: as many as the public rows make distinct. By default no more than 4,096.
         releases: candidates of `anchors` ("sum", "response", "histogram", "mixed").
-        steps: training steps of the decoder, at most; by default what takes a few minutes on two cores. More do better.
+        steps: training steps of the decoder, at most; by default as many as `minutes` allow (3,000 at most). More do better.
         minutes: for all of it, about: training ends in time, and keeps what did best on contexts that it did not see. By default 10 where
             `steps` is not given, else no limit. With `steps` alone a calibration can be made again exactly.
         grouping: how units are encoded, "rows", "phrases" or "context"; by default what the unit says. Of a library: "phrases",

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.calibration.anchors import anchors_fit
+from hf_dp_xattn.calibration.anchors import slot_plans
 from hf_dp_xattn.calibration.anchors.anchors_fit import AnchorSettings, fit_anchors, simulate
 from hf_dp_xattn.calibration.anchors.objective import fvu
 from hf_dp_xattn.calibration.anchors.slots_fit import SlotSettings, SlotTrainer
@@ -96,7 +96,7 @@ def test_contexts_unlike_all_public_ones(name: str) -> None:
 def test_a_useless_decoder_is_not_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, public = HOSTS[name]
     host = make()
-    monkeypatch.setattr(anchors_fit, "train", scrambled)
+    monkeypatch.setattr(slot_plans, "train", scrambled)
     settings = AnchorSettings(releases=("sum",), slots=SlotSettings(steps=1, slots=8))
     with kind_of(host).public_data(host, public(FITTED + FRESH), CONFIG, OPTIONS) as data:
         contexts = data.contexts

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,44 +12,33 @@ import torch
 
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
-from ...mechanisms.anchors.plan import NOT_JUDGED, AnchorPlan, Decoders
-from ...mechanisms.anchors.row_sum import RowSum
-from ...mechanisms.anchors.slots import SlotDecoder, SlotHead
+from ...mechanisms.anchors.plan import AnchorPlan, Decoders
+from ...mechanisms.anchors.slots import SlotDecoder
 from ...mechanisms.anchors.sources import AnchorHistogram
-from ...privacy.response import RandomizedResponse
 from ...privacy.units import NeighboringRelation
 from ..checkpoints import NOTHING_KEPT, Checkpoints
 from ..progress import QUIET, Progress
 from ..public_data import PublicData
 from .anchors_calibration import AnchorCalibration
+from .attempts import Attempts
 from .cells_fit import Codebook, fit_codebook, fit_tilt, histogram_plan
-from .exact_outputs import exact_outputs, worthwhile
 from .fallback_fit import fit_fallback
 from .held_out import hold_out
 from .judge import Judged, Jury
-from .kmeans import assign
 from .mixed_fit import Compared, means_or_members, with_mixed
 from .objective import Objective
 from .plan_choice import Guard
-from .responses_fit import fit_responses
 from .simulated import simulate
+from .slot_plans import ANSWERS, FIRST, TRAINING, SlotFit, slot_plans
 from .slot_schedule import MANY
-from .slots_fit import (
-    PublicContexts,
-    SlotSettings,
-    SlotTrainer,
-    Watched,
-    set_code_scale,
-    train,
-)
+from .slots_fit import PublicContexts, SlotSettings, Watched
 
-__all__ = ["AnchorSettings", "candidates", "fit_anchors", "simulate", "sum_noise"]
+__all__ = ["AnchorSettings", "candidates", "fit_anchors", "simulate"]
 
 MINIMUM_CONTEXTS = 64
-GEOMETRY_NOISE = 0.08  # of the auxiliary sum whose codes give the cells of `response`
-TRAINING, _ANSWERS, _MEAN = "training", "training answers", "public mean"  # stages
+_MEAN = "public mean"  # stages
 _COMPARING, _CHOOSING = "comparing", "choosing"
-_FIRST = 2 / 3  # of the time for training, where answers are trained as well
+_COUNTED = ("histogram", "mixed")  # which need one codebook
 _TILTED = 1.25  # a tilt is tried where the plain histogram's FVU is no more times the best
 _TILT_TIME = 0.5  # of the training's time, for all tilts
 _LONG = 256  # rows of a context from which single public rows may stand for a cell
@@ -136,27 +124,46 @@ def fit_anchors(config: DPXAttnConfig, data: PublicData, settings: AnchorSetting
     epsilons = sorted(settings.epsilons)
     kinds = _for_length(kinds, contexts)
     _announce(settings, kinds)
+    fallback = fit_fallback(training, objective, seed=settings.seed, progress=settings.progress)
+    attempts = Attempts(kinds)
     plans: list[AnchorPlan] = []
     slots: SlotDecoder | None = None
     book: Codebook | None = None
     if {"histogram", "mixed"} & set(kinds):  # first: it is the one that may fail for want of rows
-        book = (
-            _rows_book(training, objective, settings)
-            if documents is None
-            else documents.codebook(contexts, training, objective, settings.anchors, settings.seed)
-        )
-        plans += [histogram_plan(config, book, e, settings.seed) for e in epsilons]
-        if documents is None and training.units.shape[1] >= _LONG:
-            book = means_or_members(config, book, plans[-1], validation, objective)
+        with attempts.of(*_COUNTED):
+            book = (
+                _rows_book(training, objective, settings)
+                if documents is None
+                else documents.codebook(contexts, training, objective, settings.anchors, settings.seed)
+            )
+            counted = [histogram_plan(config, book, e, settings.seed) for e in epsilons]
+            if documents is None and training.units.shape[1] >= _LONG:
+                book = means_or_members(config, book, counted[-1], validation, objective)
+            plans += counted
     steps = 0
     if "sum" in kinds or "response" in kinds:
-        watched = Watched(held.stopping, settings.seconds)
-        fitted, slots, steps = _slot_plans(config, training, watched, objective, kinds, epsilons, settings)
-        plans += fitted
-    fallback = fit_fallback(training, objective, seed=settings.seed, progress=settings.progress)
+        sums, answers = (epsilons if kind in kinds else [] for kind in ("sum", "response"))
+        fit = SlotFit(
+            config,
+            training,
+            Watched(held.stopping, settings.seconds),
+            objective,
+            fallback,
+            settings.slots,
+            settings.seed,
+            settings.progress,
+            settings.kept,
+        )
+        with attempts.of("sum", "response"):
+            fitted, slots, steps = slot_plans(fit, sums, answers, attempts)
+            plans += fitted
     decoders = Decoders(slots, None if book is None else book.decoder, None, fallback)
     jury = Jury(config, held, objective, fallback)
-    judged = [jury.judge(p, decoders) for p in settings.progress.track(plans, _COMPARING)]
+    judged: list[Judged] = []
+    for plan in settings.progress.track(plans, _COMPARING):
+        with attempts.of(*(_COUNTED if plan.release in _COUNTED else (plan.release,))):
+            judged.append(jury.judge(plan, decoders))
+    judged = [j for j in judged if j.plan.release not in attempts.failed]
     everyone = torch.ones(len(validation), dtype=torch.bool)
 
     def best_at(epsilon: float) -> Judged:
@@ -165,22 +172,23 @@ def fit_anchors(config: DPXAttnConfig, data: PublicData, settings: AnchorSetting
     def at(epsilon: float) -> list[Judged]:
         return [j for j in judged if j.plan.epsilon == epsilon]
 
+    plain = [j.plan for j in judged if j.plan.release == "histogram"]  # one for each epsilon, or none
     if book is not None and documents is None:
-        for plain in [j.plan for j in judged if j.plan.release == "histogram"]:
+        for each in plain:
             # a tilt takes half a minute and gains some ten per cent: it is fitted where that could decide
-            if plain.quality.fvu < _TILTED * best_at(plain.epsilon).plan.quality.fvu:
-                judged.append(jury.judge(_with_tilt(config, book, plain, settings), decoders))
+            if each.quality.fvu < _TILTED * best_at(each.epsilon).plan.quality.fvu:
+                judged.append(jury.judge(_with_tilt(config, book, each, settings), decoders))
     compared: list[Compared] = []
     tried = [at(e) for e in epsilons]
-    if book is not None and "mixed" in kinds:
-        counted = [p for p in plans if p.release == "histogram"]  # one for each epsilon, without a tilt
+    if book is not None and plain and "mixed" in attempts:
         leading = [best_at(e) for e in epsilons]
-        chosen, move, compared = with_mixed(jury, book, counted, leading, seed=settings.seed)
-        decoders = dataclasses.replace(decoders, move=move)
-        tried = [
-            [new] if new is not old else judged_plans
-            for new, old, judged_plans in zip(chosen, leading, tried, strict=True)
-        ]
+        with attempts.of("mixed"):
+            chosen, move, compared = with_mixed(jury, book, plain, leading, seed=settings.seed)
+            decoders = dataclasses.replace(decoders, move=move)
+            tried = [
+                [new] if new is not old else judged_plans
+                for new, old, judged_plans in zip(chosen, leading, tried, strict=True)
+            ]
     guard = Guard(jury, documents)
     best = [
         guard.choose(judged_plans, decoders) for judged_plans in settings.progress.track(tried, _CHOOSING)
@@ -193,7 +201,7 @@ def fit_anchors(config: DPXAttnConfig, data: PublicData, settings: AnchorSetting
         channels=contexts.whole.shape[-1],
         contexts=len(contexts),
         units=contexts.mask.shape[1],
-        settings=_settings(jury, settings, kinds, book, judged, compared, steps),
+        settings=_settings(jury, settings, attempts, book, judged, compared, steps),
         host=data.host,
         plans=tuple(best),
         decoders=Decoders(
@@ -210,10 +218,10 @@ def _announce(settings: AnchorSettings, kinds: Sequence[str]) -> None:
     bar, seconds = settings.progress, settings.seconds
     answers = "response" in kinds
     if answers or "sum" in kinds:
-        most = math.inf if seconds is None else seconds * (_FIRST if answers else 1.0)
+        most = math.inf if seconds is None else seconds * (FIRST if answers else 1.0)
         bar.expect(TRAINING, settings.slots.steps, 0.1, most=most, decides=True)
         if answers:
-            bar.expect(_ANSWERS, max(1, settings.slots.steps // 2), 0.1, most=most / 2)
+            bar.expect(ANSWERS, max(1, settings.slots.steps // 2), 0.1, most=most / 2)
     bar.expect(_MEAN, 200, 0.01)
     bar.expect(_COMPARING, len(settings.epsilons) * len(kinds), 1.0)
     bar.expect(_CHOOSING, len(settings.epsilons), 4.0)
@@ -251,7 +259,7 @@ def _for_length(kinds: tuple[str, ...], contexts: PublicContexts) -> tuple[str, 
 def _settings(
     jury: Jury,
     settings: AnchorSettings,
-    kinds: Sequence[str],
+    attempts: Attempts,
     book: Codebook | None,
     judged: Sequence[Judged],
     compared: Sequence[Compared],
@@ -259,7 +267,8 @@ def _settings(
 ) -> dict[str, Any]:
     return {
         "delta": jury.config.delta,
-        "releases": list(kinds),
+        "releases": attempts.left,
+        "left out": attempts.failed,
         "anchors": 0 if book is None else len(book.codes),
         "steps": steps,
         "slots": settings.slots.slots,
@@ -277,14 +286,6 @@ def _tried(judged: Judged) -> dict[str, Any]:
     return entry if judged.divergence is None else {**entry, "divergence": round(judged.divergence, 5)}
 
 
-def _public_box(contexts: PublicContexts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centre and reach [C] of public units: what lies further out is clamped."""
-    sample = contexts.sample(2048)
-    units = sample.units[sample.mask]
-    center = units.mean(0)
-    return center, 4.0 * (units - center).abs().amax(0).clamp_min(1e-6)
-
-
 def _with_tilt(
     config: DPXAttnConfig, book: Codebook, plan: AnchorPlan, settings: AnchorSettings
 ) -> AnchorPlan:
@@ -298,157 +299,3 @@ def _with_tilt(
         seconds=None if settings.seconds is None else settings.seconds * _TILT_TIME / len(settings.epsilons),
     )
     return dataclasses.replace(plan, tilt=tilt)
-
-
-def sum_noise(config: DPXAttnConfig, epsilon: float) -> float:
-    """Standard deviation of a learned sum's noise at epsilon, in unit balls."""
-    probe = RowSum.from_tensors(torch.zeros(1), torch.ones(1, 1), torch.zeros(1), reach=1.0)
-    return probe.prepare(epsilon, config.delta, neighboring=config.neighboring).sigma
-
-
-def _slot_plans(
-    config: DPXAttnConfig,
-    training: PublicContexts,
-    watched: Watched,
-    objective: Objective,
-    kinds: Sequence[str],
-    epsilons: Sequence[float],
-    settings: AnchorSettings,
-) -> tuple[list[AnchorPlan], SlotDecoder, int]:
-    """Learned sums and responses with the shared slot decoder, and how many steps that took; the encoders of `response` are an auxiliary
-    sum's."""
-    slots = settings.slots
-    passes = slots.steps * slots.batch * min(slots.layers, len(objective.layers)) / len(training)
-    if not worthwhile(training, objective, passes):
-        return _fit_slots(config, training, (training, objective), watched, kinds, epsilons, settings)
-    started = time.monotonic()
-    with exact_outputs(training, objective, seed=settings.seed, progress=settings.progress) as aim:
-        if watched.seconds is not None:
-            left = watched.seconds - (time.monotonic() - started)
-            watched = dataclasses.replace(watched, seconds=max(0.3 * watched.seconds, left))
-        return _fit_slots(config, training, aim, watched, kinds, epsilons, settings)
-
-
-def _fit_slots(
-    config: DPXAttnConfig,
-    training: PublicContexts,
-    aim: tuple[PublicContexts, Objective],
-    watched: Watched,
-    kinds: Sequence[str],
-    epsilons: Sequence[float],
-    settings: AnchorSettings,
-) -> tuple[list[AnchorPlan], SlotDecoder, int]:
-    """`_slot_plans`; aim: the contexts as a training reads them, and the objective of their outputs."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    sums = list(epsilons) if "sum" in kinds else []
-    answers = list(epsilons) if "response" in kinds else []
-    auxiliary = len(sums)
-    total = len(sums) + (1 if answers else 0) + len(answers)
-    trainer = SlotTrainer(training, total, settings.slots, generator)
-    noise = {i: sum_noise(config, e) for i, e in enumerate(sums)}
-    if answers:
-        noise[auxiliary] = GEOMETRY_NOISE
-
-    def noised_sum(batch: PublicContexts, plan: int) -> torch.Tensor:
-        code = (trainer.clipped(batch.units, plan) * batch.mask.unsqueeze(-1)).sum(1)
-        return code + noise[plan] * torch.randn(code.shape, generator=generator)
-
-    sample = training.sample(512)
-    for i in noise:
-        with torch.no_grad():
-            set_code_scale(trainer, i, noised_sum(sample, i))
-    trained = [p for p in trainer.parameters() if p.requires_grad]
-    first = watched.seconds if not answers or watched.seconds is None else watched.seconds * _FIRST
-    steps = train(
-        trainer,
-        *aim,
-        list(noise),
-        noised_sum,
-        settings.slots,
-        parameters=trained,
-        label=TRAINING,
-        generator=generator,
-        progress=settings.progress,
-        kept=settings.kept,
-        watched=dataclasses.replace(watched, seconds=first),
-    )
-    alphabets: dict[int, tuple[torch.Tensor, RandomizedResponse]] = {}
-    if answers:
-        alphabets = fit_responses(trainer, training, auxiliary, answers, settings.seed)
-
-        def answered(batch: PublicContexts, plan: int) -> torch.Tensor:
-            stages, response = alphabets[plan]
-            with torch.no_grad():
-                rest = trainer.clipped(batch.units, auxiliary).flatten(0, 1)
-                answers = torch.zeros_like(rest)
-                for codes in stages:
-                    cells = assign(rest, codes)[0]
-                    lie = torch.rand(cells.shape, generator=generator) >= response.truth
-                    other = torch.randint(1, len(codes), cells.shape, generator=generator)
-                    answers += codes[torch.where(lie, (cells + other) % len(codes), cells)]
-                    rest = rest - codes[cells]
-                return (answers.view(*batch.mask.shape, -1) * batch.mask.unsqueeze(-1)).sum(1)
-
-        for i in alphabets:
-            with torch.no_grad():
-                set_code_scale(trainer, i, answered(sample, i))
-        train(
-            trainer,
-            *aim,
-            list(alphabets),
-            answered,
-            # half of the steps: the decoder has been trained on codes without codebooks, and long training forgets unseen combinations
-            dataclasses.replace(settings.slots, steps=max(1, settings.slots.steps // 2)),
-            parameters=_response_parameters(trainer, shared=not sums),
-            label=_ANSWERS,
-            generator=generator,
-            progress=settings.progress,
-            kept=settings.kept,
-            watched=watched if first is None else dataclasses.replace(watched, seconds=first / 2),
-        )
-    center, reach = _public_box(training)
-
-    def plan(
-        index: int, encoder: int, epsilon: float, release: str, codes: torch.Tensor, noise: float
-    ) -> AnchorPlan:
-        head = trainer.head_of(index)
-        # the map was trained around the trainer's centre: move it to the box's
-        shift = (center - trainer.center) @ trainer.matrix_of(encoder).mT
-        return AnchorPlan(
-            epsilon=epsilon,
-            release=release,
-            center=center,
-            reach=reach,
-            matrix=trainer.matrix_of(encoder).detach().clone(),
-            bias=(trainer.bias[encoder] + shift).detach().clone(),
-            codes=codes,
-            bound=1.0,
-            share_plus=0.5,
-            noise=noise,
-            head=SlotHead(*(getattr(head, n).detach().clone() for n in SlotHead.TENSORS)),
-            tilt=None,
-            quality=NOT_JUDGED,
-        )
-
-    none = torch.zeros(0, 0, settings.slots.code)
-    plans = [plan(i, i, e, "sum", none, noise[i]) for i, e in enumerate(sums)]
-    for i, (codes, response) in alphabets.items():
-        plans.append(plan(i, auxiliary, answers[i - auxiliary - 1], "response", codes, response.truth))
-    shared = trainer.decoder()
-    decoder = SlotDecoder(*(getattr(shared, n).detach().clone() for n in SlotDecoder.TENSORS))
-    return plans, decoder, steps
-
-
-def _response_parameters(trainer: SlotTrainer, *, shared: bool) -> list[torch.nn.Parameter]:
-    """What the training of responses may move: their heads, and the shared decoder where no learned sum relies on it."""
-    heads = [trainer.head, trainer.head_bias, trainer.second_bias, trainer.gain]
-    decoder = [
-        trainer.common_head,
-        trainer.hidden,
-        trainer.coefficients,
-        trainer.directions,
-        trainer.slots,
-        trainer.weight_map,
-        trainer.log_weights,
-    ]
-    return heads + decoder if shared else heads

@@ -19,8 +19,7 @@ def _check(config: DPXAttnConfig, options: CalibrationOptions, documents: bool) 
 
 def _fit(config: DPXAttnConfig, data: PublicData, options: CalibrationOptions) -> AnchorCalibration:
     assert data.contexts is not None
-    layers = len(data.objective.layers)
-    slots = slot_schedule(data.contexts, layers, data.row_flops, options.steps, options.seed)
+    slots = slot_schedule(data.contexts, data.row_flops, options.steps, options.seed)
     if data.documents is not None:
         slots = slots_for(slots, data.contexts.units.shape[1])
     with torch.enable_grad():

@@ -66,14 +66,14 @@ class PublicContexts:
 class SlotSettings:
     """Sizes and schedule. steps counts batches; each batch spreads over all plans."""
 
-    code: int = 64
+    code: int = 192
     slots: int = 32
     hidden: int = 256
-    directions: int = 64
+    directions: int = 192
     steps: int = 3000
     batch: int = 48
     queries: int = 24
-    layers: int = 8
+    layers: int = 4
     learning_rate: float = 2e-3
     seed: int = 0
 

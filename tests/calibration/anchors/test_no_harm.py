@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_dp_xattn.calibration.anchors import anchors_fit
+from hf_dp_xattn.calibration.anchors import slot_plans
 from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibration
 from hf_dp_xattn.calibration.anchors.anchors_fit import AnchorSettings, fit_anchors, simulate
 from hf_dp_xattn.calibration.anchors.held_out import hold_out
@@ -82,7 +82,7 @@ def scrambled(trainer: SlotTrainer, *_: object, **__: object) -> int:
 @pytest.fixture(scope="module")
 def untrained() -> AnchorCalibration:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(anchors_fit, "train", scrambled)
+        patch.setattr(slot_plans, "train", scrambled)
         return fitted(contexts(120))
 
 
