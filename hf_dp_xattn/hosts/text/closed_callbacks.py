@@ -52,16 +52,20 @@ def closed(
     from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        given = next((a for a in (*args, *kwargs.values()) if isinstance(a, dict)), {})
-        kept = {
-            n: t.clone() for n, t in given.items() if _EMBEDDED.fullmatch(n) and isinstance(t, torch.Tensor)
-        }
+        given = next((a for a in (*args, *kwargs.values()) if isinstance(a, dict)), None)
+        if given is None:  # the old kind, of whose result nothing is read
+            with apart():
+                callback(*args, **kwargs)
+            return None
+        kept = {n: t for n, t in given.items() if _EMBEDDED.fullmatch(n) and isinstance(t, torch.Tensor)}
+        shown = {n: t.clone() for n, t in kept.items()}  # who holds them may change them when he likes
+        given.update(shown)
         with apart():
             result = callback(*args, **kwargs)
-        _check_returned(kept, given)
-        if isinstance(result, Mapping):
-            _check_returned(kept, result)
-        return result
+        _chosen(kept, shown)
+        if not isinstance(result, Mapping):
+            raise ConfigError(f"A callback must give back a dict, got {type(result).__name__}.")
+        return {**result, **_chosen(kept, result)}
 
     if not isinstance(callback, (MultiPipelineCallbacks, PipelineCallback)):
         return run
@@ -73,21 +77,31 @@ def closed(
     return made
 
 
-def _check_returned(kept: Mapping[str, torch.Tensor], now: Mapping[Any, Any]) -> None:
-    """Raises ConfigError where a value is not made of whole batch elements of those that were kept."""
+def _chosen(kept: Mapping[str, torch.Tensor], now: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
+    """The tensors that were kept, or of each those batch elements that a callback chose. Raises ConfigError where it put in others."""
+    chosen = {}
     for name, value in now.items():
         if value is None or not _EMBEDDED.fullmatch(str(name)):
             continue
         known = kept.get(name)
-        if known is None or not isinstance(value, torch.Tensor) or not _is_of(value, known):
+        order = None if known is None or type(value) is not torch.Tensor else _order(value, known)
+        if known is None or order is None:
             raise ConfigError(RETURNED.format(name=name))
+        chosen[name] = known if order == list(range(len(known))) else known[order]
+    return chosen
 
 
-def _is_of(value: torch.Tensor, known: torch.Tensor) -> bool:
-    """Whether each batch element of a tensor is one of another's, bit for bit."""
+def _order(value: torch.Tensor, known: torch.Tensor) -> list[int] | None:
+    """Which batch element of another tensor each one is, bit for bit; None where one is of none."""
     if value.dtype != known.dtype or value.shape[1:] != known.shape[1:] or value.device != known.device:
-        return False
-    return all(any(_same(one, other) for other in known) for one in value)
+        return None
+    found = [
+        next((i for i, other in enumerate(known) if _same(one, other)), None)
+        if at >= len(known) or not _same(one, known[at])
+        else at
+        for at, one in enumerate(value)
+    ]
+    return None if None in found else [i for i in found if i is not None]
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -266,3 +266,28 @@ def test_a_graph_of_ones_own_asks_too(host: str) -> None:
         compiled(**given[-1])
     with pytest.raises(dpx.ProtectionLostError, match="outside of a call"):  # the graph is there already
         compiled(**given[-1])
+
+
+@pytest.mark.parametrize("host", list(HOSTS))
+def test_no_code_of_the_callers_draws(host: str) -> None:
+    make, mechanism = HOSTS[host]
+    pipe = make()
+    handle = protected_by(mechanism, pipe)
+    model = pipe.transformer if "Flux" in host else pipe.unet
+    given: list[Any] = []
+    hook = model.register_forward_pre_hook(lambda *a: given.append((a[1], a[2])), with_kwargs=True)
+    with handle.public():
+        draw(pipe)  # public rows, which stand for exact ones
+    hook.remove()
+    seen: list[Any] = []
+    refused: list[dpx.DPXAttnError] = []
+
+    def reach(pipe: Any) -> None:
+        args, kwargs = given[-1]
+        try:
+            seen.append(model(*args, **kwargs))
+        except dpx.DPXAttnError as error:
+            refused.append(error)
+
+    draw(pipe, **by_step(pipe, reach))
+    assert refused and not seen

@@ -83,3 +83,46 @@ def test_what_is_public_may_be_changed() -> None:
     }
     result = run(lambda *args: {n: t + 1 for n, t in args[-1].items()}, **public)
     assert all(bool((t == 2).all()) for t in result.values())
+
+
+class Deceives(dict):  # type: ignore[type-arg]
+    """Shows nothing, and gives embeddings when it is asked."""
+
+    def pop(self, name: str, *default: Any) -> Any:
+        return embedded() if name == "prompt_embeds" else super().pop(name, *default)
+
+
+class Lies(torch.Tensor):
+    """Is equal to everything."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (
+            True
+            if function is torch.equal
+            else super().__torch_function__(function, kinds, args, kwargs or {})
+        )
+
+
+def test_what_a_callback_holds_is_not_what_is_read() -> None:
+    held: list[torch.Tensor] = []
+
+    def holds(pipe: Any, i: int, t: Any, given: dict[str, torch.Tensor]) -> Any:
+        held.append(given["prompt_embeds"])
+        return Deceives(given)
+
+    tensor = embedded()
+    result = run(holds, prompt_embeds=tensor)
+    held[0].data.zero_()
+    assert result.pop("prompt_embeds") is tensor and torch.equal(tensor, embedded())
+    with pytest.raises(dpx.ConfigError, match="prompt_embeds"):
+        run(lambda *args: {"prompt_embeds": torch.zeros(2, 3, 4).as_subclass(Lies)}, prompt_embeds=embedded())
+
+
+def test_something_that_is_no_dict_is_refused() -> None:
+    class Pops:
+        pop = Deceives.pop
+
+    with pytest.raises(dpx.ConfigError, match="dict"):
+        run(lambda *args: Pops(), latents=torch.zeros(1))
+    assert closed(lambda i, t, latents: Pops(), Access().leave)(0, 0, torch.zeros(1)) is None
