@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--replies", type=int, default=1)
     parser.add_argument("--without-library", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("out/anchors_replies.json"))
+    parser.add_argument("--keep", type=Path, help="folder for the calibration")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)
     chat = load_chat()
@@ -97,6 +98,8 @@ def main() -> None:
         calibration = fit(CONFIG, data, options)
     seconds, processor = time.monotonic() - begin, time.process_time() - used
     assert isinstance(calibration, AnchorCalibration)
+    if args.keep:
+        calibration.save_pretrained(args.keep)
     print(f"{seconds:.0f} s, {processor:.0f} s of processor time", flush=True)
     results: dict[str, Any] = {
         "contexts": len(public),
@@ -108,6 +111,7 @@ def main() -> None:
             "processor": round(processor),
         },
         "steps": calibration.settings["steps"],
+        "candidates": calibration.settings["candidates"],
         "plans": [
             {"epsilon": p.epsilon, "release": p.release, **dataclasses.asdict(p.worth)}
             for p in calibration.plans

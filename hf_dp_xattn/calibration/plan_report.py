@@ -24,7 +24,8 @@ class PlanPoint:
     that its decoder was trained for; meaning: what would leave, in words; noise: its numbers. charged: by the ledger's accountant, at
     charged_delta. rows: that every layer would attend to, at most; kv_bytes: of their keys and values. seconds: of one release,
     measured. guesses: (prior, largest probability of guessing one unit afterwards). useless: why it is not known to be better than no
-    release, so that `protect` refuses it; None where it is, or was never compared.
+    release, so that `protect` refuses it; None where it is, or was never compared. serves: what stands in the place of all that it would
+    be decoded to, where that is so whatever the context says; fvu is of that then.
     """
 
     epsilon: float
@@ -42,6 +43,7 @@ class PlanPoint:
     seconds: float | None
     guesses: tuple[tuple[float, float], ...]
     useless: str | None = None
+    serves: str | None = None
 
 
 def charge_of(config: DPXAttnConfig, events: Sequence[Event]) -> dict[str, Any]:
@@ -171,10 +173,11 @@ class Plan:
         return header if self.measured_on is None else [*header, "time"]
 
     def _row(self, p: PlanPoint) -> list[str]:
-        cells = [f"{p.epsilon:g}", *_cells(p.fvu)]
+        cells = [f"{p.epsilon:g}", *_cells(p.fvu, " =" if p.serves else "")]
         if p.score is not None:
             cells += _cells(p.score)
-        release = p.release if p.useless is None else f"{p.release} x"
+        release = p.serves or p.release
+        release = release if p.useless is None else f"{release} x"
         cells += [release, f"<= {p.rows}", _bytes(p.kv_bytes)] if self.layers else [p.release, str(p.rows)]
         if p.seconds is not None:
             cells.append(f"{1e3 * p.seconds:.3g} ms")
@@ -230,8 +233,8 @@ class Plan:
         ax.legend()
 
 
-def _cells(estimate: Estimate) -> list[str]:
-    mark = {INTERPOLATED: " ~", OUTSIDE: " !"}.get(estimate.origin, "")
+def _cells(estimate: Estimate, served: str = "") -> list[str]:
+    mark = served + {INTERPOLATED: " ~", OUTSIDE: " !"}.get(estimate.origin, "")
     if estimate.low is None or estimate.high is None:
         return [f"{estimate.value:.3f}{mark}", "unknown"]
     return [f"{estimate.value:.3f}{mark}", f"{estimate.low:.3f} to {estimate.high:.3f}"]

@@ -20,7 +20,7 @@ from ..not_covered import PLAN, PLAN_UNIT
 from ..privacy.units import NeighboringRelation, Unit
 from .anchors.anchors_calibration import NOTHING, AnchorCalibration
 from .calibration import Calibration
-from .curves import INTERPOLATED, OUTSIDE, SCALED, Curve
+from .curves import INTERPOLATED, MEASURED, OUTSIDE, SCALED, Curve, Estimate
 from .few_units import SAME_SIZE, fvu_curve, of_units, score_curve, too_few
 from .library.library_planner import plan_library
 from .library.text_library import TextLibrary
@@ -153,9 +153,12 @@ def _point(
 ) -> PlanPoint:
     prepared = calibration.prepare(config)
     rows = _rows(prepared.plan, prepared.decoders)
+    serves, quality = _served(prepared.plan), prepared.plan.quality
     return PlanPoint(
         **charge_of(config, prepared.events),
-        fvu=of_units(calibration, fvu, config.epsilon, units),
+        fvu=of_units(calibration, fvu, config.epsilon, units)
+        if serves is None
+        else Estimate(quality.fvu, quality.low, quality.high, MEASURED),  # at any epsilon, of any size
         score=None if scores is None else of_units(calibration, scores, config.epsilon, units),
         release=prepared.plan.release,
         made_for=prepared.plan.epsilon,
@@ -165,7 +168,13 @@ def _point(
         kv_bytes=rows * row_bytes,
         seconds=_measure(prepared, units) if measure else None,
         useless=calibration.useless(config) or too_few(calibration, config.epsilon, units),
+        serves=serves,
     )
+
+
+def _served(plan: AnchorPlan) -> str | None:
+    """What every context gets by a plan that is the fall-back."""
+    return None if plan.worth is None or plan.worth.weight else NOTHING[plan.worth.against]
 
 
 def _choose(
@@ -340,7 +349,13 @@ def _notes(
             if calibration.scores
             else []
         ),
-        "FVU: fraction of the attention outputs' variance left unexplained; 1 is the public mean alone, 0 exact attention",
+        "FVU: fraction of the attention outputs' variance left unexplained; 1 is the mean of exact outputs over public contexts, 0 exact "
+        "attention",
+        *[
+            f"= epsilon {p.epsilon:g} gives {p.serves}, whatever the private context says. The FVU is that of the rows which stand for it"
+            for p in points
+            if p.serves is not None
+        ],
         *_of_replies(calibration),
         *_better_answered(calibration, points),
     ]
@@ -400,10 +415,13 @@ def _of_replies(calibration: AnchorCalibration) -> list[str]:
         e: min(c["divergence"] for c in measured if c["epsilon"] == e)
         for e in sorted({c["epsilon"] for c in measured})
     }
-    each = ", ".join(f"{value:.2g} at {epsilon:g}" for epsilon, value in best.items())
     nothing = calibration.settings.get(
         "nothing", {"rows that do not look at the release": max(c["divergence"] for c in measured)}
     )
+    for plan in calibration.plans:  # what is served, not what a decoder would have made
+        if plan.worth is not None and _served(plan) is not None and plan.worth.against in nothing:
+            best[plan.epsilon] = nothing[plan.worth.against]
+    each = ", ".join(f"{value:.2g} at {epsilon:g}" for epsilon, value in best.items())
     beside = " and ".join(f"{level:.2g} for {NOTHING.get(name, name)}" for name, level in nothing.items())
     return [
         "replies: the decoder was trained on the model's own replies to public questions, for which the FVU says little; divergence of the "

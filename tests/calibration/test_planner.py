@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import hf_dp_xattn as dpx
 from hf_dp_xattn.calibration.curves import INTERPOLATED, MEASURED, OUTSIDE, Curve
 from hf_dp_xattn.errors import ConfigError
+from hf_dp_xattn.mechanisms.anchors.fallback import Worth
 from hf_dp_xattn.privacy.bits import SeededEntropy, SystemEntropy
 from hf_dp_xattn.privacy.guessing import guess_bound
 from hf_dp_xattn.privacy.ledger import Ledger
@@ -199,6 +200,33 @@ def test_json_round_trip() -> None:
     assert values["points"][0]["fvu"] == {"value": 0.2, "low": None, "high": None, "origin": OUTSIDE}
     assert values["reached"] is True and values["wanted"][0]["epsilon"] == pytest.approx(5.66, abs=0.01)
     assert values["points"][0]["guesses"][0]["prior"] == 0.5
+
+
+def test_a_plan_that_is_the_fall_back_shows_what_it_serves() -> None:
+    """Neither what the decoder would have been, nor an interpolation with plans that are decoded."""
+    made = calibration(
+        qualities={1.0: ("sum", 5.0, 4.0, 6.0), 16.0: ("sum", 0.2, 0.1, 0.3)},
+        scores={},
+        unit="group",
+        units=9,
+    )
+    none, good = made.plans
+    worth = Worth("mean", 0.0, "divergence", 1.0, 1.0)
+    candidates = [{"epsilon": e, "release": "sum", "fvu": 0.5, "divergence": 2.4} for e in (1.0, 16.0)]
+    made = dataclasses.replace(
+        made,
+        plans=(dataclasses.replace(none, worth=worth), good),
+        settings={**made.settings, "candidates": candidates, "nothing": {"mean": 0.3, "none": 0.48}},
+    )
+    found = dpx.plan(made, epsilons=[1.0, 2.0, 16.0], n=3, measure=False)
+    assert [p.serves for p in found.points] == ["the public mean", "the public mean", None]
+    assert [p.fvu.value for p in found.points[:2]] == [5.0, 5.0] and found.points[1].fvu.origin == MEASURED
+    lines = str(found).splitlines()
+    assert all("5.000 =" in line and "the public mean x" in line for line in lines[4:6])
+    assert "the public mean" not in lines[6] and " = " not in lines[6]
+    text = " ".join(found.notes)
+    assert "epsilon 1 gives the public mean, whatever the private context says" in text
+    assert "by epsilon: 0.3 at 1, 2.4 at 16 (0.3 for the public mean and 0.48 for no context at all)" in text
 
 
 def test_without_scores() -> None:
