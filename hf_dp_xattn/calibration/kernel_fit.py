@@ -40,6 +40,8 @@ from .public_data import PublicData
 
 Rows = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]  # keys, values per layer: [H, n, d], [H, n, dv]
 
+_FEWEST = 8  # public contexts
+
 
 @dataclass
 class Moments:
@@ -91,8 +93,8 @@ def fit_kernel_sums(
         ConfigError: too few contexts.
     """
     count, rank, progress, layers = data.count, options.rank, options.progress, data.objective.layers
-    if count < 8:
-        raise ConfigError(f"A calibration needs at least 8 public contexts, got {count}.")
+    if count < _FEWEST:
+        raise ConfigError(f"A calibration needs at least {_FEWEST} public contexts, got {count}.")
 
     def contexts() -> Iterator[Rows]:
         for rows in data.rows():
@@ -378,4 +380,4 @@ def _exact(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
     return (torch.softmax(query.float() @ key.float().mT * scale, -1) @ value.float()).cpu()
 
 
-KIND = CalibrationKind(Calibration, fit_kernel_sums)
+KIND = CalibrationKind(Calibration, fit_kernel_sums, fewest=_FEWEST)

@@ -28,12 +28,13 @@ class CalibrationKind:
     """What the releases of a mechanism, or of several alike, are calibrated with.
 
     stored: the class; its KIND is what a file of it says. fit: from (config, what a host makes of public contexts, `CalibrationOptions`).
-    check: of (config, options, whether the host's units are documents); it raises ConfigError for what cannot be.
+    check: of (config, options, whether the host's units are documents); it raises ConfigError for what cannot be. fewest: public contexts.
     """
 
     stored: type[Stored]
     fit: Callable[[DPXAttnConfig, Any, Any], Stored]
     check: Callable[[DPXAttnConfig, Any, bool], None] = _no_replies
+    fewest: int = 1
 
 
 def kind_for(mechanism: str) -> CalibrationKind:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import Pipeline
 
 from ..calibration.calibration_options import EPSILONS, CalibrationOptions
 from ..calibration.checkpoints import Checkpoints, digest
@@ -21,8 +22,9 @@ from ..config import DPXAttnConfig
 from ..errors import ConfigError
 from ..known_mechanisms import KNOWN
 from .accounts import STAYS
+from .calibrate_checks import check_contexts, check_options
 from .diffusers.public_prompts import Public
-from .host_registry import kind_of, kind_to_protect
+from .host_registry import kind_of, kind_to_protect, model_of
 from .protect import handle_of
 from .text.public_texts import public_texts
 from .text.unit_encoders import parts_of
@@ -116,7 +118,7 @@ def calibrate(
     * `kernel_sum`: centres, balancing maps, clipping bounds, a sketch basis of `rank` directions, and one plan per epsilon.
 
     Args:
-        pipe: a Stable Diffusion pipeline, or an encoder-decoder model of transformers.
+        pipe: a pipeline of diffusers, a model of transformers, or a text-generation pipeline, whose model is calibrated.
         public_contexts: prompts; lists of phrases for unit="group"; or embeddings [N, n, C] of which all rows are used. For an
             encoder-decoder model: token ids [N, n] cut to one length, or what else its encoder takes, as in `protected.release`; for
             unit="group" a list of contexts, each a batch of documents as `release(..., groups="documents")` takes it. For a Mllama:
@@ -178,7 +180,7 @@ def calibrate(
     options = CalibrationOptions(
         epsilons=_epsilons(epsilons),
         anchors=anchors,
-        releases=tuple(releases),
+        releases=(releases,) if isinstance(releases, str) else tuple(releases),
         steps=steps,
         minutes=_minutes(minutes),
         grouping=grouping,
@@ -199,6 +201,7 @@ def calibrate(
         processes=processes,
         shown=progress,
     )
+    check_options(options)
     if handle_of(pipe) is not None:
         raise ConfigError(
             "Calibrate before `protect`, or after dpx.unprotect: a protected pipeline has no exact queries. When you protect it again, "
@@ -213,6 +216,9 @@ def calibrate(
         raise ConfigError(
             "`tokenizer`, `encoder`, `expand`, `responses` and `processes` are for mechanism='library'."
         )
+    check_contexts(public_contexts, config.mechanism)
+    if isinstance(pipe, Pipeline):  # of transformers, whose model it is that is calibrated
+        pipe = model_of(pipe)
     kind = kind_of(pipe)
     for name, message in _REFUSED.items():
         asked = getattr(options, name)

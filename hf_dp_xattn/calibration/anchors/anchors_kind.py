@@ -9,7 +9,7 @@ from ..calibration_options import CalibrationOptions
 from ..kinds import CalibrationKind
 from ..public_data import PublicData
 from .anchors_calibration import AnchorCalibration
-from .anchors_fit import candidates, fit_anchors
+from .anchors_fit import MINIMUM_CONTEXTS, candidates, fit_anchors
 from .slot_schedule import slot_schedule, slots_for
 
 
@@ -26,4 +26,4 @@ def _fit(config: DPXAttnConfig, data: PublicData, options: CalibrationOptions) -
         return fit_anchors(config, data, options.anchor_settings(validation=data.validation, slots=slots))
 
 
-KIND = CalibrationKind(AnchorCalibration, _fit, _check)
+KIND = CalibrationKind(AnchorCalibration, _fit, _check, MINIMUM_CONTEXTS)

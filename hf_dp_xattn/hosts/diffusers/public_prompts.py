@@ -17,6 +17,7 @@ from ...calibration.public_data import PublicData, choose_contexts, equal_contex
 from ...config import DPXAttnConfig
 from ...errors import ConfigError
 from ...mechanisms.anchors.sources import pool
+from ..calibrate_checks import check_width
 from ..identity import host_identity
 from ..layer import layer_probes, row_flops
 from .architectures import check_pipeline_class, find_layers
@@ -41,6 +42,9 @@ def public_prompts(
     large = is_large(flops)
     prompts = (2 if large else 8) if options.query_prompts is None else options.query_prompts
     grouping = options.grouping or {"row": "rows", "group": "phrases", "context": "context"}[config.unit]
+    if isinstance(public, torch.Tensor):
+        _check_embeddings(public)
+        check_width(public, next(iter(layers.values())).channels)
     parts: dict[str, Any]
     if config.mechanism == "anchors":
         contexts, public_rows = gather_contexts(text, public, config.unit, grouping, options)

@@ -15,6 +15,7 @@ from ....calibration.calibration_options import CalibrationOptions
 from ....calibration.public_data import PublicData, choose_contexts, equal_contexts
 from ....config import DPXAttnConfig
 from ....errors import ConfigError
+from ...calibrate_checks import check_width
 from ...identity import host_identity
 from ...layer import layer_probes, row_flops
 from ..routing import routed
@@ -92,6 +93,8 @@ def _encode(model: Any, public: Any, options: CalibrationOptions) -> torch.Tenso
     main = inputs[name]
     if main.ndim < 2 or (name == STATES and main.ndim != 3):
         raise ConfigError(NEEDS.format(what="in one batch"))
+    if name == STATES:
+        check_width(main, context_channels(model))
     each = 2 * main.shape[1] * context_channels(model)
     main = torch.stack(choose_contexts(main, each, options.memory_mb, options.seed))
     if name == STATES:

@@ -87,16 +87,16 @@ def test_exact_rows_do_not_diverge_and_others_do() -> None:
 
 
 @pytest.mark.slow
-def test_a_decoder_learns_from_replies() -> None:
-    """More training brings its replies closer to the exact ones, and the better of looking at the release or not is chosen. Seeded."""
+def test_a_decoder_is_judged_by_replies() -> None:
+    """They are closer to the exact ones than those of the public mean, and the better of looking at a release or not is chosen."""
     model = tiny("llama")
     config = dpx.DPXAttnConfig(mechanism="anchors", unit="group")
     contexts = public("group", 80, ragged=True)
     options: dict[str, Any] = {**OPTIONS, "epsilons": (64.0,), "query_steps": 4, "prefix_bucket": 16}
     options |= {"releases": ("sum",), "replies": 2}
-    untrained, made = (dpx.calibrate(model, contexts, config, steps=n, **options) for n in (1, 100))
+    made = dpx.calibrate(model, contexts, config, steps=20, **options)
     told = made.settings["candidates"]
-    assert told[0]["divergence"] < 0.9 * untrained.settings["candidates"][0]["divergence"]
+    assert told[0]["divergence"] < 0.7 * min(made.settings["nothing"].values())
     assert [t["release"] for t in told] == ["sum"] and all(t["divergence"] >= 0 for t in told)
     (chosen,) = told
     worth = made.plans[0].worth
@@ -117,7 +117,7 @@ def test_kernel_sums_have_no_decoder_to_train() -> None:
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no questions": ({"questions": None}, "questions"),
-    "fewer than none": ({"replies": -1}, "negative"),
+    "fewer than none": ({"replies": -1}, "at least 0"),
     "several positions": ({"prefix_bucket": None}, "prefix_bucket"),
 }
 
