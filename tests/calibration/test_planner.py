@@ -24,6 +24,7 @@ from hf_dp_xattn.privacy.ledger import Ledger
 from .anchor_calibrations import LAYERS, QUALITIES, calibration
 
 ONE = calibration()
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def curve(points: list[tuple[float, float, float, float]], *, up: bool = False) -> Curve:
@@ -227,6 +228,42 @@ def test_a_plan_that_is_the_fall_back_shows_what_it_serves() -> None:
     text = " ".join(found.notes)
     assert "epsilon 1 gives the public mean, whatever the private context says" in text
     assert "by epsilon: 0.3 at 1, 2.4 at 16 (0.3 for the public mean and 0.48 for no context at all)" in text
+
+
+@pytest.mark.parametrize(
+    ("unit", "release", "epsilon", "advised"),
+    [
+        ("context", "response", 32.0, True),
+        ("context", "response", 64.0, True),
+        ("group", "response", 4.0, True),
+        ("context", "response", 2.0, False),  # nothing was measured there that bears it out
+        ("group", "sum", 32.0, False),
+        ("row", "response", 32.0, False),
+    ],
+)
+def test_units_that_answer_for_themselves_are_for_a_library(
+    unit: str, release: str, epsilon: float, advised: bool
+) -> None:
+    made = calibration(
+        unit=unit,
+        units=1 if unit == "context" else 9,
+        qualities={epsilon: (release, 0.5, 0.4, 0.6)},
+        scores={},
+    )
+    found = dpx.plan(made, measure=False)
+    assert (
+        any(f"at epsilon {epsilon:g} each unit" in n and "mechanism='library'" in n for n in found.notes)
+        is advised
+    )
+    assert (
+        found.points[0].release == release
+    )  # advised, not swapped: a library is another calibration, of texts
+
+
+def test_the_plan_of_whole_prompts_says_so_where_it_was_measured() -> None:
+    found = str(dpx.plan(ROOT / "examples/shapes/calibrations/context", epsilons=[32.0, 64.0], measure=False))
+    assert "at epsilon 32, 64 each unit is answered by itself ('response')" in found
+    assert "mechanism='library'" in found and "docs/library.md" in found
 
 
 def test_without_scores() -> None:
