@@ -38,6 +38,7 @@ from .slots_fit import PublicContexts
 from .unlike_contexts import unlike_contexts
 
 WEIGHTS = (0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1)
+_FURTHER = (0.7, 0.4, 0.2, 0.1)  # where limits alone do harm: each is measured on all unlike contexts
 _LOSS = 0.1  # of the ratio on public contexts, that doing no harm to unlike ones may cost; or that share of the gain, if it is more:
 _LOST_GAIN = 0.35  # but never more than the ratio itself: what is good stays so
 _ALIKE = 0.002  # ratios on public contexts that differ by no more are equal
@@ -216,7 +217,7 @@ class Guard:
             return [Guarded(chosen, chosen.measured, torch.zeros(len(everyone)), None, 1.0)]
         releases = self._releases(dataclasses.replace(best.plan, worth=None), decoders)
         gated = self._limited(chosen, releases)
-        for weight in (w for w in WEIGHTS if w < chosen.weight):
+        for weight in (w for w in _FURTHER if w < chosen.weight):
             if self._least_harm(gated, chosen, everyone).unlike <= _HARMLESS:
                 break
             gated += self._limited(drawn_by(weight), releases)
