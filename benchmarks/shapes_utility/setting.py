@@ -16,6 +16,7 @@ from shapes.reader import Reader, load_reader
 from shapes.scenes import IMAGE_SIZE, Example, heldout_examples, train_examples
 
 from hf_dp_xattn.calibration.anchors.objective import LayerProbe, Objective
+from hf_dp_xattn.calibration.calibration_options import CalibrationOptions
 from hf_dp_xattn.hosts.diffusers.architectures import find_layers
 from hf_dp_xattn.hosts.diffusers.attention_layer import split_heads
 from hf_dp_xattn.hosts.diffusers.public_prompts import encode_batches
@@ -96,7 +97,7 @@ class Setting:
     def public(self) -> torch.Tensor:
         """[N, 76, C] float16: rows of training captions; they share no (colour, shape, place) with the held-out ones."""
         captions = [e.caption for e in train_examples(self.sizes.public, PUBLIC_SEED)]
-        parts = encode_batches(self.text, captions, "encoding", False)
+        parts = encode_batches(self.text, captions, "encoding", CalibrationOptions())
         return torch.cat([self.private_rows(rows).half() for rows in parts])
 
     def examples(self, count: int) -> list[Example]:
