@@ -91,8 +91,19 @@ def negated_rows(rows: torch.Tensor, g: torch.Generator) -> torch.Tensor:
     return 2 * rows.flatten(0, 1).mean(0) - rows
 
 
+def moved_rows(rows: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+    """Rows of many contexts, all of a context's moved alike, as far as a topic is, where no context's topic lies."""
+    means = rows.mean(1) - rows.mean((0, 1))
+    topics = torch.linalg.svd(means, full_matrices=False)[2]
+    step = rows.flatten(0, 1).std(0) * torch.randn(means.shape, generator=g)
+    step -= step @ topics.mT @ topics
+    step *= means.norm(dim=1).mean() / step.norm(dim=1, keepdim=True)
+    return mixed_rows(rows, g) + step.unsqueeze(1)
+
+
 UNLIKE: dict[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor]] = {
-    f.__name__.replace("_", " "): f for f in (white_noise, wide_noise, repeated_row, mixed_rows, negated_rows)
+    f.__name__.replace("_", " "): f
+    for f in (white_noise, wide_noise, repeated_row, mixed_rows, negated_rows, moved_rows)
 }
 
 

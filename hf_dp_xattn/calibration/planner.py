@@ -332,7 +332,8 @@ def _better_answered(calibration: AnchorCalibration, points: Sequence[PlanPoint]
     return (
         f"at epsilon {', '.join(f'{e:g}' for e in alone)} each unit is answered by itself ('response'), by a code that a decoder reads. "
         "Where units are text, mechanism='library' answers them by public texts, which gave more wherever both were measured from epsilon "
-        f"{LIBRARY_FROM:g} on (docs/library.md); anchors is for what many units have in common",
+        f"{LIBRARY_FROM:g} on (docs/library.md); anchors is for what many units have in common. dpx.compare measures both on public "
+        "contexts, and its `best` is to be protected with; a plan advises and does not switch",
     )
 
 
