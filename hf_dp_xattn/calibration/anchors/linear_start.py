@@ -52,13 +52,16 @@ class LinearStart:
     energy: torch.Tensor
     units: float
 
-    def scaled(self, noise: float) -> torch.Tensor:
+    def scaled(self, noise: float | None) -> torch.Tensor:
         """[K, C]: the map of a sum with this noise, as `forward` but with each score by its scale w_k; `_CLIPPED` times for clipping.
 
         Args:
-            noise: standard deviation, in unit balls.
+            noise: standard deviation, in unit balls; None: codes that are told by their nearest cell, so that all scores have one scale.
         """
-        scale = water_filled(self.spread, self.energy, (noise / self.units) ** 2).sqrt()
+        if noise is None:
+            scale = self.energy.sum().rsqrt().expand(len(self.energy))
+        else:
+            scale = water_filled(self.spread, self.energy, (noise / self.units) ** 2).sqrt()
         return _CLIPPED * scale.unsqueeze(1) * self.forward
 
     def scores(self, contexts: PublicContexts) -> torch.Tensor:
@@ -130,7 +133,7 @@ def fit_linear_start(contexts: PublicContexts, objective: Objective, count: int)
 
 @torch.no_grad()
 def start_at(
-    trainer: SlotTrainer, start: LinearStart, fallback: Fallback, noise: Mapping[int, float]
+    trainer: SlotTrainer, start: LinearStart, fallback: Fallback, noise: Mapping[int, float | None]
 ) -> None:
     """Begins where the linear posterior is: every row of the public mean is moved by what a code says of the mean row.
 
@@ -138,7 +141,7 @@ def start_at(
         trainer: as it was made; the gain of each plan waits for its codes (`set_gain`).
         start: directions and scales.
         fallback: the public mean's rows.
-        noise: standard deviation of each sum's noise, by its plan.
+        noise: standard deviation of each sum's noise, by its plan; None: as in `LinearStart.scaled`.
     """
     count = _shared(trainer, start)
     maps = torch.zeros(len(noise), *trainer.common_matrix.shape)

@@ -104,7 +104,11 @@ def _fitted(
 
     start = fit_linear_start(training, fit.objective, settings.code)
     if start is not None:
-        start_at(trainer, start, fit.fallback, noise)
+        scales: dict[int, float | None] = dict(noise)
+        if answers and training.units.shape[1] == 1:
+            # one unit is told by few cells; of several the answers add up, and small scores count for more
+            scales[auxiliary] = None
+        start_at(trainer, start, fit.fallback, scales)
     sample = training.sample(512)
 
     def settle(plan: int, codes: torch.Tensor) -> None:
