@@ -12,7 +12,6 @@ from torch import nn
 
 from .model_gates import accesses_of
 
-LIBRARIES = ("accelerate", "diffusers", "peft", "tokenizers", "transformers")
 _silent: ContextVar[bool] = ContextVar("hf_dp_xattn_silent", default=False)
 
 
@@ -36,10 +35,12 @@ _SILENCE = _Silence()
 
 
 def _silence() -> Token[bool]:
-    """From now on the libraries that run a host log nothing in this context, and no code warns; other threads and tasks do as ever."""
-    for name, logger in list(logging.root.manager.loggerDict.items()):
-        if isinstance(logger, logging.Logger) and name.partition(".")[0] in LIBRARIES:
-            logger.addFilter(_SILENCE)  # once, however often it is added
+    """From now on no code logs or warns in this context, a user's encoder neither; other threads and tasks do as ever."""
+    named = [y for y in list(logging.root.manager.loggerDict.values()) if isinstance(y, logging.Logger)]
+    handlers = [h for y in (logging.root, *named) for h in y.handlers]  # of loggers that are made inside
+    for said in (logging.root, *named, *handlers, logging.lastResort):
+        if said is not None:
+            said.addFilter(_SILENCE)  # once, however often it is added
     if not warnings.filters or warnings.filters[0][2] is not _Unsaid:
         warnings.filterwarnings("ignore", category=_Unsaid)
     return _silent.set(True)
@@ -68,6 +69,15 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def opened(*modules: nn.Module) -> Iterator[None]:
+    """The gates of these modules let them encode, of whichever protected hosts they are; other hosts may share them."""
+    with ExitStack() as stack:
+        for access in accesses_of(modules):
+            stack.enter_context(access.enter("encoding"))
+        yield
+
+
+@contextmanager
 def private_run(*modules: nn.Module) -> Iterator[None]:
     """While it lasts, these modules encode what may be private; their gates let them.
 
@@ -81,9 +91,7 @@ def private_run(*modules: nn.Module) -> Iterator[None]:
     before, modes = _silence(), []
     try:
         modes = _evaluate(modules)
-        with ExitStack() as stack:
-            for access in accesses_of(modules):  # other protected hosts may share them
-                stack.enter_context(access.enter("encoding"))
+        with opened(*modules):
             yield
     finally:
         _restore(modes)

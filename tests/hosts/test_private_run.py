@@ -132,10 +132,19 @@ def test_nothing_is_logged_of_a_text(make: Any, caplog: pytest.LogCaptureFixture
     assert seen == [("", 0)] * 2
 
 
-def test_other_threads_log_as_ever(caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger("transformers.modeling_utils")
+@pytest.mark.parametrize("name", ["transformers.modeling_utils", "torch._dynamo", "a_users_own", None])
+def test_other_threads_log_as_ever(caplog: pytest.LogCaptureFixture, name: str | None) -> None:
+    logger = logging.getLogger(name)
     with private_run(), ThreadPoolExecutor(1) as pool:
         logger.warning("private")
         pool.submit(logger.warning, "public").result()
     logger.warning("later")
     assert [r.message for r in caplog.records] == ["public", "later"]
+
+
+def test_a_logger_that_is_made_inside_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with private_run():
+        logger = logging.getLogger("made_inside_a_private_run")
+        logger.warning("private")
+    logger.warning("later")
+    assert [r.message for r in caplog.records] == ["later"]

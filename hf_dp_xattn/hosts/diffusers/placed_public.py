@@ -20,6 +20,7 @@ from ...config import DPXAttnConfig
 from ...errors import ConfigError
 from ..identity import host_identity
 from ..layer import layer_probes, row_flops
+from ..random_states import random_kept
 from ..text.prompt_swap import no_progress
 from .intercepted import Attention, ServedForward
 from .rows_host import RowsHost, placed_host
@@ -116,7 +117,7 @@ def public_queries(
             served.install()
             stack.callback(served.remove)
         stack.enter_context(no_progress(pipe))
-        stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
+        stack.enter_context(random_kept())
         for i, prompt in enumerate(options.progress.track(prompts, "public queries", len(prompts))):
             torch.manual_seed(options.seed + i)
             try:

@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from ..random_states import random_kept
+
 
 class Reached(BaseException):
     """The trial is over. No Exception: a host may catch those."""
@@ -21,12 +23,12 @@ def _reach(module: nn.Module, args: Any, output: Any) -> NoReturn:
 
 @contextmanager
 def one_step(models: Iterable[nn.Module], arguments: Iterable[Any]) -> Iterator[None]:
-    """The block ends where one of these models has run. What is drawn inside does not count: torch's own numbers, and those of the
-    generators among the arguments."""
+    """The block ends where one of these models has run. What is drawn inside does not count: the process's random numbers, and
+    those of the generators among the arguments."""
     flat = [g for value in arguments for g in (value if isinstance(value, (list, tuple)) else [value])]
     states = [(g, g.get_state()) for g in flat if isinstance(g, torch.Generator)]
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
+        stack.enter_context(random_kept())
         for generator, state in states:
             stack.callback(generator.set_state, state)
         for model in models:

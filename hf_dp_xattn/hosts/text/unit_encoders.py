@@ -20,7 +20,8 @@ from torch import nn
 from ...errors import ConfigError, ContextError
 from ..diffusers.architectures import unwrap
 from ..diffusers.text_side import NO_LENGTH, without_length_warning
-from ..private_run import evaluating
+from ..private_run import evaluating, opened, private_run
+from ..random_states import random_kept
 
 Permit = Callable[[], AbstractContextManager[None]]
 BATCH = 32  # public texts of one length that are encoded at once
@@ -69,7 +70,7 @@ class UnitEncoder:
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """Codes of private texts, whatever they hold: one at which the encoder fails, or that has a code of another length than a public
-        text, has the code 0. An error would tell that it is among them."""
+        text, has the code 0. An error would tell that it is among them; so would a log, a warning, or how many random numbers are gone."""
         length = self._length  # before the gates are open for private texts: it may raise
 
         def code(text: str) -> torch.Tensor | None:
@@ -77,10 +78,11 @@ class UnitEncoder:
                 return self._code(text)
             return None
 
-        with self.permit():
-            codes = [code(text) for text in texts]
-        if any(c is None or len(c) != length for c in codes):
-            length = self.trial().shape[1]  # raises where it is the encoder that broke, whatever the text
+        with private_run(), random_kept():
+            with self.permit():
+                codes = [code(text) for text in texts]
+            if any(c is None or len(c) != length for c in codes):
+                length = self.trial().shape[1]  # raises where it is the encoder that broke, whatever the text
         nothing = torch.zeros(length)
         return torch.stack([nothing if c is None or len(c) != length else c for c in codes])
 
@@ -103,7 +105,7 @@ def unit_encoder(
         tokenizer: of a model; by default the one that lies beside it.
         encoder: in place of the host's own: a function from a list of strings to codes [n, d]; (model, tokenizer) of an encoder; or a
             pipeline of transformers that has both.
-        permit: opens the host's gates while its own encoder runs.
+        permit: opens the host's gates while its own encoder runs, or a pair with its model.
 
     Raises:
         ConfigError: the host has no text encoder, or there is no tokenizer for it.
@@ -112,7 +114,9 @@ def unit_encoder(
         return encoder
     model, words = parts_of(encoder)
     if model is not None and words is not None:
-        return _of_tokens(model, words)
+        return _of_tokens(
+            model, words, permit if model is parts_of(host)[0] else functools.partial(opened, model)
+        )
     if callable(encoder) and model is None:
         return _of_function(encoder)
     if encoder is not None:

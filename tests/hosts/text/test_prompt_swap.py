@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import random
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
@@ -193,10 +195,21 @@ def test_a_rehearsal_takes_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     rehearsed = []
     real = PromptSwap._rehearse
     monkeypatch.setattr(PromptSwap, "_rehearse", lambda self, *args: rehearsed.append(1) or real(self, *args))
+
+    class Draws(type(pipe.scheduler)):  # type: ignore[misc]
+        def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+            random.random(), np.random.rand()
+            super().set_timesteps(*args, **kwargs)
+
+    pipe.scheduler = Draws.from_config(pipe.scheduler.config)
     state = torch.get_rng_state()
+    random.seed(0), np.random.seed(0)
     found = picture(pipe, SECRET, generator=[torch.Generator().manual_seed(3)])  # charged in this call
     assert torch.equal(torch.get_rng_state(), state) and rehearsed == [1]
+    drawn = random.random(), np.random.rand()
+    random.seed(0), np.random.seed(0)
     assert torch.equal(found, picture(pipe, SECRET, generator=[torch.Generator().manual_seed(3)]))
+    assert drawn == (random.random(), np.random.rand())
     assert rehearsed == [1] and len(protected.report().releases) == 1
     assert not pipe.unet._forward_hooks and vars(pipe)["_progress_bar_config"] == {"disable": True}
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import random
+import warnings
 from typing import Any
 
 import numpy as np
@@ -9,12 +12,15 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+import hf_dp_xattn as dpx
 from hf_dp_xattn.errors import ConfigError, ContextError
 from hf_dp_xattn.hosts.text.unit_encoders import UnitEncoder, _alike, unit_encoder
 
 from ...hosts_tiny import tiny_sd, tiny_sdxl, tiny_tokenizer
+from ..test_private_run import random_states
 from ..transformers.decoder_only import tiny as decoder
 from ..transformers.encoder_decoder import tiny as seq2seq
+from .libraries import LINES, config, library
 from .words import tokenizer
 
 TEXTS = ("please be polite", "close at five", "be")
@@ -100,6 +106,49 @@ def test_a_failure_quotes_no_text() -> None:
     with pytest.raises(ContextError) as caught:
         unit_encoder(None, encoder=fails)(["the secret"])
     assert "secret" not in str(caught.value) + str(caught.value.__cause__)
+
+
+def test_private_texts_leave_no_trace(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither in logs, nor in warnings, nor in the process's random numbers; and one that fails has the code 0 as quietly."""
+
+    def talks(texts: Any) -> Any:
+        logging.getLogger("a_users_encoder").warning("read %s", texts[0])
+        logging.warning("read %s", texts[0])
+        warnings.warn(f"read {texts[0]}", stacklevel=1)
+        torch.rand(len(texts[0])), random.random(), np.random.rand()
+        if "secret" in texts[0]:
+            raise ValueError(texts[0])
+        return [[1.0, 2.0]]
+
+    encode = unit_encoder(None, encoder=talks)
+    with pytest.warns(UserWarning, match="read a red apple"):
+        encode.trial()  # of a public text
+    assert len(caplog.records) == 2
+    assert encode._length == 2
+    caplog.clear()
+    before = random_states()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert encode(["a dog", "my secret"]).tolist() == [[1.0, 2.0], [0.0, 0.0]]
+    assert not caplog.records and random_states() == before
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+def test_a_pair_with_the_hosts_own_model_runs(part: str) -> None:
+    pipe = tiny_sdxl()
+    pair = getattr(pipe, part), pipe.tokenizer
+    made = library(None, encoder=pair)
+    handle = dpx.protect(pipe, config(), calibration=made, encoder=pair, ledger=dpx.Ledger())
+    assert handle.release("a red circle").texts
+    with pytest.raises(dpx.ProtectionLostError):
+        pair[0](torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_a_pair_with_a_language_model_itself_runs() -> None:
+    model, words = decoder.tiny("llama"), tokenizer()
+    made = library(None, LINES, encoder=(model, words))
+    handle = dpx.protect(model, config(), calibration=made, encoder=(model, words), ledger=dpx.Ledger())
+    assert handle.release("please be polite").texts
 
 
 def test_a_long_text_is_cut_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
