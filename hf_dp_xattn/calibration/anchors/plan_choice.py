@@ -68,7 +68,8 @@ class Guarded:
         """Whether nothing but the lower limit differs."""
         if self.limits is None or other.limits is None:
             return False
-        return self.judged is other.judged and self.limits[1] == other.limits[1]
+        # each has a plan of its own, but the rows are those of one
+        return self.measured is other.measured and self.limits[1] == other.limits[1]
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,9 +15,10 @@ from hf_dp_xattn.calibration.anchors.anchors_calibration import AnchorCalibratio
 from hf_dp_xattn.calibration.anchors.anchors_fit import AnchorSettings, fit_anchors, simulate
 from hf_dp_xattn.calibration.anchors.held_out import hold_out
 from hf_dp_xattn.calibration.anchors.intervals import ratio_interval, t_quantile
-from hf_dp_xattn.calibration.anchors.judge import Jury
+from hf_dp_xattn.calibration.anchors.judge import Judged, Jury
 from hf_dp_xattn.calibration.anchors.kmeans import cells_for
 from hf_dp_xattn.calibration.anchors.objective import fvu
+from hf_dp_xattn.calibration.anchors.plan_choice import Guard, Guarded
 from hf_dp_xattn.calibration.anchors.slots_fit import (
     PublicContexts,
     SlotSettings,
@@ -224,3 +225,29 @@ def test_cells_follow_what_is_there(distinct: int, cells: int) -> None:
     points = torch.arange(distinct, dtype=torch.float32).unsqueeze(1)
     assert cells_for(points, None, 4096) == cells
     assert cells_for(points, 512, 4096) == min(512, distinct // 4)
+
+
+def test_of_limits_that_do_equally_well_the_middle_one_is_taken() -> None:
+    """The least that was harmless on those that were tried is not for those that come."""
+    # (limits, harm, ratio on public contexts), each with a plan of its own as `Guard` makes them
+    tried = [
+        (None, 1.5, 0.5),
+        ((0.4, 9.0), 1.2, 0.5),
+        ((0.5, 9.0), 1.0, 0.5),
+        ((0.6, 9.0), 1.0, 0.5),
+        ((0.7, 9.0), 1.0, 0.501),
+        ((0.9, 9.0), 1.0, 0.7),
+        ((0.6, 3.0), 1.0, 0.6),
+    ]
+    rows: Any = object()
+    gated: list[Any] = [
+        Guarded(Judged(SimpleNamespace(), rows, []), rows, ratio, limits, harm)  # type: ignore[arg-type]
+        for limits, harm, ratio in tried
+    ]
+    guard = Guard.__new__(Guard)
+    guard._jury = SimpleNamespace(  # type: ignore[assignment]
+        ratio=lambda measured, among: 0.5 if measured is rows else measured,
+        replaced=lambda measured, lost: lost,
+    )
+    chosen = guard._least_harm(gated, gated[0].judged, torch.ones(1, dtype=torch.bool))
+    assert chosen.limits == (0.6, 9.0)
