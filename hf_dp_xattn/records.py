@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 
 from .errors import ConfigError
+from .unquoted import unquoted
 
 _LINE_ENDS = re.compile("\r+\n")  # all of them at once: what was read so is read so again
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -30,7 +31,7 @@ def decode_text(data: bytes) -> str:
     """The text of a file or of standard input: UTF-8, whatever the locale; as `plain_text` reads it.
 
     Raises:
-        UnicodeDecodeError: no UTF-8. It holds the bytes: catch it, and raise from None.
+        UnicodeDecodeError: no UTF-8. It holds the bytes: see `unquoted`.
     """
     return plain_text(data.decode("utf-8"))
 
@@ -46,12 +47,13 @@ def read_records(file: str, option: str) -> list[str]:
     Raises:
         ConfigError: not readable, or nothing in it. The message quotes nothing.
     """
-    try:
-        texts = records_of(decode_text(Path(file).read_bytes()))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{option} takes the name of a text file in UTF-8, one text a line ({type(error).__name__})."
-        ) from None
+    texts = unquoted(
+        lambda: records_of(decode_text(Path(file).read_bytes())),
+        lambda kind: ConfigError(
+            f"{option} takes the name of a text file in UTF-8, one text a line ({kind})."
+        ),
+        (OSError, UnicodeDecodeError),
+    )
     if not texts:
         raise ConfigError(f"The file of {option} holds no text.")
     return texts

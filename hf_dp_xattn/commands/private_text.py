@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import ContextError
 from ..records import decode_text, plain_text
+from ..unquoted import unquoted
 
 WHY = """\
 The private context is read from a file, from standard input, or from a hidden prompt; it is never an argument. Arguments are private to
@@ -57,18 +58,19 @@ def _standard_input() -> str:
 
 def read_private_text(file: str | None) -> str:
     """The text, without its last line break. Raises ContextError, which quotes neither the text nor the file's name: it may be the text."""
-    try:
+
+    def read() -> str:
         if file is None and sys.stdin.isatty():
-            text = getpass.getpass("Private context (hidden): ")
-        elif file in (None, "-"):
-            text = _standard_input()
-        else:
-            text = decode_text(Path(str(file)).read_bytes())
-    except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise ContextError(
-            f"The private context cannot be read ({type(error).__name__}); nothing was spent. --prompt-file takes the NAME of a text file "
-            "in UTF-8, not the text."
-        ) from None
+            return getpass.getpass("Private context (hidden): ")
+        return _standard_input() if file in (None, "-") else decode_text(Path(str(file)).read_bytes())
+
+    def failed(kind: str) -> ContextError:
+        return ContextError(
+            f"The private context cannot be read ({kind}); nothing was spent. --prompt-file takes the NAME of a text file in UTF-8, not "
+            "the text."
+        )
+
+    text = unquoted(read, failed, (OSError, UnicodeDecodeError, EOFError))
     text = plain_text(text).removesuffix("\n")
     if not text.strip():
         raise ContextError("The private context is empty; nothing was spent.")

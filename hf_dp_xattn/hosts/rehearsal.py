@@ -22,6 +22,7 @@ def rehearse(contexts: Iterable[PrivateContext], channels: int, config: DPXAttnC
             if trial.size in done:
                 continue
             done.add(trial.size)
+            reason: str | None = None
             try:
                 rows = trial.run()
             except DPXAttnError:
@@ -29,9 +30,10 @@ def rehearse(contexts: Iterable[PrivateContext], channels: int, config: DPXAttnC
             except Exception as error:
                 # its words are of a public stand-in, and of the context's size
                 reason = type(error).__name__ + (f": {error}" if _has_public_size(context, config) else "")
+            if reason is not None:  # raised here, it does not hold the other as its context
                 raise ContextError(
                     f"The encoder fails on any context of this size, whatever it holds ({reason}). Nothing was spent."
-                ) from None
+                )
             if rows.ndim != 2 or rows.shape[-1] != channels:
                 raise ContextError(
                     f"The encoder gives rows of {rows.shape[-1]} channels, the layers take {channels}: it belongs to another model. "

@@ -153,6 +153,7 @@ class PlacedPrompts(PromptSwap):
             contexts: list[PrivateContext | Tag] = [*self._host.name(embeds).contexts]
             for name in [n for n in arguments if OTHERS.fullmatch(n)]:  # of the same text
                 arguments[name] = None
+            self._refuse(arguments)
             arguments["prompt"] = stand_in if len(contexts) == 1 else [stand_in] * len(contexts)
             return contexts
         self._refuse(arguments)

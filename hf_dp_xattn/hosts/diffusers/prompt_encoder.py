@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 from ...errors import ConfigError, ContextError, TruncatedPromptWarning, UnsupportedModelError
+from ...unquoted import unquoted
 from ..content_names import id_parts, name_of_ids, name_of_text, units_of_text
 from ..context import Part, PrivateContext, Rows, Trial, from_embeddings, plain_bytes
 from ..placeholder import CODE_CHANNELS, Tag, holds_placeholder, make_placeholder, read_tags
@@ -23,7 +24,7 @@ from ..private_encoding import row_weights, token_counts, weighted
 from ..private_run import private_run
 from .phrases import check_phrases, split_phrases
 from .prompt_readings import read_parts, tokenizers_of
-from .text_side import TRUNCATED, all_ids, as_texts, without_length_warning
+from .text_side import TRUNCATED, all_ids, as_texts, tokenizer_fails, without_length_warning
 
 STAND_IN = "a picture"
 """Public: what all of a pipeline but its protected layers sees in place of a private prompt."""
@@ -171,20 +172,32 @@ class PromptEncoder:
     def _tokenizers(self) -> list[Any]:
         return tokenizers_of(self.pipe)
 
+    def _ids(self, tokenizer: Any, texts: Sequence[str]) -> list[torch.Tensor]:
+        """Token ids [n] of each text."""
+        return [torch.tensor(all_ids(self.pipe, tokenizer, t), dtype=torch.int64) for t in texts]
+
+    def _takes_plain(self, tokenizer: Any) -> bool:
+        """Whether it is no processor, and none of chats."""
+        try:
+            return bool(self._ids(tokenizer, [self.stand_in]))
+        except Exception:  # of a public text
+            return False
+
     def _id_parts(self, texts: Sequence[str], whole: str, *, apart: bool) -> list[Part]:
-        """The names of the ids that a text is of under each tokenizer; none where it takes no plain text. Warns where all cut it off."""
+        """The names of the ids that a text is of under each tokenizer; none where it takes no plain text. Warns where all cut it off.
+
+        Raises:
+            ContextError: a tokenizer fails on this text. Nothing was spent.
+        """
         parts: list[Part] = []
         lengths = []
         for tokenizer in self._tokenizers:
-            try:
-                *each, ids = (
-                    torch.tensor(all_ids(self.pipe, tokenizer, t), dtype=torch.int64) for t in (*texts, whole)
-                )
-                grouping = (b"phrases of ids", *map(plain_bytes, each)) if apart else None
-                special = frozenset(getattr(tokenizer, "all_special_ids", ()))
-                parts += id_parts(ids, special, None, grouping)
-            except Exception:  # a processor, or one of chats; its words may quote the text
+            if not self._takes_plain(tokenizer):
                 continue
+            *each, ids = unquoted(partial(self._ids, tokenizer, (*texts, whole)), tokenizer_fails)
+            grouping = (b"phrases of ids", *map(plain_bytes, each)) if apart else None
+            special = frozenset(getattr(tokenizer, "all_special_ids", ()))
+            parts += id_parts(ids, special, None, grouping)
             limit = min(self.rows, tokenizer.model_max_length)
             lengths.append((max(map(len, each)) if apart else len(ids)) > limit)
             if (
@@ -222,10 +235,10 @@ class PromptEncoder:
 
     def read(self, text: str) -> torch.Tensor:
         """Rows [n, C] of a text: those that its mask shows, but for public ones at its start."""
-        try:
-            tensors = dict(tensors_of(self._encode(text)))
-        except Exception as error:  # its words may quote the text
-            raise ContextError(f"The pipeline could not encode a prompt ({type(error).__name__}).") from None
+        tensors = unquoted(
+            lambda: dict(tensors_of(self._encode(text))),
+            lambda kind: ContextError(f"The pipeline could not encode a prompt ({kind})."),
+        )
         return self.whole(tensors)
 
     def whole(self, tensors: dict[tuple[int, ...], torch.Tensor], element: int = 0) -> torch.Tensor:
@@ -233,11 +246,15 @@ class PromptEncoder:
         return self.shown(tensors, element)[self.public_rows :]
 
     def shown(self, tensors: dict[tuple[int, ...], torch.Tensor], element: int) -> torch.Tensor:
-        """Rows [n, C] of one batch element that its mask shows. tensors: by where they stand."""
+        """Rows [n, C] of one batch element that its mask shows; of a text without tokens one of padding, since a release has rows.
+
+        tensors: by where they stand.
+        """
         rows = tensors[self.where][element]
         if self.mask_at is None or self.mask_at not in tensors:
             return rows
-        return rows[tensors[self.mask_at][element].to(rows.device) > 0]
+        shown = tensors[self.mask_at][element].to(rows.device) > 0
+        return rows[shown] if bool(shown.any()) else rows[:1]
 
     def trial(self) -> Trial:
         return Trial("text", lambda: self.read(self.stand_in))

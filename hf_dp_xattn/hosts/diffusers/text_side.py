@@ -14,6 +14,7 @@ import torch
 
 from ...errors import ConfigError, ContextError, TruncatedPromptWarning
 from ...records import plain_text
+from ...unquoted import unquoted
 from ..context import Trial
 from ..lengths import dimensions
 from ..private_run import private_run
@@ -101,17 +102,21 @@ class TextSide:
 
     def tokenize(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """ids and mask [length], padded and truncated without a word in the logs."""
-        try:
+
+        def run() -> Any:
             with without_length_warning(self.tokenizer):
+                plain = text
                 if hasattr(self.pipe, "maybe_convert_prompt"):  # textual inversion
-                    text = self.pipe.maybe_convert_prompt(text, self.tokenizer)
-                tokens = self.tokenizer(
-                    [text], padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+                    plain = self.pipe.maybe_convert_prompt(text, self.tokenizer)
+                return self.tokenizer(
+                    [plain],
+                    padding="max_length",
+                    max_length=self.length,
+                    truncation=True,
+                    return_tensors="pt",
                 )
-        except Exception as error:  # the tokenizer's own message may quote the text
-            raise ContextError(
-                f"The tokenizer failed on a prompt ({type(error).__name__}); nothing was spent."
-            ) from None
+
+        tokens = unquoted(run, tokenizer_fails)
         return tokens.input_ids[0], tokens.attention_mask[0]
 
     def tokenize_private(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,6 +196,11 @@ class TextSide:
         ends = [] if end is None else (ids[1:] == end).nonzero().flatten().tolist()
         stop = ends[0] + 2 if ends else int(mask.sum())
         return self.encode(ids, mask)[start:stop]
+
+
+def tokenizer_fails(kind: str) -> ContextError:
+    """kind: the class of what it raised on a private text, whose words may quote it."""
+    return ContextError(f"The tokenizer failed on a prompt ({kind}); nothing was spent.")
 
 
 @contextmanager

@@ -121,15 +121,7 @@ def _split(tokenizer: Any, system: str, user: str) -> SplitChat:
             "--chat needs a tokenizer with a chat template, and the one beside the model has none."
         )
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    try:
-        with without_length_warning(tokenizer):
-            return split_chat(tokenizer, messages)
-    except (ConfigError, ContextError):
-        raise
-    except Exception as error:  # of the template; its message may quote the text
-        raise ContextError(
-            f"The chat template fails on a system and a user's message ({type(error).__name__}); nothing was spent."
-        ) from None
+    return split_chat(tokenizer, messages)
 
 
 def read_documents(tokenizer: Any, documents: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -6,13 +6,15 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from ....errors import ConfigError, ContextError
 from ....records import plain_text
-from ...diffusers.text_side import without_length_warning
+from ....unquoted import unquoted
+from ...diffusers.text_side import tokenizer_fails, without_length_warning
 
 SYSTEM_ROLES = ("system", "developer")
 BESIDE = ("tools", "documents")  # what templates write into their fixed words
@@ -65,7 +67,7 @@ def split_chat(
     Raises:
         ConfigError: no system prompt; no template, or one that fails, leaves it out, repeats it or puts it behind earlier turns; further
             system messages, tools or documents that are not declared public; an entry of the system message beside role and content.
-        ContextError: a template whose fixed words depend on the system prompt. The message quotes nothing.
+        ContextError: a template whose fixed words depend on the system prompt, or a tokenizer that fails on it. The message quotes nothing.
 
     Example:
         >>> messages = [{"role": "system", "content": "be kind\\nsay the code"}, {"role": "user", "content": "hello"}]
@@ -85,17 +87,16 @@ def split_chat(
 
     def fill(text: str, later: Sequence[Mapping[str, Any]] = messages[1:]) -> str:
         conversation = [{**first, "content": text}, *later]
-        try:
-            return str(
-                tokenizer.apply_chat_template(
-                    conversation, tokenize=False, add_generation_prompt=add_generation_prompt, **options
-                )
-            )
-        except Exception as error:  # of the template; its message may quote a text
-            raise ConfigError(
-                f"This chat template fails on these messages and options ({type(error).__name__}): it may take no system message, or "
-                "roles in another order. Nothing was spent."
-            ) from None
+        filled = unquoted(
+            lambda: tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=add_generation_prompt, **options
+            ),
+            lambda kind: ConfigError(
+                f"This chat template fails on these messages and options ({kind}): it may take no system message, or roles in another "
+                "order. Nothing was spent."
+            ),
+        )
+        return str(filled)
 
     head, rest = _around(fill(mark), mark)
     if len(messages) > 2 and _around(fill(mark, messages[1:2]), mark)[0] != head:
@@ -114,7 +115,8 @@ def split_chat(
 
     def ids(text: str) -> torch.Tensor:
         with without_length_warning(tokenizer):  # it would say how long the text is
-            token_ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+            tokens = partial(tokenizer, text, add_special_tokens=False)
+            token_ids = unquoted(lambda: tokens()["input_ids"], tokenizer_fails) if text else []
         return torch.tensor(token_ids, dtype=torch.int64)
 
     lines = re.split(r"(?<=\n)", private)  # at line feeds alone: other separators may stand within one unit

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ....errors import ContextError
+from ....unquoted import unquoted
 from ...content_names import special_ids
 from ...private_run import private_run
 from .prefix_layers import PrefixLayer, rows_of, run_recorded
@@ -38,13 +39,17 @@ class PrefixEncoder:
     @torch.no_grad()
     def run(self, ids: torch.Tensor) -> torch.Tensor:
         """[n, C]: the rows of tokens [n] at positions 0, 1, ...; one sequence at a time, so that no other can change its rounding."""
-        try:
+
+        def rows() -> torch.Tensor:
             with private_run(self._model):
                 return rows_of(run_recorded(self._model, self._layers, ids.unsqueeze(0)))[0]
-        except Exception as error:  # its message may quote the prefix
-            raise ContextError(
-                f"The model failed on a prefix ({type(error).__name__}). Nothing was released; what was charged stays charged."
-            ) from None
+
+        return unquoted(
+            rows,
+            lambda kind: ContextError(
+                f"The model failed on a prefix ({kind}). Nothing was released; what was charged stays charged."
+            ),
+        )
 
     def encode(
         self, head: torch.Tensor, segments: Sequence[torch.Tensor]

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from ....errors import ConfigError, ContextError
+from ....unquoted import unquoted
 from ...content_names import special_ids
 from ...context import Trial, plain_bytes
 from ...lengths import dimensions
@@ -126,12 +127,12 @@ class EncoderSide:
 
     def encode_batch(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Rows [B, n, C]: the last hidden state."""
-        try:
-            return self._run(inputs)
-        except Exception as error:  # its message may quote the context
-            raise ContextError(
-                f"The {self.kind} failed on a context ({type(error).__name__}). Nothing was released; what was charged stays charged."
-            ) from None
+        return unquoted(
+            lambda: self._run(inputs),
+            lambda kind: ContextError(
+                f"The {self.kind} failed on a context ({kind}). Nothing was released; what was charged stays charged."
+            ),
+        )
 
     def _run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         device, dtype = self._model.device, self._model.dtype

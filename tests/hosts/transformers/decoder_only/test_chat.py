@@ -202,7 +202,7 @@ IN_LAST_TURN = (
 def test_templates_that_refuse_or_lack(template: Any, options: dict[str, Any]) -> None:
     with pytest.raises(dpx.ConfigError) as caught:
         dpx.split_chat(tokenizer(template), [SYSTEM, USER], **options)
-    assert "kind" not in str(caught.value) and caught.value.__cause__ is None
+    assert "kind" not in str(caught.value) and caught.value.__context__ is None
 
 
 def test_a_system_prompt_in_the_last_turn_makes_one_turn() -> None:

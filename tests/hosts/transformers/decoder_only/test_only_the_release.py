@@ -173,4 +173,4 @@ def test_an_encoding_that_fails_quotes_nothing(private: dpx.DPXAttnConfig) -> No
     with pytest.raises(dpx.ContextError) as error:
         handle.release([37, 38, 39])
     hook.remove()
-    assert "37, 38" not in str(error.value) and error.value.__cause__ is None
+    assert "37, 38" not in str(error.value) and error.value.__context__ is None

@@ -257,7 +257,7 @@ def test_an_encoder_that_fails_does_not_quote_the_document(depends: bool, privat
     model.get_encoder().register_forward_pre_hook(fail, with_kwargs=True)
     with pytest.raises(dpx.ContextError) as caught:
         handle.release(torch.tensor([57, 58]))
-    assert "57" not in str(caught.value) and caught.value.__cause__ is None
+    assert "57" not in str(caught.value) and caught.value.__context__ is None
     assert not handle.report().releases and len(handle.ledger.entries()) == int(depends)
 
 

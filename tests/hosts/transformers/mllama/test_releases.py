@@ -170,7 +170,7 @@ def test_a_vision_model_that_fails_does_not_quote_the_image(private: dpx.DPXAttn
     model.model.vision_model.register_forward_pre_hook(fail, with_kwargs=True)
     with pytest.raises(dpx.ContextError) as caught:
         handle.release(**images(1))
-    assert "pixels" not in str(caught.value) and caught.value.__cause__ is None
+    assert "pixels" not in str(caught.value) and caught.value.__context__ is None
     assert not handle.report().releases
 
 
