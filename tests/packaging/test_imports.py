@@ -12,7 +12,7 @@ PACKAGE = "hf_dp_xattn"
 ROOT = Path(__file__).resolve().parents[2] / PACKAGE
 # from the bottom; a room may see its own level and those before it
 LEVELS = (
-    ("errors", "report", "known_mechanisms", "not_covered", "ranks", "records"),
+    ("errors", "report", "known_mechanisms", "not_covered", "ranks", "records", "unquoted"),
     ("privacy", "artefacts"),
     ("config_card", "config"),
     ("mechanisms",),
