@@ -12,6 +12,7 @@ from ..known_mechanisms import KNOWN
 from ..privacy.ledger import Budget, Ledger
 from .accounts import PROTECT_AGAIN, STAYS, Settings
 from .chosen import chosen_config, read_calibration
+from .diffusers.architectures import check_text_encoders
 from .guard import handle_on
 from .host import Host
 from .host_registry import HostKind, kind_to_protect, model_of
@@ -212,6 +213,7 @@ class Release(BaseRelease):
 def _protect(host: Any, settings: Settings, *, tokenizer: Any = None, encoder: Any = None) -> Protected:
     config = settings.config
     _check_types(settings)
+    check_text_encoders(host)
     with _installing:
         handle: Protected | None = handle_of(host)
         kind: HostKind | None = None
@@ -288,7 +290,10 @@ def _check_same(handle: Protected, settings: Settings) -> None:
 
 
 def unprotect(host: Any) -> None:
-    """Restores a protected host (and every pipeline that joined it) to what it was. Does nothing where there is no protection.
+    """Restores a protected host to what it was. Does nothing where there is no protection.
+
+    Hosts that share a model (a UNet, a text encoder) share one handle. ALL of them are unprotected, whichever was given: from then on each
+    of them reads private text exactly. To go on with another of them, protect it again, with the same ledger.
 
     Args:
         host: what was given to `protect`, or a part of it.

@@ -119,7 +119,7 @@ class Protected:
         self.host.install(self.guard, self)
 
     def unprotect(self) -> None:
-        """Restores the host bit for bit: no hooks, no attributes. Releases stay valid on disk."""
+        """Restores the host, and all that joined this handle, bit for bit: no hooks, no attributes. Releases stay valid on disk."""
         with self.guard.calling, self.lock:
             if not self.active:
                 return

@@ -111,6 +111,19 @@ def check_pipeline_class(pipe: Any) -> None:
     raise refuse_host(pipe)
 
 
+def check_text_encoders(host: Any) -> None:
+    """Raises UnsupportedModelError where a text encoder of a diffusers pipeline is no torch.nn.Module: nothing could gate it."""
+    from diffusers import DiffusionPipeline
+
+    pipe: Any = host if isinstance(host, DiffusionPipeline) else None
+    for name, part in () if pipe is None else pipe.components.items():
+        if "text_encoder" in name and part is not None and not isinstance(part, nn.Module):
+            raise UnsupportedModelError(
+                f"{type(host).__name__} cannot be protected: its {name} is a {type(part).__name__}, no torch.nn.Module (it may be of ONNX "
+                "or OpenVINO), so nothing could keep it from reading a text that was not released. Load it with torch. Nothing was patched."
+            )
+
+
 def _refuse_unet(reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"This UNet2DConditionModel cannot be protected: {reason}. Nothing was patched."

@@ -10,8 +10,20 @@ import torch
 import hf_dp_xattn as dpx
 
 from ...hosts_tiny import tiny_sd, tiny_sdxl, tiny_tokenizer
+from ..text.libraries import config, library
 from ..text.pipelines import call, tiny_pixart, tiny_sd3
 from .test_placed_prompts import KERNEL
+
+
+class Runtime:
+    """Of another library: it runs, and torch cannot hook it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.config, self.dtype = model, model.config, model.dtype
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
 
 SECRET = "my secret <|x|> tail"
 
@@ -27,8 +39,8 @@ class Tokenizer(type(tiny_tokenizer())):  # type: ignore[misc]
 
 def _protect(pipe: Any, mechanism: str = "kernel_sum", unit: str = "row") -> Any:
     more = KERNEL if mechanism == "kernel_sum" else {}
-    config = dpx.DPXAttnConfig(mechanism=mechanism, unit=unit, **more)
-    return dpx.protect(pipe, config, allow_uncalibrated=True, ledger=dpx.Ledger())
+    chosen = dpx.DPXAttnConfig(mechanism=mechanism, unit=unit, **more)
+    return dpx.protect(pipe, chosen, allow_uncalibrated=True, ledger=dpx.Ledger())
 
 
 @pytest.mark.parametrize(
@@ -46,6 +58,22 @@ def test_a_tokenizer_that_fails_on_a_prompt(make: Any, mechanism: str) -> None:
         assert caught.value.__context__ is None
     assert not handle.ledger.entries() and not handle.report().releases
     assert call(pipe, "a red circle").isfinite().all()
+
+
+@pytest.mark.parametrize("mechanism", ["library", "kernel_sum"])
+@pytest.mark.parametrize(("make", "name"), [(tiny_sd, "text_encoder"), (tiny_sdxl, "text_encoder_2")])
+def test_an_encoder_that_no_gate_closes_is_refused(make: Any, name: str, mechanism: str) -> None:
+    pipe = make()
+    made = library(pipe)
+    setattr(pipe, name, Runtime(getattr(pipe, name)))
+    before = {k: dict(vars(m)) for k, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
+    with pytest.raises(dpx.UnsupportedModelError, match=rf"{name} is a Runtime.*Nothing was patched"):
+        if mechanism == "library":
+            dpx.protect(pipe, config(), calibration=made, ledger=dpx.Ledger())
+        else:
+            _protect(pipe)
+    assert dpx.handle_of(pipe) is None and type(pipe).__module__.startswith("diffusers.")
+    assert before == {k: vars(m) for k, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
 
 
 @pytest.mark.parametrize("unit", ["row", "context"])
