@@ -32,8 +32,26 @@ _gates: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[TextGate]] = weakre
 
 def accesses_of(modules: Iterable[nn.Module]) -> set[Access]:
     """Of the gates on these modules and on their parts, of whichever hosts."""
-    parts = (part for module in modules for part in (module, *module.children()))
+    parts = (part for module in modules for part in parts_of(module))
     return {gate.access for part in parts for gate in _gates.get(part, ())}
+
+
+def parts_of(encoder: nn.Module) -> list[nn.Module]:
+    """What of a text encoder is gated: itself and its parts, which some libraries call one by one, down to its layers."""
+    found: dict[nn.Module, None] = {}
+
+    def gather(module: nn.Module) -> None:
+        if module in found:
+            return
+        found[module] = None
+        for child in module.children():
+            if isinstance(module, (nn.ModuleList, nn.Sequential)):
+                found[child] = None  # a layer: what is in it reads rows
+            else:
+                gather(child)
+
+    gather(encoder)
+    return list(found)
 
 
 class TextGate:

@@ -24,9 +24,10 @@ from ..private_run import private_run
 from ..shadows import Shadows
 from ..text.closed_callbacks import close_callbacks
 from ..text.one_step import one_step
-from ..text.prompt_swap import OTHERS, PRIVATE, PromptSwap, items_of, no_progress
+from ..text.prompt_swap import PromptSwap, items_of, no_progress
 from .denoiser_gate import Call, Calls
 from .prompt_encoder import PromptEncoder, changed, is_rows, marks, tensors_of
+from .text_arguments import OTHERS, PRIVATE
 from .text_side import as_texts
 
 NOT_REACHED = "no encoded prompt reached its denoiser"

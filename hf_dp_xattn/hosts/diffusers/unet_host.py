@@ -19,7 +19,7 @@ from ..host_words import HostWords, Setting, prompt_words
 from ..layer import Layer
 from ..layer_host import LayerHost
 from ..lengths import HIDDEN
-from ..model_gates import TextGate
+from ..model_gates import TextGate, parts_of
 from ..placeholder import Tag, new_tag
 from ..tables import LayerTable
 from .architectures import changed_reason, find_layers, unwrap
@@ -114,7 +114,7 @@ class UNetHost(LayerHost):
             if side.available and all(g.encoder is not unwrap(side.encoder) for g in self._gates):
                 encoder = unwrap(side.encoder)
                 # the parts too: some libraries call them one by one
-                self._gates += [TextGate(part, self.guard.access) for part in (encoder, *encoder.children())]
+                self._gates += [TextGate(part, self.guard.access) for part in parts_of(encoder)]
             patch = PipelinePatch(pipe, self, side)
             self._patches.append(patch)
             patch.install()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, Self
@@ -25,10 +24,11 @@ from ..content_names import Part
 from ..diffusers.architectures import unwrap
 from ..diffusers.prompt_readings import read_parts
 from ..diffusers.public_arguments import check_callbacks
+from ..diffusers.text_arguments import PRIVATE, check_texts
 from ..diffusers.text_side import as_texts
 from ..guard import mark, unmark
 from ..host import Named
-from ..model_gates import CallGate, TextGate
+from ..model_gates import CallGate, TextGate, parts_of
 from ..saving import Saved, SaveShadow
 from ..shadows import SwappedClass
 from .closed_callbacks import close_callbacks
@@ -36,14 +36,6 @@ from .one_step import one_step
 from .released_texts import ReleasedPrompt, ReleasedText
 from .unit_encoders import PROBES
 
-PRIVATE = re.compile(r"prompt(_[2-9])?|source_prompt|editing_prompt|lyrics|transcription")
-"""Arguments that hold private text."""
-OTHERS = re.compile(
-    r"(?!neg|num_|callback)(.*prompt.*(embed|mask|latents|segments|cu_seqlens).*|messages|gligen_phrases|text_model_output|text_attention_mask"
-    r"|(source|target)_embeds|connector_\w+_embeds|encoder_hidden_states|(encoder_)?attention_mask|controlnet_pooled_projections|"
-    r"prior_token_ids)"
-)
-"""Arguments that may hold what was made of private text, or private text in another form."""
 CLOSED = (
     "The text encoder belongs to a protected pipeline and may not run on its own: it would read a text that was not released. Protect "
     "every pipeline that shares it (dpx.protect(other_pipe, config, calibration=library)), and pass it the text itself. Only if this text "
@@ -94,6 +86,7 @@ class PromptSwap:
         self.saving = SaveShadow(pipe, guard)
         known = inspect.signature(type(pipe).__call__).parameters.values()
         self._more = next((p.name for p in known if p.kind is p.VAR_KEYWORD), None)
+        self._defaults = {p.name: p.default for p in known if p.default is not p.empty}
 
     @classmethod
     def matches(cls, host: Any) -> bool:
@@ -160,7 +153,7 @@ class PromptSwap:
     def _close(self) -> None:
         """A gate on each text encoder that the pipeline has by now, and on its parts, which some libraries call one by one."""
         for encoder in text_encoders(self.host):
-            for part in (encoder, *encoder.children()):
+            for part in parts_of(encoder):
                 if part not in self._gates:
                     self._gates[part] = TextGate(part, self._guard.access, CLOSED)
                     mark(part, self._handle)  # for other pipelines that share it
@@ -236,12 +229,7 @@ class PromptSwap:
 
     def _refuse(self, arguments: dict[str, Any]) -> None:
         check_callbacks({**arguments, **arguments.get(self._more or "", {})})
-        for name, value in arguments.items():
-            if OTHERS.fullmatch(name) and value is not None:
-                raise ConfigError(
-                    f"`{name}` may hold private text in a form that cannot be released as text: pass the text itself, as `prompt`. Only "
-                    "if it is public, call the pipeline inside `with protected.public():`. Nothing was spent."
-                )
+        check_texts(arguments, self._defaults, self._more)
 
     def _rehearse(
         self, original: Callable[..., Any], bound: inspect.BoundArguments, names: Sequence[str]

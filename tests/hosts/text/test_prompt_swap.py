@@ -13,7 +13,8 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
 import hf_dp_xattn as dpx
-from hf_dp_xattn.hosts.text.prompt_swap import OTHERS, PRIVATE, PromptSwap, takes_prompt
+from hf_dp_xattn.hosts.diffusers.text_arguments import OTHERS, PRIVATE
+from hf_dp_xattn.hosts.text.prompt_swap import PromptSwap, takes_prompt
 from hf_dp_xattn.hosts.text.released_texts import ReleasedPrompt
 
 from ...hosts_tiny import picture, tiny_sd, tiny_sdxl
@@ -138,6 +139,11 @@ def test_which_pipelines_are_taken() -> None:
         "editing_prompt",
         "lyrics",
         "transcription",
+        "instruction",
+        "task_prompt",
+        "content_prompt",
+        "source_subject_category",
+        "target_subject_category",
     }
     refused = {n for c in classes for n in inspect.signature(c.__call__).parameters if OTHERS.fullmatch(n)}
     assert {
@@ -148,6 +154,9 @@ def test_which_pipelines_are_taken() -> None:
         "prompt_attention_mask",
         "prompt_embeds_t5",
         "messages",
+        "input_ids",
+        "prior_token_ids",
+        "editing_prompt_embeddings",
     } <= refused
     assert not any("neg" in name or name.startswith(("num_", "callback")) for name in refused)
 
