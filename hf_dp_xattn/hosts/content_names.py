@@ -33,6 +33,12 @@ TEXTS = (
 )
 
 
+# marks that choose how another letter is drawn, or join letters: most tokenizers drop them
+_UNSEEN = dict.fromkeys(
+    [*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0), 0x034F, *range(0x180B, 0x1810), 0x17B4, 0x17B5]
+)
+
+
 def name_of_ids(ids: torch.Tensor) -> tuple[bytes, ...]:
     """Of token ids [n], whatever their integer type."""
     return b"token ids", plain_bytes(ids)
@@ -54,9 +60,17 @@ def folded_part(text: str, units: Sequence[str] | None) -> Part:
 
 
 def _folded(text: str) -> bytes:
-    plain = unicodedata.normalize("NFKC", html.unescape(html.unescape(plain_text(text)))).casefold()
+    seen = html.unescape(html.unescape(plain_text(text))).translate(_UNSEEN)
+    plain = unicodedata.normalize("NFKC", seen).casefold()
     read = "".join(c for c in plain if unicodedata.category(c)[0] in "LNM")
     return (read or " ".join(plain.split())).encode("utf-8", "surrogatepass")
+
+
+def filled(parts: Sequence[Part], count: int, text: str) -> list[Part]:
+    """These names, and of the text's own so many that there are `count`: how many there are tells nothing of the text."""
+    known = list(dict.fromkeys(parts))
+    more = [Part((b"further name", bytes([i]), _folded(text))) for i in range(count - len(known))]
+    return [*known, *more]
 
 
 def special_ids(model: Any) -> frozenset[int]:

@@ -17,7 +17,7 @@ import torch
 
 from ...errors import ConfigError, ContextError, TruncatedPromptWarning, UnsupportedModelError
 from ...unquoted import unquoted
-from ..content_names import id_parts, name_of_ids, name_of_text, units_of_text
+from ..content_names import filled, id_parts, name_of_text, units_of_text
 from ..context import Part, PrivateContext, Rows, Trial, from_embeddings, plain_bytes
 from ..placeholder import CODE_CHANNELS, Tag, holds_placeholder, make_placeholder, read_tags
 from ..private_encoding import row_weights, token_counts, weighted
@@ -90,7 +90,8 @@ class PromptEncoder:
         modules: its text encoders.
         channels: of a row where it enters the denoiser.
 
-    padded: whether all prompts have the same number of rows, none of them masked.
+    padded: whether all prompts have the same number of rows, none of them masked. longest: how many tokens are read at most, where that is
+    known.
     """
 
     stand_in: ClassVar[str] = STAND_IN
@@ -120,7 +121,9 @@ class PromptEncoder:
         self.mask_at = masks[0] if len(masks) == 1 else None
         if len(masks) > 1:
             raise self._refuse(f"{len(masks)} masks of its encoded prompt depend on the prompt")
-        self.padded = self.mask_at is None and tensors[self.where].shape == at[self.where].shape
+        fixed = tensors[self.where].shape == at[self.where].shape
+        self.longest = self.rows if fixed else None
+        self.padded = self.mask_at is None and fixed
         one, two = tensors[self.where][0], at[self.where][0]
         self.public_rows = int(self.padded and torch.equal(one[0], two[0]))
         self.first = one[: self.public_rows].detach().clone()
@@ -170,7 +173,7 @@ class PromptEncoder:
 
     @property
     def _tokenizers(self) -> list[Any]:
-        return tokenizers_of(self.pipe)
+        return list(tokenizers_of(self.pipe).values())
 
     def _ids(self, tokenizer: Any, texts: Sequence[str]) -> list[torch.Tensor]:
         """Token ids [n] of each text."""
@@ -200,13 +203,9 @@ class PromptEncoder:
             parts += id_parts(ids, special, None, grouping)
             limit = min(self.rows, tokenizer.model_max_length)
             lengths.append((max(map(len, each)) if apart else len(ids)) > limit)
-            if (
-                len(ids) > limit and not apart
-            ):  # whatever follows is cut off: one name with all that begins so
-                parts.append(Part(name_of_ids(ids[: limit - 1])))
         if self.padded and lengths and all(lengths):
             warnings.warn(TRUNCATED, TruncatedPromptWarning, stacklevel=2)
-        return parts
+        return filled(parts, 2 * len(self._tokenizers), whole)
 
     def changed_by(self, arguments: Mapping[str, Any]) -> str | None:
         """Which argument of a call is not its default, though encode_prompt takes it, and so makes other rows of a prompt."""
@@ -272,7 +271,8 @@ class PromptEncoder:
         )
         parts = [] if units is None else [Part(name_of_text(text), units_of_text(each))]
         apart = units is not None
-        parts += read_parts(self.pipe, each, text, apart=apart) + self._id_parts(each, text, apart=apart)
+        parts += read_parts(self.pipe, each, text, apart=apart, longest=self.longest)
+        parts += self._id_parts(each, text, apart=apart)
         name = (
             name_of_text(text)
             if units is None

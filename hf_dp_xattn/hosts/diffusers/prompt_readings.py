@@ -1,6 +1,7 @@
-"""What a pipeline reads of a prompt: without the marks of special tokens, cleaned, and cut off where its encoders stop.
+"""What a pipeline reads of a prompt: without the marks of special tokens, cleaned, and as each of its encoders takes it.
 
-*Conservative*, as `content_names` is: two prompts that are read alike are one account, and two may be taken for one that are not.
+*Conservative*, as `content_names` is: two prompts that are read alike are one account, and two may be taken for one that are not. How many
+names a prompt has does not depend on it: a ledger's reader sees how many there are.
 """
 
 from __future__ import annotations
@@ -9,57 +10,81 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from ..content_names import folded_part
-from ..context import Part
+from ..context import Part, plain_bytes
 from ..private_run import private_run
-from .text_side import all_ids, without_length_warning
+from .architectures import unwrap
+from .text_side import NO_LENGTH, all_ids
+
+LONGEST = 2048  # tokens of a text that any encoder reads here
+_STEPS = b"plain", b"cleaned"
 
 
-def tokenizers_of(pipe: Any) -> list[Any]:
-    """In the order in which the pipeline names them."""
-    return [t for n, t in pipe.components.items() if n.startswith("tokenizer") and callable(t)]
+def tokenizers_of(pipe: Any) -> dict[str, Any]:
+    """By the names of its components."""
+    return {n: t for n, t in pipe.components.items() if n.startswith("tokenizer") and callable(t)}
 
 
-def read_parts(pipe: Any, units: Sequence[str], whole: str, *, apart: bool) -> list[Part]:
-    """The names of a prompt, and of what its pipeline reads of it.
+def read_parts(
+    pipe: Any, units: Sequence[str], whole: str, *, apart: bool, longest: int | None = None
+) -> list[Part]:
+    """The names of a prompt, and of what its pipeline reads of it: as many for each.
 
     Args:
         pipe: the pipeline.
         units: what it consists of, where these are encoded apart. whole: all of it.
         apart: whether they are.
+        longest: how many tokens are read at most, where that is known.
     """
-    readings = _readings(pipe, whole)
-    each = (
-        list(zip(*(_readings(pipe, unit) for unit in units), strict=True))
-        if apart
-        else [None] * len(readings)
+    with private_run():
+        texts = [_steps(pipe, text) for text in (whole, *units)]
+        read = [_read(pipe, steps[-1], min(LONGEST, longest or LONGEST)) for steps in texts]
+    parts = [folded_part(whole, units if apart else None)]
+    for i, step in enumerate(_STEPS):
+        folded, *each = (folded_part(steps[i], None).name for steps in texts)
+        parts.append(_part(step, folded, each if apart else None))
+    for name, ids in read[0].items():
+        each = [(other[name],) for other in read[1:]]
+        parts.append(_part(b"ids of " + name.encode(), (ids,), each if apart else None))
+    return parts
+
+
+def _part(kind: bytes, name: tuple[bytes, ...], units: Sequence[tuple[bytes, ...]] | None) -> Part:
+    grouping = (
+        None if units is None else (b"phrases of a " + kind, *(inner for unit in units for inner in unit))
     )
-    return list(dict.fromkeys(folded_part(text, parts) for text, parts in zip(readings, each, strict=True)))
+    return Part((kind, *name), grouping)
 
 
-def _readings(pipe: Any, text: str) -> list[str]:
-    """As many for each text: as it is, without special tokens, cleaned; and what each tokenizer leaves of that."""
-    tokenizers = tokenizers_of(pipe)
+def _steps(pipe: Any, text: str) -> tuple[str, str]:
+    """A text without special tokens; and cleaned."""
     plain = text
-    for tokenizer in tokenizers:
+    for tokenizer in tokenizers_of(pipe).values():
         for token in getattr(tokenizer, "all_special_tokens", ()):
             plain = plain.replace(token, " ")
-    with private_run():
-        cleaned = _cleaner(pipe)(plain)
-        return [text, plain, cleaned, *(_cut(pipe, tokenizer, cleaned) for tokenizer in tokenizers)]
+    return plain, _cleaner(pipe)(plain)
 
 
-def _cut(pipe: Any, tokenizer: Any, text: str) -> str:
-    """What of it the tokenizer's longest text holds."""
-    limit = getattr(tokenizer, "model_max_length", None)
-    try:
-        if not isinstance(limit, int) or len(all_ids(pipe, tokenizer, text)) <= limit:
-            return text
-        with without_length_warning(tokenizer):
-            ids = tokenizer([text], truncation=True, max_length=limit).input_ids[0]
-            return str(tokenizer.decode(ids, skip_special_tokens=True))
-    except Exception:  # a processor, or one of chats; its words may quote the text
-        return text
+def _read(pipe: Any, text: str, longest: int) -> dict[str, bytes]:
+    """The ids of a text under each tokenizer, as far as its encoder reads, but for a last one, which may be the end's."""
+    found = {}
+    for name, tokenizer in tokenizers_of(pipe).items():
+        encoder = unwrap(getattr(pipe, name.replace("tokenizer", "text_encoder"), None))
+        config = getattr(encoder, "config", None)
+        own = getattr(tokenizer, "model_max_length", None)
+        limits = (longest, own, getattr(config, "max_position_embeddings", None))
+        limit = min(n for n in limits if isinstance(n, int) and 2 < n < NO_LENGTH)
+        try:
+            ids = all_ids(pipe, tokenizer, text)
+            special = frozenset(getattr(tokenizer, "all_special_ids", ()))
+            while ids and ids[-1] in special:
+                ids.pop()
+            found[name] = plain_bytes(torch.tensor(ids[: limit - 1], dtype=torch.int64))
+        except Exception:  # a processor, or one of chats; its words may quote the text
+            found[name] = text.encode("utf-8", "surrogatepass")
+    return found
 
 
 def _cleaner(pipe: Any) -> Callable[[str], str]:

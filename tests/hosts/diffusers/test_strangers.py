@@ -15,7 +15,7 @@ from diffusers import FluxImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 import hf_dp_xattn as dpx
 
 from ...hosts_tiny import picture, quiet, tiny_sd, tiny_sdxl
-from ..text.pipelines import call, options, tiny_flux
+from ..text.pipelines import call, options, tiny_flux, tiny_qwen
 from .test_callers_code import protected_by
 
 HOSTS: dict[str, tuple[Callable[[], Any], str]] = {
@@ -291,3 +291,32 @@ def test_no_code_of_the_callers_draws(host: str) -> None:
 
     draw(pipe, **by_step(pipe, reach))
     assert refused and not seen
+
+
+PARTS: dict[str, Callable[[Any], Any]] = {
+    "decoder": lambda encoder: encoder.get_decoder(),
+    "language model": lambda encoder: encoder.model.language_model,
+    "tokens": lambda encoder: encoder.model.language_model.embed_tokens,
+    "layer": lambda encoder: encoder.model.language_model.layers[0],
+}
+
+
+@pytest.mark.parametrize("part", list(PARTS))
+@pytest.mark.parametrize("mechanism", ["library", "none"])
+def test_no_part_of_an_encoder_runs_by_hand(mechanism: str, part: str) -> None:
+    pipe = tiny_qwen()
+    model = PARTS[part](pipe.text_encoder)
+    ids = torch.tensor([[5, 6, 7]])
+    given = (torch.zeros(1, 3, 32),) if part == "layer" else (ids,)
+    handle = protected_by(mechanism, pipe)
+    with pytest.raises(dpx.ProtectionLostError):
+        model(*given)
+    draw_it = call(pipe, "red box")
+    assert bool(draw_it.isfinite().all())
+    with pytest.raises(dpx.ProtectionLostError):
+        model(*given)
+    with handle.public():
+        if part != "layer":
+            model(*given)
+    dpx.unprotect(pipe)
+    assert not model._forward_pre_hooks
