@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from diffusers.utils import is_bs4_available, is_ftfy_available
 
 from ...errors import ConfigError, ContextError, TruncatedPromptWarning, UnsupportedModelError
 from ...unquoted import unquoted
@@ -210,6 +211,8 @@ class PromptEncoder:
     def changed_by(self, arguments: Mapping[str, Any]) -> str | None:
         """Which argument of a call is not its default, though encode_prompt takes it, and so makes other rows of a prompt."""
         for name in self._takes:
+            if name == "clean_caption" and not (is_bs4_available() and is_ftfy_available()):
+                continue  # diffusers cleans nothing then
             value = arguments.get(name)
             plain = isinstance(value, (bool, int, str, dict)) or (
                 isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)

@@ -10,6 +10,7 @@ import torch
 from diffusers import FluxImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 
 import hf_dp_xattn as dpx
+from hf_dp_xattn.hosts.diffusers import prompt_encoder
 
 from ...hosts_tiny import picture, quiet, tiny_sd, tiny_sdxl
 from ..text.libraries import config, library
@@ -159,7 +160,11 @@ def test_what_would_be_ignored_is_refused(what: str) -> None:
 @pytest.mark.parametrize(
     "make, given", [(tiny_pixart, {"clean_caption": False}), (tiny_sd3, {"clip_skip": 1})]
 )
-def test_other_encodings_of_a_prompt_are_refused(make: Any, given: dict[str, Any]) -> None:
+def test_other_encodings_of_a_prompt_are_refused(
+    make: Any, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("is_bs4_available", "is_ftfy_available"):  # what diffusers cleans with
+        monkeypatch.setattr(prompt_encoder, name, lambda: True)
     pipe = make()
     handle = protect(pipe)
     with pytest.raises(dpx.ConfigError, match=f"`{next(iter(given))}` changes how"):
