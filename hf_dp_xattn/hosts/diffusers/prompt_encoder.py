@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from diffusers.utils import is_bs4_available, is_ftfy_available
+from diffusers.utils.import_utils import is_bs4_available, is_ftfy_available
 
 from ...errors import ConfigError, ContextError, TruncatedPromptWarning, UnsupportedModelError
 from ...unquoted import unquoted

@@ -45,9 +45,10 @@ def read_parts(
     for i, step in enumerate(_STEPS):
         folded, *each = (folded_part(steps[i], None).name for steps in texts)
         parts.append(_part(step, folded, each if apart else None))
-    for name, ids in read[0].items():
+    for name, ids in read[0].items():  # where units are encoded apart, the whole is not read
         each = [(other[name],) for other in read[1:]]
-        parts.append(_part(b"ids of " + name.encode(), (ids,), each if apart else None))
+        known = tuple(inner for (inner,) in each) if apart else (ids,)
+        parts.append(_part(b"ids of " + name.encode(), known, each if apart else None))
     return parts
 
 

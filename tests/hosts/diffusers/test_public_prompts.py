@@ -109,7 +109,7 @@ def test_it_is_reproducible(pipe: Any) -> None:
     ("public", "changes", "options", "message"),
     [
         (PUBLIC[:20], {}, {}, "at least 64"),
-        ("one prompt", {}, {}, "list of prompts"),
+        ("one prompt", {}, {}, "list of contexts"),
         ([["a", "b"]] * 80, {}, {}, "Lists of phrases"),
         (PUBLIC, {"unit": "group"}, {"grouping": "rows"}, "phrases"),
         (PUBLIC, {"unit": "context"}, {"grouping": "rows"}, "expected one of"),
@@ -119,7 +119,7 @@ def test_it_is_reproducible(pipe: Any) -> None:
             {"releases": ("response",)},
             "possible: sum",
         ),
-        (torch.full((80, 7, 4), float("nan")), {}, {}, "finite"),
+        (torch.full((80, 7, 4), float("nan")), {}, {}, "NaN"),
     ],
     ids=[
         "too few",
