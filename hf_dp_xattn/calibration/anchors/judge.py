@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from ...mechanisms.anchors.fallback import FALLBACKS, Fallback, Worth, drawn
 from ...mechanisms.anchors.plan import AnchorPlan, Decoders, Quality
 from ...mechanisms.context_rows import ContextRows
 from .held_out import HeldOut
-from .intervals import ratio_interval
+from .intervals import ratio_interval, t_quantile
 from .objective import Objective, fvu
 from .simulated import simulate
 from .slots_fit import PublicContexts
@@ -103,14 +104,15 @@ class Jury:
         plain = dataclasses.replace(plan, worth=None)
         rows = simulate(plain, self.config, decoders, self.held.validation)
         measured = self.measured(rows)
-        return Judged(dataclasses.replace(plain, quality=self.quality(measured.errors)), measured, rows)
+        return Judged(dataclasses.replace(plain, quality=self.quality(measured.errors, plan)), measured, rows)
 
-    def quality(self, errors: torch.Tensor) -> Quality:
+    def quality(self, errors: torch.Tensor, plan: AnchorPlan) -> Quality:
         """FVU of contexts like the public ones; the interval is of what as many fresh contexts give, of kinds like the public ones or of
         kinds that nothing was fitted to.
 
         Args:
             errors: [N, L].
+            plan: whose they are.
         """
         factor = 1.0 - 1.0 / max(
             2, int((~self.held.unlike).sum())
@@ -122,8 +124,22 @@ class Jury:
                 intervals.append(
                     ratio_interval(errors[part], self.variances[part], units, fresh=True, widened=widened)
                 )
+        value = factor * intervals[0][0]
         low, high = (factor * limit for limit in (min(f[1] for f in intervals), max(f[2] for f in intervals)))
-        return Quality(factor * intervals[0][0], low, min(high, 1e9), len(errors))
+        lies = self._of_lies(plan)
+        low, high = value - math.hypot(value - low, lies), value + math.hypot(high - value, lies)
+        return Quality(value, max(0.0, low), min(high, 1e9), len(errors))
+
+    def _of_lies(self, plan: AnchorPlan) -> float:
+        """How far untrue answers of randomised response move the FVU of as many fresh contexts, at most (95 %). They may be so rare that
+        the held-out contexts hold none; how rare is known. Each is as far off as another context is: twice the variance."""
+        if plan.release != "response":
+            return 0.0
+        contexts = self.held.validation
+        untrue = 1.0 - plan.noise ** len(plan.codes)
+        units = float(contexts.mask.sum(1).double().mean())
+        error = 2.0 * math.sqrt(2.0 * untrue * (1.0 - untrue) / (len(contexts) * units))
+        return t_quantile(0.975, 1000) * error
 
     def ratio(self, measured: Measured, among: torch.Tensor) -> float:
         """What decides between plans: the measure over the fall-back's, among these contexts [N] bool; the mean of known and unseen

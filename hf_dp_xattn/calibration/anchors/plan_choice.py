@@ -160,7 +160,8 @@ class Guard:
         # one side of 95 %: the upper end of 90 %
         none = jury.scores(jury.nothing).unsqueeze(1)
         ratio, _, high = ratio_interval(apart.unsqueeze(1), none, jury.held.kinds, 0.9)
-        plan = dataclasses.replace(guarded.judged.plan, quality=jury.quality(errors))
+        plan = guarded.judged.plan
+        plan = dataclasses.replace(plan, quality=jury.quality(errors, plan))
         unlike = guarded.unlike
         if high >= 1.0:
             plan, unlike = nothing.plan, 1.0
@@ -199,7 +200,9 @@ class Guard:
         worth = Worth(self._jury.against, weight, self._jury.measure, 1.0, 1.0)
         rows = [drawn(r, worth, self._jury.fallback) for r in judged.rows]
         measured = self._jury.nothing if weight == 0.0 else self._jury.measured(rows)
-        plan = dataclasses.replace(judged.plan, worth=worth, quality=self._jury.quality(measured.errors))
+        plan = dataclasses.replace(
+            judged.plan, worth=worth, quality=self._jury.quality(measured.errors, judged.plan)
+        )
         return Judged(plan, measured, rows)
 
     def _gated(
