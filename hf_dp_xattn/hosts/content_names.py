@@ -66,10 +66,17 @@ def _folded(text: str) -> bytes:
     return (read or " ".join(plain.split())).encode("utf-8", "surrogatepass")
 
 
-def filled(parts: Sequence[Part], count: int, text: str) -> list[Part]:
-    """These names, and of the text's own so many that there are `count`: how many there are tells nothing of the text."""
-    known = list(dict.fromkeys(parts))
-    more = [Part((b"further name", bytes([i]), _folded(text))) for i in range(count - len(known))]
+def filled(parts: Sequence[Part], count: int, name: tuple[bytes, ...]) -> list[Part]:
+    """These names, and of the content's own so many that there are `count`: how many there are tells nothing of it.
+
+    Args:
+        parts: of one content; the further names have the last one's grouping.
+        count: of different names.
+        name: of the content.
+    """
+    known = list({part.name: part for part in parts}.values())
+    units = known[-1].units if known else None
+    more = [Part((b"further name", bytes([i]), *name), units) for i in range(count - len(known))]
     return [*known, *more]
 
 

@@ -107,8 +107,8 @@ def weighted(
         weights: [n] of its private rows.
         neutral: gives the rows [n, C] of no text; public.
     """
-    if bool((weights == 1).all()):
-        return context
+    if bool((weights == 1).all()):  # as many names as where a weight is another
+        return replace(context, parts=(*context.parts, Part((b"not weighted", *context.name))))
 
     def load() -> Rows:
         rows, first = context.load()

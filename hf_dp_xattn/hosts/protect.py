@@ -34,7 +34,7 @@ PREPARED = (
     "dpx.protect before accelerator.prepare (or in between, accelerator.unwrap_model(model, keep_fp32_wrapper=False)). Nothing was patched."
 )
 OTHER_KIND = (
-    "{pipeline} shares its denoiser with a pipeline of another kind that is protected. Call dpx.unprotect(pipe) first, then "
+    "{pipeline} shares its denoiser with a pipeline that is protected in another way. Call dpx.unprotect(pipe) first, then "
     f"{PROTECT_AGAIN}."
 )
 _installing = Lock()  # two threads that protect one host get one handle
@@ -225,6 +225,9 @@ def _protect(host: Any, settings: Settings, *, tokenizer: Any = None, encoder: A
             model, kind = model_of(host), kind_to_protect(host)
             pipe = kind.pipeline(host)
             handle = handle_of(model)
+            beside = handle_of_parts(host) if handle is None and pipe is not None else None
+            if beside is not None and isinstance(beside.host, TextHost) and beside.host.draws_with(model):
+                raise UnsupportedModelError(OTHER_KIND.format(pipeline=type(pipe).__name__))
             if handle is not None and pipe is not None and handle.host.adapts_pipelines != kind.whole:
                 raise UnsupportedModelError(OTHER_KIND.format(pipeline=type(pipe).__name__))
         if handle is None:

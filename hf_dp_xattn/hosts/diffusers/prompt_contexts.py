@@ -8,13 +8,15 @@ from typing import Any
 import torch
 
 from ...errors import ContextError
-from ..content_names import folded_part, id_parts, name_of_ids, name_of_text, units_of_text
+from ..content_names import filled, folded_part, id_parts, name_of_ids, name_of_text, units_of_text
 from ..context import Part, PrivateContext, Rows, from_embeddings, plain_bytes
 from ..lengths import dimensions
 from ..placeholder import holds_placeholder
 from ..private_encoding import row_weights, token_counts, weighted
 from .phrases import check_phrases, encode_tokens, split_phrases
 from .text_side import TextSide, as_texts
+
+_NAMES = 3  # of token ids: padded, as they were given, and their content
 
 
 def from_ids(
@@ -33,14 +35,17 @@ def from_ids(
 
     rows, first = ids.shape[0], int(text.first_row_is_public)
     held = _unpadded(ids, mask, length)
-    parts = id_parts(ids[held], text.special_ids, [i - first for i in held])
+    name = name_of_ids(ids)
+    own = [Part(name), *id_parts(ids[held], text.special_ids, [i - first for i in held])]
+    parts = filled(own, _NAMES, name)[1:]
+    parts += [] if whole is None else [Part(name_of_text(whole)), folded_part(whole, None)]
     return PrivateContext(
         rows,
         rows - first,
-        name_of_ids(ids),
+        name,
         load,
         variant=text.mask_seen(mask),
-        parts=parts if whole is None else (*parts, Part(name_of_text(whole)), folded_part(whole, None)),
+        parts=tuple(parts),
         padded=True,
         trials=(text.trial(),),
         kept=torch.arange(rows) >= first,
@@ -75,9 +80,9 @@ def from_phrases(phrases: Sequence[object], text: TextSide, whole: str | None = 
     groups = torch.arange(len(tokens)).repeat_interleave(each)
     name = (b"phrases", *(plain_bytes(t) for t, _ in tokens))
     held = ids[_unpadded(ids, mask, None)]
+    own = [Part(name_of_ids(ids), name), *id_parts(held, text.special_ids, None, name)]
     parts = (
-        Part(name_of_ids(ids), name),
-        *id_parts(held, text.special_ids, None, name),
+        *filled(own, _NAMES, name),
         Part(name_of_text(prompt), units_of_text(texts)),
         folded_part(prompt, texts),
     )

@@ -206,7 +206,7 @@ class PromptEncoder:
             lengths.append((max(map(len, each)) if apart else len(ids)) > limit)
         if self.padded and lengths and all(lengths):
             warnings.warn(TRUNCATED, TruncatedPromptWarning, stacklevel=2)
-        return filled(parts, 2 * len(self._tokenizers), whole)
+        return filled(parts, 2 * len(self._tokenizers), name_of_text(whole))
 
     def changed_by(self, arguments: Mapping[str, Any]) -> str | None:
         """Which argument of a call is not its default, though encode_prompt takes it, and so makes other rows of a prompt."""

@@ -121,6 +121,10 @@ class PromptSwap:
         self._gates.clear()
         self._drawing.clear()
 
+    def draws_with(self, model: Any) -> bool:
+        """Whether this is one of its denoisers, or what is compiled of one."""
+        return any(unwrap(drawing) is unwrap(model) for drawing in self._drawing)
+
     def lost(self) -> str | None:
         if not TextGate.installed(self._gates.values()):
             return "the gate of a text encoder was removed"

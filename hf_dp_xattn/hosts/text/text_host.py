@@ -15,6 +15,7 @@ from ..guard import handle_on
 from ..host import Host, Named, Readable
 from ..host_words import HostWords, Setting, text_words
 from .chat_swap import ChatSwap
+from .prompt_swap import PromptSwap
 from .released_texts import ReleasedTexts
 from .surfaces import SUPPORTED, Surface, surface_of
 from .text_contexts import CUTS, name_text
@@ -72,6 +73,10 @@ class TextHost(Host):
     def remove(self) -> None:
         for surface in self._surfaces:
             surface.remove()
+
+    def draws_with(self, model: Any) -> bool:
+        """Whether a pipeline that joined has this model."""
+        return any(isinstance(s, PromptSwap) and s.draws_with(model) for s in self._surfaces)
 
     def lost(self) -> str | None:
         return next((why for surface in self._surfaces if (why := surface.lost()) is not None), None)

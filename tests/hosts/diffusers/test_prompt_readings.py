@@ -11,7 +11,7 @@ import pytest
 import hf_dp_xattn as dpx
 from hf_dp_xattn.hosts.diffusers.prompt_readings import read_parts
 
-from ...hosts_tiny import tiny_sdxl
+from ...hosts_tiny import tiny_sd, tiny_sdxl
 from ..text.pipelines import tiny_pixart, tiny_qwen, tiny_sd3
 from .test_callers_code import protected_by
 
@@ -127,3 +127,30 @@ def test_a_tokenizer_keeps_nothing_of_a_prompt(tmp_path: Path) -> None:
             getattr(pipe, name).save_pretrained(folder / name)
         saved.append({f.relative_to(folder): f.read_bytes() for f in sorted(folder.rglob("*.json"))})
     assert saved[0] == saved[1]
+
+
+ODD = ("a red cat", "", "<|endoftext|>", LONG, "\u2764\ufe0f")
+
+
+@pytest.mark.parametrize("groups", [None, "phrases"])
+def test_a_ledger_of_stable_diffusion_tells_nothing_by_its_length(groups: str | None) -> None:
+    lengths = set()
+    for text in ODD if groups is None else (ODD[0], LONG):
+        handle = protected_by("kernel_sum", tiny_sd(), unit="group" if groups else "context")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", dpx.TruncatedPromptWarning)
+            handle.release(text, groups=groups)
+        lengths.add(len(handle.ledger.entries()))
+    assert len(lengths) == 1, lengths
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
+def test_weights_are_not_told_by_how_many_names_there_are(make: Any) -> None:
+    lengths = set()
+    for parts in (["a", "red", "box"], ["a", ("red", 1.3)], [LONG, ("red", 1.3)]):
+        handle = protected_by("kernel_sum", make(), unit="context")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", dpx.TruncatedPromptWarning)
+            handle.release(handle.private_encode(parts))
+        lengths.add(len(handle.ledger.entries()))
+    assert len(lengths) == 1, lengths

@@ -320,3 +320,14 @@ def test_no_part_of_an_encoder_runs_by_hand(mechanism: str, part: str) -> None:
             model(*given)
     dpx.unprotect(pipe)
     assert not model._forward_pre_hooks
+
+
+def test_no_sibling_is_protected_in_another_way() -> None:
+    pipe = tiny_sdxl()
+    protected_by("library", pipe)
+    sibling = sibling_of(pipe, StableDiffusionXLImg2ImgPipeline)
+    with pytest.raises(dpx.UnsupportedModelError, match="in another way"):
+        protected_by("kernel_sum", sibling)
+    assert dpx.handle_of(sibling.unet) is None
+    dpx.unprotect(pipe)
+    protected_by("kernel_sum", sibling)
