@@ -76,7 +76,7 @@ def test_a_calibration_needs_its_weights() -> None:
     model = offload(tiny("llama"))
     config = dpx.DPXAttnConfig(unit="row", mechanism="kernel_sum", epsilon=8.0, delta=1e-5)
     with pytest.raises(dpx.ConfigError, match="offload"):
-        dpx.calibrate(model, [tokens(9), tokens(9, 1)], config)
+        dpx.calibrate(model, [tokens(9, i) for i in range(8)], config)
     calibrated = calibration_for(
         tiny("llama"), "row"
     )  # of the model as it is loaded; it serves the offloaded one

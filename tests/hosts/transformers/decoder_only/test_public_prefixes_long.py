@@ -11,6 +11,7 @@ import hf_dp_xattn as dpx
 from hf_dp_xattn.calibration.anchors import anchors_kind
 from hf_dp_xattn.calibration.anchors.slots_fit import PublicContexts, SlotSettings, SlotTrainer
 from hf_dp_xattn.calibration.public_data import PublicData
+from hf_dp_xattn.hosts import calibrate
 from hf_dp_xattn.hosts.transformers.decoder_only import public_prefixes
 from hf_dp_xattn.hosts.transformers.decoder_only.public_prefixes import SoftmaxProbe, exact_outputs
 
@@ -43,6 +44,7 @@ def gathered(monkeypatch: pytest.MonkeyPatch, lengths: list[int], sample: int) -
         return SimpleNamespace(verify=lambda: None)
 
     monkeypatch.setattr(anchors_kind, "fit_anchors", stop)
+    monkeypatch.setattr(calibrate, "check_contexts", lambda *few: None)
     monkeypatch.setattr(public_prefixes, "_SAMPLE", sample)
     monkeypatch.setattr(public_prefixes, "GATHER_BATCH", 2)
     dpx.calibrate(

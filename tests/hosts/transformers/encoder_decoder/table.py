@@ -34,7 +34,10 @@ prompt; pooled vectors, masks and token counts are made of that. The denoiser's 
 the place of that text's rows. What stands in for `scaled_dot_product_attention` is ours; projections, norms, rotations and gates around
 it are the host's own. Before the first charge the call is tried with the public text: each layer must read, and the model must give the
 numbers that it gives by itself; what does not is refused (`UnsupportedModelError`, nothing spent), and so are compiled denoisers,
-slicing, `prompt_2`, public text beside a release, and IP-Adapters (their picture is a second context). Where a pipeline masks or cuts a
+slicing, `prompt_2`, arguments that change how a prompt is encoded (`clip_skip`, `clean_caption`, a `system_prompt` or template, ...),
+public text beside a release, and IP-Adapters (their picture is a second context). Encoders and denoisers run in calls of the pipeline
+only, and there for its own code and that of installed packages only: not for a scheduler, progress bar or callback of yours. Where a
+pipeline masks or cuts a
 prompt's padding, `unit="row"` with `replace_one` makes the number of its tokens public. Calibrations are made by `dpx.calibrate(pipe,
 prompts, config)` for unit="row" or "context", of calls of the pipeline itself.
 

@@ -53,7 +53,7 @@ def test_the_gain_of_a_head_is_that_of_the_output_projection(name: str) -> None:
 
 def test_what_cannot_be_calibrated(private: dpx.DPXAttnConfig) -> None:
     model = tiny("bart")
-    padded = documents("bart")
+    padded = {name: tensor.repeat(8, 1) for name, tensor in documents("bart").items()}
     with pytest.raises(dpx.ConfigError, match="padding"):
         calibrate(model, private, padded)
     dpx.protect(model, private)
@@ -153,7 +153,7 @@ def test_only_so_many_contexts_as_the_memory_holds_and_no_answer_for_each_of_man
 @pytest.mark.parametrize(
     ("public", "options", "match"),
     [
-        ({"input_ids": torch.ones(2, 3, dtype=torch.int64)}, {}, "list of contexts"),
+        ({"input_ids": torch.ones(2, 3, dtype=torch.int64)}, {}, "at least 64"),
         ([torch.ones(7, dtype=torch.int64)] * 70, {}, "batch of documents"),
         (
             [{"input_ids": torch.full((2, 3), 9), "attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}]

@@ -60,7 +60,7 @@ def test_rows_of_padding_tiles_are_left_out() -> None:
 def test_what_cannot_be_calibrated(private: dpx.DPXAttnConfig) -> None:
     model = tiny()
     with pytest.raises(dpx.ConfigError, match="one number of tiles"):
-        calibrate(model, private, images())
+        calibrate(model, private, {n: torch.cat([t] * 4) for n, t in images().items()})
     with pytest.raises(dpx.ConfigError, match="unit"):
         calibrate(model, private.replace(unit="group"))
     with pytest.raises(dpx.ConfigError, match="public_head"):
