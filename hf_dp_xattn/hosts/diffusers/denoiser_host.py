@@ -104,12 +104,9 @@ class DenoiserHost(LayerHost):
 
     def install(self, guard: Guard, handle: Any) -> None:
         super().install(guard, handle)
-        self._gates = self._make_gates(guard)
+        self._gates = [DenoiserGate(self, p, self.models[p], y) for p, y in self._layers.items()]
         for gate in self._gates:
             gate.install()
-
-    def _make_gates(self, guard: Guard) -> list[DenoiserGate]:
-        return [DenoiserGate(self, p, self.models[p], y) for p, y in self._layers.items()]
 
     def has(self, pipe: Any) -> bool:
         return any(patch.host is pipe for patch in self._patches)

@@ -15,10 +15,10 @@ import torch
 from ..content_names import folded_part
 from ..context import Part, plain_bytes
 from ..private_run import private_run
+from ..text.unit_encoders import token_limit
 from .architectures import unwrap
-from .text_side import NO_LENGTH, all_ids
+from .text_side import all_ids
 
-LONGEST = 2048  # tokens of a text that any encoder reads here
 _STEPS = b"plain", b"cleaned"
 
 
@@ -40,15 +40,14 @@ def read_parts(
     """
     with private_run():
         texts = [_steps(pipe, text) for text in (whole, *units)]
-        read = [_read(pipe, steps[-1], min(LONGEST, longest or LONGEST)) for steps in texts]
+        read = [_read(pipe, steps[-1], longest) for steps in texts]
     parts = [folded_part(whole, units if apart else None)]
     for i, step in enumerate(_STEPS):
         folded, *each = (folded_part(steps[i], None).name for steps in texts)
         parts.append(_part(step, folded, each if apart else None))
     for name, ids in read[0].items():  # where units are encoded apart, the whole is not read
-        each = [(other[name],) for other in read[1:]]
-        known = tuple(inner for (inner,) in each) if apart else (ids,)
-        parts.append(_part(b"ids of " + name.encode(), known, each if apart else None))
+        known = tuple(other[name] for other in read[1:]) if apart else (ids,)
+        parts.append(_part(b"ids of " + name.encode(), known, [known] if apart else None))
     return parts
 
 
@@ -68,15 +67,12 @@ def _steps(pipe: Any, text: str) -> tuple[str, str]:
     return plain, _cleaner(pipe)(plain)
 
 
-def _read(pipe: Any, text: str, longest: int) -> dict[str, bytes]:
+def _read(pipe: Any, text: str, longest: int | None) -> dict[str, bytes]:
     """The ids of a text under each tokenizer, as far as its encoder reads, but for a last one, which may be the end's."""
     found = {}
     for name, tokenizer in tokenizers_of(pipe).items():
         encoder = unwrap(getattr(pipe, name.replace("tokenizer", "text_encoder"), None))
-        config = getattr(encoder, "config", None)
-        own = getattr(tokenizer, "model_max_length", None)
-        limits = (longest, own, getattr(config, "max_position_embeddings", None))
-        limit = min(n for n in limits if isinstance(n, int) and 2 < n < NO_LENGTH)
+        limit = token_limit(encoder, tokenizer, longest)
         try:
             ids = all_ids(pipe, tokenizer, text)
             special = frozenset(getattr(tokenizer, "all_special_ids", ()))

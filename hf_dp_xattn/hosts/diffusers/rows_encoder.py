@@ -72,7 +72,8 @@ class RowsEncoder(PromptEncoder):
         self.text_channels = states.shape[-1]
         starts = [t[self.where][0, 0] for t in (at, short)]  # a causal encoder's first row is made of no word
         self.public_rows = int(self.mask_at is None and all(torch.equal(states[0, 0], s) for s in starts))
-        self.longest = states.shape[1] if self.padded or self._is_fixed(short, first) else None
+        fixed = self.where in short and short[self.where].shape == states.shape
+        self.longest = length if fixed else None
         # of texts of several lengths, how far a mean is from its sum is private
         pooled = [w for w in told if first[w].ndim == 2 and w not in masks] if self.padded else []
         self.vectors: dict[tuple[int, ...], slice] = {}
@@ -85,12 +86,6 @@ class RowsEncoder(PromptEncoder):
         self._usual = shown[self.public_rows :].float().mean(0)
         self._pooled = {where: first[where][0].float() for where in pooled}
         self.first = self._padded(shown[: self.public_rows]).detach().clone()
-
-    def _is_fixed(
-        self, one: dict[tuple[int, ...], torch.Tensor], other: dict[tuple[int, ...], torch.Tensor]
-    ) -> bool:
-        """Whether the encoded prompts of two texts have as many rows."""
-        return self.where in one and one[self.where].shape == other[self.where].shape
 
     # ---- private text as rows ----------------------------------------------------------------------------------------------
 

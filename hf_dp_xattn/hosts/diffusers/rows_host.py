@@ -25,7 +25,7 @@ from ..layer import Layer
 from ..placeholder import Tag, new_tag
 from ..released import ReleasedContext
 from ..text.prompt_swap import text_encoders
-from .denoiser_gate import Call, DenoiserGate
+from .denoiser_gate import Call
 from .denoiser_host import DenoiserHost
 from .placed_prompts import NOT_REACHED, PlacedPrompts
 from .prompt_encoder import PromptEncoder, tensors_of
@@ -136,9 +136,6 @@ class RowsHost(DenoiserHost):
         self._channels = self._rows.channels
         self.input = RowsLayer(self.models[""], self._channels)
         return {self.input.name: self.input}
-
-    def _make_gates(self, guard: Guard) -> list[DenoiserGate]:
-        return []
 
     def watched(self) -> list[torch.nn.Module]:
         return []

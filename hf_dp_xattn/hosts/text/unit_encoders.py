@@ -181,7 +181,7 @@ def _of_tokens(model: Any, tokenizer: Any, permit: Permit = nullcontext) -> Unit
     seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
     reader = model.get_encoder() if seq2seq else model
     middle = None if seq2seq or not model.can_generate() else _middle_layer(reader)
-    limit = _limit(reader, tokenizer)
+    limit = token_limit(reader, tokenizer)
     start: list[int] = []
 
     def ids_of(text: str) -> list[int]:
@@ -240,9 +240,11 @@ def _start_token(tokenizer: Any) -> int:
     return int(next((token for token in named if token is not None), 0))
 
 
-def _limit(model: Any, tokenizer: Any) -> int:
-    """How many tokens of a text are read."""
-    limits = [LONGEST, getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length]
+def token_limit(model: Any, tokenizer: Any, longest: int | None = None) -> int:
+    """How many tokens of a text are read. longest: where that is known, by a pipeline. model: None where there is none."""
+    config = getattr(model, "config", None)
+    limits = [LONGEST, longest, getattr(config, "max_position_embeddings", None)]
+    limits.append(getattr(tokenizer, "model_max_length", None))
     return min(n for n in limits if isinstance(n, int) and 2 < n < NO_LENGTH)
 
 
